@@ -1,0 +1,17 @@
+"""Attention kernels for block-sparse models with a paged key-value cache.
+
+A leaf package: it needs JAX, NumPy and jaxtyping, and nothing of the model code
+beside it. Every operation has one public function with the same last argument,
+``implementation``:
+
+* ``"mosaic_gpu"``: Pallas, Hopper and newer;
+* ``"triton"``: Pallas, compute capability 8.0 and newer, while JAX keeps it;
+* ``"xla"``: tiled XLA, every device, the one that serves CPUs;
+* ``None``: a Pallas form where its numerics and speed were recorded for this
+  device kind (``tuned/<device>/<op>.json``), otherwise ``"xla"``.
+"""
+
+from pallas_kernels.block_sparse_attention.api import block_sparse_attention
+from pallas_kernels.paged_decode_attention.api import paged_decode_attention
+
+__all__ = ["block_sparse_attention", "paged_decode_attention"]

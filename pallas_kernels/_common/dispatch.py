@@ -1,0 +1,122 @@
+"""Which implementation serves a call, and the recorded settings it runs with.
+
+``tuned/<device>/<op>.json`` is the record of one device kind::
+
+    {"device": "NVIDIA H200", "jax": "0.11.2", "default": ["mosaic_gpu", "xla"],
+     "configs": {"triton": [{"when": {"H": 128}, "config": {"block_kv": 64}}]}}
+
+``default`` lists the implementations tried in that order when the caller names none;
+an implementation is put there only after its numerics and its timing were recorded
+on that device kind. ``configs`` holds tile sizes by implementation: the first entry
+whose ``when`` holds for the call's sizes is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+
+Implementation = Literal["mosaic_gpu", "triton", "xla"]
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+TUNED = Path(__file__).resolve().parent.parent / "tuned"
+
+
+def device_slug(kind: str) -> str:
+    """Folder name of a device kind: "NVIDIA H200" becomes "nvidia_h200"."""
+    return re.sub(r"[^a-z0-9]+", "_", kind.lower()).strip("_")
+
+
+def current_device_kind() -> str:
+    """The kind of the device that the call will run or lower for."""
+    mesh = jax.sharding.get_abstract_mesh()
+    abstract = getattr(mesh, "abstract_device", None)
+    if abstract is not None:
+        return abstract.device_kind
+    default = jax.config.jax_default_device
+    if default is not None and not isinstance(default, str):
+        return default.device_kind
+    return jax.devices(default)[0].device_kind
+
+
+@functools.cache
+def tuned_record(op: str, kind: str) -> Mapping[str, Any]:
+    """The JSON record of ``op`` on device kind ``kind``; empty when there is none."""
+    path = TUNED / device_slug(kind) / f"{op}.json"
+    if not path.is_file():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def tuned_config(op: str, implementation: str, sizes: Mapping[str, Any]) -> dict:
+    """Recorded settings for a call of these sizes; empty when there is no entry."""
+    record = tuned_record(op, current_device_kind())
+    for entry in record.get("configs", {}).get(implementation, []):
+        if all(sizes.get(name) == size for name, size in entry["when"].items()):
+            return dict(entry["config"])
+    return {}
+
+
+def candidates(op: str, implementation: str | None) -> tuple[str, ...]:
+    """Implementations to try, in order.
+
+    Args:
+      op: name of the operation.
+      implementation: the caller's choice; it is then the only candidate.
+
+    Raises:
+      ValueError: when ``implementation`` is not a known name.
+    """
+    if implementation is not None:
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"implementation is {implementation!r}; allowed: None or one of "
+                f"{IMPLEMENTATIONS}"
+            )
+        return (implementation,)
+    record = tuned_record(op, current_device_kind())
+    order = tuple(record.get("default", ()))
+    return order if "xla" in order else (*order, "xla")
+
+
+def dispatch[T](
+    op: str, implementation: str | None, run: Callable[[str], T]
+) -> T:
+    """Calls ``run`` with the first candidate that does not refuse.
+
+    Args:
+      op: name of the operation.
+      implementation: the caller's choice, or None.
+      run: takes an implementation's name; raises NotImplementedError to refuse.
+
+    Raises:
+      NotImplementedError: when the caller's own choice refuses.
+      ValueError: when ``implementation`` is not a known name.
+    """
+    *first, last = candidates(op, implementation)
+    for name in first:
+        try:
+            return run(name)
+        except NotImplementedError:
+            continue
+    return run(last)
+
+
+@contextmanager
+def triton_deprecation_handled() -> Iterator[None]:
+    """Silences JAX's notice that the Triton back end will be removed.
+
+    The only place that knows about it: every Triton kernel of this package is built
+    inside this context. Callers have ``implementation`` to choose another back end.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"(?is).*triton.*deprecat.*")
+        warnings.filterwarnings("ignore", message=r"(?is).*deprecat.*triton.*")
+        yield

@@ -1,0 +1,173 @@
+"""Argument checks. Each raises ValueError that names the argument and the rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def require_shape(name: str, x: Any, shape: Sequence[int | None], axes: str) -> None:
+    """Checks ``x.shape`` against ``shape``; ``None`` stands for any size.
+
+    Args:
+      name: the argument's name, for the message.
+      x: anything with a ``shape``.
+      shape: the wanted sizes.
+      axes: the wanted axes in letters, for the message ("B N H").
+
+    Raises:
+      ValueError: when the rank or a size differs.
+    """
+    got = tuple(x.shape)
+    if len(got) != len(shape) or any(
+        want is not None and want != size
+        for want, size in zip(shape, got, strict=False)
+    ):
+        wanted = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name} has shape {got}; it must be [{axes}] = ({wanted})")
+
+
+def require_float(name: str, x: Any) -> None:
+    """Checks that ``x`` is float32, bfloat16 or float16.
+
+    Raises:
+      ValueError: for any other dtype.
+    """
+    if jnp.dtype(x.dtype).name not in FLOAT_DTYPES:
+        raise ValueError(f"{name} has dtype {x.dtype}; allowed: {FLOAT_DTYPES}")
+
+
+def require_dtype(name: str, x: Any, dtype: Any) -> None:
+    """Checks that ``x`` has exactly ``dtype``.
+
+    Raises:
+      ValueError: for any other dtype.
+    """
+    if jnp.dtype(x.dtype) != jnp.dtype(dtype):
+        raise ValueError(f"{name} has dtype {x.dtype}; it must be {jnp.dtype(dtype)}")
+
+
+def require_integer(name: str, x: Any) -> None:
+    """Checks that ``x`` holds signed integers.
+
+    Raises:
+      ValueError: for any other dtype.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.signedinteger):
+        raise ValueError(f"{name} has dtype {x.dtype}; it must be a signed integer")
+
+
+def require_groups(query_heads: int, kv_heads: int) -> int:
+    """Returns G = N / K.
+
+    Raises:
+      ValueError: when the query heads do not split evenly over the kv heads.
+    """
+    if kv_heads < 1 or query_heads < 1 or query_heads % kv_heads:
+        raise ValueError(
+            f"q has {query_heads} heads and kv has {kv_heads}; the query heads must "
+            "be a positive multiple of the kv heads"
+        )
+    return query_heads // kv_heads
+
+
+def require_scale(scale: float | None, head_dim: int) -> float:
+    """Returns the logit scale, ``head_dim ** -0.5`` by default.
+
+    Raises:
+      ValueError: when ``scale`` is not a finite Python number.
+    """
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise ValueError(f"scale is {scale!r}; it must be a Python float or None")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it must be finite")
+    return float(scale)
+
+
+def require_positive(name: str, value: int) -> int:
+    """Returns ``value`` when it is an int of at least 1.
+
+    Raises:
+      ValueError: otherwise.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be an int of at least 1")
+    return value
+
+
+def require_non_negative(name: str, value: int) -> int:
+    """Returns ``value`` when it is an int of at least 0.
+
+    Raises:
+      ValueError: otherwise.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} is {value!r}; it must be an int of at least 0")
+    return value
+
+
+def with_layer_axis(
+    kv: Float[Array, "*L B K M block 2 H"],
+    key_bias: Float[Array, "*L B K M block"] | None,
+    layer: Int[Array, ""] | int | None,
+    heads: int,
+) -> tuple[
+    Float[Array, "L B K M block 2 H"],
+    Float[Array, "L B K M block"] | None,
+    Int[Array, ""],
+]:
+    """Brings blocks with or without a layer axis to one form.
+
+    Adding an axis of 1 is free, whereas slicing a layer out of the stack would copy
+    it; the kernels therefore always take the stack and a layer index.
+
+    Args:
+      kv: blocks of keys (index 0 of the axis of 2) and values (index 1).
+      key_bias: what is added to the scaled logits of a key, or None.
+      layer: index into the leading axis; None when ``kv`` has no such axis.
+      heads: number of query heads, for the check against K.
+
+    Returns:
+      ``kv``, ``key_bias`` and ``layer`` with the leading axis present.
+
+    Raises:
+      ValueError: on a wrong rank, an axis of 2 that is not one, a missing or
+        superfluous ``layer``, heads that do not divide, or a bias that does not fit.
+    """
+    rank = 6 if layer is None else 7
+    axes = "B K C block 2 H" if layer is None else "L B K C block 2 H"
+    if kv.ndim != rank or kv.shape[-2] != 2 or min(kv.shape) < 1:
+        raise ValueError(
+            f"kv has shape {tuple(kv.shape)} with layer={layer!r}; it must be [{axes}] "
+            "with no empty axis (pass layer exactly when kv has the leading L axis)"
+        )
+    require_float("kv", kv)
+    if key_bias is not None:
+        require_shape("key_bias", key_bias, kv.shape[:-2], axes.removesuffix(" 2 H"))
+        require_dtype("key_bias", key_bias, jnp.float32)
+    if layer is None:
+        kv = kv[None]
+        key_bias = None if key_bias is None else key_bias[None]
+        layer = 0
+    elif isinstance(layer, int):
+        if not 0 <= layer < kv.shape[0]:
+            raise ValueError(f"layer is {layer}; allowed: 0 .. {kv.shape[0] - 1}")
+    else:
+        require_integer("layer", layer)
+        require_shape("layer", layer, (), "")
+    require_groups(heads, kv.shape[2])
+    return kv, key_bias, jnp.asarray(layer, jnp.int32)
+
+
+def is_concrete(*arrays: Any) -> bool:
+    """Whether the values can be looked at (no tracer among ``arrays``)."""
+    return not any(isinstance(x, jax.core.Tracer) for x in arrays)

@@ -1,0 +1,169 @@
+"""Public entry of block-sparse attention: checks, dispatch, differentiation."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal, NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels._common import validation
+from pallas_kernels._common.dispatch import Implementation, dispatch
+from pallas_kernels.block_sparse_attention.xla import (
+    block_sparse_attention_xla,
+    block_sparse_attention_xla_backward,
+)
+
+OP = "block_sparse_attention"
+
+
+@overload
+def block_sparse_attention(
+    q: Float[Array, "B T N H"],
+    kv: Float[Array, "*L B K M block 2 H"],
+    *,
+    q_start: Int[Array, "B"],
+    block_indices: Int[Array, "B K T P"] | None = ...,
+    layer: Int[Array, ""] | int | None = ...,
+    key_bias: Float[Array, "*L B K M block"] | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    implementation: Implementation | None = ...,
+) -> Float[Array, "B T N H"]: ...
+
+
+@overload
+def block_sparse_attention(
+    q: Float[Array, "B T N H"],
+    kv: Float[Array, "*L B K M block 2 H"],
+    *,
+    q_start: Int[Array, "B"],
+    block_indices: Int[Array, "B K T P"] | None = ...,
+    layer: Int[Array, ""] | int | None = ...,
+    key_bias: Float[Array, "*L B K M block"] | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    implementation: Implementation | None = ...,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]: ...
+
+
+def block_sparse_attention(
+    q: Float[Array, "B T N H"],
+    kv: Float[Array, "*L B K M block 2 H"],
+    *,
+    q_start: Int[Array, "B"],
+    block_indices: Int[Array, "B K T P"] | None = None,
+    layer: Int[Array, ""] | int | None = None,
+    key_bias: Float[Array, "*L B K M block"] | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Attends causally from T consecutive tokens a row to the blocks each one lists.
+
+    Token t of row b has position ``q_start[b] + t`` and reads the keys of its listed
+    blocks whose position is not greater. Without lists this is causal attention.
+    Differentiable in ``q``, ``kv`` and ``key_bias`` whatever the implementation; the
+    backward pass is the XLA form.
+
+    Follows the second stage of InfLLM-V2 at prefill (reference implementation
+    NVlabs/SparDA, ``infllmv2_sparse_attention.py``); ``key_bias`` is NOSA's additive
+    term, which the reference computes as two attention calls.
+
+    Args:
+      q: queries in float32, bfloat16 or float16. Head n reads kv head n // (N // K).
+      kv: blocks in the dtype of ``q``; block m holds positions m * block ...; index 0
+        of the axis of 2 is the key, 1 the value. With ``layer``, a stack of them, of
+        which no slice is copied. Blocks after the last position are not read.
+      q_start: int32, position of token 0 of each row. A token of negative position
+        reads nothing.
+      block_indices: int32 lists; -1 is padding, allowed anywhere; any order; no
+        block twice in one list. None for causal attention to everything.
+      layer: which layer of a stacked ``kv`` (int or int32 scalar, traced or not).
+      key_bias: float32, added to the scaled logits of each key.
+      scale: factor of the logits; ``H ** -0.5`` by default.
+      return_lse: also return the log-sum-exp of the logits.
+      implementation: "mosaic_gpu", "triton" or "xla"; None for the recorded choice
+        of this device kind. A named implementation never falls back.
+
+    Returns:
+      The output in the dtype of ``q``, 0 for a token that reads no key; with
+      ``return_lse`` also the float32 log-sum-exp, -inf for such a token.
+
+    Raises:
+      ValueError: on shapes or dtypes other than the above.
+      NotImplementedError: when the named implementation cannot serve the call.
+    """
+    validation.require_shape("q", q, (None, None, None, None), "B T N H")
+    validation.require_float("q", q)
+    batch, tokens, heads, head_dim = q.shape
+    if tokens < 1:
+        raise ValueError("q holds no token (T = 0); T must be at least 1")
+    scale = validation.require_scale(scale, head_dim)
+    kv, key_bias, layer = validation.with_layer_axis(kv, key_bias, layer, heads)
+    _, _, kv_heads, blocks, block, _, _ = kv.shape
+    validation.require_shape(
+        "kv",
+        kv,
+        (None, batch, kv_heads, blocks, block, 2, head_dim),
+        "L B K M block 2 H",
+    )
+    validation.require_dtype("kv", kv, q.dtype)
+    validation.require_shape("q_start", q_start, (batch,), "B")
+    validation.require_integer("q_start", q_start)
+    if block_indices is not None:
+        validation.require_shape(
+            "block_indices", block_indices, (batch, kv_heads, tokens, None), "B K T P"
+        )
+        validation.require_integer("block_indices", block_indices)
+        if block_indices.shape[-1] < 1:
+            raise ValueError("block_indices lists no block (P = 0); P must be >= 1")
+        block_indices = block_indices.astype(jnp.int32)
+    static = _Static(scale, implementation)
+    out, lse = _attend(
+        static, q, kv, q_start.astype(jnp.int32), block_indices, layer, key_bias
+    )
+    return (out, lse) if return_lse else out
+
+
+class _Static(NamedTuple):
+    """What a trace fixes."""
+
+    scale: float
+    implementation: Implementation | None
+
+
+def _implementation(name: str):
+    """The function behind a name. The Pallas modules are imported on first use."""
+    if name == "xla":
+        return block_sparse_attention_xla
+    raise NotImplementedError(f"{OP} has no {name!r} implementation")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static: _Static, q, kv, q_start, block_indices, layer, key_bias):
+    def run(name: str):
+        return _implementation(name)(
+            q, kv, q_start, block_indices, layer, key_bias, scale=static.scale
+        )
+
+    return dispatch(OP, static.implementation, run)
+
+
+def _attend_forward(static: _Static, *args):
+    out, lse = _attend(static, *args)
+    return (out, lse), (args, out, lse)
+
+
+def _attend_backward(static: _Static, residuals, cotangents):
+    args, out, lse = residuals
+    d_out, d_lse = cotangents
+    d_q, d_kv, d_bias = block_sparse_attention_xla_backward(
+        *args, out, lse, d_out, d_lse, scale=static.scale
+    )
+    return d_q, d_kv, None, None, None, d_bias
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

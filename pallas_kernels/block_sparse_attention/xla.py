@@ -1,0 +1,373 @@
+"""Block-sparse causal attention in XLA, forward and backward.
+
+What CPUs run, what GPUs without a Pallas form fall back to, and the backward pass of
+every implementation.
+
+Algorithm: queries are cut into tiles. A tile walks over chunks of keys with an online
+softmax; all G query heads of a group are rows of one matrix product with the chunk,
+so that a chunk of K and V is read once a group.
+
+* Dense: the chunks are consecutive blocks, up to the tile's last position. Capacity
+  beyond it costs nothing, the loop length being dynamic.
+* Sparse: the chunks are taken from the union of the lists of the tile's tokens, per
+  row and kv head, and a per-token mask restores exactly what each token listed.
+  Neighbouring tokens list nearly the same blocks, so the union is short.
+
+Backward: the same walk with the saved log-sum-exp; weights are recomputed, nothing of
+size T x S is kept.
+
+Non-finite values: a key outside a row's own lists never reaches the row. Logits are
+chosen with ``where``. For values, which meet zero weights in a product, a non-finite
+value is replaced by 0 and its key by NaN instead: rows that do read it
+become NaN, others stay clean.
+
+Limits: none on sizes. With a stack of layers, the gradient with respect to ``kv`` has
+the shape of the stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels._common.numerics import (
+    NEG_INF,
+    cdiv,
+    einsum_f32,
+    finite_or_zero,
+    softmax_finish,
+)
+
+# Tile sizes for CPUs, where the chunk's K, V and logits should stay in L2 cache.
+DENSE_QUERIES = 256
+DENSE_KEYS = 256
+SPARSE_QUERIES = 128
+SPARSE_KEYS = 512
+
+
+class _Chunk(NamedTuple):
+    """Some blocks of keys for every row and kv head (S keys).
+
+    ``place`` is what ``_Walk.add`` needs to put a gradient back.
+    """
+
+    keys: Float[Array, "B K S H"]
+    values: Float[Array, "B K S H"]
+    bias: Float[Array, "B K S"] | None
+    allowed: Bool[Array, "B K T S"]
+    place: Array
+
+
+class _Walk(NamedTuple):
+    """The chunks that one tile of queries reads."""
+
+    steps: Int[Array, ""]
+    load: Callable[[Int[Array, ""]], _Chunk]
+    add: Callable[[Array, Array, Array], Array]
+
+
+def _dense_walk(kv, key_bias, layer, positions) -> _Walk:
+    """Consecutive blocks up to the last position of the tile."""
+    _, batch, kv_heads, blocks, block, _, head_dim = kv.shape
+    size = max(1, min(blocks, DENSE_KEYS // block))
+    span = size * block
+    used = jnp.clip(positions.max() + 1, 0, blocks * block)
+
+    def load(step):
+        # The last chunk is moved back to stay inside; what it repeats is masked.
+        start = jnp.minimum(step * size, blocks - size)
+
+        def take(which):
+            part = lax.dynamic_slice(
+                kv,
+                (layer, 0, 0, start, 0, which, 0),
+                (1, batch, kv_heads, size, block, 1, head_dim),
+            )
+            return part.reshape(batch, kv_heads, span, head_dim)
+
+        bias = None
+        if key_bias is not None:
+            bias = lax.dynamic_slice(
+                key_bias, (layer, 0, 0, start, 0), (1, batch, kv_heads, size, block)
+            ).reshape(batch, kv_heads, span)
+        key = start * block + jnp.arange(span)
+        allowed = (key >= step * span) & (key <= positions[..., None])
+        return _Chunk(take(0), take(1), bias, allowed[:, None], start)
+
+    def add(total, update, start):
+        part = update.reshape(batch, kv_heads, size, block, *update.shape[3:])
+        at = (0, 0, start) + (0,) * (total.ndim - 3)
+        old = lax.dynamic_slice(total, at, part.shape)
+        return lax.dynamic_update_slice(total, old + part, at)
+
+    return _Walk(cdiv(used, span), load, add)
+
+
+def _sparse_walk(kv, key_bias, layer, positions, block_indices) -> _Walk:
+    """The union of the tile's lists, packed to the front, a few blocks a step."""
+    _, batch, kv_heads, blocks, block, _, _ = kv.shape
+    tokens, listed = block_indices.shape[2:]
+    size = max(1, min(blocks, SPARSE_KEYS // block))
+    row = jnp.arange(batch)[:, None, None]
+    head = jnp.arange(kv_heads)[:, None]
+    # A block that starts after the token cannot hold a key it may read.
+    outside = (block_indices < 0) | (
+        block_indices * block > positions[:, None, :, None]
+    )
+    index = jnp.where(outside, blocks, block_indices)
+    member = jnp.zeros((batch, kv_heads, blocks, tokens), bool)
+    member = member.at[
+        row[..., None], head[..., None], index, jnp.arange(tokens)[:, None]
+    ].set(True, mode="drop")
+    wanted = member.any(-1)
+    # Sorting puts the union first and `blocks`, the mark of no block, after it.
+    union = jnp.sort(jnp.where(wanted, jnp.arange(blocks), blocks), -1)
+    union = jnp.pad(
+        union, ((0, 0), (0, 0), (0, -blocks % size)), constant_values=blocks
+    )
+
+    def load(step):
+        at = lax.dynamic_slice_in_dim(union, step * size, size, 2)
+
+        def take(x, *tail):
+            part = x.at[layer, row, head, at, :, *tail].get(mode="clip")
+            return part.reshape(batch, kv_heads, size * block, *part.shape[4:])
+
+        bias = None if key_bias is None else take(key_bias)
+        mask = member.at[row, head, at].get(mode="fill", fill_value=False)
+        mask = jnp.repeat(jnp.swapaxes(mask, -1, -2), block, -1)
+        key = at[..., None] * block + jnp.arange(block)
+        key = key.reshape(batch, kv_heads, 1, size * block)
+        allowed = mask & (key <= positions[:, None, :, None])
+        return _Chunk(take(kv, 0), take(kv, 1), bias, allowed, at)
+
+    def add(total, update, at):
+        part = update.reshape(batch, kv_heads, size, block, *update.shape[3:])
+        return total.at[row, head, at].add(part, mode="drop")
+
+    return _Walk(cdiv(wanted.sum(-1).max(), size), load, add)
+
+
+def _walk(kv, key_bias, layer, positions, block_indices) -> _Walk:
+    if block_indices is None:
+        return _dense_walk(kv, key_bias, layer, positions)
+    return _sparse_walk(kv, key_bias, layer, positions, block_indices)
+
+
+def _logits(query, chunk: _Chunk, scale):
+    """Masked logits [B, K, R, S] of the rows (R = T * G), and the clean values."""
+    batch, kv_heads, rows, _ = query.shape
+    tokens, span = chunk.allowed.shape[2:]
+    sound = jnp.isfinite(chunk.values).all(-1)[..., None]
+    keys = jnp.where(sound, chunk.keys, jnp.nan)
+    logits = scale * einsum_f32("bkrh,bksh->bkrs", query, keys)
+    if chunk.bias is not None:
+        logits = logits + chunk.bias[:, :, None]
+    logits = logits.reshape(batch, kv_heads, tokens, rows // tokens, span)
+    logits = jnp.where(chunk.allowed[:, :, :, None], logits, NEG_INF)
+    values = jnp.where(sound, chunk.values, 0)
+    return logits.reshape(batch, kv_heads, rows, span), values
+
+
+def _tile_forward(query, walk: _Walk, scale):
+    """Output [B, K, R, H] and log-sum-exp [B, K, R] of one tile, float32."""
+
+    def step(i, carry):
+        top, total, acc = carry
+        chunk = walk.load(i)
+        logits, values = _logits(query, chunk, scale)
+        new_top = jnp.maximum(top, logits.max(-1))
+        shift = finite_or_zero(new_top)
+        weights = jnp.exp(logits - shift[..., None])
+        fade = jnp.exp(top - shift)
+        update = einsum_f32("bkrs,bksh->bkrh", weights.astype(values.dtype), values)
+        total = total * fade + weights.sum(-1)
+        return new_top, total, acc * fade[..., None] + update
+
+    shape = query.shape[:3]
+    start = (jnp.full(shape, NEG_INF), jnp.zeros(shape), jnp.zeros(query.shape))
+    top, total, acc = lax.fori_loop(0, walk.steps, step, start)
+    return softmax_finish(acc, total, top)
+
+
+class _Tiles(NamedTuple):
+    """Everything a token owns, cut into tiles along a new leading axis."""
+
+    query: Float[Array, "tiles B K R H"]
+    positions: Int[Array, "tiles B T"]
+    block_indices: Int[Array, "tiles B K T P"] | None
+
+
+def _cut(x, tokens: int, axis: int, fill):
+    """Pads ``axis`` to whole tiles and moves the tile number to the front."""
+    count = cdiv(x.shape[axis], tokens)
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, count * tokens - x.shape[axis])
+    x = jnp.pad(x, pad, constant_values=fill)
+    x = x.reshape(*x.shape[:axis], count, tokens, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 0)
+
+
+def _rows(x, kv_heads: int, tokens: int):
+    """[B, T, N, ...] to tiles of rows [tiles, B, K, T * G, ...]."""
+    x = _cut(x, tokens, 1, 0)
+    count, batch, _, heads = x.shape[:4]
+    x = x.reshape(count, batch, tokens, kv_heads, heads // kv_heads, *x.shape[4:])
+    x = jnp.moveaxis(x, 3, 2)
+    return x.reshape(count, batch, kv_heads, -1, *x.shape[5:])
+
+
+def _unrows(x, tokens: int, length: int):
+    """The inverse of ``_rows``, without the padding."""
+    count, batch, kv_heads, rows = x.shape[:4]
+    x = x.reshape(count, batch, kv_heads, tokens, rows // tokens, *x.shape[4:])
+    x = jnp.moveaxis(jnp.moveaxis(x, 0, 1), 3, 2)
+    # Now B, tiles, T, K, G, ... .
+    x = x.reshape(batch, count * tokens, kv_heads * x.shape[4], *x.shape[5:])
+    return x[:, :length]
+
+
+def _tile_size(length: int, block_indices) -> int:
+    wanted = DENSE_QUERIES if block_indices is None else SPARSE_QUERIES
+    # Tiles of equal size: 300 tokens are 2 x 150, not 256 + 44 padded to 256.
+    return cdiv(length, cdiv(length, wanted))
+
+
+def _tiles(q, q_start, block_indices, kv_heads: int) -> tuple[_Tiles, int]:
+    length = q.shape[1]
+    tokens = _tile_size(length, block_indices)
+    positions = q_start[:, None] + jnp.arange(length)
+    lists = None
+    if block_indices is not None:
+        lists = _cut(block_indices, tokens, 2, -1)
+    # Position -1 is before every key: rows of padding read nothing.
+    tiles = _Tiles(
+        _rows(q, kv_heads, tokens), _cut(positions, tokens, 1, -1), lists
+    )
+    return tiles, tokens
+
+
+def block_sparse_attention_xla(
+    q: Float[Array, "B T N H"],
+    kv: Float[Array, "L B K M block 2 H"],
+    q_start: Int[Array, "B"],
+    block_indices: Int[Array, "B K T P"] | None,
+    layer: Int[Array, ""],
+    key_bias: Float[Array, "L B K M block"] | None,
+    *,
+    scale: float,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Computes the output in the dtype of ``q`` and the float32 log-sum-exp.
+
+    The arguments are those of the reference; nothing is checked here.
+    """
+    tiles, tokens = _tiles(q, q_start, block_indices, kv.shape[2])
+
+    def one(tile: _Tiles):
+        walk = _walk(kv, key_bias, layer, tile.positions, tile.block_indices)
+        out, lse = _tile_forward(tile.query, walk, scale)
+        return out.astype(q.dtype), lse
+
+    out, lse = _map(one, tiles)
+    length = q.shape[1]
+    return _unrows(out, tokens, length), _unrows(lse, tokens, length)
+
+
+def _map(f, tiles):
+    """``lax.map``, without the loop when there is one tile."""
+    if tiles.query.shape[0] == 1:
+        first = f(_Tiles(*(None if x is None else x[0] for x in tiles)))
+        return tuple(x[None] for x in first)
+    return lax.map(f, tiles)
+
+
+def block_sparse_attention_xla_backward(
+    q: Float[Array, "B T N H"],
+    kv: Float[Array, "L B K M block 2 H"],
+    q_start: Int[Array, "B"],
+    block_indices: Int[Array, "B K T P"] | None,
+    layer: Int[Array, ""],
+    key_bias: Float[Array, "L B K M block"] | None,
+    out: Float[Array, "B T N H"],
+    lse: Float[Array, "B T N"],
+    d_out: Float[Array, "B T N H"],
+    d_lse: Float[Array, "B T N"],
+    *,
+    scale: float,
+) -> tuple[Array, Array, Array | None]:
+    """Gradients with respect to ``q``, ``kv`` and ``key_bias``.
+
+    Args:
+      q: as in the forward pass, like the following ones.
+      kv: blocks.
+      q_start: first positions.
+      block_indices: lists or None.
+      layer: index into the leading axis.
+      key_bias: bias or None.
+      out: the forward output.
+      lse: the forward log-sum-exp.
+      d_out: cotangent of ``out``.
+      d_lse: cotangent of ``lse``.
+      scale: factor of the logits.
+
+    Returns:
+      Cotangents in the dtypes and shapes of ``q``, ``kv`` and ``key_bias`` (or None).
+    """
+    _, batch, kv_heads, blocks, block, _, head_dim = kv.shape
+    tiles, tokens = _tiles(q, q_start, block_indices, kv_heads)
+    # d logit = weight * (d_out . value - d_out . out + d_lse)
+    d_out32 = d_out.astype(jnp.float32)
+    lean = d_lse - (d_out32 * out.astype(jnp.float32)).sum(-1)
+    extra = (
+        _rows(d_out, kv_heads, tokens),
+        _rows(finite_or_zero(lse), kv_heads, tokens),
+        _rows(lean, kv_heads, tokens),
+    )
+    shape = (batch, kv_heads, blocks, block)
+    totals = (
+        jnp.zeros((*shape, head_dim)),
+        jnp.zeros((*shape, head_dim)),
+        None if key_bias is None else jnp.zeros(shape),
+    )
+
+    def one(totals, xs):
+        tile, (grad, lse, lean) = xs
+        walk = _walk(kv, key_bias, layer, tile.positions, tile.block_indices)
+
+        def step(i, carry):
+            d_query, (d_keys, d_values, d_bias) = carry
+            chunk = walk.load(i)
+            logits, values = _logits(tile.query, chunk, scale)
+            weights = jnp.exp(logits - lse[..., None])
+            d_weights = einsum_f32("bkrh,bksh->bkrs", grad, values)
+            d_logits = weights * (d_weights + lean[..., None])
+            small = d_logits.astype(q.dtype)
+            d_query = d_query + scale * einsum_f32("bkrs,bksh->bkrh", small, chunk.keys)
+            d_keys = walk.add(
+                d_keys,
+                scale * einsum_f32("bkrs,bkrh->bksh", small, tile.query),
+                chunk.place,
+            )
+            d_values = walk.add(
+                d_values,
+                einsum_f32("bkrs,bkrh->bksh", weights.astype(q.dtype), grad),
+                chunk.place,
+            )
+            if d_bias is not None:
+                d_bias = walk.add(d_bias, d_logits.sum(2), chunk.place)
+            return d_query, (d_keys, d_values, d_bias)
+
+        start = (jnp.zeros(tile.query.shape), totals)
+        d_query, totals = lax.fori_loop(0, walk.steps, step, start)
+        return totals, d_query.astype(q.dtype)
+
+    (d_keys, d_values, d_bias), d_query = lax.scan(one, totals, (tiles, extra))
+    d_kv = jnp.stack((d_keys, d_values), -2).astype(kv.dtype)
+    d_kv = jnp.zeros_like(kv).at[layer].set(d_kv)
+    if key_bias is not None:
+        d_bias = jnp.zeros_like(key_bias).at[layer].set(d_bias)
+    return _unrows(d_query, tokens, q.shape[1]), d_kv, d_bias

@@ -1,0 +1,148 @@
+"""Public entry of paged decode attention: checks, then dispatch."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels._common import validation
+from pallas_kernels._common.dispatch import Implementation, dispatch
+from pallas_kernels.paged_decode_attention.xla import paged_decode_attention_xla
+
+OP = "paged_decode_attention"
+
+
+@overload
+def paged_decode_attention(
+    q: Float[Array, "B N H"],
+    kv: Float[Array, "*L B K C block 2 H"],
+    *,
+    slots: Int[Array, "B K P"] | None = ...,
+    slot_lengths: Int[Array, "B K P"] | None = ...,
+    lengths: Int[Array, "B"] | None = ...,
+    layer: Int[Array, ""] | int | None = ...,
+    key_bias: Float[Array, "*L B K C block"] | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    implementation: Implementation | None = ...,
+) -> Float[Array, "B N H"]: ...
+
+
+@overload
+def paged_decode_attention(
+    q: Float[Array, "B N H"],
+    kv: Float[Array, "*L B K C block 2 H"],
+    *,
+    slots: Int[Array, "B K P"] | None = ...,
+    slot_lengths: Int[Array, "B K P"] | None = ...,
+    lengths: Int[Array, "B"] | None = ...,
+    layer: Int[Array, ""] | int | None = ...,
+    key_bias: Float[Array, "*L B K C block"] | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    implementation: Implementation | None = ...,
+) -> tuple[Float[Array, "B N H"], Float[Array, "B N"]]: ...
+
+
+def paged_decode_attention(
+    q: Float[Array, "B N H"],
+    kv: Float[Array, "*L B K C block 2 H"],
+    *,
+    slots: Int[Array, "B K P"] | None = None,
+    slot_lengths: Int[Array, "B K P"] | None = None,
+    lengths: Int[Array, "B"] | None = None,
+    layer: Int[Array, ""] | int | None = None,
+    key_bias: Float[Array, "*L B K C block"] | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B N H"] | tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
+    """Attends with one query token a row over key-value slots.
+
+    Dense attention (``slots=None``, slot c holds tokens c * block ...), sparse
+    attention (the selected blocks) and attention over a device cache of offloaded
+    blocks (the slot table) are one computation: the order of slots carries no
+    meaning, because positions are rotated into the keys.
+
+    Follows the second stage of InfLLM-V2 at decode (reference implementation
+    NVlabs/SparDA, ``infllmv2_sparse_attention.py``); ``key_bias`` is NOSA's additive
+    term, which the reference computes as two attention calls.
+
+    Args:
+      q: one query token a row, in float32, bfloat16 or float16. Query head n reads
+        kv head n // (N // K).
+      kv: slots in the dtype of ``q``; index 0 of the axis of 2 is the key, 1 the
+        value. With ``layer``, a stack of them, of which no slice is copied.
+      slots: int32, the slots that each row and kv head reads; -1 is padding, allowed
+        anywhere; any order; no slot twice.
+      slot_lengths: int32, valid tokens of each listed slot: ``block``, fewer for the
+        tail, 0 or less for none. Required exactly when ``slots`` is given.
+      lengths: int32, valid tokens of each row. Required exactly when ``slots`` is
+        None. Values beyond the capacity mean all of it.
+      layer: which layer of a stacked ``kv`` (int or int32 scalar, traced or not).
+      key_bias: float32, added to the scaled logits of each key.
+      scale: factor of the logits; ``H ** -0.5`` by default.
+      return_lse: also return the log-sum-exp of the logits, to merge partial results.
+      implementation: "mosaic_gpu", "triton" or "xla"; None for the recorded choice
+        of this device kind. A named implementation never falls back.
+
+    Returns:
+      The output in the dtype of ``q``, 0 for a row that reads no key; with
+      ``return_lse`` also the float32 log-sum-exp, -inf for such a row.
+
+    Raises:
+      ValueError: on shapes, dtypes or argument combinations other than the above.
+      NotImplementedError: when the named implementation cannot serve the call.
+    """
+    validation.require_shape("q", q, (None, None, None), "B N H")
+    validation.require_float("q", q)
+    batch, heads, head_dim = q.shape
+    scale = validation.require_scale(scale, head_dim)
+    kv, key_bias, layer = validation.with_layer_axis(kv, key_bias, layer, heads)
+    _, _, kv_heads, capacity, block, _, _ = kv.shape
+    validation.require_shape(
+        "kv",
+        kv,
+        (None, batch, kv_heads, capacity, block, 2, head_dim),
+        "L B K C block 2 H",
+    )
+    validation.require_dtype("kv", kv, q.dtype)
+    if slots is None:
+        if lengths is None or slot_lengths is not None:
+            raise ValueError(
+                "slots is None: lengths must be given, and slot_lengths must not"
+            )
+        validation.require_shape("lengths", lengths, (batch,), "B")
+        validation.require_integer("lengths", lengths)
+        lengths = lengths.astype(jnp.int32)
+    else:
+        if slot_lengths is None or lengths is not None:
+            raise ValueError(
+                "slots is given: slot_lengths must be given, and lengths must not"
+            )
+        validation.require_shape("slots", slots, (batch, kv_heads, None), "B K P")
+        validation.require_shape("slot_lengths", slot_lengths, slots.shape, "B K P")
+        validation.require_integer("slots", slots)
+        validation.require_integer("slot_lengths", slot_lengths)
+        if slots.shape[-1] < 1:
+            raise ValueError("slots lists no slot (P = 0); P must be at least 1")
+        slots = slots.astype(jnp.int32)
+        slot_lengths = slot_lengths.astype(jnp.int32)
+
+    def run(name: str) -> tuple[jax.Array, jax.Array]:
+        return _implementation(name)(
+            q, kv, slots, slot_lengths, lengths, layer, key_bias, scale=scale
+        )
+
+    out, lse = dispatch(OP, implementation, run)
+    return (out, lse) if return_lse else out
+
+
+def _implementation(name: str):
+    """The function behind a name. The Pallas modules are imported on first use."""
+    if name == "xla":
+        return paged_decode_attention_xla
+    raise NotImplementedError(f"{OP} has no {name!r} implementation")

@@ -1,0 +1,53 @@
+"""SparDA in JAX: Forecast-driven sparse attention over a long context.
+
+    import sparda_jax as sj
+    lm = sj.load("smollm2-135m", attention="infllm_v2")
+    out = sj.generate(lm, ["Once upon a time"], max_new_tokens=32)
+    print(out.texts[0], out.stats)
+"""
+
+from sparda_jax.config import (
+    CacheConfig,
+    ConfigError,
+    ModelConfig,
+    RopeConfig,
+    SparseConfig,
+)
+from sparda_jax.inference.engine import (
+    Conversation,
+    GenerateOutput,
+    GenerateStats,
+    LanguageModel,
+    Stream,
+    StreamEvent,
+    forward,
+    generate,
+    stream,
+)
+from sparda_jax.loading import load, with_attention
+from sparda_jax.models.forecast import Forecast
+from sparda_jax.models.presets import PRESETS
+from sparda_jax.sparse.selectors import Selector, selector_names
+
+__all__ = [
+    "CacheConfig",
+    "ConfigError",
+    "Conversation",
+    "Forecast",
+    "GenerateOutput",
+    "GenerateStats",
+    "LanguageModel",
+    "ModelConfig",
+    "PRESETS",
+    "RopeConfig",
+    "Selector",
+    "SparseConfig",
+    "Stream",
+    "StreamEvent",
+    "forward",
+    "generate",
+    "load",
+    "selector_names",
+    "stream",
+    "with_attention",
+]

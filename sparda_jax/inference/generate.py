@@ -1,0 +1,328 @@
+"""Generation: one jitted function that prefills and then decodes until all have ended.
+
+The same compiled function also continues (no new prompt: its prefill runs zero tiles)
+and stops after a given number of tokens, so plain generation, streaming and a further
+turn of a conversation share one compilation. Lengths are bucketed for the same reason.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from sparda_jax.cache.resident import KVCache, grow, init_cache
+from sparda_jax.config import ConfigError, ModelConfig
+from sparda_jax.inference.decode import decode_step
+from sparda_jax.inference.layer_step import BlockCounts, LayerSettings
+from sparda_jax.inference.prefill import padded_length, prefill
+from sparda_jax.inference.sampling import SamplingState, sample
+from sparda_jax.inference.stack import Rope
+from sparda_jax.models.decoder import Decoder, logits
+from sparda_jax.models.rope import model_rope
+
+_MIN_PROMPT = 128
+_MIN_NEW = 32
+_MAX_STOPS = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GenerateState:
+    """Everything that generation carries from one call to the next.
+
+    Attributes:
+      cache: The KV cache.
+      lengths: Tokens in the cache, per row [B].
+      pending: The last token, sampled but not in the cache yet [B].
+      tokens: Output tokens [B, room], −1 where there is none yet.
+      generated: Output tokens of each row [B].
+      done: Rows that have ended [B].
+      seen: Tokens of prompt and output (repetition penalty) [B, V].
+      prefill_counts, decode_counts: Blocks read and present.
+    """
+
+    cache: KVCache
+    lengths: Int[Array, " B"]
+    pending: Int[Array, " B"]
+    tokens: Int[Array, "B room"]
+    generated: Int[Array, " B"]
+    done: Bool[Array, " B"]
+    seen: Bool[Array, "B V"]
+    prefill_counts: BlockCounts
+    decode_counts: BlockCounts
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What one call asks for, all of it dynamic.
+
+    Attributes:
+      prompt: Right-padded tokens to prefill [B, T].
+      count: How many of them are valid [B]; all 0 continues without a prompt.
+      sampling: Settings per row.
+      stops: Token ids that end a row, −1 padded.
+      max_new: Output tokens at which a row ends [B].
+      steps: Most tokens that this call decodes after the prefill.
+      rope: Rotary frequencies of the request.
+    """
+
+    prompt: Int[Array, "B T"]
+    count: Int[Array, " B"]
+    sampling: SamplingState
+    stops: Int[Array, " stops"]
+    max_new: Int[Array, " B"]
+    steps: Int[Array, ""]
+    rope: Rope
+
+
+def _emit(
+    state: GenerateState,
+    scores: Float[Array, "B V"],
+    writes: Bool[Array, " B"],
+    request: Request,
+) -> GenerateState:
+    """Samples a token for the rows in `writes` and records it."""
+    token = sample(scores, state.seen, state.generated, request.sampling)
+    rows = jnp.arange(token.shape[0])
+    slot = jnp.where(writes, state.generated, state.tokens.shape[1])
+    generated = state.generated + writes
+    stopped = jnp.any(token[:, None] == request.stops, axis=1)
+    ended = writes & (stopped | (generated >= request.max_new))
+    column = jnp.where(writes, token, state.seen.shape[1])
+    return dataclasses.replace(
+        state,
+        pending=jnp.where(writes, token, state.pending),
+        tokens=state.tokens.at[rows, slot].set(token, mode="drop"),
+        generated=generated,
+        done=state.done | ended,
+        seen=state.seen.at[rows, column].set(True, mode="drop"),
+    )
+
+
+def run(
+    model: Decoder,
+    state: GenerateState,
+    request: Request,
+    *,
+    settings: LayerSettings,
+    tile_size: int,
+) -> GenerateState:
+    """Prefills the request's prompt, then decodes until every row has ended.
+
+    A pure function of its arrays: jit it, or use `generate_call`, which is jitted and
+    donates the state. Rows whose `count` is 0 keep what they have.
+
+    Args:
+      model: The decoder.
+      state: Where generation stands; `new_state` makes an empty one.
+      request: Prompt, sampling and limits.
+      settings: The model and how to attend.
+      tile_size: Query tokens per prefill tile.
+    """
+    fresh = request.count > 0
+    rows = jnp.arange(request.count.shape[0])[:, None]
+    inside = jnp.arange(request.prompt.shape[1]) < request.count[:, None]
+    column = jnp.where(inside, request.prompt, state.seen.shape[1])
+    carry = prefill(
+        model,
+        state.cache,
+        request.prompt,
+        state.lengths,
+        request.count,
+        request.rope,
+        settings,
+        tile_size=tile_size,
+    )
+    last = jnp.maximum(request.count - 1, 0)[:, None, None]
+    hidden = jnp.take_along_axis(carry.hidden, last, axis=1)[:, 0]
+    state = dataclasses.replace(
+        state,
+        cache=carry.cache,
+        lengths=state.lengths + request.count,
+        done=jnp.where(fresh, request.max_new <= state.generated, state.done),
+        seen=state.seen.at[rows, column].set(True, mode="drop"),
+        prefill_counts=state.prefill_counts + carry.counts,
+    )
+    state = _emit(state, logits(model, hidden), fresh & ~state.done, request)
+
+    def unfinished(loop: tuple[Array, GenerateState]) -> Array:
+        step, state = loop
+        return (step < request.steps) & jnp.any(~state.done)
+
+    def step(loop: tuple[Array, GenerateState]) -> tuple[Array, GenerateState]:
+        number, state = loop
+        active = ~state.done
+        carry = decode_step(
+            model,
+            state.cache,
+            state.pending,
+            state.lengths,
+            active,
+            request.rope,
+            settings,
+        )
+        state = dataclasses.replace(
+            state,
+            cache=carry.cache,
+            lengths=state.lengths + active,
+            decode_counts=state.decode_counts + carry.counts,
+        )
+        scores = logits(model, carry.hidden[:, 0])
+        return number + 1, _emit(state, scores, active, request)
+
+    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("settings", "tile_size"), donate_argnames="state"
+)
+def generate_call(
+    model: Decoder,
+    state: GenerateState,
+    request: Request,
+    *,
+    settings: LayerSettings,
+    tile_size: int,
+) -> GenerateState:
+    """`run`, jitted; the state's buffers are reused."""
+    return run(model, state, request, settings=settings, tile_size=tile_size)
+
+
+def bucket(length: int, smallest: int) -> int:
+    """The next of smallest · {1, 1.5} · 2^n: lengths that share a compilation."""
+    size = smallest
+    while size < length:
+        if size * 3 // 2 >= length:
+            return size * 3 // 2
+        size *= 2
+    return size
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Bucketed sizes of one compilation.
+
+    Attributes:
+      prompt: T.
+      new: Room for output tokens.
+      capacity: Cache tokens per row.
+      tile: Query tokens per prefill tile.
+    """
+
+    prompt: int
+    new: int
+    capacity: int
+    tile: int
+
+
+def plan_shapes(
+    prompt: int,
+    *,
+    farthest_start: int,
+    longest: int,
+    max_new: int,
+    tile_size: int,
+    block_size: int,
+) -> Shapes:
+    """Buckets of a request.
+
+    Args:
+      prompt: Tokens of the longest row in one prefill call.
+      farthest_start: Largest position at which a row's prefill call starts. Prefill
+        writes whole tiles from there in every row, whatever the row's own count.
+      longest: Tokens of the longest row, prompt and cache together.
+      max_new: Output tokens.
+      tile_size: Query tokens per tile, if the prompt is that long.
+      block_size: Tokens per KV block.
+    """
+    width = bucket(prompt, _MIN_PROMPT)
+    tile = min(tile_size, width)
+    room = max(farthest_start + padded_length(width, tile), longest + max_new)
+    return Shapes(
+        prompt=width,
+        new=bucket(max_new, _MIN_NEW),
+        capacity=bucket(-(-room // block_size), 4) * block_size,
+        tile=tile,
+    )
+
+
+def new_state(
+    model: Decoder, settings: LayerSettings, batch: int, shapes: Shapes
+) -> GenerateState:
+    """An empty state for a batch."""
+    dtype = model.embedding[...].dtype
+    cache = init_cache(
+        settings.config,
+        settings.sparse,
+        batch=batch,
+        capacity=shapes.capacity,
+        dtype=dtype,
+        storage=model.storage,
+    )
+    zeros = functools.partial(jnp.zeros, (batch,))
+    return GenerateState(
+        cache=cache,
+        lengths=zeros(jnp.int32),
+        pending=zeros(jnp.int32),
+        tokens=jnp.full((batch, shapes.new), -1, jnp.int32),
+        generated=zeros(jnp.int32),
+        done=jnp.ones((batch,), bool),
+        seen=jnp.zeros((batch, settings.config.vocab_size), bool),
+        prefill_counts=BlockCounts.zero(),
+        decode_counts=BlockCounts.zero(),
+    )
+
+
+def next_turn(
+    state: GenerateState, shapes: Shapes, settings: LayerSettings
+) -> GenerateState:
+    """The state with a larger cache if need be, and an empty output."""
+    cache = state.cache
+    if cache.capacity < shapes.capacity:
+        cache = grow(cache, shapes.capacity, settings.sparse)
+    batch = cache.batch
+    return dataclasses.replace(
+        state,
+        cache=cache,
+        tokens=jnp.full((batch, shapes.new), -1, jnp.int32),
+        generated=jnp.zeros((batch,), jnp.int32),
+        prefill_counts=BlockCounts.zero(),
+        decode_counts=BlockCounts.zero(),
+    )
+
+
+def pad_rows(rows: list[list[int]], width: int) -> tuple[Array, Array]:
+    """Right-padded [B, width] int32 tokens and their counts [B]."""
+    tokens = np.zeros((len(rows), width), np.int32)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = row
+    return jnp.asarray(tokens), jnp.asarray([len(row) for row in rows], jnp.int32)
+
+
+def stop_array(stops: set[int], config: ModelConfig) -> Int[Array, " stops"]:
+    """EOS and stop ids, −1 padded to a fixed length.
+
+    Raises:
+      ConfigError: If an id is out of the vocabulary, or there are too many.
+    """
+    for token in stops:
+        if not 0 <= token < config.vocab_size:
+            raise ConfigError(
+                f"stop_ids holds {token}: it must be in [0, {config.vocab_size})"
+            )
+    if len(stops) > _MAX_STOPS:
+        raise ConfigError(
+            f"stop_ids and EOS ids are {len(stops)} in all: at most {_MAX_STOPS}"
+        )
+    padded = [*sorted(stops), *[-1] * (_MAX_STOPS - len(stops))]
+    return jnp.asarray(padded, jnp.int32)
+
+
+def request_rope(config: ModelConfig, longest: int) -> Rope:
+    """Rotary frequencies of a request of up to `longest` positions."""
+    inv_freq, scale = model_rope(config, longest)
+    return Rope(jnp.asarray(inv_freq), jnp.float32(scale))

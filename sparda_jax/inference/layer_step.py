@@ -1,0 +1,245 @@
+"""The layer body: T tokens through one decoder layer. Written once.
+
+A prefill tile (T tokens), a further turn and a decode step (T = 1) all run this
+function; so do the scanned and the unrolled loop over layers, and every selector. Its
+order is the architecture's: project, forecast for the next layer, append to the cache,
+select, attend, MLP.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.block_sparse_attention.api import block_sparse_attention
+from pallas_kernels.paged_decode_attention.api import paged_decode_attention
+from sparda_jax.cache.resident import LayerCache, append_tokens
+from sparda_jax.config import ModelConfig, SparseConfig
+from sparda_jax.models.decoder import (
+    DecoderLayer,
+    project_qkv,
+    value_key_bias,
+)
+from sparda_jax.models.forecast import project_forecast
+from sparda_jax.models.layers import matmul, rms_norm, swiglu
+from sparda_jax.sparse.selection import SelectionTile
+from sparda_jax.sparse.selectors import Selector
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSettings:
+    """What is fixed at trace time, the same for every layer and step.
+
+    Attributes:
+      config: The model.
+      sparse: Selection geometry.
+      selector: How blocks are chosen.
+      implementation: Attention kernels: None takes what is recorded as fastest for the
+        device, a name is never replaced by another.
+    """
+
+    config: ModelConfig
+    sparse: SparseConfig
+    selector: Selector
+    implementation: str | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TileState:
+    """Where a tile stands in its rows.
+
+    Attributes:
+      start: Position of the tile's first token, per row [B].
+      count: Valid tokens of the tile, per row [B]; the rest is padding.
+      length: Keys of the row once the whole prompt or step is in [B].
+      inv_freq, rope_scale: Rotary frequencies [H/2] and the scale of cos and sin.
+      decoding: The tile is one decode step.
+    """
+
+    start: Int[Array, " B"]
+    count: Int[Array, " B"]
+    length: Int[Array, " B"]
+    inv_freq: Float[Array, " half"]
+    rope_scale: Float[Array, ""]
+    decoding: bool = dataclasses.field(metadata={"static": True})
+
+    def positions(self, steps: int) -> Int[Array, "B T"]:
+        """Positions of the tile's tokens."""
+        return self.start[:, None] + jnp.arange(steps)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockCounts:
+    """KV blocks read and KV blocks present, summed over rows, heads and layers."""
+
+    attended: Float[Array, ""]
+    present: Float[Array, ""]
+
+    @staticmethod
+    def zero() -> "BlockCounts":
+        """No blocks."""
+        return BlockCounts(jnp.float32(0), jnp.float32(0))
+
+    def __add__(self, other: "BlockCounts") -> "BlockCounts":
+        return jax.tree.map(jnp.add, self, other)
+
+
+def _count_blocks(
+    blocks: Int[Array, "B K T P"] | None,
+    tile: TileState,
+    steps: int,
+    kv_heads: int,
+    block_size: int,
+) -> BlockCounts:
+    valid = jnp.arange(steps) < tile.count[:, None]  # B T
+    causal = jnp.where(valid, tile.positions(steps) // block_size + 1, 0)
+    present = jnp.sum(causal.astype(jnp.float32)) * kv_heads
+    if blocks is None:
+        return BlockCounts(present, present)
+    picked = jnp.sum(blocks >= 0, axis=-1) * valid[:, None]
+    return BlockCounts(jnp.sum(picked.astype(jnp.float32)), present)
+
+
+def _attend(
+    q: Float[Array, "B T N H"],
+    blocks: Int[Array, "B K T P"] | None,
+    cache: LayerCache,
+    index: int | Int[Array, ""],
+    tile: TileState,
+    settings: LayerSettings,
+) -> Float[Array, "B T N H"]:
+    """Attention of the tile over its block lists (None: all causal blocks)."""
+    sparse = settings.sparse
+    key_bias = cache.key_bias
+    if key_bias is not None and not sparse.dense_key_bias:
+        # Parity with the reference, which drops c wherever attention is dense (§8.6).
+        if settings.selector.scores is None:
+            key_bias = None
+        elif sparse.dense_len > 0:
+            dense = tile.length < sparse.dense_len
+            key_bias = jnp.where(dense[None, :, None, None, None], 0.0, key_bias)
+    if not tile.decoding:
+        return block_sparse_attention(
+            q,
+            cache.kv,
+            q_start=tile.start,
+            block_indices=blocks,
+            layer=index,
+            key_bias=key_bias,
+            implementation=settings.implementation,
+        )
+    if blocks is None:
+        where = {"lengths": tile.length}
+    else:
+        # In a resident cache slot c holds block c; a slot table comes in between when
+        # KV is offloaded. Only the row's last block can be partly filled.
+        block_size = sparse.block_size
+        filled = tile.length[:, None, None] - blocks[:, :, 0] * block_size
+        where = {
+            "slots": blocks[:, :, 0],
+            "slot_lengths": jnp.clip(filled, 0, block_size),
+        }
+    out = paged_decode_attention(
+        q[:, 0],
+        cache.kv,
+        layer=index,
+        key_bias=key_bias,
+        implementation=settings.implementation,
+        **where,
+    )
+    return out[:, None]
+
+
+def forecast_for_first_layer(
+    h: Float[Array, "B T D"],
+    norm: Float[Array, " D"],
+    head: Float[Array, "D KH"],
+    tile: TileState,
+    config: ModelConfig,
+) -> Float[Array, "B T K H"]:
+    """phi_0, which layer 0 makes of its own input (specification §4.2)."""
+    x = rms_norm(h, norm, config.rms_norm_eps)
+    positions = tile.positions(h.shape[1])
+    return project_forecast(x, head, positions, tile.inv_freq, tile.rope_scale)
+
+
+def decoder_layer(
+    layer: DecoderLayer,
+    next_head: Float[Array, "D KH"] | None,
+    h: Float[Array, "B T D"],
+    phi: Float[Array, "B T K H"] | None,
+    cache: LayerCache,
+    index: int | Int[Array, ""],
+    tile: TileState,
+    settings: LayerSettings,
+) -> tuple[
+    Float[Array, "B T D"],
+    Float[Array, "B T K H"] | None,
+    LayerCache,
+    Int[Array, "B K T P"] | None,
+    BlockCounts,
+]:
+    """Runs one layer on one tile.
+
+    Args:
+      layer: The layer's weights.
+      next_head: Forecast head that the next layer consumes, or None.
+      h: Hidden states.
+      phi: Forecasts of the layer before for this layer's selection, or None.
+      cache: The cache that holds the layer, before the tile.
+      index: The layer's index inside `cache`.
+      tile: Where the tile stands.
+      settings: The model and how to attend.
+
+    Returns:
+      Hidden states, the forecast for the next layer, the cache with the tile's tokens,
+      the block lists (None: all causal blocks) and how many blocks were read.
+    """
+    config, sparse = settings.config, settings.sparse
+    steps = h.shape[1]
+    positions = tile.positions(steps)
+    x = rms_norm(h, _array(layer.attention_norm), config.rms_norm_eps)
+    q, k, v = project_qkv(layer, config, x, positions, tile.inv_freq, tile.rope_scale)
+    if next_head is None:
+        phi_next = None
+    else:
+        phi_next = project_forecast(
+            x, next_head, positions, tile.inv_freq, tile.rope_scale
+        )
+    cache = append_tokens(
+        cache,
+        index,
+        k,
+        v,
+        value_key_bias(layer, v) if config.key_bias else None,
+        start=tile.start,
+        count=tile.count,
+        sparse=sparse,
+    )
+    importance = cache.importance
+    seen = SelectionTile(
+        q=q,
+        phi=phi,
+        positions=positions,
+        windows=cache.keys.windows[index],
+        importance=None if importance is None else importance.windows[index][..., 0],
+        length=tile.length,
+        decoding=tile.decoding,
+    )
+    blocks = settings.selector.select(seen, config, sparse)
+    attended = _attend(q, blocks, cache, index, tile, settings)
+    scale = jnp.asarray(config.residual_scale, h.dtype)
+    flat = attended.reshape(*h.shape[:2], -1)
+    h = h + scale * matmul(flat, _array(layer.out))
+    x = rms_norm(h, _array(layer.mlp_norm), config.rms_norm_eps)
+    h = h + scale * swiglu(x, _array(layer.gate_up), _array(layer.down))
+    counts = _count_blocks(blocks, tile, steps, config.num_kv_heads, sparse.block_size)
+    return h, phi_next, cache, blocks, counts
+
+
+def _array(parameter: nnx.Param) -> Array:
+    return parameter[...]

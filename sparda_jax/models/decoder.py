@@ -1,0 +1,190 @@
+"""The decoder: one module for every supported model, its weights and its layer body.
+
+Weights are stored in one of two ways, and everything else is written once:
+
+  stacked     one `DecoderLayer` whose arrays carry a leading axis L; `lax.scan` runs it
+  per layer   L separate `DecoderLayer`s; a Python loop unrolls them
+
+Stacked storage compiles in constant time and suits training and long prefills. A scan
+copies each layer's slice of the stack first, so per-layer storage is faster where a
+step is bound by memory, as in decode.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from sparda_jax.config import ModelConfig
+from sparda_jax.models.forecast import Forecast
+from sparda_jax.models.layers import matmul, rms_norm
+from sparda_jax.models.rope import apply_rope
+
+Storage = Literal["stacked", "per_layer"]
+
+
+class DecoderLayer(nnx.Module):
+    """Weights of one decoder layer, or of all of them with a leading axis L.
+
+    Linear weights are [in, out]; Q|K|V and gate|up are fused.
+    """
+
+    def __init__(self, weights: dict[str, Array]):
+        """Takes the arrays by the names of `layer_shapes`."""
+        self.attention_norm = nnx.Param(weights["attention_norm"])
+        self.qkv = nnx.Param(weights["qkv"])
+        self.out = nnx.Param(weights["out"])
+        self.mlp_norm = nnx.Param(weights["mlp_norm"])
+        self.gate_up = nnx.Param(weights["gate_up"])
+        self.down = nnx.Param(weights["down"])
+        self.qkv_bias = _optional(weights, "qkv_bias")
+        self.q_norm = _optional(weights, "q_norm")
+        self.k_norm = _optional(weights, "k_norm")
+        self.key_bias_scale = _optional(weights, "key_bias_scale")
+        self.key_bias_delta = _optional(weights, "key_bias_delta")
+
+
+def _optional(weights: dict[str, Array], name: str) -> nnx.Param | None:
+    return nnx.Param(weights[name]) if name in weights else None
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers, final norm, head and, if present, Forecast heads.
+
+    Attributes:
+      embedding: [V, D].
+      layers: One stacked `DecoderLayer`, or an `nnx.List` of L of them.
+      final_norm: [D].
+      head: [V, D], or None when tied to the embedding.
+      forecast: Forecast heads by consuming layer (see `models.forecast`): [L, D, K*H],
+        or an `nnx.List` of [D, K*H]; None when the model has none.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embedding: Float[Array, "V D"],
+        layers: list[DecoderLayer],
+        final_norm: Float[Array, " D"],
+        head: Float[Array, "V D"] | None,
+        forecast: list[Float[Array, "D KH"]] | None = None,
+        storage: Storage = "per_layer",
+    ):
+        self.config = nnx.static(config)
+        self.embedding = nnx.Param(embedding)
+        self.final_norm = nnx.Param(final_norm)
+        self.head = None if head is None else nnx.Param(head)
+        if storage == "stacked":
+            self.layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        else:
+            self.layers = nnx.List(layers)
+        self.forecast = nnx.data(None)
+        if forecast is not None:
+            self.set_forecast(forecast)
+
+    @property
+    def storage(self) -> Storage:
+        """How the layer weights are held."""
+        return "per_layer" if isinstance(self.layers, nnx.List) else "stacked"
+
+    def set_forecast(self, heads: list[Float[Array, "D KH"]]) -> None:
+        """Installs Forecast heads, one per consuming layer, in the model's storage."""
+        if self.storage == "stacked":
+            self.forecast = Forecast(jnp.stack(list(heads)))
+        else:
+            self.forecast = nnx.List([Forecast(head) for head in heads])
+
+    def forecast_head(self, layer: int | Int[Array, ""]) -> Float[Array, "D KH"]:
+        """The head whose forecast layer `layer` (mod L) consumes."""
+        if isinstance(self.forecast, nnx.List):
+            return self.forecast[layer % self.config.num_layers][...]
+        index = layer % self.config.num_layers
+        return jax.lax.dynamic_index_in_dim(self.forecast[...], index, keepdims=False)
+
+    def first_attention_norm(self) -> Float[Array, " D"]:
+        """Input norm of layer 0, which layer 0's own Forecast needs before the loop."""
+        if isinstance(self.layers, nnx.List):
+            return self.layers[0].attention_norm[...]
+        return self.layers.attention_norm[0]
+
+
+def run_layers[Carry](
+    model: Decoder,
+    body: Callable[[Carry, DecoderLayer, int | Int[Array, ""]], Carry],
+    carry: Carry,
+) -> Carry:
+    """Runs `body(carry, layer, index)` over the layers: scanned or unrolled."""
+    if isinstance(model.layers, nnx.List):
+        for index, layer in enumerate(model.layers):
+            carry = body(carry, layer, index)
+        return carry
+
+    def step(carry: Carry, xs: tuple[DecoderLayer, Array]) -> tuple[Carry, None]:
+        layer, index = xs
+        return body(carry, layer, index), None
+
+    indices = jnp.arange(model.config.num_layers)
+    return jax.lax.scan(step, carry, (model.layers, indices))[0]
+
+
+def embed(
+    model: Decoder, tokens: Int[Array, "B T"], dtype: DTypeLike
+) -> Float[Array, "B T D"]:
+    """Token embeddings times `embed_scale` (specification §1.1, h0)."""
+    rows = jnp.take(model.embedding[...], tokens, axis=0).astype(dtype)
+    return rows * jnp.asarray(model.config.embed_scale, dtype)
+
+
+def logits(model: Decoder, h: Float[Array, "rows D"]) -> Float[Array, "rows V"]:
+    """Final norm and head in float32 (specification §1.1, logits)."""
+    config = model.config
+    x = rms_norm(h, model.final_norm[...], config.rms_norm_eps)
+    x = x / jnp.asarray(config.logits_divisor, x.dtype)
+    head = model.embedding[...] if model.head is None else model.head[...]
+    # The head is read as it is stored, [V, D], from the left: the transposed product
+    # is three times slower for one row on a CPU.
+    return jax.lax.dot_general(
+        head.astype(x.dtype),
+        x,
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    ).T
+
+
+def project_qkv(
+    layer: DecoderLayer,
+    config: ModelConfig,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    inv_freq: Float[Array, " half"],
+    scale: float | Float[Array, ""],
+) -> tuple[
+    Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]
+]:
+    """Q and K after RoPE, and V, of the normalised input x (specification §1)."""
+    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    fused = matmul(x, layer.qkv[...])
+    if layer.qkv_bias is not None:
+        fused = fused + layer.qkv_bias[...].astype(fused.dtype)
+    fused = fused.reshape(*x.shape[:2], heads + 2 * kv_heads, dim)
+    q, k, v = jnp.split(fused, (heads, heads + kv_heads), axis=2)
+    if layer.q_norm is not None and layer.k_norm is not None:
+        q = rms_norm(q, layer.q_norm[...], config.rms_norm_eps)
+        k = rms_norm(k, layer.k_norm[...], config.rms_norm_eps)
+    q = apply_rope(q, positions, inv_freq, scale)
+    k = apply_rope(k, positions, inv_freq, scale)
+    return q, k, v
+
+
+def value_key_bias(
+    layer: DecoderLayer, v: Float[Array, "B T K H"]
+) -> Float[Array, "B T K"]:
+    """NOSA's key bias c = A ⊙ softplus(delta(v)), float32 (specification §1.2)."""
+    assert layer.key_bias_scale is not None and layer.key_bias_delta is not None
+    flat = v.reshape(*v.shape[:2], -1)
+    gate = jax.nn.softplus(matmul(flat, layer.key_bias_delta[...]))
+    return (layer.key_bias_scale[...] * gate).astype(jnp.float32)

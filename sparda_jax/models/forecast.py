@@ -1,0 +1,55 @@
+"""Forecast heads: the fourth projection, which selects the *next* layer's KV blocks.
+
+Layer l's Forecast selects for layer l + 1; this module is where that is written down.
+A head belongs to the layer that *consumes* its forecast:
+
+    heads[0]      the reference's q_curr_proj of layer 0: layer 0 selects for itself
+    heads[l]      the reference's q_future_proj of layer l - 1,  l = 1 … L-1
+
+so every head is used and trained, L in all. (The reference also allocates the last
+layer's q_future_proj, which feeds nothing.) With x_l the normalised input of layer l:
+
+    phi_0     = RoPE(heads[0]   · x_0)
+    phi_{l+1} = RoPE(heads[l+1] · x_l)          at the token's own position
+
+and phi_l is scored against layer l's own compressed keys (specification §4.2).
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from sparda_jax.models.layers import matmul
+from sparda_jax.models.rope import apply_rope
+
+
+class Forecast(nnx.Param):
+    """A Forecast weight. `nnx.Optimizer(model, tx, wrt=Forecast)` trains only these."""
+
+
+def project_forecast(
+    x: Float[Array, "B T D"],
+    head: Float[Array, "D KH"],
+    positions: Int[Array, "B T"],
+    inv_freq: Float[Array, " half"],
+    scale: float | Float[Array, ""],
+) -> Float[Array, "B T K H"]:
+    """phi = RoPE(head · x), one vector per kv head (specification §4.2)."""
+    head_dim = 2 * inv_freq.shape[0]
+    phi = matmul(x, head).reshape(*x.shape[:2], -1, head_dim)
+    return apply_rope(phi, positions, inv_freq, scale)
+
+
+def heads_from_query(
+    query_weights: Float[Array, "L D NH"], num_kv_heads: int, head_dim: int
+) -> Float[Array, "L D KH"]:
+    """Training-free heads: the group mean of the consuming layer's query heads.
+
+    heads[l] = mean over the G query heads of each kv head of layer l's W_q. For l ≥ 1
+    the forecast differs from the layer's own mean query only by reading the input of
+    the layer before. The group mean divides all scores of a row alike, so it ranks
+    blocks as the group sum does.
+    """
+    layers, hidden, _ = query_weights.shape
+    grouped = query_weights.reshape(layers, hidden, num_kv_heads, -1, head_dim)
+    return jnp.mean(grouped, axis=3).reshape(layers, hidden, num_kv_heads * head_dim)

@@ -1,0 +1,35 @@
+"""Small pieces of a decoder layer: normalisation and the gated MLP."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def rms_norm(
+    x: Float[Array, "*rows D"], weight: Float[Array, " D"], eps: float
+) -> Float[Array, "*rows D"]:
+    """RMSNorm: variance and division in float32, cast, then times the weight.
+
+    Source: specification §6 (numerics).
+    """
+    wide = x.astype(jnp.float32)
+    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(variance + eps)).astype(x.dtype) * weight
+
+
+def matmul(
+    x: Float[Array, "*rows D"], weight: Float[Array, "D E"]
+) -> Float[Array, "*rows E"]:
+    """x · weight in x's dtype; rows are flattened so that one GEMM runs."""
+    rows = x.reshape(-1, x.shape[-1])
+    return (rows @ weight.astype(x.dtype)).reshape(*x.shape[:-1], weight.shape[-1])
+
+
+def swiglu(
+    x: Float[Array, "*rows D"],
+    gate_up: Float[Array, "D F2"],
+    down: Float[Array, "F D"],
+) -> Float[Array, "*rows D"]:
+    """down(silu(gate(x)) · up(x)); `gate_up` holds gate and up side by side."""
+    gate, up = jnp.split(matmul(x, gate_up), 2, axis=-1)
+    return matmul(jax.nn.silu(gate) * up, down)

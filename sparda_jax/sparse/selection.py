@@ -1,0 +1,197 @@
+"""Block selection: window scores → block scores → the row's block list.
+
+Everything here works on one tile of query tokens, so nothing of size T×W or T×M is held
+for a long T. Scores are float32; ties go to the lowest block index, as `lax.top_k` does
+(neighbouring blocks share a window, so exact ties are common; specification §10.1).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sparda_jax.config import SparseConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SelectionTile:
+    """What a selector sees for T consecutive query tokens of every row.
+
+    Attributes:
+      q: Queries after RoPE [B, T, N, H].
+      phi: Forecasts of the layer before for these tokens [B, T, K, H], or None.
+      positions: [B, T].
+      windows: The layer's own compressed keys [B, K, W, H], W = M·ρ.
+      importance: NOSA: c averaged over the same windows [B, K, W], or None.
+      length: Keys that each row holds once its whole prompt or step is in [B].
+      decoding: The tile is one decode step.
+    """
+
+    q: Float[Array, "B T N H"]
+    phi: Float[Array, "B T K H"] | None
+    positions: Int[Array, "B T"]
+    windows: Float[Array, "B K W H"]
+    importance: Float[Array, "B K W"] | None
+    length: Int[Array, " B"]
+    decoding: bool = dataclasses.field(metadata={"static": True})
+
+
+def _visible(
+    tile: SelectionTile, sparse: SparseConfig, *, by_start: bool = False
+) -> Bool[Array, "B #K T W"]:
+    """Windows that a query may look at.
+
+    The rule is "wholly in the past", σm + κ − 1 ≤ i. The reference's Forecast prefill
+    asks only for the window's start, σm ≤ i (`by_start`); once future blocks are
+    masked both select the same blocks, since the windows in which they differ belong to
+    forced local blocks (specification §4.3, §10.2).
+    """
+    window = jnp.arange(tile.windows.shape[2])
+    first = window * sparse.kernel_stride
+    last = first + sparse.kernel_size - 1
+    finished = last < tile.length[:, None]  # B W
+    edge = first if by_start else last
+    past = edge <= tile.positions[:, :, None]  # B T W
+    return (past & finished[:, None, :])[:, None]
+
+
+def own_query_scores(
+    tile: SelectionTile, sparse: SparseConfig
+) -> Float[Array, "B K T W"]:
+    """InfLLM-V2: softmax over windows per head, summed over the group (§2.3).
+
+    Invisible windows get 0 and a row that sees none gets zeros.
+    """
+    batch, steps, heads, dim = tile.q.shape
+    kv_heads = tile.windows.shape[1]
+    q = tile.q.reshape(batch, steps, kv_heads, heads // kv_heads, dim)
+    scores = jnp.einsum(
+        "btkgh,bkwh->bkgtw",
+        q,
+        tile.windows.astype(q.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    seen = _visible(tile, sparse)[:, :, None]
+    scores = jnp.where(seen, scores * dim**-0.5, -jnp.inf)
+    peak = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return jnp.sum(weights / jnp.where(total > 0, total, 1.0), axis=2)
+
+
+def forecast_scores(
+    tile: SelectionTile, sparse: SparseConfig
+) -> Float[Array, "B K T W"]:
+    """SparDA: raw dot product of the forecast, one head a group (§4.3).
+
+    No scale, no softmax, no sum over heads: the ranking needs none of them. Invisible
+    windows get −∞.
+    """
+    assert tile.phi is not None
+    scores = jnp.einsum(
+        "btkh,bkwh->bktw",
+        tile.phi,
+        tile.windows.astype(tile.phi.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    by_start = not sparse.mask_future_blocks and not tile.decoding
+    return jnp.where(_visible(tile, sparse, by_start=by_start), scores, -jnp.inf)
+
+
+def pool_to_blocks(
+    scores: Float[Array, "*rows W"], windows_per_block: int
+) -> Float[Array, "*rows M"]:
+    """Max over the windows that touch a block: m ∈ [ρb − 1, ρb + ρ − 1] (§2.4)."""
+    grouped = scores.reshape(*scores.shape[:-1], -1, windows_per_block)
+    inside = jnp.max(grouped, axis=-1)
+    before = jnp.pad(
+        grouped[..., :-1, -1],
+        [(0, 0)] * (grouped.ndim - 2) + [(1, 0)],
+        constant_values=-jnp.inf,
+    )
+    return jnp.maximum(inside, before)
+
+
+def force_blocks(
+    scores: Float[Array, "B K #T M"],
+    query_block: Int[Array, "B #K T"],
+    sparse: SparseConfig,
+) -> Float[Array, "B K T M"]:
+    """+∞ on init and local blocks, −∞ on future ones unless kept for parity (§2.4)."""
+    block = jnp.arange(scores.shape[-1])
+    own = query_block[..., None]
+    local = (block >= own - sparse.local_blocks) & (block <= own)
+    scores = jnp.where((block < sparse.init_blocks) | local, jnp.inf, scores)
+    if sparse.mask_future_blocks:
+        scores = jnp.where(block <= own, scores, -jnp.inf)
+    return scores
+
+
+def budget_width(sparse: SparseConfig, num_blocks: int) -> int:
+    """P, the length of block lists: the budget, or what dense rows need (§2.6)."""
+    dense = -(-sparse.dense_len // sparse.block_size) if sparse.dense_len > 0 else 0
+    return min(max(sparse.block_budget, dense), num_blocks)
+
+
+def top_blocks(
+    scores: Float[Array, "B K T M"],
+    query_block: Int[Array, "B #K T"],
+    length: Int[Array, " B"],
+    sparse: SparseConfig,
+) -> Int[Array, "B K T P"]:
+    """The best blocks of each row, best first; −1 where there is none (§2.4).
+
+    Rows shorter than `dense_len` take all their blocks instead.
+    """
+    width = budget_width(sparse, scores.shape[-1])
+    own = query_block[..., None]
+    dense = (length < sparse.dense_len)[:, None, None, None]
+    if sparse.dense_len > 0:
+        everything = jnp.arange(scores.shape[-1]) <= own
+        scores = jnp.where(dense, jnp.where(everything, jnp.inf, -jnp.inf), scores)
+    best, index = jax.lax.top_k(scores, width)
+    taken = (best > -jnp.inf) & (index <= own)
+    if width > sparse.block_budget:
+        taken &= dense | (jnp.arange(width) < sparse.block_budget)
+    return jnp.where(taken, index, -1).astype(jnp.int32)
+
+
+def constrain_by_importance(
+    scores: Float[Array, "B K T M"],
+    importance: Float[Array, "B K W"],
+    query_block: Int[Array, "B #K T"],
+    sparse: SparseConfig,
+) -> Float[Array, "B K T M"]:
+    """NOSA's second stage: query-aware blocks first, then by importance (§3).
+
+    Args:
+      scores: Forced block scores of the first stage.
+      importance: Window means of c; unfinished windows must hold −∞.
+      query_block: The query's own block.
+      sparse: `query_blocks` more than the init and local ones come from `scores`.
+
+    Returns:
+      Scores whose top `block_budget` are the selection: +∞ on the first stage's picks,
+      the pooled importance elsewhere.
+    """
+    blocks = scores.shape[-1]
+    quota = sparse.init_blocks + sparse.local_blocks + sparse.query_blocks
+    best, picks = jax.lax.top_k(scores, min(quota, blocks))
+    agnostic = pool_to_blocks(importance, sparse.windows_per_block)[:, :, None]
+    agnostic = force_blocks(agnostic, query_block, sparse)
+    block = jnp.arange(blocks)
+    agnostic = jnp.where(block <= query_block[..., None], agnostic, -jnp.inf)
+    if sparse.mask_future_blocks:
+        picks = jnp.where(best > -jnp.inf, picks, blocks)
+    lead = jnp.ogrid[tuple(slice(size) for size in scores.shape[:3])]
+    rows = tuple(index[..., None] for index in lead)
+    return agnostic.at[(*rows, picks)].set(jnp.inf, mode="drop")
+
+
+def sorted_blocks(blocks: Int[Array, "*rows P"]) -> Int[Array, "*rows P"]:
+    """Block lists in ascending order, −1 last: the form of the reference's lists."""
+    last = jnp.iinfo(blocks.dtype).max
+    ordered = jnp.sort(jnp.where(blocks < 0, last, blocks), axis=-1)
+    return jnp.where(ordered == last, -1, ordered)
