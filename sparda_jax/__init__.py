@@ -1,9 +1,9 @@
 """SparDA in JAX: Forecast-driven sparse attention over a long context.
 
-    import sparda_jax as sj
-    lm = sj.load("smollm2-135m", attention="infllm_v2")
-    out = sj.generate(lm, ["Once upon a time"], max_new_tokens=32)
-    print(out.texts[0], out.stats)
+import sparda_jax as sj
+lm = sj.load("smollm2-135m", attention="infllm_v2")
+out = sj.generate(lm, ["Once upon a time"], max_new_tokens=32)
+print(out.texts[0], out.stats)
 """
 
 from sparda_jax.config import (

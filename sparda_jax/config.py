@@ -173,9 +173,7 @@ class ModelConfig:
             self.num_heads,
             f"a multiple of num_kv_heads={self.num_kv_heads}",
         )
-        _require(
-            self.head_dim % 2 == 0, "ModelConfig.head_dim", self.head_dim, "even"
-        )
+        _require(self.head_dim % 2 == 0, "ModelConfig.head_dim", self.head_dim, "even")
         if self.rope.kind == "longrope":
             _require(
                 len(self.rope.short_factors) == self.head_dim // 2,

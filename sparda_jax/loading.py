@@ -185,9 +185,9 @@ def _open(name: str) -> CheckpointSource:
             "give the path of its safetensors directory or GGUF file instead"
         )
     source = open_checkpoint(fetch_default_model())
-    return dataclasses.replace(source, config=dataclasses.replace(
-        source.config, name=name
-    ))
+    return dataclasses.replace(
+        source, config=dataclasses.replace(source.config, name=name)
+    )
 
 
 def with_attention(

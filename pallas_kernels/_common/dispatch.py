@@ -86,9 +86,7 @@ def candidates(op: str, implementation: str | None) -> tuple[str, ...]:
     return order if "xla" in order else (*order, "xla")
 
 
-def dispatch[T](
-    op: str, implementation: str | None, run: Callable[[str], T]
-) -> T:
+def dispatch[T](op: str, implementation: str | None, run: Callable[[str], T]) -> T:
     """Calls ``run`` with the first candidate that does not refuse.
 
     Args:
@@ -120,3 +118,49 @@ def triton_deprecation_handled() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=r"(?is).*triton.*deprecat.*")
         warnings.filterwarnings("ignore", message=r"(?is).*deprecat.*triton.*")
         yield
+
+
+def current_platform() -> str:
+    """Platform the call will run or lower for: "cpu", "cuda", ..."""
+    mesh = jax.sharding.get_abstract_mesh()
+    abstract = getattr(mesh, "abstract_device", None)
+    if abstract is not None:
+        return abstract.platform
+    default = jax.config.jax_default_device
+    if default is not None and not isinstance(default, str):
+        platform = default.platform
+    else:
+        platform = jax.devices(default)[0].platform
+    return "cuda" if platform == "gpu" else platform
+
+
+def current_compute_capability() -> float | None:
+    """Compute capability of the CUDA device at hand; None when only lowering."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if getattr(mesh, "abstract_device", None) is not None:
+        return None
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    return None if capability is None else float(capability)
+
+
+def require_cuda(implementation: str, least: float) -> None:
+    """Refuses where a Pallas back end has no device to run on.
+
+    Args:
+      implementation: its name, for the message.
+      least: the smallest compute capability that it supports.
+
+    Raises:
+      NotImplementedError: off CUDA, or on a GPU older than ``least``.
+    """
+    platform = current_platform()
+    if platform != "cuda":
+        raise NotImplementedError(
+            f"{implementation} needs a CUDA device; the platform is {platform!r}"
+        )
+    capability = current_compute_capability()
+    if capability is not None and capability < least:
+        raise NotImplementedError(
+            f"{implementation} needs compute capability {least} or newer; the device "
+            f"has {capability}"
+        )

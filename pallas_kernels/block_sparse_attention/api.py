@@ -24,7 +24,7 @@ def block_sparse_attention(
     q: Float[Array, "B T N H"],
     kv: Float[Array, "*L B K M block 2 H"],
     *,
-    q_start: Int[Array, "B"],
+    q_start: Int[Array, " B"],
     block_indices: Int[Array, "B K T P"] | None = ...,
     layer: Int[Array, ""] | int | None = ...,
     key_bias: Float[Array, "*L B K M block"] | None = ...,
@@ -39,7 +39,7 @@ def block_sparse_attention(
     q: Float[Array, "B T N H"],
     kv: Float[Array, "*L B K M block 2 H"],
     *,
-    q_start: Int[Array, "B"],
+    q_start: Int[Array, " B"],
     block_indices: Int[Array, "B K T P"] | None = ...,
     layer: Int[Array, ""] | int | None = ...,
     key_bias: Float[Array, "*L B K M block"] | None = ...,
@@ -53,7 +53,7 @@ def block_sparse_attention(
     q: Float[Array, "B T N H"],
     kv: Float[Array, "*L B K M block 2 H"],
     *,
-    q_start: Int[Array, "B"],
+    q_start: Int[Array, " B"],
     block_indices: Int[Array, "B K T P"] | None = None,
     layer: Int[Array, ""] | int | None = None,
     key_bias: Float[Array, "*L B K M block"] | None = None,
@@ -158,7 +158,8 @@ def _attend_forward(static: _Static, *args):
 
 
 def _attend_backward(static: _Static, residuals, cotangents):
-    args, out, lse = residuals
+    # A constant among the residuals comes back as a NumPy array.
+    args, out, lse = jax.tree.map(jnp.asarray, residuals)
     d_out, d_lse = cotangents
     d_q, d_kv, d_bias = block_sparse_attention_xla_backward(
         *args, out, lse, d_out, d_lse, scale=static.scale

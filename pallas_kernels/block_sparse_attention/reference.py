@@ -11,7 +11,7 @@ from pallas_kernels._common.numerics import NEG_INF, einsum_f32, finite_or_zero
 def block_sparse_attention_reference(
     q: Float[Array, "B T N H"],
     kv: Float[Array, "L B K M block 2 H"],
-    q_start: Int[Array, "B"],
+    q_start: Int[Array, " B"],
     block_indices: Int[Array, "B K T P"] | None,
     layer: Int[Array, ""],
     key_bias: Float[Array, "L B K M block"] | None,

@@ -42,11 +42,14 @@ from pallas_kernels._common.numerics import (
     softmax_finish,
 )
 
-# Tile sizes for CPUs, where the chunk's K, V and logits should stay in L2 cache.
+# Tile sizes for CPUs, where a chunk of K and V and its logits should stay in cache.
 DENSE_QUERIES = 256
 DENSE_KEYS = 256
-SPARSE_QUERIES = 128
-SPARSE_KEYS = 512
+# Small tiles keep the union of lists short; a tile still needs rows for the product,
+# of which each token gives G.
+SPARSE_ROWS = 128
+SPARSE_QUERIES_MIN = 16
+SPARSE_KEYS = 256
 
 
 class _Chunk(NamedTuple):
@@ -110,7 +113,7 @@ def _dense_walk(kv, key_bias, layer, positions) -> _Walk:
 def _sparse_walk(kv, key_bias, layer, positions, block_indices) -> _Walk:
     """The union of the tile's lists, packed to the front, a few blocks a step."""
     _, batch, kv_heads, blocks, block, _, _ = kv.shape
-    tokens, listed = block_indices.shape[2:]
+    tokens = block_indices.shape[2]
     size = max(1, min(blocks, SPARSE_KEYS // block))
     row = jnp.arange(batch)[:, None, None]
     head = jnp.arange(kv_heads)[:, None]
@@ -231,30 +234,30 @@ def _unrows(x, tokens: int, length: int):
     return x[:, :length]
 
 
-def _tile_size(length: int, block_indices) -> int:
-    wanted = DENSE_QUERIES if block_indices is None else SPARSE_QUERIES
+def _tile_size(length: int, groups: int, block_indices) -> int:
+    wanted = DENSE_QUERIES
+    if block_indices is not None:
+        wanted = max(SPARSE_QUERIES_MIN, SPARSE_ROWS // groups)
     # Tiles of equal size: 300 tokens are 2 x 150, not 256 + 44 padded to 256.
     return cdiv(length, cdiv(length, wanted))
 
 
 def _tiles(q, q_start, block_indices, kv_heads: int) -> tuple[_Tiles, int]:
     length = q.shape[1]
-    tokens = _tile_size(length, block_indices)
+    tokens = _tile_size(length, q.shape[2] // kv_heads, block_indices)
     positions = q_start[:, None] + jnp.arange(length)
     lists = None
     if block_indices is not None:
         lists = _cut(block_indices, tokens, 2, -1)
     # Position -1 is before every key: rows of padding read nothing.
-    tiles = _Tiles(
-        _rows(q, kv_heads, tokens), _cut(positions, tokens, 1, -1), lists
-    )
+    tiles = _Tiles(_rows(q, kv_heads, tokens), _cut(positions, tokens, 1, -1), lists)
     return tiles, tokens
 
 
 def block_sparse_attention_xla(
     q: Float[Array, "B T N H"],
     kv: Float[Array, "L B K M block 2 H"],
-    q_start: Int[Array, "B"],
+    q_start: Int[Array, " B"],
     block_indices: Int[Array, "B K T P"] | None,
     layer: Int[Array, ""],
     key_bias: Float[Array, "L B K M block"] | None,
@@ -288,7 +291,7 @@ def _map(f, tiles):
 def block_sparse_attention_xla_backward(
     q: Float[Array, "B T N H"],
     kv: Float[Array, "L B K M block 2 H"],
-    q_start: Int[Array, "B"],
+    q_start: Int[Array, " B"],
     block_indices: Int[Array, "B K T P"] | None,
     layer: Int[Array, ""],
     key_bias: Float[Array, "L B K M block"] | None,

@@ -13,7 +13,7 @@ def paged_decode_attention_reference(
     kv: Float[Array, "L B K C block 2 H"],
     slots: Int[Array, "B K P"] | None,
     slot_lengths: Int[Array, "B K P"] | None,
-    lengths: Int[Array, "B"] | None,
+    lengths: Int[Array, " B"] | None,
     layer: Int[Array, ""],
     key_bias: Float[Array, "L B K C block"] | None,
     *,

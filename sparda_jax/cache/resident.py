@@ -125,9 +125,7 @@ def init_cache(
             kv=jnp.zeros((*shape, 2, dim), dtype),
             keys=compressed(dim, dtype),
             key_bias=jnp.zeros(shape, jnp.float32) if config.key_bias else None,
-            importance=(
-                compressed(1, jnp.float32) if config.key_bias else None
-            ),
+            importance=(compressed(1, jnp.float32) if config.key_bias else None),
         )
 
     count = 1 if storage == "stacked" else config.num_layers
@@ -234,7 +232,9 @@ def grow(cache: KVCache, capacity: int, sparse: SparseConfig) -> KVCache:
             LayerCache(
                 kv=pad(layer.kv, blocks),
                 keys=compressed(layer.keys),
-                key_bias=None if layer.key_bias is None else pad(layer.key_bias, blocks),
+                key_bias=None
+                if layer.key_bias is None
+                else pad(layer.key_bias, blocks),
                 importance=(
                     None if layer.importance is None else compressed(layer.importance)
                 ),

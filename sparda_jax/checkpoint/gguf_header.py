@@ -273,7 +273,7 @@ def _parse(cursor: _Cursor) -> GGUFHeader:
         raise cursor.fail("version", version, f"little-endian, one of {_VERSIONS}")
     tensor_count = cursor.u64("tensor count")
     key_count = cursor.u64("key count")
-    # Each tensor takes at least 32 bytes (name, a dimension, type, offset), each key 13.
+    # The least bytes: a tensor 32 (name, dimension, type, offset), a key 13.
     left = cursor.size - cursor.position
     if tensor_count * 32 + key_count * 13 > left:
         raise cursor.fail(

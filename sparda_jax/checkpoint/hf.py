@@ -146,7 +146,7 @@ def _select(
     config: ModelConfig,
     found: Mapping[str, TensorLoader],
 ) -> dict[str, TensorLoader]:
-    """The tensors of the model and its Forecast, all checked; no others may be there."""
+    """The tensors of the model and its Forecast, checked; no others may be there."""
     shapes = {name: tensor.shape for name, tensor in found.items()}
     names = layout.check_base(directory, config, shapes)
     forecast = layout.check_forecast(directory, config, shapes)

@@ -12,6 +12,8 @@ from typing import Any
 from sparda_jax.checkpoint.errors import CheckpointError, show
 from sparda_jax.config import ConfigError, ModelConfig, RopeConfig, SparseConfig
 
+_MAX_INTEGER = 2**31 - 1  # Sizes and positions are int32 on the device.
+
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "minicpm")
 
 # Settings that would change the arithmetic, with the values that change nothing.
@@ -110,8 +112,9 @@ class _Fields:
         value = self.values.get(key)
         if value is None and default is not None:
             return default
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise self.fail(key, value, f"an integer of at least {least}")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or not least <= value <= _MAX_INTEGER:
+            raise self.fail(key, value, f"an integer from {least} to {_MAX_INTEGER}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from sparda_jax.checkpoint.layout import parse_forecast_name
 _SAMPLES = 1024
 
 
+@runtime_checkable
 class TensorLoader(Protocol):
     """Reads one array of a file when it is called, or a few elements of it."""
 

@@ -7,7 +7,7 @@ import os
 import pathlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -31,6 +31,7 @@ _WORDS = (
 )
 
 
+@runtime_checkable
 class TokenStream(Protocol):
     """Turns the tokens of one answer into text as they come."""
 
@@ -141,20 +142,26 @@ class Tokenizer:
         """Token ids of a text; no token is added before or after.
 
         Args:
-          text: Any text. Lone surrogates are not text: ValueError.
+          text: Any text.
           special: Read the names of special tokens, such as `<|im_end|>`, as these
             tokens. Only for text that is trusted: a chat template's output, not a
             document.
 
         Returns:
           The ids.
+
+        Raises:
+          ValueError: `text` is not a string, or holds a lone surrogate.
         """
         with self._lock:
             self._backend.encode_special_tokens = not special
             try:
                 return self._backend.encode(text, add_special_tokens=False).ids
-            except UnicodeEncodeError as error:
-                raise ValueError(f"text holds what is not Unicode: {error}") from error
+            except (UnicodeEncodeError, TypeError) as error:
+                # The library says the same of a lone surrogate and of a number.
+                raise ValueError(
+                    f"text = {show(text)} is not a string of valid Unicode"
+                ) from error
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of token ids.

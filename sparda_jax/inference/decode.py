@@ -5,8 +5,9 @@ from jaxtyping import Array, Bool, Int
 
 from sparda_jax.cache.resident import KVCache
 from sparda_jax.inference.layer_step import LayerSettings, TileState
-from sparda_jax.inference.stack import Rope, StackCarry, layer_on_tile, start_stack
+from sparda_jax.inference.stack import StackCarry, layer_on_tile, start_stack
 from sparda_jax.models.decoder import Decoder, DecoderLayer, run_layers
+from sparda_jax.models.rope import Rope, rotation
 
 
 def decode_step(
@@ -35,14 +36,13 @@ def decode_step(
 
     Returns:
       The carry after the last layer: hidden states [B, 1, D], the cache with the tokens
-      in it, block counts and, with `capture`, the block lists [L, B, K, 1, P].
+      in it and, with `capture`, the block lists [L, B, K, 1, P].
     """
     tile = TileState(
         start=lengths,
         count=active.astype(jnp.int32),
         length=lengths + 1,
-        inv_freq=rope.inv_freq,
-        rope_scale=rope.scale,
+        turn=rotation(rope, lengths[:, None]),
         decoding=True,
     )
 

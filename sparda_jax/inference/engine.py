@@ -19,13 +19,13 @@ from sparda_jax.inference.generate import (
     next_turn,
     pad_rows,
     plan_shapes,
-    request_rope,
     stop_array,
 )
 from sparda_jax.inference.layer_step import LayerSettings
 from sparda_jax.inference.prefill import prefill
 from sparda_jax.inference.sampling import SamplingConfig, sampling_state
 from sparda_jax.models.decoder import Decoder, logits
+from sparda_jax.models.rope import model_rope
 from sparda_jax.sparse.selectors import Selector
 
 Prompt = str | Sequence[int] | np.ndarray
@@ -249,7 +249,7 @@ def forward(lm: LanguageModel, ids: Prompt) -> Float[Array, "T V"]:
     key = ("forward", shapes)
     if key not in lm._compiled:
         lm._compiled[key] = jax.jit(whole)
-    rope = request_rope(lm.config, len(tokens))
+    rope = model_rope(lm.config, len(tokens))
     return lm._compiled[key](lm.model, padded, count, rope)[: len(tokens)]
 
 
@@ -315,7 +315,7 @@ class _Run:
         self.stops = stop_array(stops, lm.config)
         self.sampling = sampling_state(sampling, seed, batch)
         self.max_new = jnp.full((batch,), max_new_tokens, jnp.int32)
-        self.rope = request_rope(lm.config, self.rope_length)
+        self.rope = model_rope(lm.config, self.rope_length)
         self.rows, self.held, self.batch = rows, held, batch
 
         longest = max(len(row) for row in rows)
@@ -408,9 +408,7 @@ class _Run:
     def tokens(self) -> list[list[int]]:
         """Output tokens so far."""
         tokens, counts = np.asarray(self.state.tokens), np.asarray(self.state.generated)
-        return [
-            row[:count].tolist() for row, count in zip(tokens, counts, strict=True)
-        ]
+        return [row[:count].tolist() for row, count in zip(tokens, counts, strict=True)]
 
     def output(self, *, split: bool) -> GenerateOutput:
         """The result after the last call."""
@@ -506,9 +504,7 @@ def generate(
         lm,
         prompts,
         max_new_tokens=max_new_tokens,
-        sampling=SamplingConfig(
-            repetition_penalty, temperature, top_k, top_p, min_p
-        ),
+        sampling=SamplingConfig(repetition_penalty, temperature, top_k, top_p, min_p),
         seed=seed,
         stop_ids=stop_ids,
         ignore_eos=ignore_eos,
@@ -601,9 +597,7 @@ def stream(
         lm,
         prompts,
         max_new_tokens=max_new_tokens,
-        sampling=SamplingConfig(
-            repetition_penalty, temperature, top_k, top_p, min_p
-        ),
+        sampling=SamplingConfig(repetition_penalty, temperature, top_k, top_p, min_p),
         seed=seed,
         stop_ids=stop_ids,
         ignore_eos=ignore_eos,

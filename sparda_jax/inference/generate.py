@@ -16,12 +16,12 @@ from jaxtyping import Array, Bool, Float, Int
 from sparda_jax.cache.resident import KVCache, grow, init_cache
 from sparda_jax.config import ConfigError, ModelConfig
 from sparda_jax.inference.decode import decode_step
-from sparda_jax.inference.layer_step import BlockCounts, LayerSettings
+from sparda_jax.inference.layer_step import LayerSettings
 from sparda_jax.inference.prefill import padded_length, prefill
 from sparda_jax.inference.sampling import SamplingState, sample
-from sparda_jax.inference.stack import Rope
+from sparda_jax.inference.stack import BlockCounts, block_counts
 from sparda_jax.models.decoder import Decoder, logits
-from sparda_jax.models.rope import model_rope
+from sparda_jax.models.rope import Rope
 
 _MIN_PROMPT = 128
 _MIN_NEW = 32
@@ -137,6 +137,8 @@ def run(
         settings,
         tile_size=tile_size,
     )
+    width = request.prompt.shape[1]
+    counts = block_counts(carry, state.lengths, request.count, width, settings)
     last = jnp.maximum(request.count - 1, 0)[:, None, None]
     hidden = jnp.take_along_axis(carry.hidden, last, axis=1)[:, 0]
     state = dataclasses.replace(
@@ -145,7 +147,7 @@ def run(
         lengths=state.lengths + request.count,
         done=jnp.where(fresh, request.max_new <= state.generated, state.done),
         seen=state.seen.at[rows, column].set(True, mode="drop"),
-        prefill_counts=state.prefill_counts + carry.counts,
+        prefill_counts=state.prefill_counts.plus(counts),
     )
     state = _emit(state, logits(model, hidden), fresh & ~state.done, request)
 
@@ -165,11 +167,13 @@ def run(
             request.rope,
             settings,
         )
+        fed = active.astype(jnp.int32)
+        counts = block_counts(carry, state.lengths, fed, 1, settings)
         state = dataclasses.replace(
             state,
             cache=carry.cache,
-            lengths=state.lengths + active,
-            decode_counts=state.decode_counts + carry.counts,
+            lengths=state.lengths + fed,
+            decode_counts=state.decode_counts.plus(counts),
         )
         scores = logits(model, carry.hidden[:, 0])
         return number + 1, _emit(state, scores, active, request)
@@ -320,9 +324,3 @@ def stop_array(stops: set[int], config: ModelConfig) -> Int[Array, " stops"]:
         )
     padded = [*sorted(stops), *[-1] * (_MAX_STOPS - len(stops))]
     return jnp.asarray(padded, jnp.int32)
-
-
-def request_rope(config: ModelConfig, longest: int) -> Rope:
-    """Rotary frequencies of a request of up to `longest` positions."""
-    inv_freq, scale = model_rope(config, longest)
-    return Rope(jnp.asarray(inv_freq), jnp.float32(scale))

@@ -7,10 +7,11 @@ select, attend, MLP.
 """
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
@@ -24,6 +25,7 @@ from sparda_jax.models.decoder import (
 )
 from sparda_jax.models.forecast import project_forecast
 from sparda_jax.models.layers import matmul, rms_norm, swiglu
+from sparda_jax.models.rope import Rotation
 from sparda_jax.sparse.selection import SelectionTile
 from sparda_jax.sparse.selectors import Selector
 
@@ -55,53 +57,19 @@ class TileState:
       start: Position of the tile's first token, per row [B].
       count: Valid tokens of the tile, per row [B]; the rest is padding.
       length: Keys of the row once the whole prompt or step is in [B].
-      inv_freq, rope_scale: Rotary frequencies [H/2] and the scale of cos and sin.
+      turn: Rotation of the tile's tokens.
       decoding: The tile is one decode step.
     """
 
     start: Int[Array, " B"]
     count: Int[Array, " B"]
     length: Int[Array, " B"]
-    inv_freq: Float[Array, " half"]
-    rope_scale: Float[Array, ""]
+    turn: Rotation
     decoding: bool = dataclasses.field(metadata={"static": True})
 
     def positions(self, steps: int) -> Int[Array, "B T"]:
         """Positions of the tile's tokens."""
         return self.start[:, None] + jnp.arange(steps)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class BlockCounts:
-    """KV blocks read and KV blocks present, summed over rows, heads and layers."""
-
-    attended: Float[Array, ""]
-    present: Float[Array, ""]
-
-    @staticmethod
-    def zero() -> "BlockCounts":
-        """No blocks."""
-        return BlockCounts(jnp.float32(0), jnp.float32(0))
-
-    def __add__(self, other: "BlockCounts") -> "BlockCounts":
-        return jax.tree.map(jnp.add, self, other)
-
-
-def _count_blocks(
-    blocks: Int[Array, "B K T P"] | None,
-    tile: TileState,
-    steps: int,
-    kv_heads: int,
-    block_size: int,
-) -> BlockCounts:
-    valid = jnp.arange(steps) < tile.count[:, None]  # B T
-    causal = jnp.where(valid, tile.positions(steps) // block_size + 1, 0)
-    present = jnp.sum(causal.astype(jnp.float32)) * kv_heads
-    if blocks is None:
-        return BlockCounts(present, present)
-    picked = jnp.sum(blocks >= 0, axis=-1) * valid[:, None]
-    return BlockCounts(jnp.sum(picked.astype(jnp.float32)), present)
 
 
 def _attend(
@@ -163,10 +131,27 @@ def forecast_for_first_layer(
 ) -> Float[Array, "B T K H"]:
     """phi_0, which layer 0 makes of its own input (specification §4.2)."""
     x = rms_norm(h, norm, config.rms_norm_eps)
-    positions = tile.positions(h.shape[1])
-    return project_forecast(x, head, positions, tile.inv_freq, tile.rope_scale)
+    return project_forecast(x, head, tile.turn)
 
 
+class LayerOutput(NamedTuple):
+    """What a layer makes of a tile.
+
+    Attributes:
+      hidden: Hidden states [B, T, D].
+      phi: Forecast for the next layer [B, T, K, H], or None.
+      cache: The cache with the tile's tokens.
+      blocks: Block lists [B, K, T, P]; None: all causal blocks.
+    """
+
+    hidden: Float[Array, "B T D"]
+    phi: Float[Array, "B T K H"] | None
+    cache: LayerCache
+    blocks: Int[Array, "B K T P"] | None
+
+
+# Jitted for itself, so that an unrolled loop over layers traces and lowers it once.
+@functools.partial(jax.jit, static_argnames="settings")
 def decoder_layer(
     layer: DecoderLayer,
     next_head: Float[Array, "D KH"] | None,
@@ -176,13 +161,7 @@ def decoder_layer(
     index: int | Int[Array, ""],
     tile: TileState,
     settings: LayerSettings,
-) -> tuple[
-    Float[Array, "B T D"],
-    Float[Array, "B T K H"] | None,
-    LayerCache,
-    Int[Array, "B K T P"] | None,
-    BlockCounts,
-]:
+) -> LayerOutput:
     """Runs one layer on one tile.
 
     Args:
@@ -194,22 +173,13 @@ def decoder_layer(
       index: The layer's index inside `cache`.
       tile: Where the tile stands.
       settings: The model and how to attend.
-
-    Returns:
-      Hidden states, the forecast for the next layer, the cache with the tile's tokens,
-      the block lists (None: all causal blocks) and how many blocks were read.
     """
     config, sparse = settings.config, settings.sparse
-    steps = h.shape[1]
-    positions = tile.positions(steps)
-    x = rms_norm(h, _array(layer.attention_norm), config.rms_norm_eps)
-    q, k, v = project_qkv(layer, config, x, positions, tile.inv_freq, tile.rope_scale)
-    if next_head is None:
-        phi_next = None
-    else:
-        phi_next = project_forecast(
-            x, next_head, positions, tile.inv_freq, tile.rope_scale
-        )
+    x = rms_norm(h, layer.attention_norm[...], config.rms_norm_eps)
+    q, k, v = project_qkv(layer, config, x, tile.turn)
+    phi_next = None
+    if next_head is not None:
+        phi_next = project_forecast(x, next_head, tile.turn)
     cache = append_tokens(
         cache,
         index,
@@ -224,7 +194,7 @@ def decoder_layer(
     seen = SelectionTile(
         q=q,
         phi=phi,
-        positions=positions,
+        positions=tile.positions(h.shape[1]),
         windows=cache.keys.windows[index],
         importance=None if importance is None else importance.windows[index][..., 0],
         length=tile.length,
@@ -234,12 +204,7 @@ def decoder_layer(
     attended = _attend(q, blocks, cache, index, tile, settings)
     scale = jnp.asarray(config.residual_scale, h.dtype)
     flat = attended.reshape(*h.shape[:2], -1)
-    h = h + scale * matmul(flat, _array(layer.out))
-    x = rms_norm(h, _array(layer.mlp_norm), config.rms_norm_eps)
-    h = h + scale * swiglu(x, _array(layer.gate_up), _array(layer.down))
-    counts = _count_blocks(blocks, tile, steps, config.num_kv_heads, sparse.block_size)
-    return h, phi_next, cache, blocks, counts
-
-
-def _array(parameter: nnx.Param) -> Array:
-    return parameter[...]
+    h = h + scale * matmul(flat, layer.out[...])
+    x = rms_norm(h, layer.mlp_norm[...], config.rms_norm_eps)
+    h = h + scale * swiglu(x, layer.gate_up[...], layer.down[...])
+    return LayerOutput(h, phi_next, cache, blocks)

@@ -11,8 +11,9 @@ from jaxtyping import Array, Int
 
 from sparda_jax.cache.resident import KVCache
 from sparda_jax.inference.layer_step import LayerSettings, TileState
-from sparda_jax.inference.stack import Rope, StackCarry, layer_on_tile, start_stack
+from sparda_jax.inference.stack import StackCarry, layer_on_tile, start_stack
 from sparda_jax.models.decoder import Decoder, DecoderLayer, run_layers
+from sparda_jax.models.rope import Rope, Rotation, rotation
 
 
 def prefill(
@@ -43,8 +44,8 @@ def prefill(
 
     Returns:
       The carry after the last layer: hidden states [B, T, D] (garbage behind each row's
-      end), the cache with the prompt in it, block counts and, with `capture`, the block
-      lists [L, B, K, T, P].
+      end), the cache with the prompt in it and, with `capture`, the block lists
+      [L, B, K, T, P].
     """
     width = tokens.shape[1]
     if not settings.sparse.mask_future_blocks:
@@ -56,13 +57,17 @@ def prefill(
     tokens = jnp.pad(tokens, ((0, 0), (0, padded - width)))
     needed = -(-jnp.max(count) // tile_size)
 
+    turn = rotation(rope, start[:, None] + jnp.arange(padded))
+
     def tile_state(first: int | Array, size: int) -> TileState:
+        def cut(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, first, size, axis=1)
+
         return TileState(
             start=start + first,
             count=jnp.clip(count - first, 0, size),
             length=start + count,
-            inv_freq=rope.inv_freq,
-            rope_scale=rope.scale,
+            turn=Rotation(cut(turn.cos), cut(turn.sin)),
             decoding=False,
         )
 

@@ -126,9 +126,7 @@ def _penalise(
     return jnp.where(seen, weaker, logits)
 
 
-def _filter(
-    logits: Float[Array, "B V"], state: SamplingState
-) -> Float[Array, "B V"]:
+def _filter(logits: Float[Array, "B V"], state: SamplingState) -> Float[Array, "B V"]:
     """−∞ on the tokens that top-k, top-p or min-p exclude."""
     vocab = logits.shape[-1]
     ranked = -jnp.sort(-logits, axis=-1)

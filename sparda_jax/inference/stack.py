@@ -8,7 +8,6 @@ from jaxtyping import Array, Float, Int
 
 from sparda_jax.cache.resident import KVCache
 from sparda_jax.inference.layer_step import (
-    BlockCounts,
     LayerSettings,
     TileState,
     decoder_layer,
@@ -18,11 +17,20 @@ from sparda_jax.models.decoder import Decoder, DecoderLayer, embed
 from sparda_jax.sparse.selection import budget_width
 
 
-class Rope(NamedTuple):
-    """Rotary frequencies of a request: inv_freq [H/2] and the scale of cos and sin."""
+class BlockCounts(NamedTuple):
+    """KV blocks read and KV blocks present, summed over tokens, kv heads and layers."""
 
-    inv_freq: Float[Array, " half"]
-    scale: Float[Array, ""]
+    attended: Float[Array, ""]
+    present: Float[Array, ""]
+
+    @staticmethod
+    def zero() -> "BlockCounts":
+        """No blocks."""
+        return BlockCounts(jnp.float32(0), jnp.float32(0))
+
+    def plus(self, other: "BlockCounts") -> "BlockCounts":
+        """Both together."""
+        return BlockCounts(self.attended + other.attended, self.present + other.present)
 
 
 class StackCarry(NamedTuple):
@@ -32,14 +40,14 @@ class StackCarry(NamedTuple):
       hidden: Hidden states [B, T, D].
       phi: Forecasts of the layer before [B, T, K, H], or None.
       cache: The KV cache.
-      counts: Blocks read and present so far.
+      attended: KV blocks read so far; stays 0 while all causal blocks are read.
       blocks: Captured block lists [L, B, K, T, P], or None.
     """
 
     hidden: Float[Array, "B T D"]
     phi: Float[Array, "B T K H"] | None
     cache: KVCache
-    counts: BlockCounts
+    attended: Float[Array, ""]
     blocks: Int[Array, "L B K T P"] | None
 
 
@@ -63,7 +71,7 @@ def start_stack(
         width = budget_width(settings.sparse, cache.layers[0].num_blocks)
         shape = (config.num_layers, tokens.shape[0], config.num_kv_heads)
         blocks = jnp.full((*shape, tokens.shape[1], width), -1, jnp.int32)
-    return StackCarry(h, phi, cache, BlockCounts.zero(), blocks)
+    return StackCarry(h, phi, cache, jnp.float32(0), blocks)
 
 
 def _causal_lists(
@@ -97,7 +105,7 @@ def layer_on_tile(
     if settings.selector.needs_forecast:
         next_head = model.forecast_head(layer_index + 1)
     layer_cache, index = carry.cache.layer(layer_index)
-    hidden, phi, layer_cache, lists, counts = decoder_layer(
+    out = decoder_layer(
         layer,
         next_head,
         cut(carry.hidden),
@@ -107,7 +115,11 @@ def layer_on_tile(
         tile,
         settings,
     )
-    blocks = carry.blocks
+    attended, lists, blocks = carry.attended, out.blocks, carry.blocks
+    if lists is not None:
+        valid = jnp.arange(size) < tile.count[:, None]
+        picked = jnp.sum((lists >= 0) & valid[:, None, :, None], dtype=jnp.int32)
+        attended = attended + picked.astype(jnp.float32)
     if blocks is not None:
         if lists is None:
             shape = (*blocks.shape[1:3], size, blocks.shape[-1])
@@ -115,9 +127,29 @@ def layer_on_tile(
         at = (layer_index, 0, 0, first, 0)
         blocks = jax.lax.dynamic_update_slice(blocks, lists[None], at)
     return StackCarry(
-        hidden=put(carry.hidden, hidden),
-        phi=None if carry.phi is None or phi is None else put(carry.phi, phi),
-        cache=carry.cache.replace_layer(layer_index, layer_cache),
-        counts=carry.counts + counts,
+        hidden=put(carry.hidden, out.hidden),
+        phi=None if carry.phi is None else put(carry.phi, out.phi),
+        cache=carry.cache.replace_layer(layer_index, out.cache),
+        attended=attended,
         blocks=blocks,
     )
+
+
+def block_counts(
+    carry: StackCarry,
+    start: Int[Array, " B"],
+    count: Int[Array, " B"],
+    width: int,
+    settings: LayerSettings,
+) -> BlockCounts:
+    """Blocks read and present for `count` tokens from `start` on in every row."""
+    config = settings.config
+    token = jnp.arange(width)
+    blocks = (start[:, None] + token) // settings.sparse.block_size + 1
+    blocks = jnp.where(token < count[:, None], blocks, 0)
+    present = jnp.sum(blocks.astype(jnp.float32))
+    present = present * (config.num_kv_heads * config.num_layers)
+    lists = settings.selector.lists_blocks(
+        carry.cache.layers[0].num_blocks, settings.sparse
+    )
+    return BlockCounts(carry.attended if lists else present, present)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from sparda_jax.config import ModelConfig
 from sparda_jax.models.forecast import Forecast
 from sparda_jax.models.layers import matmul, rms_norm
-from sparda_jax.models.rope import apply_rope
+from sparda_jax.models.rope import Rotation, apply_rope
 
 Storage = Literal["stacked", "per_layer"]
 
@@ -159,24 +159,24 @@ def project_qkv(
     layer: DecoderLayer,
     config: ModelConfig,
     x: Float[Array, "B T D"],
-    positions: Int[Array, "B T"],
-    inv_freq: Float[Array, " half"],
-    scale: float | Float[Array, ""],
-) -> tuple[
-    Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]
-]:
+    turn: Rotation,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Q and K after RoPE, and V, of the normalised input x (specification §1)."""
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     fused = matmul(x, layer.qkv[...])
     if layer.qkv_bias is not None:
         fused = fused + layer.qkv_bias[...].astype(fused.dtype)
     fused = fused.reshape(*x.shape[:2], heads + 2 * kv_heads, dim)
-    q, k, v = jnp.split(fused, (heads, heads + kv_heads), axis=2)
+    qk, v = jnp.split(fused, (heads + kv_heads,), axis=2)
     if layer.q_norm is not None and layer.k_norm is not None:
-        q = rms_norm(q, layer.q_norm[...], config.rms_norm_eps)
-        k = rms_norm(k, layer.k_norm[...], config.rms_norm_eps)
-    q = apply_rope(q, positions, inv_freq, scale)
-    k = apply_rope(k, positions, inv_freq, scale)
+        weight = jnp.concatenate(
+            (
+                jnp.broadcast_to(layer.q_norm[...], (heads, dim)),
+                jnp.broadcast_to(layer.k_norm[...], (kv_heads, dim)),
+            )
+        )
+        qk = rms_norm(qk, weight, config.rms_norm_eps)
+    q, k = jnp.split(apply_rope(qk, turn), (heads,), axis=2)
     return q, k, v
 
 

@@ -17,10 +17,10 @@ and phi_l is scored against layer l's own compressed keys (specification §4.2).
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from sparda_jax.models.layers import matmul
-from sparda_jax.models.rope import apply_rope
+from sparda_jax.models.rope import Rotation, apply_rope
 
 
 class Forecast(nnx.Param):
@@ -30,14 +30,12 @@ class Forecast(nnx.Param):
 def project_forecast(
     x: Float[Array, "B T D"],
     head: Float[Array, "D KH"],
-    positions: Int[Array, "B T"],
-    inv_freq: Float[Array, " half"],
-    scale: float | Float[Array, ""],
+    turn: Rotation,
 ) -> Float[Array, "B T K H"]:
     """phi = RoPE(head · x), one vector per kv head (specification §4.2)."""
-    head_dim = 2 * inv_freq.shape[0]
+    head_dim = 2 * turn.cos.shape[-1]
     phi = matmul(x, head).reshape(*x.shape[:2], -1, head_dim)
-    return apply_rope(phi, positions, inv_freq, scale)
+    return apply_rope(phi, turn)
 
 
 def heads_from_query(

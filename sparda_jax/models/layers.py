@@ -6,9 +6,11 @@ from jaxtyping import Array, Float
 
 
 def rms_norm(
-    x: Float[Array, "*rows D"], weight: Float[Array, " D"], eps: float
+    x: Float[Array, "*rows D"], weight: Float[Array, "*heads D"], eps: float
 ) -> Float[Array, "*rows D"]:
     """RMSNorm: variance and division in float32, cast, then times the weight.
+
+    `weight` is one vector, or one per head.
 
     Source: specification §6 (numerics).
     """

@@ -5,6 +5,7 @@ channel k + H/2 by the angle position · inv_freq_k (specification §1.1).
 """
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -82,23 +83,40 @@ def rope_frequencies(
     return inv_freq.astype(np.float32), scale
 
 
-def model_rope(config: ModelConfig, length: int) -> tuple[np.ndarray, float]:
-    """`rope_frequencies` of a model for requests of up to `length` positions."""
-    return rope_frequencies(config.rope, config.head_dim, length)
+class Rope(NamedTuple):
+    """Rotary frequencies of a request: inv_freq [H/2] and the scale of cos and sin."""
+
+    inv_freq: Float[Array, " half"]
+    scale: Float[Array, ""]
+
+
+class Rotation(NamedTuple):
+    """cos and sin of tokens' angles, times the scale: [B, T, H/2] each, float32."""
+
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+
+
+def model_rope(config: ModelConfig, length: int) -> Rope:
+    """Frequencies of a model for a request of up to `length` positions."""
+    inv_freq, scale = rope_frequencies(config.rope, config.head_dim, length)
+    return Rope(jnp.asarray(inv_freq), jnp.float32(scale))
+
+
+def rotation(rope: Rope, positions: Int[Array, "B T"]) -> Rotation:
+    """The rotation of every position; the same for all layers of a step."""
+    angles = positions[..., None].astype(jnp.float32) * rope.inv_freq
+    return Rotation(jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale)
 
 
 def apply_rope(
-    x: Float[Array, "B T heads H"],
-    positions: Int[Array, "B T"],
-    inv_freq: Float[Array, " half"],
-    scale: float | Float[Array, ""],
+    x: Float[Array, "B T heads H"], turn: Rotation
 ) -> Float[Array, "B T heads H"]:
     """Rotates every head of `x` to its position, in float32; returns x's dtype.
 
     Source: specification §1.1 (RoPE); §4.2 for Forecast heads, at their own position.
     """
-    angles = positions[..., None, None].astype(jnp.float32) * inv_freq
-    cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    cos, sin = turn.cos[:, :, None], turn.sin[:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

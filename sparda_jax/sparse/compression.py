@@ -95,9 +95,7 @@ def append_windows(
     first = start // stride - 1
     index = first[:, None] + jnp.arange(means.shape[1])
     end = start + count
-    finished = (index >= 0) & (
-        index * stride + sparse.kernel_size <= end[:, None]
-    )
+    finished = (index >= 0) & (index * stride + sparse.kernel_size <= end[:, None])
     out_of_range = keys.windows.shape[3]
     index = jnp.where(finished, index, out_of_range)
     rows = jnp.arange(k.shape[0])[:, None, None]

@@ -70,16 +70,20 @@ class Selector:
                 "group)"
             )
 
+    def lists_blocks(self, num_blocks: int, sparse: SparseConfig) -> bool:
+        """Whether `select` makes lists for a cache of that many blocks.
+
+        It does not where a list would hold every block, so that short contexts cost no
+        scoring.
+        """
+        return self.scores is not None and num_blocks > sparse.block_budget
+
     def select(
         self, tile: SelectionTile, config: ModelConfig, sparse: SparseConfig
     ) -> Int[Array, "B K T P"] | None:
-        """Block lists of the tile's rows, −1 padded; None where all blocks are taken.
-
-        None also stands for lists that would hold every block of the cache, so that
-        short contexts cost no scoring.
-        """
+        """Block lists of the tile's rows, −1 padded; None for all causal blocks."""
         num_blocks = tile.windows.shape[2] // sparse.windows_per_block
-        if self.scores is None or num_blocks <= sparse.block_budget:
+        if self.scores is None or not self.lists_blocks(num_blocks, sparse):
             return None
         own = (tile.positions // sparse.block_size)[:, None]  # B 1 T
         window_scores = self.scores(tile, sparse)

@@ -14,10 +14,10 @@ from sparda_jax.config import ModelConfig, RopeConfig, SparseConfig
 from sparda_jax.inference.decode import decode_step
 from sparda_jax.inference.layer_step import LayerSettings, TileState
 from sparda_jax.inference.prefill import prefill
-from sparda_jax.inference.stack import Rope, layer_on_tile, start_stack
+from sparda_jax.inference.stack import layer_on_tile, start_stack
 from sparda_jax.models.decoder import logits
 from sparda_jax.models.layers import rms_norm
-from sparda_jax.models.rope import model_rope
+from sparda_jax.models.rope import model_rope, rotation
 from sparda_jax.models.weights import (
     CURRENT_KEY,
     build_decoder,
@@ -72,9 +72,7 @@ def _configs(raw: dict) -> tuple[ModelConfig, SparseConfig]:
         rope=rope,
         embed_scale=raw["scale_emb"] if minicpm else 1.0,
         residual_scale=raw["scale_depth"] / layers**0.5 if minicpm else 1.0,
-        logits_divisor=(
-            raw["hidden_size"] / raw["dim_model_base"] if minicpm else 1.0
-        ),
+        logits_divisor=(raw["hidden_size"] / raw["dim_model_base"] if minicpm else 1.0),
         key_bias=not minicpm,
     )
     return config, SparseConfig(
@@ -92,9 +90,7 @@ def tiny(request, golden):
     arrays = golden(request.param)
     config, sparse = _configs(json.loads(str(arrays["config_json"])))
     weights = {
-        key[2:]: functools.partial(
-            lambda key: arrays[key].astype(np.float32), key
-        )
+        key[2:]: functools.partial(lambda key: arrays[key].astype(np.float32), key)
         for key in arrays.keys()
         if key.startswith("w/")
     }
@@ -120,11 +116,6 @@ def _settings(config, sparse, mode):
     return LayerSettings(config, sparse, selector)
 
 
-def _rope(config) -> Rope:
-    inv_freq, scale = model_rope(config, 1040)
-    return Rope(jnp.asarray(inv_freq), jnp.float32(scale))
-
-
 def _run(model, ids, length, settings, tile_size):
     """Prefill of `length` tokens, then one decode step for each further one."""
     config = settings.config
@@ -136,7 +127,7 @@ def _run(model, ids, length, settings, tile_size):
         dtype=jnp.float32,
         storage=model.storage,
     )
-    rope = _rope(config)
+    rope = model_rope(config, 1040)
 
     @jax.jit
     def first(model, cache, tokens):
@@ -219,9 +210,7 @@ def test_model_equals_reference(tiny, tag, mode):
     )
     final = rms_norm(jnp.asarray(hidden), model.final_norm[...], config.rms_norm_eps)
     rows = arrays[f"{tag}/hidden_pos"]
-    np.testing.assert_allclose(
-        final[rows], arrays[f"{prefix}/hidden"][-1], atol=1e-4
-    )
+    np.testing.assert_allclose(final[rows], arrays[f"{prefix}/hidden"][-1], atol=1e-4)
     if mode == "dense":
         return
     margin = arrays[f"{prefix}/margin"]
@@ -251,13 +240,12 @@ def test_hidden_states_between_layers(tiny, mode):
     name, arrays, config, sparse, model = tiny
     settings = _settings(config, sparse, mode)
     ids = jnp.asarray(arrays["L700/input_ids"][:700], jnp.int32)[None]
-    rope = _rope(config)
+    rope = model_rope(config, 1040)
     tile = TileState(
         start=jnp.zeros((1,), jnp.int32),
         count=jnp.full((1,), 700, jnp.int32),
         length=jnp.full((1,), 700, jnp.int32),
-        inv_freq=rope.inv_freq,
-        rope_scale=rope.scale,
+        turn=rotation(rope, jnp.arange(700)[None]),
         decoding=False,
     )
     cache = init_cache(
@@ -272,9 +260,6 @@ def test_hidden_states_between_layers(tiny, mode):
     rows = arrays["L700/hidden_pos"]
     expected = arrays[f"L700/{mode}/hidden"]
     for index in range(config.num_layers):
-        np.testing.assert_allclose(
-            carry.hidden[0, rows], expected[index], atol=1e-4
-        )
+        np.testing.assert_allclose(carry.hidden[0, rows], expected[index], atol=1e-4)
         layer = jax.tree.map(lambda a, index=index: a[index], model.layers)
         carry = layer_on_tile(model, carry, layer, index, 0, 700, tile, settings)
-

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from sparda_jax.config import RopeConfig, SparseConfig
-from sparda_jax.models.rope import apply_rope, rope_frequencies
+from sparda_jax.models.rope import Rope, apply_rope, rope_frequencies, rotation
 from sparda_jax.sparse.compression import (
     CompressedKeys,
     append_windows,
@@ -123,7 +123,8 @@ def test_rope_tables(unit, golden, name, rope, length):
     if name == "long_long":
         x = jnp.asarray(np.swapaxes(unit["rope/x"], 0, 1))[None]
         positions = jnp.arange(64)[None]
-        got = apply_rope(x, positions, jnp.asarray(inv_freq), scale)[0]
+        rope = Rope(jnp.asarray(inv_freq), jnp.float32(scale))
+        got = apply_rope(x, rotation(rope, positions))[0]
         expected = np.swapaxes(unit["rope/y_long_long"], 0, 1)
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
@@ -191,9 +192,7 @@ def test_selection_lists(unit, windows, source, masked):
 
     sparse = dataclasses.replace(UNIT, mask_future_blocks=masked)
     arrays = {"q": unit["own/q"]} if source == "own" else {"phi": unit["fc/phi"]}
-    tile = _tile(
-        **arrays, windows=windows, positions=np.arange(LENGTH), length=LENGTH
-    )
+    tile = _tile(**arrays, windows=windows, positions=np.arange(LENGTH), length=LENGTH)
     scores = own_query_scores if source == "own" else forecast_scores
     suffix = "_fm" if masked and source == "fc" else ""
     expected = unit[f"{source}/sel_K8{suffix}"]

@@ -1,0 +1,51 @@
+"""What the Triton kernels share.
+
+Triton tiles have power-of-two sizes and dot operands of at least 16 rows.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels._common.dispatch import require_cuda
+from pallas_kernels._common.numerics import dot_precision
+
+MIN_ROWS = 16
+
+
+def next_power_of_two(value: int) -> int:
+    """The smallest power of two that is not less than ``value`` (at least 1)."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+def require_triton_sizes(head_dim: int, block: int, interpret: bool) -> None:
+    """Refuses what the Triton kernels cannot tile.
+
+    Raises:
+      NotImplementedError: naming the size, or the missing device.
+    """
+    if head_dim & (head_dim - 1) or not 16 <= head_dim <= 256:
+        raise NotImplementedError(
+            f"triton needs a head dim that is a power of two from 16 to 256, not "
+            f"{head_dim}"
+        )
+    if block & (block - 1) or not 16 <= block <= 128:
+        raise NotImplementedError(
+            f"triton needs a block size that is a power of two from 16 to 128, not "
+            f"{block}"
+        )
+    if not interpret:
+        require_cuda("triton", 8.0)
+
+
+def dot(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
+    """Tile product with float32 accumulation; float32 operands are not rounded."""
+    return lax.dot_general(
+        a,
+        b,
+        (((1,), (0,)), ((), ())),
+        precision=dot_precision(a.dtype),
+        preferred_element_type=jnp.float32,
+    )

@@ -1,0 +1,224 @@
+"""Paged decode attention on Triton (compute capability 8.0 and newer).
+
+Algorithm: the slots of a (row, kv head) are split over programs; each runs an online
+softmax over its slots for all G query heads together, so that a slot is read once a
+group, and writes a normalised partial output with its log-sum-exp. XLA merges the
+parts. Grid: (splits, K, B).
+
+Tiles: queries [max(16, G rounded up to a power of two), H], a slot's keys and values
+[block, H] each. Loads of tokens beyond a slot's length are masked: they move no bytes
+and bring no NaN.
+
+Limits: H and block powers of two (16-256 and 16-128). The back end is deprecated in
+JAX; this file can be deleted with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels._common.dispatch import triton_deprecation_handled, tuned_config
+from pallas_kernels._common.numerics import NEG_INF, cdiv, finite_or_zero
+from pallas_kernels._common.splits import merge_splits
+from pallas_kernels._common.triton import (
+    MIN_ROWS,
+    dot,
+    next_power_of_two,
+    require_triton_sizes,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the kernel.
+
+    Attributes:
+      splits: programs that share the slots of one (row, kv head).
+      num_warps: warps of a program.
+      num_stages: depth of the load pipeline.
+    """
+
+    splits: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def __post_init__(self):
+        if self.splits < 1:
+            raise ValueError(f"splits is {self.splits}; it must be at least 1")
+        if self.num_warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"num_warps is {self.num_warps}; allowed: 1 2 4 8 16")
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages is {self.num_stages}; it must be >= 1")
+
+
+def default_config(batch: int, kv_heads: int, listed: int) -> Config:
+    """Enough programs for about two on each of 132 multiprocessors."""
+    wanted = cdiv(264, batch * kv_heads)
+    return Config(splits=max(1, min(wanted, cdiv(listed, 2))))
+
+
+def config_for(batch: int, kv_heads: int, listed: int, head_dim: int) -> Config:
+    """The recorded settings of this device kind, or the heuristic."""
+    sizes = {"B": batch, "K": kv_heads, "P": listed, "H": head_dim}
+    found = tuned_config("paged_decode_attention", "triton", sizes)
+    return Config(**found) if found else default_config(batch, kv_heads, listed)
+
+
+def _kernel(
+    layer_ref,  # [1]
+    slots_ref,  # [B, K, P] or None
+    lengths_ref,  # [B, K, P] with slots, else [B]
+    q_ref,  # [B, K, rows, H]
+    kv_ref,  # [L, B, K, C, block, 2, H]
+    bias_ref,  # [L, B, K, C, block] or None
+    out_ref,  # [B, K, splits, rows, H]
+    lse_ref,  # [B, K, splits, rows]
+    *,
+    per_split: int,
+    listed: int,
+    scale: float,
+):
+    split, k, b = (pl.program_id(i) for i in range(3))
+    block, head_dim = kv_ref.shape[4], kv_ref.shape[6]
+    rows = q_ref.shape[2]
+    layer = layer_ref[0]
+    query = q_ref[b, k]
+    offset = jnp.arange(block)
+    first = split * per_split
+    last = jnp.minimum(first + per_split, listed)
+    if slots_ref is None:
+        # Slots after the row's last token hold nothing.
+        last = jnp.minimum(last, cdiv(jnp.maximum(lengths_ref[b], 0), block))
+
+    def body(j, carry):
+        top, total, acc = carry
+        if slots_ref is None:
+            slot, length = j, lengths_ref[b] - j * block
+        else:
+            slot = slots_ref[b, k, j]
+            length = jnp.where(slot < 0, 0, lengths_ref[b, k, j])
+            slot = jnp.clip(slot, 0, kv_ref.shape[3] - 1)
+        valid = offset < length
+
+        def load(which):
+            at = kv_ref.at[layer, b, k, slot, :, which, :]
+            return plt.load(at, mask=valid[:, None], other=0.0)
+
+        logits = dot(query, load(0).T) * scale
+        if bias_ref is not None:
+            at = bias_ref.at[layer, b, k, slot, :]
+            logits = logits + plt.load(at, mask=valid, other=0.0)[None]
+        logits = jnp.where(valid[None], logits, NEG_INF)
+        new_top = jnp.maximum(top, logits.max(1))
+        shift = finite_or_zero(new_top)
+        weights = jnp.exp(logits - shift[:, None])
+        fade = jnp.exp(top - shift)
+        values = load(1)
+        acc = acc * fade[:, None] + dot(weights.astype(values.dtype), values)
+        return new_top, total * fade + weights.sum(1), acc
+
+    carry = (
+        jnp.full((rows,), NEG_INF, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros((rows, head_dim), jnp.float32),
+    )
+    top, total, acc = lax.fori_loop(first, last, body, carry)
+    empty = total == 0.0
+    total = jnp.where(empty, 1.0, total)
+    out_ref[b, k, split] = acc / total[:, None]
+    lse_ref[b, k, split] = jnp.where(empty, NEG_INF, top + jnp.log(total))
+
+
+def paged_decode_attention_triton(
+    q: Float[Array, "B N H"],
+    kv: Float[Array, "L B K C block 2 H"],
+    slots: Int[Array, "B K P"] | None,
+    slot_lengths: Int[Array, "B K P"] | None,
+    lengths: Int[Array, " B"] | None,
+    layer: Int[Array, ""],
+    key_bias: Float[Array, "L B K C block"] | None,
+    *,
+    scale: float,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
+    """Computes the output in the dtype of ``q`` and the float32 log-sum-exp.
+
+    Args:
+      q: as in the reference, like the following ones.
+      kv: slots.
+      slots: list or None.
+      slot_lengths: valid tokens of listed slots.
+      lengths: valid tokens of rows.
+      layer: index into the leading axis.
+      key_bias: bias or None.
+      scale: factor of the logits.
+      config: settings; recorded or heuristic ones by default.
+      interpret: run in Pallas's interpreter, on any device.
+
+    Returns:
+      Output and log-sum-exp.
+
+    Raises:
+      NotImplementedError: for sizes Triton cannot tile, or without a CUDA device.
+    """
+    batch, heads, head_dim = q.shape
+    _, _, kv_heads, capacity, block, _, _ = kv.shape
+    require_triton_sizes(head_dim, block, interpret)
+    groups = heads // kv_heads
+    rows = max(MIN_ROWS, next_power_of_two(groups))
+    listed = capacity if slots is None else slots.shape[-1]
+    config = config or config_for(batch, kv_heads, listed, head_dim)
+    splits = min(config.splits, listed)
+    query = q.reshape(batch, kv_heads, groups, head_dim)
+    query = jnp.pad(query, ((0, 0), (0, 0), (0, rows - groups), (0, 0)))
+    operands = (
+        layer.reshape(1),
+        slots,
+        lengths if slots is None else slot_lengths,
+        query,
+        kv,
+        key_bias,
+    )
+    present = [x is not None for x in operands]
+
+    def kernel(*refs):
+        refs = iter(refs)
+        inputs = [next(refs) if there else None for there in present]
+        _kernel(
+            *inputs,
+            *refs,
+            per_split=cdiv(listed, splits),
+            listed=listed,
+            scale=scale,
+        )
+
+    with triton_deprecation_handled():
+        out, lse = pl.pallas_call(
+            kernel,
+            grid=(splits, kv_heads, batch),
+            out_shape=(
+                jax.ShapeDtypeStruct(
+                    (batch, kv_heads, splits, rows, head_dim), jnp.float32
+                ),
+                jax.ShapeDtypeStruct((batch, kv_heads, splits, rows), jnp.float32),
+            ),
+            compiler_params=plt.CompilerParams(
+                num_warps=config.num_warps, num_stages=config.num_stages
+            ),
+            interpret=interpret,
+            name="paged_decode_attention_triton",
+        )(*(x for x in operands if x is not None))
+    out, lse = merge_splits(out[:, :, :, :groups], lse[..., :groups])
+    out = out.reshape(batch, heads, head_dim).astype(q.dtype)
+    return out, lse.reshape(batch, heads)
+
+
+__all__ = ["Config", "default_config", "paged_decode_attention_triton"]

@@ -1,0 +1,293 @@
+"""Forecast weights as a file of their own.
+
+Layer l's Forecast selects the blocks of layer l+1 (`sparda_jax.models.forecast`), so
+there are projections for layers 0..L-2, and layer 0 has its own one, the current
+projection. They fit one base model and one geometry of the selection; the file says
+which, and loading compares.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+
+from sparda_jax.checkpoint import layout
+from sparda_jax.checkpoint.atomic import new_file
+from sparda_jax.checkpoint.errors import CheckpointError, show
+from sparda_jax.checkpoint.hf import read_safetensors
+from sparda_jax.checkpoint.hf_config import sparse_config
+from sparda_jax.checkpoint.torch_file import TorchTensor, read_torch_file
+from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
+
+FORMAT = "sparda-forecast"
+VERSION = "1"
+
+# The fields on which the scores depend: which keys are averaged, and which averages a
+# block takes its score from.
+_GEOMETRY = ("kernel_size", "kernel_stride", "block_size")
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_FLOATS = tuple(
+    np.dtype(kind) for kind in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForecastWeights:
+    """Forecast projections of one base model.
+
+    Attributes:
+      future: [L-1, K·H, D] float32; `future[l]` is layer l's, it selects for l + 1.
+      current: [K·H, D] float32; layer 0's own.
+      base_fingerprint: Hash of the base model, None if it is not known.
+      sparse: Selection settings that they were trained for, None if not known.
+      info: Whatever else the file says: `base_name`, `version`, `extra`.
+    """
+
+    future: np.ndarray
+    current: np.ndarray
+    base_fingerprint: str | None = None
+    sparse: SparseConfig | None = None
+    info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def save_forecast(
+    path: str | os.PathLike,
+    weights: ForecastWeights,
+    *,
+    base_name: str,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a Forecast file, whole or not at all.
+
+    Args:
+      path: The file, `.safetensors`; one that exists is replaced.
+      weights: What to write.
+      base_name: Name of the base model, for people.
+      extra: Anything that JSON can say, such as the training settings.
+
+    Raises:
+      CheckpointError: The arrays do not fit together, `extra` is not JSON, or the
+        place cannot be written to.
+    """
+    future, current = weights.future, weights.current
+    if future.ndim != 3 or current.ndim != 2 or future.shape[1:] != current.shape:
+        raise CheckpointError(
+            f"{path}: future has shape {list(future.shape)} and current "
+            f"{list(current.shape)}, allowed: [L-1, K·H, D] and [K·H, D]"
+        )
+    tensors = {
+        layout.future_name(layer): np.ascontiguousarray(future[layer], np.float32)
+        for layer in range(future.shape[0])
+    }
+    tensors[layout.CURRENT] = np.ascontiguousarray(current, np.float32)
+    metadata = {"format": FORMAT, "version": VERSION, "base_name": base_name}
+    if weights.base_fingerprint is not None:
+        metadata["base_fingerprint"] = weights.base_fingerprint
+    if weights.sparse is not None:
+        metadata["sparse_config"] = json.dumps(dataclasses.asdict(weights.sparse))
+    try:
+        metadata["extra"] = json.dumps(dict(extra or {}))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: extra is not JSON: {error}") from error
+    with new_file(path) as temporary:
+        safetensors.numpy.save_file(tensors, temporary, metadata)
+
+
+def _check_geometry(
+    path: pathlib.Path, held: SparseConfig, asked: SparseConfig
+) -> None:
+    for field in _GEOMETRY:
+        found, want = getattr(held, field), getattr(asked, field)
+        if found != want:
+            raise CheckpointError(
+                f"{path}: the Forecast was trained for {field} = {found}, and {field} "
+                f"= {want} is asked for; allowed: the same"
+            )
+
+
+def _check_fingerprint(
+    path: pathlib.Path, info: Mapping[str, Any], held: str | None, asked: str | None
+) -> None:
+    if held is not None and asked is not None and held != asked:
+        raise CheckpointError(
+            f"{path}: the Forecast was trained for the base model "
+            f"{show(info.get('base_name'))} with fingerprint {held[:80]}, and this "
+            f"model's is {asked}; allowed: the same"
+        )
+
+
+def _json_field(path: pathlib.Path, metadata: Mapping[str, str], key: str) -> Any:
+    try:
+        return json.loads(metadata.get(key, "null"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: metadata {key} is no JSON: {error}") from error
+
+
+def _own_sparse(path: pathlib.Path, values: object) -> SparseConfig | None:
+    """SparseConfig from the JSON of its own fields."""
+    if values is None:
+        return None
+    names = {field.name for field in dataclasses.fields(SparseConfig)}
+    if not isinstance(values, dict) or not names.issuperset(values):
+        unknown = sorted(set(values) - names) if isinstance(values, dict) else values
+        raise CheckpointError(
+            f"{path}: metadata sparse_config holds {show(unknown)}, allowed: an object "
+            f"with {', '.join(sorted(names))}"
+        )
+    for name, value in values.items():
+        if type(value) is not type(getattr(SparseConfig(), name)):
+            raise CheckpointError(
+                f"{path}: metadata sparse_config.{name} = {show(value)}, allowed: a "
+                f"value like {getattr(SparseConfig(), name)!r}"
+            )
+    try:
+        return SparseConfig(**values)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: metadata sparse_config: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """What a file of either kind says; `arrays` are not read yet."""
+
+    arrays: Mapping[str, Any]
+    fingerprint: str | None
+    sparse: SparseConfig | None
+    info: Mapping[str, Any]
+
+
+def _from_safetensors(path: pathlib.Path) -> _Held:
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: metadata format = {show(metadata.get('format'))}, allowed: "
+            f"{FORMAT!r}"
+        )
+    if metadata.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path}: metadata version = {show(metadata.get('version'))}, allowed: "
+            f"{VERSION!r}; a newer version of sparda-jax may have written it"
+        )
+    for name in tensors:
+        if layout.parse_forecast_name(name) is None:
+            raise CheckpointError(
+                f"{path}: tensor {show(name)} is no Forecast tensor, allowed: "
+                f"{layout.future_name(0)} and so on, {layout.CURRENT}"
+            )
+    info = {
+        "base_name": metadata.get("base_name"),
+        "version": VERSION,
+        "extra": _json_field(path, metadata, "extra"),
+    }
+    sparse = _own_sparse(path, _json_field(path, metadata, "sparse_config"))
+    return _Held(tensors, metadata.get("base_fingerprint"), sparse, info)
+
+
+def _from_torch(path: pathlib.Path) -> _Held:
+    """The reference's training checkpoint, or a bare state dict."""
+    content = read_torch_file(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds {type(content).__name__}, wanted a dict")
+    state = content.get("model_state_dict", content)
+    if not isinstance(state, dict):
+        raise CheckpointError(
+            f"{path}: model_state_dict = {show(state)}, wanted a dict of tensors"
+        )
+    tensors = {
+        name: value
+        for name, value in state.items()
+        if isinstance(name, str) and layout.parse_forecast_name(name) is not None
+    }
+    for name, value in tensors.items():
+        if not isinstance(value, TorchTensor) or value.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{path}: {name} = {show(value)}, wanted a tensor of floating numbers"
+            )
+    sparse = None
+    ignored: tuple[str, ...] = ()
+    if content.get("sparse_config") is not None:
+        sparse, ignored = sparse_config(path, content["sparse_config"])
+    base = content.get("base_model_path")
+    info = {
+        "base_name": base if isinstance(base, str) else None,
+        "step": content.get("step") if isinstance(content.get("step"), int) else None,
+        "ignored_sparse_keys": ignored,
+    }
+    return _Held(tensors, None, sparse, info)
+
+
+def _is_torch_file(path: pathlib.Path) -> bool:
+    """By the name, or by the first bytes of a zip file."""
+    try:
+        with open(path, "rb") as file:
+            return path.suffix.lower() in _TORCH_SUFFIXES or file.read(4) == b"PK\3\4"
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _array(path: pathlib.Path, name: str, tensor: Any) -> np.ndarray:
+    stored = tensor.numpy() if isinstance(tensor, TorchTensor) else tensor()
+    with np.errstate(over="ignore", invalid="ignore"):
+        array = stored.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise CheckpointError(f"{path}: tensor {name} holds values that are not finite")
+    return array
+
+
+def load_forecast(
+    path: str | os.PathLike,
+    *,
+    config: ModelConfig,
+    fingerprint: str | None,
+    sparse: SparseConfig | None,
+) -> ForecastWeights:
+    """Reads Forecast weights for a model, from this project's or the reference's file.
+
+    The Forecast was trained to rank blocks by scores of averaged keys, so the kernel,
+    its stride and the block size must be those of its training. How many blocks are
+    then taken (budget, init and local blocks) does not enter the scores: these may
+    differ. The reference's file (.pt) holds no hash of its base model: only shapes and
+    `sparse_config` can be compared.
+
+    Args:
+      path: A `.safetensors` file of `save_forecast`, or a torch file of the reference
+        (its tensors may be named with `module.`, `model.` or no prefix).
+      config: The base model's.
+      fingerprint: The base model's; None leaves the comparison out.
+      sparse: Settings that will be used; None leaves the comparison out.
+
+    Returns:
+      The weights in float32.
+
+    Raises:
+      CheckpointError: The file is damaged, or for another model or other settings; the
+        message names both values.
+    """
+    path = pathlib.Path(path)
+    held = _from_torch(path) if _is_torch_file(path) else _from_safetensors(path)
+    # The base model first: another one explains every difference that follows.
+    _check_fingerprint(path, held.info, held.fingerprint, fingerprint)
+    if held.sparse is not None and sparse is not None:
+        _check_geometry(path, held.sparse, sparse)
+    shapes = {name: tensor.shape for name, tensor in held.arrays.items()}
+    names = layout.check_forecast(path, config, shapes)
+    if not names:
+        raise CheckpointError(
+            f"{path}: holds no Forecast tensor, wanted {layout.CURRENT} and "
+            "q_future_proj of every layer but the last"
+        )
+    future = np.empty(
+        (config.num_layers - 1, *layout.forecast_shapes(config)[layout.CURRENT]),
+        np.float32,
+    )
+    for layer in range(config.num_layers - 1):
+        name = layout.future_name(layer)
+        future[layer] = _array(path, name, held.arrays[names[name]])
+    current = _array(path, layout.CURRENT, held.arrays[names[layout.CURRENT]])
+    return ForecastWeights(future, current, held.fingerprint, held.sparse, held.info)

@@ -1,0 +1,229 @@
+"""Paged decode attention against its float32 definition, and its edges."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import paged_decode_attention
+from pallas_kernels._common.tolerances import relative_error, tolerance
+from pallas_kernels._common.validation import with_layer_axis
+from pallas_kernels.paged_decode_attention.arg_specs import ARG_SPECS, ArgSpec
+from pallas_kernels.paged_decode_attention.reference import (
+    paged_decode_attention_reference,
+)
+
+CI_SPECS = [s for s in ARG_SPECS if "ci" in s.tags]
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+def reference(args):
+    kv, bias, layer = with_layer_axis(
+        args["kv"], args.get("key_bias"), args.get("layer"), args["q"].shape[1]
+    )
+    # Compiled whole: one compilation in place of one for each operation.
+    return jax.jit(
+        functools.partial(
+            paged_decode_attention_reference,
+            scale=args.get("scale") or args["q"].shape[-1] ** -0.5,
+        )
+    )(
+        args["q"],
+        kv,
+        args.get("slots"),
+        args.get("slot_lengths"),
+        args.get("lengths"),
+        layer,
+        bias,
+    )
+
+
+def compute(args, implementation="xla"):
+    return jax.jit(
+        lambda a: paged_decode_attention(
+            **a, return_lse=True, implementation=implementation
+        )
+    )(args)
+
+
+def assert_matches(got, want, dtype):
+    for x, ref, name in zip(got, want, ("out", "lse"), strict=True):
+        error = relative_error(x, ref)
+        assert error <= tolerance(dtype), f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", CI_SPECS, ids=lambda s: s.name)
+def test_xla_matches_reference(spec, dtype):
+    args = spec.make(dtype)
+    got = compute(args)
+    assert got[0].dtype == jnp.dtype(dtype)
+    assert got[1].dtype == jnp.float32
+    assert_matches(got, reference(args), dtype)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 4, 8, 16])
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 127, 200])
+def test_ragged_tails(groups, length):
+    spec = ArgSpec("", 1, 2 * groups, 2, 64, 32, 7, lengths=(length,))
+    args = spec.make(jnp.float32, seed=length)
+    assert_matches(compute(args), reference(args), "float32")
+
+
+def test_identity_list_is_dense():
+    spec = ArgSpec("", 2, 8, 2, 64, 32, 6, lengths=(170, 64))
+    dense = spec.make(jnp.float32)
+    slots = jnp.broadcast_to(jnp.arange(6), (2, 2, 6))
+    slot_lengths = jnp.clip(dense["lengths"][:, None, None] - slots * 32, 0, 32)
+    listed = {"q": dense["q"], "kv": dense["kv"], "slots": slots}
+    listed["slot_lengths"] = slot_lengths
+    for x, y in zip(compute(dense), compute(listed), strict=True):
+        assert relative_error(x, y) <= tolerance("float32")
+
+
+def test_order_of_the_list_carries_no_meaning():
+    spec = ArgSpec("", 1, 6, 2, 64, 16, 12, listed=9, lengths=(190,), padding=0.2)
+    args = spec.make(jnp.float32)
+    shuffle = np.random.default_rng(1).permutation(9)
+    other = args | {
+        "slots": args["slots"][..., shuffle],
+        "slot_lengths": args["slot_lengths"][..., shuffle],
+    }
+    for x, y in zip(compute(args), compute(other), strict=True):
+        assert relative_error(x, y) <= tolerance("float32")
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_what_is_not_listed_never_leaks(poison):
+    spec = ArgSpec(
+        "", 2, 6, 2, 64, 16, 12, listed=5, lengths=(190, 75), padding=0.2, bias=True
+    )
+    args = spec.make(jnp.float32)
+    clean = compute(args)
+    valid = np.zeros(args["kv"].shape[:4], bool)
+    slots, lengths = np.asarray(args["slots"]), np.asarray(args["slot_lengths"])
+    for b, k, p in np.ndindex(slots.shape):
+        if slots[b, k, p] >= 0:
+            valid[b, k, slots[b, k, p], : lengths[b, k, p]] = True
+    args["kv"] = jnp.where(valid[..., None, None], args["kv"], poison)
+    args["key_bias"] = jnp.where(valid, args["key_bias"], poison)
+    for x, y in zip(compute(args), clean, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_what_is_beyond_the_length_never_leaks(poison):
+    args = ArgSpec("", 2, 6, 2, 64, 16, 50, lengths=(530, 75)).make(jnp.float32)
+    clean = compute(args)
+    position = np.arange(800).reshape(50, 16)
+    valid = position < np.asarray(args["lengths"])[:, None, None, None]
+    args["kv"] = jnp.where(valid[..., None, None], args["kv"], poison)
+    for x, y in zip(compute(args), clean, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_rows_without_keys_are_zero():
+    args = ArgSpec("", 3, 4, 2, 64, 16, 4, lengths=(0, 5, -3)).make(jnp.float32)
+    out, lse = compute(args)
+    np.testing.assert_array_equal(out[0], 0.0)
+    np.testing.assert_array_equal(out[2], 0.0)
+    assert np.isneginf(lse[0]).all() and np.isneginf(lse[2]).all()
+    assert np.isfinite(lse[1]).all()
+
+
+def test_lengths_beyond_capacity_mean_all_of_it():
+    spec = ArgSpec("", 1, 4, 2, 64, 16, 4, lengths=(64,))
+    args = spec.make(jnp.float32)
+    more = args | {"lengths": jnp.array([1000], jnp.int32)}
+    for x, y in zip(compute(args), compute(more), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_partial_results_merge_through_lse():
+    args = ArgSpec("", 1, 6, 2, 64, 16, 12, listed=10, lengths=(190,)).make("float32")
+    whole, whole_lse = compute(args)
+    parts = [
+        compute(
+            args
+            | {
+                "slots": args["slots"][..., part],
+                "slot_lengths": args["slot_lengths"][..., part],
+            }
+        )
+        for part in (slice(0, 4), slice(4, None))
+    ]
+    lses = jnp.stack([lse for _, lse in parts])
+    lse = jax.nn.logsumexp(lses, 0)
+    merged = sum(out * jnp.exp(x - lse)[..., None] for out, x in parts)
+    assert relative_error(lse, whole_lse) <= tolerance("float32")
+    assert relative_error(merged, whole) <= tolerance("float32")
+
+
+def test_two_runs_are_bitwise_equal():
+    args = ARG_SPECS[5].make(jnp.float32)
+    for x, y in zip(compute(args), compute(args), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_layer_may_be_traced_and_the_stack_is_not_copied():
+    spec = ArgSpec("", 1, 6, 2, 64, 64, 32, listed=4, layers=16)
+    args = spec.make(jnp.float32)
+    del args["layer"]
+
+    def all_layers(a):
+        def body(layer, total):
+            return total + paged_decode_attention(**a, layer=layer)
+
+        return jax.lax.fori_loop(0, 16, body, jnp.zeros_like(a["q"]))
+
+    compiled = jax.jit(all_layers).lower(args).compile()
+    one_layer = args["kv"].nbytes // 16
+    assert compiled.memory_analysis().temp_size_in_bytes < one_layer
+    want = sum(paged_decode_attention(**args, layer=i) for i in range(16))
+    assert relative_error(compiled(args), want) <= tolerance("float32")
+
+
+def test_unused_capacity_needs_no_memory():
+    def temp(capacity):
+        args = ArgSpec("", 1, 9, 3, 64, 64, capacity, lengths=(100,)).make("float32")
+        f = jax.jit(lambda a: paged_decode_attention(**a))
+        return f.lower(args).compile().memory_analysis().temp_size_in_bytes
+
+    assert temp(512) <= temp(16) + 4096
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": jnp.zeros((2, 6))}, "q has shape"),
+        ({"q": jnp.zeros((2, 5, 64))}, "must be a positive multiple"),
+        ({"q": jnp.zeros((2, 6, 32))}, "kv has shape"),
+        ({"q": jnp.zeros((2, 6, 64), jnp.int32)}, "q has dtype"),
+        ({"q": jnp.zeros((2, 6, 64), jnp.bfloat16)}, "kv has dtype"),
+        ({"kv": jnp.zeros((2, 2, 4, 16, 3, 64))}, "kv has shape"),
+        ({"kv": jnp.zeros((1, 2, 2, 4, 16, 2, 64))}, "pass layer exactly when"),
+        ({"layer": 0}, "pass layer exactly when"),
+        ({"lengths": None}, "lengths must be given"),
+        ({"lengths": jnp.zeros((3,), jnp.int32)}, "lengths has shape"),
+        ({"lengths": jnp.zeros((2,))}, "lengths has dtype"),
+        ({"slot_lengths": jnp.zeros((2, 2, 3), jnp.int32)}, "slot_lengths must not"),
+        ({"slots": jnp.zeros((2, 2, 3), jnp.int32)}, "slot_lengths must be given"),
+        ({"key_bias": jnp.zeros((2, 2, 4, 15))}, "key_bias has shape"),
+        ({"key_bias": jnp.zeros((2, 2, 4, 16), jnp.bfloat16)}, "key_bias has dtype"),
+        ({"scale": float("nan")}, "scale is nan"),
+        ({"implementation": "cuda"}, "implementation is 'cuda'"),
+    ],
+)
+def test_bad_arguments(change, message):
+    args = ArgSpec("", 2, 6, 2, 64, 16, 4).make(jnp.float32) | change
+    with pytest.raises(ValueError, match=re.escape(message)):
+        paged_decode_attention(**args)
+
+
+def test_bad_layer_index():
+    args = ArgSpec("", 2, 6, 2, 64, 16, 4, layers=2).make(jnp.float32)
+    with pytest.raises(ValueError, match="layer is 2"):
+        paged_decode_attention(**args | {"layer": 2})
