@@ -12,6 +12,7 @@ beside it. Every operation has one public function with the same last argument,
 """
 
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
+from pallas_kernels.host_gather.api import host_gather
 from pallas_kernels.paged_decode_attention.api import paged_decode_attention
 
-__all__ = ["block_sparse_attention", "paged_decode_attention"]
+__all__ = ["block_sparse_attention", "host_gather", "paged_decode_attention"]

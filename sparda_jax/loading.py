@@ -10,19 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from pallas_kernels._common.dispatch import Implementation
 from sparda_jax.checkpoint.fetch import fetch_default_model
 from sparda_jax.checkpoint.forecast import load_forecast
+from sparda_jax.checkpoint.layout import CURRENT, future_name
 from sparda_jax.checkpoint.source import CheckpointSource, open_checkpoint
 from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
 from sparda_jax.inference.engine import LanguageModel
 from sparda_jax.models.decoder import Decoder, Storage
 from sparda_jax.models.presets import PRESETS, Preset, get_preset
 from sparda_jax.models.weights import (
-    CURRENT_KEY,
     build_decoder,
     forecast_heads,
     from_query_heads,
-    future_key,
     random_tensors,
 )
 from sparda_jax.sparse.selectors import Selector, get_selector
@@ -58,17 +58,17 @@ def _default_sparse(source: CheckpointSource) -> SparseConfig:
 def _own_heads(source: CheckpointSource) -> tuple[np.ndarray, np.ndarray] | None:
     """Forecast matrices that the checkpoint itself holds, or None."""
     last = source.config.num_layers - 1
-    keys = [future_key(layer) for layer in range(last)]
-    held = [key for key in (*keys, CURRENT_KEY) if key in source.tensors]
+    keys = [future_name(layer) for layer in range(last)]
+    held = [key for key in (*keys, CURRENT) if key in source.tensors]
     if not held:
         return None
-    missing = [key for key in (*keys, CURRENT_KEY) if key not in source.tensors]
+    missing = [key for key in (*keys, CURRENT) if key not in source.tensors]
     if missing:
         raise ConfigError(
             f"{source.path} holds {len(held)} Forecast tensors, but not {missing[0]!r}"
         )
     future = np.stack([source.tensors[key]() for key in keys])
-    return future, source.tensors[CURRENT_KEY]()
+    return future, source.tensors[CURRENT]()
 
 
 def _install_forecast(
@@ -102,7 +102,7 @@ def load(
     forecast: str | os.PathLike | None = None,
     dtype: DTypeLike | None = None,
     storage: Storage = "per_layer",
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     on_layer: Callable[[], None] | None = None,
 ) -> LanguageModel:
     """Loads a model.
@@ -166,7 +166,7 @@ def _check_early(
     forecast: str | os.PathLike | None,
 ) -> None:
     """Refuses what cannot work before gigabytes are read."""
-    own = source is not None and CURRENT_KEY in source.tensors
+    own = source is not None and CURRENT in source.tensors
     selector.check(config, has_forecast=forecast is not None or own)
     if forecast not in (None, "from_query") and not pathlib.Path(forecast).is_file():
         raise ConfigError(

@@ -17,8 +17,7 @@ import functools
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -107,17 +106,29 @@ def dispatch[T](op: str, implementation: str | None, run: Callable[[str], T]) ->
     return run(last)
 
 
-@contextmanager
-def triton_deprecation_handled() -> Iterator[None]:
+def in_32_bit[**A, R](f: Callable[A, R]) -> Callable[A, R]:
+    """Runs ``f`` with 64-bit types off, whatever the caller's setting.
+
+    Indices and accumulators are 32-bit by design; with ``jax_enable_x64`` every
+    ``arange`` and ``zeros`` would silently become 64-bit instead.
+    """
+
+    @functools.wraps(f)
+    def wrapped(*args: A.args, **kwargs: A.kwargs) -> R:
+        with jax.enable_x64(False):
+            return f(*args, **kwargs)
+
+    return wrapped
+
+
+def silence_triton_deprecation() -> None:
     """Silences JAX's notice that the Triton back end will be removed.
 
-    The only place that knows about it: every Triton kernel of this package is built
-    inside this context. Callers have ``implementation`` to choose another back end.
+    The only place that knows about it; every Triton kernel calls this before it is
+    traced. The notice is given while lowering, after the kernel's function has
+    returned, so that the filter has to outlive the call. It names that one message.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"(?is).*triton.*deprecat.*")
-        warnings.filterwarnings("ignore", message=r"(?is).*deprecat.*triton.*")
-        yield
+    warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
 
 
 def current_platform() -> str:

@@ -137,9 +137,15 @@ class _Static(NamedTuple):
 
 def _implementation(name: str):
     """The function behind a name. The Pallas modules are imported on first use."""
-    if name == "xla":
-        return block_sparse_attention_xla
-    raise NotImplementedError(f"{OP} has no {name!r} implementation")
+    if name == "mosaic_gpu":
+        from pallas_kernels.block_sparse_attention import pallas_mosaic_gpu
+
+        return pallas_mosaic_gpu.block_sparse_attention_mosaic_gpu
+    if name == "triton":
+        from pallas_kernels.block_sparse_attention import pallas_triton
+
+        return pallas_triton.block_sparse_attention_triton
+    return block_sparse_attention_xla
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

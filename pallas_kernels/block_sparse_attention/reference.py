@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels._common.dispatch import in_32_bit
 from pallas_kernels._common.numerics import NEG_INF, einsum_f32, finite_or_zero
 
 
+@in_32_bit
 def block_sparse_attention_reference(
     q: Float[Array, "B T N H"],
     kv: Float[Array, "L B K M block 2 H"],

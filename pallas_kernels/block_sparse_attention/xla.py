@@ -34,6 +34,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels._common.dispatch import in_32_bit
 from pallas_kernels._common.numerics import (
     NEG_INF,
     cdiv,
@@ -254,6 +255,7 @@ def _tiles(q, q_start, block_indices, kv_heads: int) -> tuple[_Tiles, int]:
     return tiles, tokens
 
 
+@in_32_bit
 def block_sparse_attention_xla(
     q: Float[Array, "B T N H"],
     kv: Float[Array, "L B K M block 2 H"],
@@ -288,6 +290,7 @@ def _map(f, tiles):
     return lax.map(f, tiles)
 
 
+@in_32_bit
 def block_sparse_attention_xla_backward(
     q: Float[Array, "B T N H"],
     kv: Float[Array, "L B K M block 2 H"],

@@ -143,6 +143,12 @@ def paged_decode_attention(
 
 def _implementation(name: str):
     """The function behind a name. The Pallas modules are imported on first use."""
-    if name == "xla":
-        return paged_decode_attention_xla
-    raise NotImplementedError(f"{OP} has no {name!r} implementation")
+    if name == "mosaic_gpu":
+        from pallas_kernels.paged_decode_attention import pallas_mosaic_gpu
+
+        return pallas_mosaic_gpu.paged_decode_attention_mosaic_gpu
+    if name == "triton":
+        from pallas_kernels.paged_decode_attention import pallas_triton
+
+        return pallas_triton.paged_decode_attention_triton
+    return paged_decode_attention_xla

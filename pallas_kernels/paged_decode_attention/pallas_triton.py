@@ -24,7 +24,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.dispatch import triton_deprecation_handled, tuned_config
+from pallas_kernels._common.dispatch import (
+    in_32_bit,
+    silence_triton_deprecation,
+    tuned_config,
+)
 from pallas_kernels._common.numerics import NEG_INF, cdiv, finite_or_zero
 from pallas_kernels._common.splits import merge_splits
 from pallas_kernels._common.triton import (
@@ -76,7 +80,7 @@ def _kernel(
     slots_ref,  # [B, K, P] or None
     lengths_ref,  # [B, K, P] with slots, else [B]
     q_ref,  # [B, K, rows, H]
-    kv_ref,  # [L, B, K, C, block, 2, H]
+    kv_ref,  # [L, B, K, C, block, 2 H]
     bias_ref,  # [L, B, K, C, block] or None
     out_ref,  # [B, K, splits, rows, H]
     lse_ref,  # [B, K, splits, rows]
@@ -86,8 +90,8 @@ def _kernel(
     scale: float,
 ):
     split, k, b = (pl.program_id(i) for i in range(3))
-    block, head_dim = kv_ref.shape[4], kv_ref.shape[6]
-    rows = q_ref.shape[2]
+    block = kv_ref.shape[4]
+    rows, head_dim = q_ref.shape[2:]
     layer = layer_ref[0]
     query = q_ref[b, k]
     offset = jnp.arange(block)
@@ -108,7 +112,8 @@ def _kernel(
         valid = offset < length
 
         def load(which):
-            at = kv_ref.at[layer, b, k, slot, :, which, :]
+            columns = pl.ds(which * head_dim, head_dim)
+            at = kv_ref.at[layer, b, k, slot, :, columns]
             return plt.load(at, mask=valid[:, None], other=0.0)
 
         logits = dot(query, load(0).T) * scale
@@ -136,6 +141,7 @@ def _kernel(
     lse_ref[b, k, split] = jnp.where(empty, NEG_INF, top + jnp.log(total))
 
 
+@in_32_bit
 def paged_decode_attention_triton(
     q: Float[Array, "B N H"],
     kv: Float[Array, "L B K C block 2 H"],
@@ -184,7 +190,7 @@ def paged_decode_attention_triton(
         slots,
         lengths if slots is None else slot_lengths,
         query,
-        kv,
+        kv.reshape(*kv.shape[:-2], 2 * head_dim),
         key_bias,
     )
     present = [x is not None for x in operands]
@@ -200,22 +206,22 @@ def paged_decode_attention_triton(
             scale=scale,
         )
 
-    with triton_deprecation_handled():
-        out, lse = pl.pallas_call(
-            kernel,
-            grid=(splits, kv_heads, batch),
-            out_shape=(
-                jax.ShapeDtypeStruct(
-                    (batch, kv_heads, splits, rows, head_dim), jnp.float32
-                ),
-                jax.ShapeDtypeStruct((batch, kv_heads, splits, rows), jnp.float32),
+    silence_triton_deprecation()
+    out, lse = pl.pallas_call(
+        kernel,
+        grid=(splits, kv_heads, batch),
+        out_shape=(
+            jax.ShapeDtypeStruct(
+                (batch, kv_heads, splits, rows, head_dim), jnp.float32
             ),
-            compiler_params=plt.CompilerParams(
-                num_warps=config.num_warps, num_stages=config.num_stages
-            ),
-            interpret=interpret,
-            name="paged_decode_attention_triton",
-        )(*(x for x in operands if x is not None))
+            jax.ShapeDtypeStruct((batch, kv_heads, splits, rows), jnp.float32),
+        ),
+        compiler_params=plt.CompilerParams(
+            num_warps=config.num_warps, num_stages=config.num_stages
+        ),
+        interpret=interpret,
+        name="paged_decode_attention_triton",
+    )(*(x for x in operands if x is not None))
     out, lse = merge_splits(out[:, :, :, :groups], lse[..., :groups])
     out = out.reshape(batch, heads, head_dim).astype(q.dtype)
     return out, lse.reshape(batch, heads)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels._common.dispatch import in_32_bit
 from pallas_kernels._common.numerics import NEG_INF, einsum_f32, finite_or_zero
 
 
+@in_32_bit
 def paged_decode_attention_reference(
     q: Float[Array, "B N H"],
     kv: Float[Array, "L B K C block 2 H"],

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels._common.dispatch import in_32_bit
 from pallas_kernels._common.numerics import (
     NEG_INF,
     cdiv,
@@ -40,6 +41,7 @@ CHUNK_KEYS = 512
 GATHER_KEYS = 2048
 
 
+@in_32_bit
 def paged_decode_attention_xla(
     q: Float[Array, "B N H"],
     kv: Float[Array, "L B K C block 2 H"],

@@ -40,7 +40,9 @@ class _TemplateError(Exception):
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}…{% endgeneration %}`: marks the answer's part, prints it."""
 
-    tags = frozenset({"generation"})
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self.tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         """Returns the body between the two tags."""
@@ -124,7 +126,7 @@ def _to_json(
 
 
 def _strftime_now(pattern: str) -> str:
-    return datetime.datetime.now().strftime(str(pattern)[:1000])
+    return datetime.datetime.now().strftime(pattern[:1000])
 
 
 def _concat(*values: Any) -> str:
@@ -145,8 +147,6 @@ def _environment() -> _Environment:
     for name in _PADDING_FILTERS:
         environment.filters.pop(name, None)
     environment.globals.pop("lipsum", None)
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
     return environment
 
 
@@ -246,6 +246,8 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
             "tools": None,
             "documents": None,
+            "raise_exception": _raise_exception,
+            "strftime_now": _strftime_now,
             "_counted": _Counter(),
             "_concat": _concat,
         }

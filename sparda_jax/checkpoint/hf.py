@@ -14,10 +14,9 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from sparda_jax.checkpoint import layout
-from sparda_jax.checkpoint.atomic import new_directory
+from sparda_jax.checkpoint.atomic import new_directory, write_safetensors
 from sparda_jax.checkpoint.errors import CheckpointError, show
 from sparda_jax.checkpoint.hf_config import config_json, model_config, sparse_config
 from sparda_jax.checkpoint.tensors import StoredTensor, TensorLoader
@@ -212,10 +211,10 @@ def read_directory(directory: str | os.PathLike) -> Directory:
         bos_id=bos_id,
         eos_ids=eos_ids,
     )
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+    if tokenizer is not None and tokenizer.plain_vocab_size > config.vocab_size:
         raise CheckpointError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, allowed: "
-            f"at most vocab_size = {config.vocab_size}"
+            f"{directory}: the tokenizer has {tokenizer.plain_vocab_size} tokens, "
+            f"allowed: at most vocab_size = {config.vocab_size}"
         )
     sparse, ignored = None, ()
     if values.get("sparse_config") is not None:
@@ -254,7 +253,7 @@ def _write_shards(
         arrays = {
             name: np.ascontiguousarray(tensors[name], dtype=dtype) for name in names
         }
-        safetensors.numpy.save_file(arrays, folder / filename, {"format": "pt"})
+        write_safetensors(folder / filename, arrays, {"format": "pt"})
         places.update(dict.fromkeys(names, filename))
     if len(groups) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}

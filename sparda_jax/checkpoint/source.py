@@ -129,6 +129,8 @@ def open_checkpoint(path_or_id: str | os.PathLike) -> CheckpointSource:
             directory.sparse,
             directory.ignored_sparse_keys,
         )
+    if not path.is_file():  # Opening a pipe would wait for a writer.
+        raise CheckpointError(f"{path}: is neither a regular file nor a directory")
     if path.suffix == ".safetensors":
         raise CheckpointError(
             f"{path}: allowed: the directory that holds it, with its config.json"

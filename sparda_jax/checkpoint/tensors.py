@@ -16,7 +16,10 @@ _SAMPLES = 1024
 class TensorLoader(Protocol):
     """Reads one array of a file when it is called, or a few elements of it."""
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        ...
 
     def __call__(self) -> np.ndarray:
         """Returns the array: float32, float16 or bfloat16, [out, in] for linears."""

@@ -18,7 +18,8 @@ from sparda_jax.checkpoint.gguf_header import GGUFHeader
 if TYPE_CHECKING:
     from sparda_jax.checkpoint.chat import ChatTemplate
 
-_MAX_JSON = 1 << 28  # The largest tokenizer.json in use has about 40 MB.
+_MAX_JSON = 1 << 26  # The index of a large model has a few MB.
+_MAX_TOKENIZER = 1 << 28  # The largest tokenizer.json in use has about 40 MB.
 _HELD = 8  # Tokens after which an unfinished character is given up.
 
 # Token types of GGUF.
@@ -102,6 +103,9 @@ class Tokenizer:
     """A model's tokenizer.
 
     Attributes:
+      vocab_size: All tokens.
+      plain_vocab_size: Tokens without those that were added later; fine-tuned models
+        may have added some (padding) for which there is no row of weights.
       eos_ids: Tokens that end an answer, each once.
       bos_id: The token that begins a text, None if the model has none.
       add_bos: Whether a plain prompt begins with `bos_id`.
@@ -132,6 +136,7 @@ class Tokenizer:
             for token_id, token in backend.get_added_tokens_decoder().items()
             if token.special
         )
+        self.plain_vocab_size: int = backend.get_vocab_size(with_added_tokens=False)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self.bos_id = bos_id
@@ -483,10 +488,9 @@ def tokenizer_from_directory(
     if not path.is_file():
         return None
     settings = read_json(directory / "tokenizer_config.json") or {}
-    if path.stat().st_size > _MAX_JSON:
-        raise CheckpointError(
-            f"{path}: {path.stat().st_size} bytes, allowed: {_MAX_JSON}"
-        )
+    size = path.stat().st_size
+    if size > _MAX_TOKENIZER:
+        raise CheckpointError(f"{path}: {size} bytes, allowed: {_MAX_TOKENIZER}")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
         # Lengths are the caller's business; a file may carry those of its training.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels._common.dispatch import Implementation
 from sparda_jax.checkpoint.tokenizer import Tokenizer
 from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
 from sparda_jax.inference.generate import (
@@ -25,7 +26,7 @@ from sparda_jax.inference.layer_step import LayerSettings
 from sparda_jax.inference.prefill import prefill
 from sparda_jax.inference.sampling import SamplingConfig, sampling_state
 from sparda_jax.models.decoder import Decoder, logits
-from sparda_jax.models.rope import model_rope
+from sparda_jax.models.rope import Rope, model_rope
 from sparda_jax.sparse.selectors import Selector
 
 Prompt = str | Sequence[int] | np.ndarray
@@ -144,7 +145,7 @@ class LanguageModel:
     selector: Selector
     tokenizer: Tokenizer | None
     fingerprint: str | None
-    implementation: str | None = None
+    implementation: Implementation | None = None
     _compiled: dict = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -231,7 +232,7 @@ def forward(lm: LanguageModel, ids: Prompt) -> Float[Array, "T V"]:
     padded, count = pad_rows([tokens], shapes.prompt)
     settings = lm.settings
 
-    def whole(model: Decoder, tokens: Array, count: Array, rope: Array) -> Array:
+    def whole(model: Decoder, tokens: Array, count: Array, rope: Rope) -> Array:
         state = new_state(model, settings, 1, shapes)
         start = jnp.zeros_like(count)
         carry = prefill(
@@ -305,9 +306,9 @@ class _Run:
             )
             if crosses:
                 raise ConfigError(
-                    f"this turn reaches {self.rope_length} tokens, and the conversation "
-                    f"was begun with LongRoPE's short factors (up to {original}): begin "
-                    "it with max_context set to its final length"
+                    f"this turn reaches {self.rope_length} tokens, and the "
+                    "conversation was begun with LongRoPE's short factors (up to "
+                    f"{original}): begin it with max_context set to its final length"
                 )
             if conversation.rope_length > self.rope_length:
                 self.rope_length = conversation.rope_length

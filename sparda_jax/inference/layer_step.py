@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels._common.dispatch import Implementation
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from pallas_kernels.paged_decode_attention.api import paged_decode_attention
 from sparda_jax.cache.resident import LayerCache, append_tokens
@@ -45,7 +46,7 @@ class LayerSettings:
     config: ModelConfig
     sparse: SparseConfig
     selector: Selector
-    implementation: str | None = None
+    implementation: Implementation | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -100,24 +101,22 @@ def _attend(
             key_bias=key_bias,
             implementation=settings.implementation,
         )
-    if blocks is None:
-        where = {"lengths": tile.length}
-    else:
+    slots = slot_lengths = None
+    if blocks is not None:
         # In a resident cache slot c holds block c; a slot table comes in between when
         # KV is offloaded. Only the row's last block can be partly filled.
-        block_size = sparse.block_size
-        filled = tile.length[:, None, None] - blocks[:, :, 0] * block_size
-        where = {
-            "slots": blocks[:, :, 0],
-            "slot_lengths": jnp.clip(filled, 0, block_size),
-        }
+        slots = blocks[:, :, 0]
+        filled = tile.length[:, None, None] - slots * sparse.block_size
+        slot_lengths = jnp.clip(filled, 0, sparse.block_size)
     out = paged_decode_attention(
         q[:, 0],
         cache.kv,
+        slots=slots,
+        slot_lengths=slot_lengths,
+        lengths=tile.length if blocks is None else None,
         layer=index,
         key_bias=key_bias,
         implementation=settings.implementation,
-        **where,
     )
     return out[:, None]
 

@@ -1,8 +1,8 @@
 """Token sampling: penalties, filters and one random stream per sequence.
 
 Every setting is an array over the batch, so that other settings do not recompile. A
-token's randomness depends on its sequence's seed and on its place in the sequence alone:
-neither on the batch around it nor on how generation is cut into calls.
+token's randomness depends on its sequence's seed and on its place in the sequence
+alone: neither on the batch around it nor on how generation is cut into calls.
 """
 
 import dataclasses

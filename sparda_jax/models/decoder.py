@@ -79,10 +79,11 @@ class Decoder(nnx.Module):
         self.final_norm = nnx.Param(final_norm)
         self.head = None if head is None else nnx.Param(head)
         if storage == "stacked":
-            self.layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+            stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+            self.layers: DecoderLayer | nnx.List[DecoderLayer] = stack
         else:
             self.layers = nnx.List(layers)
-        self.forecast = nnx.data(None)
+        self.forecast: Forecast | nnx.List[Forecast] | None = nnx.data(None)
         if forecast is not None:
             self.set_forecast(forecast)
 
@@ -100,10 +101,19 @@ class Decoder(nnx.Module):
 
     def forecast_head(self, layer: int | Int[Array, ""]) -> Float[Array, "D KH"]:
         """The head whose forecast layer `layer` (mod L) consumes."""
-        if isinstance(self.forecast, nnx.List):
-            return self.forecast[layer % self.config.num_layers][...]
+        assert self.forecast is not None
         index = layer % self.config.num_layers
+        if isinstance(self.forecast, nnx.List):
+            assert isinstance(index, int)
+            return self.forecast[index][...]
         return jax.lax.dynamic_index_in_dim(self.forecast[...], index, keepdims=False)
+
+    def query_weights(self) -> list[Float[Array, "D NH"]]:
+        """W_q of every layer."""
+        width = self.config.num_heads * self.config.head_dim
+        if isinstance(self.layers, nnx.List):
+            return [layer.qkv[..., :width] for layer in self.layers]
+        return list(self.layers.qkv[..., :width])
 
     def first_attention_norm(self) -> Float[Array, " D"]:
         """Input norm of layer 0, which layer 0's own Forecast needs before the loop."""

@@ -39,15 +39,15 @@ def project_forecast(
 
 
 def heads_from_query(
-    query_weights: Float[Array, "L D NH"], num_kv_heads: int, head_dim: int
-) -> Float[Array, "L D KH"]:
-    """Training-free heads: the group mean of the consuming layer's query heads.
+    query_weights: Float[Array, "D NH"], num_kv_heads: int, head_dim: int
+) -> Float[Array, "D KH"]:
+    """A training-free head: the group mean of the consuming layer's query heads.
 
     heads[l] = mean over the G query heads of each kv head of layer l's W_q. For l ≥ 1
     the forecast differs from the layer's own mean query only by reading the input of
     the layer before. The group mean divides all scores of a row alike, so it ranks
     blocks as the group sum does.
     """
-    layers, hidden, _ = query_weights.shape
-    grouped = query_weights.reshape(layers, hidden, num_kv_heads, -1, head_dim)
-    return jnp.mean(grouped, axis=3).reshape(layers, hidden, num_kv_heads * head_dim)
+    hidden = query_weights.shape[0]
+    grouped = query_weights.reshape(hidden, num_kv_heads, -1, head_dim)
+    return jnp.mean(grouped, axis=2).reshape(hidden, num_kv_heads * head_dim)

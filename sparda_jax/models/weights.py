@@ -3,6 +3,8 @@
 The names are those of the specification, §1.3; linear weights there are [out, in].
 """
 
+import concurrent.futures
+import os
 from collections.abc import Callable, Mapping
 
 import jax
@@ -11,58 +13,17 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from sparda_jax.checkpoint.layout import base_shapes
 from sparda_jax.config import ConfigError, ModelConfig
 from sparda_jax.models.decoder import Decoder, DecoderLayer, Storage
 from sparda_jax.models.forecast import heads_from_query
 
 Load = Callable[[str], np.ndarray]
 
-CURRENT_KEY = "model.layers.0.self_attn.q_curr_proj.weight"
-
-
-def future_key(layer: int) -> str:
-    """Checkpoint name of the Forecast that layer `layer` makes for the next one."""
-    return f"model.layers.{layer}.self_attn.q_future_proj.weight"
-
-
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every base tensor of a model and its shape, by checkpoint name."""
-    hidden, ffn, dim = config.hidden_size, config.ffn_size, config.head_dim
-    queries, keys = config.num_heads * dim, config.num_kv_heads * dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, hidden)
-    }
-    for index in range(config.num_layers):
-        layer = f"model.layers.{index}."
-        attention = layer + "self_attn."
-        shapes[layer + "input_layernorm.weight"] = (hidden,)
-        shapes[attention + "q_proj.weight"] = (queries, hidden)
-        shapes[attention + "k_proj.weight"] = (keys, hidden)
-        shapes[attention + "v_proj.weight"] = (keys, hidden)
-        if config.attention_bias:
-            shapes[attention + "q_proj.bias"] = (queries,)
-            shapes[attention + "k_proj.bias"] = (keys,)
-            shapes[attention + "v_proj.bias"] = (keys,)
-        if config.qk_norm:
-            shapes[attention + "q_norm.weight"] = (dim,)
-            shapes[attention + "k_norm.weight"] = (dim,)
-        if config.key_bias:
-            shapes[attention + "A"] = (config.num_kv_heads,)
-            shapes[attention + "delta.weight"] = (config.num_kv_heads, keys)
-        shapes[attention + "o_proj.weight"] = (hidden, queries)
-        shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
-        shapes[layer + "mlp.gate_proj.weight"] = (ffn, hidden)
-        shapes[layer + "mlp.up_proj.weight"] = (ffn, hidden)
-        shapes[layer + "mlp.down_proj.weight"] = (hidden, ffn)
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return shapes
-
 
 def num_parameters(config: ModelConfig) -> int:
     """Parameters of the base model, Forecast heads not counted."""
-    return sum(int(np.prod(shape)) for shape in tensor_shapes(config).values())
+    return sum(int(np.prod(shape)) for _, shape in base_shapes(config))
 
 
 def num_forecast_parameters(config: ModelConfig) -> int:
@@ -121,7 +82,7 @@ def build_decoder(
     Raises:
       ConfigError: If a tensor is missing or has another shape; names both shapes.
     """
-    shapes = tensor_shapes(config)
+    shapes = dict(base_shapes(config))
 
     def load(name: str) -> np.ndarray:
         if name not in tensors:
@@ -134,11 +95,16 @@ def build_decoder(
             )
         return array
 
+    def layer(index: int) -> DecoderLayer:
+        return DecoderLayer(_layer_weights(config, index, load, dtype))
+
+    # Dequantising and transposing are NumPy's work, which leaves Python's lock.
     layers = []
-    for index in range(config.num_layers):
-        layers.append(DecoderLayer(_layer_weights(config, index, load, dtype)))
-        if on_layer is not None:
-            on_layer()
+    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for ready in pool.map(layer, range(config.num_layers)):
+            layers.append(ready)
+            if on_layer is not None:
+                on_layer()
     head = None
     if not config.tie_embeddings:
         head = jnp.asarray(load("lm_head.weight"), dtype)
@@ -170,20 +136,15 @@ def forecast_heads(
 def from_query_heads(model: Decoder) -> list[Array]:
     """Training-free heads of a loaded model (`models.forecast.heads_from_query`)."""
     config = model.config
-    width = config.num_heads * config.head_dim
-    if model.storage == "per_layer":
-        queries = [layer.qkv[..., :width][None] for layer in model.layers]
-    else:
-        queries = list(model.layers.qkv[..., :width][:, None])
     heads, dim = config.num_kv_heads, config.head_dim
-    return [heads_from_query(query, heads, dim)[0] for query in queries]
+    return [heads_from_query(query, heads, dim) for query in model.query_weights()]
 
 
 def random_tensors(
     config: ModelConfig, seed: int, scale: float = 0.02
 ) -> dict[str, Callable[[], np.ndarray]]:
     """Loaders of random float32 weights, norms near 1 (tests, speed experiments)."""
-    shapes = tensor_shapes(config)
+    shapes = dict(base_shapes(config))
 
     def make(index: int, name: str) -> np.ndarray:
         rng = np.random.default_rng((seed, index))

@@ -40,7 +40,7 @@ def test_blocks_are_trimmed():
 
 
 def test_template_may_refuse():
-    with pytest.raises(CheckpointError, match="model.gguf: chat template: roles!"):
+    with pytest.raises(CheckpointError, match="chat template: roles!"):
         render("{{ raise_exception('roles!') }}")
 
 
@@ -81,7 +81,7 @@ def test_sandbox(source):
 @pytest.mark.parametrize(
     "source",
     [
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
         "{% for a in range(10 ** 9) %}{% endfor %}",
         "{{ 'a' * 10000000000 }}",
         "{{ 10000000000 * [1] }}",
@@ -114,7 +114,7 @@ def test_bounds(source):
     ["{% if %}", "{{ x", "{% unknown %}", "{{ 1 | nofilter }}", "{" * 300_000],
 )
 def test_no_template(source):
-    with pytest.raises(CheckpointError, match="model.gguf: chat template: "):
+    with pytest.raises(CheckpointError, match=r"model\.gguf: chat template: "):
         render(source)
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import pathlib
 import struct
 import tracemalloc
@@ -89,7 +90,10 @@ def test_stored_types(kit, kind):
     assert source.fingerprint == fingerprint(source.load(workers=1))
 
 
-@pytest.mark.parametrize("kind", [Types.Q4_0, Types.Q4_1, Types.Q8_0])
+@pytest.mark.parametrize(
+    "kind",
+    [Types.Q4_0, Types.Q4_1, Types.Q5_1, Types.Q8_0, Types.Q4_K, Types.Q6_K],
+)
 def test_fast_dequantisation_is_exact(kind):
     """Every byte pattern, infinite and NaN scales too, over more than one chunk."""
     rng = np.random.default_rng(0)
@@ -147,7 +151,7 @@ def test_rope_divisors(kit):
     rope = _rope(kit, {"original_context_length": 128, "attn_factor": 1.5}, lists)
     assert rope.long_factors == (2.0, 2.0, 7.0, 16.0)
     assert (rope.original_max, rope.attention_factor) == (128, 1.5)
-    with pytest.raises(CheckpointError, match="rope_freqs.weight has shape"):
+    with pytest.raises(CheckpointError, match=r"rope_freqs\.weight has shape"):
         _rope(kit, {}, {"rope_freqs.weight": divisors[:3]})
     with pytest.raises(CheckpointError, match="needs the tensors"):
         _rope(kit, {"type": "longrope"})
@@ -240,8 +244,14 @@ def test_bos_is_in_the_config_only_if_it_is_added(kit):
 
 @pytest.mark.parametrize("name", ["nothing.gguf", "a\0b"])
 def test_no_such_file(tmp_path, name):
-    with pytest.raises(CheckpointError, match="no such file|no valid path"):
+    with pytest.raises(CheckpointError, match=r"no such file|no valid path"):
         open_checkpoint(tmp_path / name)
+
+
+def test_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="neither a regular file"):
+        open_checkpoint(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(
@@ -339,7 +349,7 @@ def _positions(content: bytes) -> list[int]:
 
 def test_truncation(session_kit, intact):
     assert _try(session_kit.folder, intact)
-    for position in [*_positions(intact), len(intact) - 1]:
+    for position in [*_positions(intact)[::2], len(intact) - 1]:
         assert not _try(session_kit.folder, intact[:position])
 
 
@@ -354,7 +364,7 @@ NUMBERS = [2**64 - 1, 2**63, 2**40, 2**32 - 1, 2**27, 0]
 
 @pytest.mark.parametrize("value", NUMBERS)
 def test_huge_and_zero_numbers_anywhere(session_kit, intact, value):
-    for position in _positions(intact)[::2]:
+    for position in _positions(intact)[::4]:
         _try(session_kit.folder, _overwrite(intact, position, value))
 
 

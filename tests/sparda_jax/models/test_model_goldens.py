@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sparda_jax.cache.resident import init_cache
+from sparda_jax.checkpoint.layout import CURRENT, future_name
 from sparda_jax.config import ModelConfig, RopeConfig, SparseConfig
 from sparda_jax.inference.decode import decode_step
 from sparda_jax.inference.layer_step import LayerSettings, TileState
@@ -19,10 +20,8 @@ from sparda_jax.models.decoder import logits
 from sparda_jax.models.layers import rms_norm
 from sparda_jax.models.rope import model_rope, rotation
 from sparda_jax.models.weights import (
-    CURRENT_KEY,
     build_decoder,
     forecast_heads,
-    future_key,
 )
 from sparda_jax.sparse.selection import sorted_blocks
 from sparda_jax.sparse.selectors import get_selector
@@ -96,9 +95,9 @@ def tiny(request, golden):
     }
     model = build_decoder(config, weights, dtype=jnp.float32, storage="stacked")
     future = np.stack(
-        [weights[future_key(layer)]() for layer in range(config.num_layers - 1)]
+        [weights[future_name(layer)]() for layer in range(config.num_layers - 1)]
     )
-    heads = forecast_heads(config, future, weights[CURRENT_KEY](), jnp.float32)
+    heads = forecast_heads(config, future, weights[CURRENT](), jnp.float32)
     model.set_forecast(heads)
     return request.param, arrays, config, sparse, model
 

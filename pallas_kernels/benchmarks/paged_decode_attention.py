@@ -1,0 +1,111 @@
+"""Decode over listed slots: GB/s of key-value bytes beside the copy bandwidth.
+
+Peers in the same run: the XLA form, and ``jax.nn.dot_product_attention`` (cuDNN where
+it serves the call) over as many keys laid out contiguously, which needs no list.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels._common.dispatch import current_platform
+from pallas_kernels.benchmarks.harness import (
+    arguments,
+    copy_bandwidth,
+    measure,
+    report,
+)
+from pallas_kernels.paged_decode_attention.api import paged_decode_attention
+
+
+def inputs(layers, batch, heads, kv_heads, head_dim, block, capacity, listed, dtype):
+    """Random stack of layers and lists of distinct slots, made on the device."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shape = (layers, batch, kv_heads, capacity, block, 2, head_dim)
+    kv = jax.jit(
+        lambda key: lax.map(
+            lambda k: jax.random.normal(k, shape[1:], dtype),
+            jax.random.split(key, layers),
+        )
+    )(keys[0])
+    q = jax.random.normal(keys[1], (batch, heads, head_dim), dtype)
+    order = jax.random.uniform(keys[2], (batch, kv_heads, capacity))
+    slots = lax.top_k(order, listed)[1].astype(jnp.int32)
+    return q, kv, slots, jnp.full_like(slots, block)
+
+
+def main() -> None:
+    """Runs the benchmark from the command line."""
+    args = arguments(__doc__).parse_args()
+    gpu = current_platform() == "cuda" and not args.small
+    timings = []
+    if gpu:
+        dtype, bandwidth = jnp.bfloat16, copy_bandwidth()
+        print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
+        cases = [(b, 32, 2, 128, 64, 256, 96) for b in (1, 8, 16, 64)]
+        forms = ("mosaic_gpu", "triton", "xla")
+    else:
+        dtype, bandwidth = jnp.float32, None
+        cases = [(1, 9, 3, 64, 64, 128, 16), (1, 9, 3, 64, 64, 32, 32)]
+        forms = ("xla",)
+    for batch, heads, kv_heads, head_dim, block, capacity, listed in cases:
+        one = (
+            batch
+            * kv_heads
+            * capacity
+            * block
+            * 2
+            * head_dim
+            * jnp.dtype(dtype).itemsize
+        )
+        layers = max(4, min(32, int(8e9 // one))) if gpu else 30
+        q, kv, slots, lengths = inputs(
+            layers, batch, heads, kv_heads, head_dim, block, capacity, listed, dtype
+        )
+        size = batch * kv_heads * listed * block * 2 * head_dim * kv.dtype.itemsize
+
+        def note(seconds, size=size):
+            rate = size / seconds
+            share = "" if bandwidth is None else f" = {rate / bandwidth:.0%} of copy"
+            return f"{rate / 1e9:7.1f} GB/s{share}"
+
+        for form in forms:
+
+            def chain(q, kv, slots, lengths, form=form, layers=layers):
+                for layer in range(layers):
+                    q = paged_decode_attention(
+                        q,
+                        kv,
+                        slots=slots,
+                        slot_lengths=lengths,
+                        layer=layer,
+                        implementation=form,
+                    )
+                return q
+
+            name = f"{form} B={batch} P={listed} H={head_dim}"
+            operands = (q, kv, slots, lengths)
+            timings.append(measure(name, chain, *operands, links=layers, note=note))
+        contiguous = (layers, batch, listed * block, kv_heads, head_dim)
+        part = kv[:, :, :, :listed].reshape(*kv.shape[:3], -1, 2, head_dim)
+        part = jnp.moveaxis(part, 2, 3)
+        k, v = (part[..., i, :].reshape(contiguous) for i in range(2))
+        del part, kv
+
+        def peer(q, k, v, layers=layers, form="cudnn" if gpu else "xla"):
+            for layer in range(layers):
+                q = jax.nn.dot_product_attention(
+                    q[:, None], k[layer], v[layer], implementation=form
+                )[:, 0]
+            return q
+
+        name = f"dot_product_attention B={batch} keys={listed * block}"
+        timings.append(measure(name, peer, q, k, v, links=layers, note=note))
+        del k, v
+    report("paged_decode_attention", timings, args.out, copy_bandwidth=bandwidth)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""Block-sparse causal attention on Triton (compute capability 8.0 and newer).
+
+Algorithm: a program owns a tile of consecutive tokens with all G query heads of one
+kv head as rows. It walks over the union of its tokens' lists (``unions.py``), or over
+all blocks up to its last position without lists, with an online softmax; a bit of the
+union's word and the position decide what each row may read. Grid: (tiles, K, B).
+
+Tiles: queries [tokens * G, H] with G rounded up to a power of two, keys and values
+[block, H] each.
+
+Limits: H and block powers of two (16-256 and 16-128). Runs behind a check that all
+values are finite, and otherwise hands over to the XLA form, which keeps non-finite
+values from rows that do not read them. The back end is deprecated in JAX; this file
+can be deleted with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels._common.dispatch import (
+    in_32_bit,
+    silence_triton_deprecation,
+    tuned_config,
+)
+from pallas_kernels._common.numerics import NEG_INF, cdiv, finite_or_zero
+from pallas_kernels._common.triton import (
+    MIN_ROWS,
+    dot,
+    next_power_of_two,
+    require_triton_sizes,
+)
+from pallas_kernels.block_sparse_attention.unions import tile_unions, values_are_finite
+from pallas_kernels.block_sparse_attention.xla import block_sparse_attention_xla
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the kernel.
+
+    Attributes:
+      rows: rows of a query tile (tokens times G), a power of two from 16.
+      num_warps: warps of a program.
+      num_stages: depth of the load pipeline.
+    """
+
+    rows: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def __post_init__(self):
+        if self.rows < MIN_ROWS or self.rows & (self.rows - 1):
+            raise ValueError(f"rows is {self.rows}; it must be a power of two >= 16")
+        if self.num_warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"num_warps is {self.num_warps}; allowed: 1 2 4 8 16")
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages is {self.num_stages}; it must be >= 1")
+
+
+def config_for(groups: int, head_dim: int, listed: int | None) -> Config:
+    """The recorded settings of this device kind, or the defaults."""
+    sizes = {"G": groups, "H": head_dim, "P": listed}
+    found = tuned_config("block_sparse_attention", "triton", sizes)
+    return Config(**found) if found else Config(rows=64 if head_dim <= 128 else 32)
+
+
+def _kernel(
+    layer_ref,  # [1]
+    start_ref,  # [B]
+    blocks_ref,  # [B, K, tiles, U] or None
+    words_ref,  # [B, K, tiles, U] or None
+    count_ref,  # [B, K, tiles] or None
+    q_ref,  # [B, K, tiles, rows, H]
+    kv_ref,  # [L, B, K, M, block, 2 H]
+    bias_ref,  # [L, B, K, M, block] or None
+    out_ref,  # [B, K, tiles, rows, H]
+    lse_ref,  # [B, K, tiles, rows]
+    *,
+    tokens: int,
+    scale: float,
+):
+    tile, k, b = (pl.program_id(i) for i in range(3))
+    all_blocks, block = kv_ref.shape[3:5]
+    rows, head_dim = q_ref.shape[3:]
+    layer = layer_ref[0]
+    query = q_ref[b, k, tile]
+    token = jnp.arange(rows) // (rows // tokens)
+    first = start_ref[b] + tile * tokens
+    position = first + token
+    offset = jnp.arange(block)
+    if blocks_ref is None:
+        steps = jnp.clip(first + tokens, 0, all_blocks * block)
+        steps = cdiv(steps, block)
+    else:
+        steps = count_ref[b, k, tile]
+
+    def body(j, carry):
+        top, total, acc = carry
+        m = j if blocks_ref is None else blocks_ref[b, k, tile, j]
+
+        def load(which):
+            columns = pl.ds(which * head_dim, head_dim)
+            return kv_ref[layer, b, k, m, :, columns]
+
+        logits = dot(query, load(0).T) * scale
+        if bias_ref is not None:
+            logits = logits + bias_ref[layer, b, k, m, :][None]
+        allowed = (m * block + offset)[None] <= position[:, None]
+        if blocks_ref is not None:
+            listed = (words_ref[b, k, tile, j] >> token) & 1
+            allowed = allowed & (listed == 1)[:, None]
+        logits = jnp.where(allowed, logits, NEG_INF)
+        new_top = jnp.maximum(top, logits.max(1))
+        shift = finite_or_zero(new_top)
+        weights = jnp.exp(logits - shift[:, None])
+        fade = jnp.exp(top - shift)
+        values = load(1)
+        acc = acc * fade[:, None] + dot(weights.astype(values.dtype), values)
+        return new_top, total * fade + weights.sum(1), acc
+
+    carry = (
+        jnp.full((rows,), NEG_INF, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros((rows, head_dim), jnp.float32),
+    )
+    top, total, acc = lax.fori_loop(0, steps, body, carry)
+    empty = total == 0.0
+    total = jnp.where(empty, 1.0, total)
+    out_ref[b, k, tile] = (acc / total[:, None]).astype(out_ref.dtype)
+    lse_ref[b, k, tile] = jnp.where(empty, NEG_INF, top + jnp.log(total))
+
+
+@in_32_bit
+def block_sparse_attention_triton(
+    q: Float[Array, "B T N H"],
+    kv: Float[Array, "L B K M block 2 H"],
+    q_start: Int[Array, " B"],
+    block_indices: Int[Array, "B K T P"] | None,
+    layer: Int[Array, ""],
+    key_bias: Float[Array, "L B K M block"] | None,
+    *,
+    scale: float,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Computes the output in the dtype of ``q`` and the float32 log-sum-exp.
+
+    Args:
+      q: as in the reference, like the following ones.
+      kv: blocks.
+      q_start: first positions.
+      block_indices: lists or None.
+      layer: index into the leading axis.
+      key_bias: bias or None.
+      scale: factor of the logits.
+      config: settings; recorded or default ones if None.
+      interpret: run in Pallas's interpreter, on any device.
+
+    Returns:
+      Output and log-sum-exp.
+
+    Raises:
+      NotImplementedError: for sizes Triton cannot tile, or without a CUDA device.
+    """
+    head_dim = q.shape[-1]
+    require_triton_sizes(head_dim, kv.shape[4], interpret)
+    args = (q, kv, q_start, block_indices, layer, key_bias)
+    groups = q.shape[2] // kv.shape[2]
+    listed = None if block_indices is None else block_indices.shape[-1]
+    config = config or config_for(groups, head_dim, listed)
+    return lax.cond(
+        values_are_finite(kv, layer),
+        lambda a: _call(*a, scale=scale, config=config, interpret=interpret),
+        lambda a: block_sparse_attention_xla(*a, scale=scale),
+        args,
+    )
+
+
+def _call(q, kv, q_start, block_indices, layer, key_bias, *, scale, config, interpret):
+    batch, length, heads, head_dim = q.shape
+    _, _, kv_heads, all_blocks, block, _, _ = kv.shape
+    groups = heads // kv_heads
+    padded = next_power_of_two(groups)
+    # Short calls take a small tile; a word holds 31 tokens, of which 16 are used.
+    tokens = max(1, min(config.rows // padded, 16, next_power_of_two(length)))
+    rows = max(MIN_ROWS, tokens * padded)
+    padded = rows // tokens
+    tiles = cdiv(length, tokens)
+    query = q.reshape(batch, length, kv_heads, groups, head_dim)
+    query = jnp.moveaxis(query, 2, 1)
+    query = jnp.pad(
+        query,
+        (
+            (0, 0),
+            (0, 0),
+            (0, tiles * tokens - length),
+            (0, padded - groups),
+            (0, 0),
+        ),
+    ).reshape(batch, kv_heads, tiles, rows, head_dim)
+    lists = (None, None, None)
+    if block_indices is not None:
+        lists = tile_unions(
+            block_indices, q_start, blocks=all_blocks, block=block, tokens=tokens
+        )
+    operands = (
+        layer.reshape(1),
+        q_start,
+        *lists,
+        query,
+        kv.reshape(*kv.shape[:-2], 2 * head_dim),
+        key_bias,
+    )
+    present = [x is not None for x in operands]
+
+    def kernel(*refs):
+        refs = iter(refs)
+        inputs = [next(refs) if there else None for there in present]
+        _kernel(*inputs, *refs, tokens=tokens, scale=scale)
+
+    silence_triton_deprecation()
+    out, lse = pl.pallas_call(
+        kernel,
+        grid=(tiles, kv_heads, batch),
+        out_shape=(
+            jax.ShapeDtypeStruct(query.shape, q.dtype),
+            jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32),
+        ),
+        compiler_params=plt.CompilerParams(
+            num_warps=config.num_warps, num_stages=config.num_stages
+        ),
+        interpret=interpret,
+        name="block_sparse_attention_triton",
+    )(*(x for x in operands if x is not None))
+
+    def restore(x):
+        tail = x.shape[4:]
+        x = x.reshape(batch, kv_heads, tiles * tokens, padded, *tail)
+        x = jnp.moveaxis(x[:, :, :length, :groups], 1, 2)
+        return x.reshape(batch, length, heads, *tail)
+
+    return restore(out), restore(lse)

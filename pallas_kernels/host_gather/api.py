@@ -1,0 +1,70 @@
+"""Public entry of the host gather: checks, then dispatch."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels._common import validation
+from pallas_kernels._common.dispatch import Implementation, dispatch
+
+OP = "host_gather"
+
+
+def host_gather(
+    blocks: Float[Array, R * E],
+    indices: Int[Array, " J"],
+    *,
+    programs: int | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, J * E]:
+    """Fetches listed blocks out of host memory into a device array.
+
+    On a GPU the Pallas forms read a ``pinned_host`` operand in place, without a copy
+    on the host and without computation there; a few persistent programs saturate the
+    link. Run it beside compute with ``compute_on("gpu_stream:1")``.
+
+    Args:
+      blocks: rows of any shape, in ``pinned_host`` or device memory.
+      indices: int32 rows to fetch, any order; negative entries are skipped.
+      programs: persistent programs of the Pallas forms; recorded or default if None.
+      implementation: "mosaic_gpu", "triton" or "xla"; None for the recorded choice
+        of this device kind. A named implementation never falls back.
+
+    Returns:
+      The rows in device memory, zeros where an entry was skipped.
+
+    Raises:
+      ValueError: on shapes, dtypes or settings other than the above.
+      NotImplementedError: when the named implementation cannot serve the call.
+    """
+    if blocks.ndim < 2 or min(blocks.shape) < 1:
+        raise ValueError(
+            f"blocks has shape {tuple(blocks.shape)}; it must be [R, ...] with at "
+            "least two axes, none of them empty"
+        )
+    validation.require_float("blocks", blocks)
+    validation.require_shape("indices", indices, (None,), "J")
+    validation.require_integer("indices", indices)
+    if programs is not None:
+        validation.require_positive("programs", programs)
+    indices = indices.astype(jnp.int32)
+    if indices.shape[0] == 0:
+        return jnp.zeros((0, *blocks.shape[1:]), blocks.dtype)
+
+    def run(name: str) -> Float[Array, J * E]:
+        if name == "mosaic_gpu":
+            from pallas_kernels.host_gather import pallas_mosaic_gpu as mosaic
+
+            config = None if programs is None else mosaic.Config(programs=programs)
+            return mosaic.host_gather_mosaic_gpu(blocks, indices, config=config)
+        if name == "triton":
+            from pallas_kernels.host_gather import pallas_triton as triton
+
+            config = None if programs is None else triton.Config(programs=programs)
+            return triton.host_gather_triton(blocks, indices, config=config)
+        from pallas_kernels.host_gather.xla import host_gather_xla
+
+        return host_gather_xla(blocks, indices)
+
+    return dispatch(OP, implementation, run)

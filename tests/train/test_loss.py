@@ -1,0 +1,275 @@
+"""The distillation loss against the reference's rows, lists, losses and gradients."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import train.loss
+from sparda_jax.config import SparseConfig
+from sparda_jax.sparse.selection import sorted_blocks
+from train.config import LossConfig
+from train.loss import (
+    Documents,
+    LayerKeys,
+    Queries,
+    distillation_loss,
+    forecast_logits,
+    layer_keys,
+    partition_kl,
+    teacher_cells,
+)
+
+distill_layer = jax.jit(
+    train.loss.distill_layer, static_argnames=("sparse", "loss", "with_gradient")
+)
+
+MINICPM = SparseConfig(local_blocks=2, block_budget=8, query_blocks=0)
+# The reference's lists may hold blocks after the query's own (§10.2).
+LITERAL = dataclasses.replace(MINICPM, mask_future_blocks=False)
+GRIDS = {
+    "k2s1max": LossConfig(),
+    "k2s1mean": LossConfig(align="mean"),
+    "k32s16": LossConfig(teacher="deployed"),
+}
+
+
+@pytest.fixture(scope="module")
+def layer1(golden):
+    """q, k, phi of layer 1 of the golden MiniCPM, one row of 700 tokens."""
+    arrays = golden("distill_tiny")
+    names = ("layer1_q", "layer1_k", "layer1_phi")
+    return tuple(jnp.asarray(arrays[f"minicpm/k2s1max/{n}"])[None] for n in names)
+
+
+def _queries(q, phi, documents, rows) -> Queries:
+    return Queries(
+        q[:, rows], phi[:, rows], rows, documents.start[:, rows], documents.end[:, rows]
+    )
+
+
+def _keys(k, documents, loss, sparse=LITERAL) -> LayerKeys:
+    return layer_keys(k, documents, None, sparse=sparse, loss=loss)
+
+
+# The fixture holds no layer-1 q and k of k2s1mean; the whole model tests cover it.
+@pytest.mark.parametrize("variant", ["k2s1max", "k32s16"])
+def test_rows_equal_reference(golden, layer1, variant):
+    arrays = golden("distill_tiny")
+    q, k, phi = layer1
+    if variant == "k32s16":
+        q, k = (jnp.asarray(arrays[f"minicpm/k32s16/layer1_{n}"])[None] for n in "qk")
+    loss = GRIDS[variant]
+    documents = Documents.whole_rows(1, 700)
+    rows = jnp.asarray(arrays["rows"])
+    queries = _queries(q, phi, documents, rows)
+
+    @jax.jit
+    def score(k, queries):
+        keys = _keys(k, documents, loss)
+        cells = teacher_cells(queries, keys, sparse=LITERAL, loss=loss)
+        logits = forecast_logits(queries, keys, sparse=LITERAL, finished_only=False)
+        return cells[0, :, :, :42], logits
+
+    cells, logits = score(k, queries)
+    expected = arrays[f"minicpm/{variant}/teacher"][1]
+    np.testing.assert_allclose(cells, expected, atol=1e-5)
+    student = jax.nn.softmax(logits, axis=-1)[0, :, :, :42]
+    np.testing.assert_allclose(
+        student, arrays[f"minicpm/{variant}/student"][1], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("tile", [None, 96])
+@pytest.mark.parametrize("variant", ["k2s1max", "k32s16"])
+def test_layer_loss_and_lists_equal_reference(golden, layer1, variant, tile):
+    arrays = golden("distill_tiny")
+    q, k, phi = layer1
+    if variant == "k32s16":
+        q, k = (jnp.asarray(arrays[f"minicpm/k32s16/layer1_{n}"])[None] for n in "qk")
+    out = distill_layer(
+        q,
+        k,
+        phi,
+        Documents.whole_rows(1, 700),
+        sparse=LITERAL,
+        loss=dataclasses.replace(GRIDS[variant], tile=tile),
+        with_gradient=True,
+    )
+    expected = arrays[f"minicpm/{variant}/loss"][1]
+    assert abs(out.total / out.weight - expected) < 2e-6
+    np.testing.assert_array_equal(
+        sorted_blocks(out.routing[0]), arrays[f"minicpm/{variant}/topk_idx"][1]
+    )
+
+
+@pytest.mark.parametrize("student", ["cells", "blocks"])
+@pytest.mark.parametrize("teacher", ["fine", "deployed"])
+def test_gradient_by_finite_differences(layer1, teacher, student):
+    q, k, phi = (x[:, :448] for x in layer1)
+    loss = LossConfig(teacher=teacher, student=student, tile=128)
+    # A direction that is the gradient itself plus noise: every row takes part.
+    documents = Documents.whole_rows(1, 448)
+    sparse = dataclasses.replace(MINICPM, block_budget=5)
+
+    @jax.jit
+    def value(phi):
+        return distillation_loss(phi, q, k, documents, sparse=sparse, loss=loss)
+
+    gradient = jax.grad(value)(phi)
+    assert float(jnp.linalg.norm(gradient)) > 0
+    noise = jax.random.normal(jax.random.key(0), phi.shape)
+    unit = gradient / jnp.linalg.norm(gradient)
+    direction = unit + 0.3 * noise / jnp.linalg.norm(noise)
+    step = 0.3
+    # Richardson: the error of the central difference falls to the fourth order.
+    near = (value(phi + step * direction) - value(phi - step * direction)) / (2 * step)
+    wide = value(phi + 2 * step * direction) - value(phi - 2 * step * direction)
+    numeric = (4 * near - wide / (4 * step)) / 3
+    exact = jnp.vdot(gradient, direction)
+    np.testing.assert_allclose(numeric, exact, rtol=2e-3)
+
+
+def test_tiles_and_segments_change_nothing(layer1, monkeypatch):
+    monkeypatch.setattr(train.loss, "_SEGMENT_TOKENS", 200)
+    q, k, phi = layer1
+    documents = Documents.whole_rows(1, 700)
+    results = [
+        distill_layer(
+            q,
+            k,
+            phi,
+            documents,
+            sparse=MINICPM,
+            loss=LossConfig(tile=tile),
+            with_gradient=True,
+        )
+        for tile in (704, 48)
+    ]
+    for other in results[1:]:
+        np.testing.assert_allclose(other.total, results[0].total, rtol=2e-6)
+        np.testing.assert_array_equal(other.routing, results[0].routing)
+        np.testing.assert_allclose(other.d_phi, results[0].d_phi, atol=1e-6)
+
+
+@pytest.mark.parametrize("teacher", ["fine", "deployed"])
+@pytest.mark.parametrize("student", ["cells", "blocks"])
+def test_packed_documents_equal_documents_alone(layer1, teacher, student):
+    """Losses add up, gradients and lists are the documents' own."""
+    q, k, phi = layer1
+    lengths, places = (300, 350), (0, 320)
+    loss = LossConfig(teacher=teacher, student=student, tile=352, mask_short_rows=True)
+    sparse = SparseConfig(local_blocks=1, block_budget=5, query_blocks=2)
+    start = np.zeros((1, 700), np.int32)
+    end = np.zeros((1, 700), np.int32)
+    for length, place in zip(lengths, places, strict=True):
+        start[:, place : place + length] = place
+        end[:, place : place + length] = place + length
+    start[:, 300:320], end[:, 300:320] = 0, 300
+    start[:, 670:], end[:, 670:] = 320, 670
+    # Half of the cases are NOSA's, which is a second stage of its own.
+    bias = jax.random.normal(jax.random.key(1), k.shape[:3])
+    for key_bias in (None, bias) if student == "cells" else (None,):
+        packed = distill_layer(
+            q,
+            k,
+            phi,
+            Documents(jnp.asarray(start), jnp.asarray(end)),
+            key_bias,
+            sparse=sparse,
+            loss=loss,
+            with_gradient=True,
+        )
+        total = weight = 0.0
+        for length, place in zip(lengths, places, strict=True):
+            part = slice(place, place + length)
+            alone = distill_layer(
+                q[:, part],
+                k[:, part],
+                phi[:, part],
+                Documents.whole_rows(1, length),
+                None if key_bias is None else key_bias[:, part],
+                sparse=sparse,
+                loss=loss,
+                with_gradient=True,
+            )
+            total, weight = total + alone.total, weight + alone.weight
+            lists = np.asarray(sorted_blocks(packed.routing[:, :, part]))
+            shifted = np.where(lists >= 0, lists - place // 64, -1)
+            np.testing.assert_array_equal(shifted, sorted_blocks(alone.routing))
+            np.testing.assert_allclose(packed.d_phi[:, part], alone.d_phi, atol=2e-6)
+        assert float(weight) > 0 and float(total) > 0.01
+        np.testing.assert_allclose(packed.weight, weight)
+        np.testing.assert_allclose(packed.total, total, rtol=1e-5)
+
+
+def test_options_weigh_rows(layer1):
+    q, k, phi = layer1
+    documents = Documents.whole_rows(1, 700)
+
+    def weight(**options):
+        out = distill_layer(
+            q,
+            k,
+            phi,
+            documents,
+            sparse=MINICPM,
+            loss=LossConfig(tile=704, **options),
+            with_gradient=False,
+        )
+        assert out.d_phi is None
+        return float(out.weight) / 2
+
+    assert weight() == 700
+    # Rows of block 8 on have more than 8 blocks.
+    assert weight(mask_short_rows=True) == 700 - 512
+    shares = [max(0.0, 1 - 8 / (i // 64 + 1)) for i in range(700)]
+    np.testing.assert_allclose(
+        weight(position_weight="context"), sum(shares), rtol=1e-5
+    )
+
+
+def test_on_policy_routes_as_inference_selects(layer1):
+    """The lists are those of the `sparda` selector."""
+    from sparda_jax.models.presets import get_preset
+    from sparda_jax.sparse.selection import SelectionTile
+    from sparda_jax.sparse.selectors import get_selector
+
+    q, k, phi = layer1
+    documents = Documents.whole_rows(1, 700)
+    loss = LossConfig(on_policy=True, tile=176)
+    out = distill_layer(
+        q, k, phi, documents, sparse=MINICPM, loss=loss, with_gradient=False
+    )
+    tile = SelectionTile(
+        q=q,
+        phi=phi,
+        positions=jnp.arange(700)[None],
+        windows=_keys(k, documents, loss).windows,
+        importance=None,
+        length=jnp.full((1,), 700),
+        decoding=False,
+    )
+    expected = get_selector("sparda").select(tile, get_preset("tiny").model, MINICPM)
+    np.testing.assert_array_equal(
+        sorted_blocks(out.routing), sorted_blocks(jnp.asarray(expected))
+    )
+
+
+def test_floor_of_zero_keeps_the_gradient_of_impossible_bins():
+    target = jnp.asarray([[0.5, 0.3, 0.2]])
+    logits = jnp.asarray([[-40.0, 0.0, 0.0]])
+    resolved = jnp.asarray([[True, True, False]])
+
+    def kl(logits, floor):
+        return partition_kl(target, logits, resolved, slots=2, floor=floor)[0]
+
+    assert float(jax.grad(kl)(logits, 1e-8)[0, 0]) > -1e-6
+    np.testing.assert_allclose(jax.grad(kl)(logits, 0.0)[0, 0], -0.5, rtol=1e-5)
+    student = jax.nn.log_softmax(logits)[0]
+    exact = jnp.sum(target[0] * (jnp.log(target[0]) - student))
+    np.testing.assert_allclose(kl(logits, 0.0), exact, rtol=1e-6)
+    # A row without a teacher teaches nothing.
+    assert partition_kl(0 * target, logits, resolved, slots=2, floor=0.0)[0] == 0

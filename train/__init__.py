@@ -1,0 +1,1 @@
+"""Distillation: trains the Forecast heads of a frozen model (specification §5)."""

@@ -1,0 +1,633 @@
+"""The distillation loss of one layer, streamed over tiles of query tokens.
+
+The teacher is the layer's own query: per head a softmax over key means, summed over the
+heads of a group. The student is the forecast of the layer before, scored on the key
+means that inference uses. The loss is the forward KL of the two over the windows of the
+blocks that the teacher chose, all other windows being one more bin (specification §5).
+
+What the teacher chose is also where the layer attends, so one pass over the tiles makes
+the loss, its gradient with respect to the forecast, and the block lists. A tile scores
+its queries against all keys that any of them can see, [B, N, tile, S]; nothing larger
+is ever held, and the tile shrinks as S grows. Causality is used in a few segments: the
+queries of the first quarter of a row meet the keys of the first quarter only.
+
+Several documents may share a row. Each starts at a block boundary; windows, blocks and
+attention then stay inside a document exactly as if it stood alone (`Documents`).
+
+Beyond the reference: everything is float32, the student in log space, with its rest bin
+by a masked log-sum-exp (§8.20); queries are tiled (§8.23); options of `LossConfig`.
+"""
+
+import dataclasses
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sparda_jax.config import SparseConfig
+from sparda_jax.sparse.compression import compress_keys
+from sparda_jax.sparse.selection import (
+    constrain_by_importance,
+    force_blocks,
+    pool_to_blocks,
+    top_blocks,
+)
+from train.config import LossConfig
+
+# Finite, so that a row that sees nothing gives 0 and not NaN.
+_MASKED = -1e30
+# Four segments spend 5/8 of the full square where 1/2 is the least. Each one is
+# compiled for itself, which short rows are not worth.
+_SEGMENTS = 4
+_SEGMENT_TOKENS = 1024
+# Bytes of one float32 score array of a tile. A CPU wants it in its cache.
+_SCORE_BYTES = {"cpu": 16 << 20}
+_GPU_SCORE_BYTES = 256 << 20
+_SMALLEST_TILE, _LARGEST_TILE = 16, 512
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """Which document each token of a row belongs to.
+
+    Attributes:
+      start: Index in the row of the document's first token, a multiple of the block
+        size [B, T].
+      end: Index one past its last token [B, T]. Tokens at or after it are padding:
+        they belong to no document and weigh nothing.
+    """
+
+    start: Int[Array, "B T"]
+    end: Int[Array, "B T"]
+
+    @staticmethod
+    def whole_rows(batch: int, tokens: int) -> "Documents":
+        """Every row is one document."""
+        start = jnp.zeros((batch, tokens), jnp.int32)
+        return Documents(start, jnp.full((batch, tokens), tokens, jnp.int32))
+
+    def positions(self) -> Int[Array, "B T"]:
+        """Position of every token in its own document."""
+        return jnp.arange(self.start.shape[1]) - self.start
+
+
+class LayerKeys(NamedTuple):
+    """What a layer's queries are scored against.
+
+    Attributes:
+      grid: Key means on the teacher's grid, J = S (fine) or W (deployed).
+      windows: Key means that inference selects by, W = M·ρ.
+      whole: The window lies in one document.
+      importance: NOSA: window means of c, or None.
+    """
+
+    grid: Float[Array, "B K J H"]
+    windows: Float[Array, "B K W H"]
+    whole: Bool[Array, "B W"]
+    importance: Float[Array, "B K W"] | None
+
+    def before(self, token: int, loss: LossConfig, sparse: SparseConfig) -> "LayerKeys":
+        """What lies before that token, a multiple of the block size."""
+        window = token // sparse.kernel_stride
+        grid = token if loss.teacher == "fine" else window
+        importance = self.importance
+        return LayerKeys(
+            self.grid[:, :, :grid],
+            self.windows[:, :, :window],
+            self.whole[:, :window],
+            None if importance is None else importance[:, :, :window],
+        )
+
+
+class Queries(NamedTuple):
+    """A tile of consecutive query tokens.
+
+    Attributes:
+      q: Queries after RoPE.
+      phi: Forecasts for this layer, float32.
+      token: Indices in the row.
+      start, end: Those of `Documents`.
+    """
+
+    q: Float[Array, "B T N H"]
+    phi: Float[Array, "B T K H"]
+    token: Int[Array, " T"]
+    start: Int[Array, "B T"]
+    end: Int[Array, "B T"]
+
+
+class Teacher(NamedTuple):
+    """What a tile learns from.
+
+    Attributes:
+      cells: T' of the specification: teacher probability on the windows of inference,
+        not normalised; 0 where the document has no such window.
+      scores: The same pooled to blocks, forced blocks +∞.
+      routing: Blocks to attend to.
+      partition: Blocks that the loss resolves; forced ones are still among them.
+    """
+
+    cells: Float[Array, "B K T W"]
+    scores: Float[Array, "B K T M"]
+    routing: Int[Array, "B K T P"]
+    partition: Int[Array, "B K T Q"]
+
+
+class LayerLoss(NamedTuple):
+    """Loss of one layer.
+
+    Attributes:
+      total: Sum over rows of weight · KL.
+      weight: Sum of the weights, over tokens and kv heads: `total / weight` is the
+        layer's loss.
+      routing: Block lists for the layer's attention, −1 padded.
+      d_phi: d total / d phi, float32, or None if it was not asked for.
+    """
+
+    total: Float[Array, ""]
+    weight: Float[Array, ""]
+    routing: Int[Array, "B K T P"]
+    d_phi: Float[Array, "B T K H"] | None
+
+
+def num_blocks(tokens: int, sparse: SparseConfig) -> int:
+    """Blocks that a row of that many tokens fills."""
+    return -(-tokens // sparse.block_size)
+
+
+def _partition_sparse(sparse: SparseConfig, *, key_bias: bool) -> SparseConfig:
+    """NOSA's loss knows the query-aware blocks only (§5.3)."""
+    if not key_bias:
+        return sparse
+    quota = sparse.init_blocks + sparse.local_blocks + sparse.query_blocks
+    budget = min(max(quota, sparse.forced_blocks), sparse.block_budget)
+    return dataclasses.replace(sparse, block_budget=budget)
+
+
+def layer_keys(
+    k: Float[Array, "B T K H"],
+    documents: Documents,
+    key_bias: Float[Array, "B T K"] | None,
+    *,
+    sparse: SparseConfig,
+    loss: LossConfig,
+) -> LayerKeys:
+    """Key means on both grids, padded to whole blocks.
+
+    The fine grid averages neighbours, k̃_j = (k_j + k_{j+1})/2 (§5.2).
+    """
+    tokens = k.shape[1]
+    length = num_blocks(tokens, sparse) * sparse.block_size
+    count = length // sparse.kernel_stride
+
+    def padded(x: Array, size: int) -> Array:
+        widths = [(0, 0)] * x.ndim
+        widths[2] = (0, size - x.shape[2])
+        return jnp.pad(x, widths)
+
+    windows = padded(compress_keys(k, sparse), count)
+    if loss.teacher == "fine":
+        wide = k.astype(jnp.float32)
+        means = ((wide[:, :-1] + wide[:, 1:]) / 2).astype(k.dtype)
+        grid = padded(jnp.swapaxes(means, 1, 2), length)
+    else:
+        grid = windows
+    first = jnp.arange(count) * sparse.kernel_stride
+    own_end = jnp.take(documents.end, jnp.minimum(first, tokens - 1), axis=1)
+    whole = first + sparse.kernel_size <= own_end
+    importance = None
+    if key_bias is not None:
+        means = compress_keys(key_bias[..., None], sparse)[..., 0]
+        importance = jnp.where(whole[:, None], padded(means, count), -jnp.inf)
+    return LayerKeys(grid, windows, whole, importance)
+
+
+def group_softmax(
+    q: Float[Array, "B T N H"],
+    keys: Float[Array, "B K J H"],
+    seen: Bool[Array, "B T J"],
+) -> Float[Array, "B K T J"]:
+    """Softmax over keys for each head, summed over the heads of a group (§2.3).
+
+    A row that sees nothing gets zeros.
+    """
+    batch, tokens, heads, dim = q.shape
+    kv_heads = keys.shape[1]
+    q = q.reshape(batch, tokens, kv_heads, heads // kv_heads, dim)
+    scores = jnp.einsum(
+        "btkgh,bkjh->bkgtj",
+        q,
+        keys.astype(q.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    mask = seen[:, None, None]
+    scores = jnp.where(mask, scores * dim**-0.5, _MASKED)
+    peak = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.where(mask, jnp.exp(scores - peak), 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return jnp.sum(weights / jnp.where(total > 0, total, 1.0), axis=2)
+
+
+def _window_masks(
+    queries: Queries, whole: Bool[Array, "B W"], sparse: SparseConfig
+) -> tuple[Bool[Array, "B T W"], Bool[Array, "B T W"], Bool[Array, "B T W"]]:
+    """Windows of the query's document; those begun by then; those finished by then."""
+    first = jnp.arange(whole.shape[1]) * sparse.kernel_stride
+    token = queries.token[:, None]
+    exists = whole[:, None] & (first >= queries.start[..., None])
+    exists &= first < queries.end[..., None]
+    return (
+        exists,
+        exists & (first <= token),
+        exists & (first + sparse.kernel_size - 1 <= token),
+    )
+
+
+def _confine(
+    scores: Float[Array, "B K T M"], queries: Queries, sparse: SparseConfig
+) -> Float[Array, "B K T M"]:
+    """Init blocks are those of the query's document; no block lies before it."""
+    block = jnp.arange(scores.shape[-1])
+    first = (queries.start // sparse.block_size)[:, None, :, None]
+    own = (queries.token // sparse.block_size)[:, None]
+    init = (block >= first) & (block < first + sparse.init_blocks) & (block <= own)
+    return jnp.where(block < first, -jnp.inf, jnp.where(init, jnp.inf, scores))
+
+
+def _own_block(queries: Queries, sparse: SparseConfig) -> Int[Array, "B 1 T"]:
+    own = queries.token // sparse.block_size
+    return jnp.broadcast_to(own, (queries.q.shape[0], 1, own.shape[0]))
+
+
+def _forced(
+    scores: Float[Array, "B K T W"], queries: Queries, sparse: SparseConfig
+) -> Float[Array, "B K T M"]:
+    """Window scores (−∞: no window) → block scores with forced blocks at +∞ (§2.4)."""
+    blocks = pool_to_blocks(scores, sparse.windows_per_block)
+    blocks = force_blocks(blocks, _own_block(queries, sparse), sparse)
+    return _confine(blocks, queries, sparse)
+
+
+def _route(
+    scores: Float[Array, "B K T M"],
+    queries: Queries,
+    keys: LayerKeys,
+    sparse: SparseConfig,
+) -> Int[Array, "B K T P"]:
+    """Block lists for attention; NOSA's second stage follows where it has one (§3)."""
+    own = _own_block(queries, sparse)
+    if keys.importance is not None:
+        scores = constrain_by_importance(scores, keys.importance, own, sparse)
+        scores = _confine(scores, queries, sparse)
+    return top_blocks(scores, own, jnp.zeros(own.shape[0], jnp.int32), sparse)
+
+
+def teacher_cells(
+    queries: Queries, keys: LayerKeys, *, sparse: SparseConfig, loss: LossConfig
+) -> Float[Array, "B K T W"]:
+    """The teacher on the windows that inference uses (§5.2).
+
+    The fine grid is brought to them by the maximum, or the mean, over the 17 fine keys
+    that start in a window's first half or right before it.
+    """
+    exists, _, finished = _window_masks(queries, keys.whole, sparse)
+    if loss.teacher == "deployed":
+        return group_softmax(queries.q, keys.grid, finished)
+    index = jnp.arange(keys.grid.shape[2])
+    seen = (index <= queries.token[:, None]) & (index >= queries.start[..., None])
+    seen &= index <= queries.end[..., None] - 2
+    fine = group_softmax(queries.q, keys.grid, seen)
+    stride = sparse.kernel_stride
+    if loss.align == "max":
+        cells = pool_to_blocks(fine, stride)
+    else:
+        grouped = fine.reshape(*fine.shape[:-1], -1, stride)
+        before = jnp.pad(grouped[..., :-1, -1], [(0, 0)] * 3 + [(1, 0)])
+        cells = (jnp.sum(grouped, axis=-1) + before) / (stride + 1)
+    return jnp.where(exists[:, None], cells, 0.0)
+
+
+def teach(
+    queries: Queries, keys: LayerKeys, *, sparse: SparseConfig, loss: LossConfig
+) -> Teacher:
+    """Teacher, and the blocks it chooses, for one tile (§5.2, §5.3)."""
+    cells = teacher_cells(queries, keys, sparse=sparse, loss=loss)
+    exists = _window_masks(queries, keys.whole, sparse)[0]
+    scores = _forced(jnp.where(exists[:, None], cells, -jnp.inf), queries, sparse)
+    routing = _route(scores, queries, keys, sparse)
+    partition = routing
+    if keys.importance is not None:
+        own = _own_block(queries, sparse)
+        length = jnp.zeros(own.shape[0], jnp.int32)
+        pure = _partition_sparse(sparse, key_bias=True)
+        partition = top_blocks(scores, own, length, pure)
+    return Teacher(cells, scores, routing, partition)
+
+
+def forecast_logits(
+    queries: Queries,
+    keys: LayerKeys,
+    *,
+    sparse: SparseConfig,
+    finished_only: bool,
+) -> Float[Array, "B K T W"]:
+    """Scaled scores of the forecasts, very negative on windows out of sight (§5.4).
+
+    In the reference's loss a query sees a window as soon as it has begun; inference
+    selects among finished ones (`finished_only`).
+    """
+    _, begun, finished = _window_masks(queries, keys.whole, sparse)
+    scores = jnp.einsum(
+        "btkh,bkwh->bktw",
+        queries.phi.astype(jnp.float32),
+        keys.windows.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    seen = finished if finished_only else begun
+    return jnp.where(seen[:, None], scores * queries.phi.shape[-1] ** -0.5, _MASKED)
+
+
+def forecast_routing(
+    queries: Queries, keys: LayerKeys, *, sparse: SparseConfig
+) -> Int[Array, "B K T P"]:
+    """The block lists that inference makes of the forecasts (§4.3)."""
+    logits = forecast_logits(queries, keys, sparse=sparse, finished_only=True)
+    scores = jnp.where(logits > _MASKED, logits, -jnp.inf)
+    return _route(_forced(scores, queries, sparse), queries, keys, sparse)
+
+
+def supervised_blocks(
+    lists: Int[Array, "B K T P"], queries: Queries, blocks: int, sparse: SparseConfig
+) -> Bool[Array, "B K T M"]:
+    """Listed blocks that are neither init nor local: real choices (§5.5)."""
+    lead = jnp.ogrid[tuple(slice(size) for size in lists.shape[:3])]
+    rows = tuple(index[..., None] for index in lead)
+    chosen = jnp.zeros((*lists.shape[:3], blocks), bool)
+    index = jnp.where(lists < 0, blocks, lists)
+    chosen = chosen.at[(*rows, index)].set(True, mode="drop")
+    block = jnp.arange(blocks)
+    first = (queries.start // sparse.block_size)[:, None, :, None]
+    own = (queries.token // sparse.block_size)[:, None]
+    local = (block >= own - sparse.local_blocks) & (block <= own)
+    return chosen & (block >= first + sparse.init_blocks) & ~local
+
+
+def partition_kl(
+    target: Float[Array, "*rows C"],
+    logits: Float[Array, "*rows C"],
+    resolved: Bool[Array, "*rows C"],
+    *,
+    slots: int,
+    floor: float,
+) -> Float[Array, "*rows"]:
+    """KL(target ‖ softmax(logits)), unresolved bins being one more bin (§5.5).
+
+    Args:
+      target: Non-negative, not normalised.
+      logits: Very negative where a bin is out of the student's sight.
+      resolved: Bins that count for themselves.
+      slots: Most bins that can be resolved; those that are not count as empty ones.
+      floor: Least probability of a bin on either side, as in the reference; 0 leaves
+        the student's log-probabilities as they are.
+    """
+    target = target / (jnp.sum(target, axis=-1, keepdims=True) + 1e-8)
+    target_rest = jnp.sum(jnp.where(resolved, 0.0, target), axis=-1)
+    lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    log_student = logits - lse
+    log_rest = jax.nn.logsumexp(jnp.where(resolved, _MASKED, log_student), axis=-1)
+
+    p = jnp.where(resolved, jnp.maximum(target, floor), 0.0)
+    p_rest = jnp.maximum(target_rest, floor)
+    empty = floor * (slots - jnp.sum(resolved, axis=-1))
+    p_sum = jnp.sum(p, axis=-1) + p_rest + empty
+    if floor > 0:
+        least = jnp.log(jnp.float32(floor))
+        log_student = jnp.maximum(log_student, least)
+        log_rest = jnp.maximum(log_rest, least)
+    q = jnp.where(resolved, jnp.exp(log_student), 0.0)
+    q_sum = jnp.sum(q, axis=-1) + jnp.exp(log_rest) + empty
+
+    def surprise(p: Array, log_q: Array) -> Array:
+        tiny = jnp.finfo(jnp.float32).tiny
+        return p * (jnp.log(jnp.maximum(p, tiny)) - log_q)
+
+    bins = jnp.where(resolved, surprise(p, log_student), 0.0)
+    kl = jnp.sum(bins, axis=-1) + surprise(p_rest, log_rest)
+    # Both sides are renormalised: each bin gains log(q_sum / p_sum).
+    # A target without any mass teaches nothing; only a floor can give it some.
+    some = jnp.where(p_sum > 0, p_sum, 1.0)
+    return jnp.where(p_sum > 0, kl / some + jnp.log(q_sum) - jnp.log(some), 0.0)
+
+
+def row_weights(
+    queries: Queries, *, sparse: SparseConfig, loss: LossConfig
+) -> Float[Array, "B T"]:
+    """How much each token counts: 1, but for padding and the options of `loss`."""
+    block = sparse.block_size
+    held = queries.token // block - queries.start // block + 1
+    weight = jnp.ones(held.shape, jnp.float32)
+    if loss.position_weight == "context":
+        # The share of the context that the budget leaves out.
+        weight = jnp.maximum(0.0, 1.0 - sparse.block_budget / held)
+    if loss.mask_short_rows:
+        weight = jnp.where(held > sparse.block_budget, weight, 0.0)
+    return jnp.where(queries.token < queries.end, weight, 0.0)
+
+
+def row_losses(
+    queries: Queries,
+    keys: LayerKeys,
+    teacher: Teacher,
+    *,
+    slots: int,
+    sparse: SparseConfig,
+    loss: LossConfig,
+) -> Float[Array, "B K T"]:
+    """KL of every row of a tile (§5.4, §5.5); differentiable in `queries.phi`."""
+    blocks = teacher.scores.shape[-1]
+    resolved = supervised_blocks(teacher.partition, queries, blocks, sparse)
+    by_block = loss.student == "blocks"
+    logits = forecast_logits(queries, keys, sparse=sparse, finished_only=by_block)
+    per_block = sparse.windows_per_block
+    if by_block:
+        own = _own_block(queries, sparse)[..., None]
+        past = jnp.arange(blocks) <= own
+        target = jnp.where(past, pool_to_blocks(teacher.cells, per_block), 0.0)
+        logits = jnp.maximum(pool_to_blocks(logits, per_block), _MASKED)
+        logits = jnp.where(past, logits, _MASKED)
+        return partition_kl(target, logits, resolved, slots=slots, floor=loss.floor)
+    exists = _window_masks(queries, keys.whole, sparse)[0]
+    cells = jnp.repeat(resolved, per_block, axis=-1) & exists[:, None]
+    return partition_kl(
+        teacher.cells, logits, cells, slots=slots * per_block, floor=loss.floor
+    )
+
+
+def tile_size(batch: int, tokens: int, heads: int, platform: str) -> int:
+    """Query tokens per tile, so that one score array stays within bounds."""
+    room = _SCORE_BYTES.get(platform, _GPU_SCORE_BYTES)
+    fits = room // (4 * batch * heads * tokens)
+    size = _SMALLEST_TILE
+    while size < _LARGEST_TILE and 2 * size <= fits:
+        size *= 2
+    return min(size, -(-tokens // _SMALLEST_TILE) * _SMALLEST_TILE)
+
+
+def distill_layer(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    phi: Float[Array, "B T K H"],
+    documents: Documents,
+    key_bias: Float[Array, "B T K"] | None = None,
+    *,
+    sparse: SparseConfig,
+    loss: LossConfig,
+    with_gradient: bool,
+) -> LayerLoss:
+    """Loss, block lists and, if wanted, the gradient for one layer's forecasts.
+
+    Args:
+      q: The layer's queries after RoPE.
+      k: Its keys after RoPE.
+      phi: What the layer before (layer 0: it itself) forecast for it, after RoPE.
+      documents: Which tokens belong together.
+      key_bias: NOSA's c per token, or None.
+      sparse: Block geometry and budget. With `mask_future_blocks=False` (parity with
+        the reference) the lists may hold what the reference's do.
+      loss: Variant of the loss.
+      with_gradient: Also return d total / d phi.
+
+    Source: specification §5.2-5.5; memory is that of one tile's scores (§8.23).
+    """
+    sparse = dataclasses.replace(sparse, dense_len=-1)
+    batch, tokens, heads, _ = q.shape
+    keys = layer_keys(k, documents, key_bias, sparse=sparse, loss=loss)
+    size = loss.tile or tile_size(batch, tokens, heads, jax.default_backend())
+    pure = _partition_sparse(sparse, key_bias=key_bias is not None)
+    count = num_blocks(tokens, sparse)
+    slots = min(pure.block_budget, count)
+    width = min(sparse.block_budget, count)
+    phi = phi.astype(jnp.float32)
+    tiles = -(-tokens // size)
+    if tiles * size > tokens:
+        pad = tiles * size - tokens
+        widths = ((0, 0), (0, pad))
+        q, phi = (jnp.pad(x, (*widths, (0, 0), (0, 0))) for x in (q, phi))
+        # Padding rows belong to no document.
+        documents = Documents(
+            jnp.pad(documents.start, widths), jnp.pad(documents.end, widths)
+        )
+
+    def one_tile(index: Int[Array, ""], keys: LayerKeys):
+        first = index * size
+
+        def cut(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, first, size, axis=1)
+
+        token = first + jnp.arange(size)
+        queries = Queries(
+            cut(q), cut(phi), token, cut(documents.start), cut(documents.end)
+        )
+        teacher = teach(queries, keys, sparse=sparse, loss=loss)
+        weight = row_weights(queries, sparse=sparse, loss=loss)
+
+        def total(phi: Array) -> Array:
+            rows = row_losses(
+                queries._replace(phi=phi),
+                keys,
+                teacher,
+                slots=slots,
+                sparse=sparse,
+                loss=loss,
+            )
+            return jnp.sum(rows * weight[:, None])
+
+        if with_gradient:
+            value, d_phi = jax.value_and_grad(total)(queries.phi)
+        else:
+            value, d_phi = total(queries.phi), None
+        routing = teacher.routing
+        if loss.on_policy:
+            routing = forecast_routing(queries, keys, sparse=sparse)
+        missing = width - routing.shape[-1]
+        routing = jnp.pad(routing, ((0, 0),) * 3 + ((0, missing),), constant_values=-1)
+        return value, jnp.sum(weight), routing, d_phi
+
+    # The literal reference scores blocks after the query's own, which a segment's keys
+    # do not reach.
+    most = _SEGMENTS if sparse.mask_future_blocks else 1
+    segments = max(1, min(most, tiles, tokens // _SEGMENT_TOKENS))
+    parts = []
+    edges = [tiles * part // segments for part in range(segments + 1)]
+    for begin, end in itertools.pairwise(edges):
+        # One block more: the aligned teacher of a block's last token reaches into it.
+        reach = min(num_blocks(end * size, sparse) + 1, count) * sparse.block_size
+        near = keys.before(reach, loss, sparse)
+        run = functools.partial(one_tile, keys=near)
+        parts.append(jax.lax.map(run, jnp.arange(begin, end)))
+    value, weight, routing, d_phi = jax.tree.map(
+        lambda *xs: jnp.concatenate(xs), *parts
+    )
+
+    def joined(x: Array, axis: int) -> Array:
+        """[tiles, …, size, …] → the row, without its padding."""
+        x = jnp.moveaxis(x, 0, axis)
+        shape = (*x.shape[:axis], tiles * size, *x.shape[axis + 2 :])
+        return jax.lax.slice_in_dim(x.reshape(shape), 0, tokens, axis=axis)
+
+    return LayerLoss(
+        total=jnp.sum(value),
+        weight=jnp.sum(weight) * k.shape[2],
+        routing=joined(routing, 2),
+        d_phi=None if d_phi is None else joined(d_phi, 1),
+    )
+
+
+def distillation_loss(
+    phi: Float[Array, "B T K H"],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    documents: Documents,
+    key_bias: Float[Array, "B T K"] | None = None,
+    *,
+    sparse: SparseConfig,
+    loss: LossConfig,
+) -> Float[Array, ""]:
+    """The layer's loss as a function of `phi` alone, for `jax.grad`.
+
+    Differentiating it keeps no scores: the tiles' gradients are made on the way.
+    """
+
+    def run(phi: Array, *, with_gradient: bool) -> tuple[Array, Array | None]:
+        out = distill_layer(
+            q,
+            k,
+            phi,
+            documents,
+            key_bias,
+            sparse=sparse,
+            loss=loss,
+            with_gradient=with_gradient,
+        )
+        weight = jnp.maximum(out.weight, 1.0)
+        d_phi = None if out.d_phi is None else out.d_phi / weight
+        return out.total / weight, d_phi
+
+    @jax.custom_vjp
+    def value(phi: Array) -> Array:
+        return run(phi, with_gradient=False)[0]
+
+    def forward(phi: Array) -> tuple[Array, Array]:
+        mean, d_phi = run(phi, with_gradient=True)
+        assert d_phi is not None
+        return mean, d_phi
+
+    def backward(d_phi: Array, cotangent: Array) -> tuple[Array]:
+        return ((d_phi * cotangent).astype(phi.dtype),)
+
+    value.defvjp(forward, backward)
+    return value(phi)
