@@ -11,8 +11,17 @@ beside it. Every operation has one public function with the same last argument,
   device kind (``tuned/<device>/<op>.json``), otherwise ``"xla"``.
 """
 
+from pallas_kernels.block_scores.api import block_scores, select_blocks
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
+from pallas_kernels.compress_keys.api import compress_keys
 from pallas_kernels.host_gather.api import host_gather
 from pallas_kernels.paged_decode_attention.api import paged_decode_attention
 
-__all__ = ["block_sparse_attention", "host_gather", "paged_decode_attention"]
+__all__ = [
+    "block_scores",
+    "block_sparse_attention",
+    "compress_keys",
+    "host_gather",
+    "paged_decode_attention",
+    "select_blocks",
+]

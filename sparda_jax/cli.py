@@ -14,7 +14,7 @@ import sparda_jax as sj
 from sparda_jax.checkpoint.errors import CheckpointError
 from sparda_jax.checkpoint.fetch import cache_directory
 from sparda_jax.config import ConfigError, SparseConfig
-from sparda_jax.evaluation.passkey import ANSWER_PREFIX, passkey_task, question_prompt
+from sparda_jax.evaluation.passkey import passkey_task, question_prompt
 from sparda_jax.inference.engine import GenerateStats, LanguageModel
 from sparda_jax.models.presets import PRESETS
 from sparda_jax.models.weights import num_forecast_parameters, num_parameters
@@ -392,7 +392,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         f"{-(-len(task.ids) // lm.sparse.block_size)} KV blocks\n"
     )
     print(
-        f"{'attention':10} {'answer':22} {'found':5} {'prefill':>10} {'decode':>10} "
+        f"{'attention':10} {'answer':12} {'found':5} {'prefill':>10} {'decode':>10} "
         f"{'KV blocks read':>15} {'compile':>8}"
     )
     for name in ("dense", "infllm_v2", "sparda"):
@@ -409,10 +409,10 @@ def _demo(arguments: argparse.Namespace) -> None:
             text = "".join(event.text for event in stream)
         assert stream.output is not None
         stats = stream.output.stats
-        answer = (ANSWER_PREFIX + text).splitlines()[0]
+        answer = text.strip().splitlines()[0] if text.strip() else ""
         found = "yes" if task.solved_by(text) else "no"
         print(
-            f"{name:10} {answer[:22]:22} {found:5} "
+            f"{name:10} {answer[:12]:12} {found:5} "
             f"{_rate(stats.prefill_tokens_per_second):>6} t/s "
             f"{_rate(stats.decode_tokens_per_second):>6} t/s "
             f"{_share(stats.decode_blocks):>15} {stats.compile_seconds:6.1f} s",

@@ -21,6 +21,7 @@ by a masked log-sum-exp (§8.20); queries are tiled (§8.23); options of `LossCo
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -49,20 +50,18 @@ _GPU_SCORE_BYTES = 256 << 20
 _SMALLEST_TILE, _LARGEST_TILE = 16, 512
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Documents:
+class Documents(NamedTuple):
     """Which document each token of a row belongs to.
 
     Attributes:
       start: Index in the row of the document's first token, a multiple of the block
-        size [B, T].
-      end: Index one past its last token [B, T]. Tokens at or after it are padding:
-        they belong to no document and weigh nothing.
+        size.
+      end: Index one past its last token. Tokens at or after it are padding: they belong
+        to no document and weigh nothing.
     """
 
-    start: Int[Array, "B T"]
-    end: Int[Array, "B T"]
+    start: Int[Array, "*A B T"]
+    end: Int[Array, "*A B T"]
 
     @staticmethod
     def whole_rows(batch: int, tokens: int) -> "Documents":
@@ -210,10 +209,11 @@ def group_softmax(
     q: Float[Array, "B T N H"],
     keys: Float[Array, "B K J H"],
     seen: Bool[Array, "B T J"],
+    bias: Float[Array, "B K J"] | None = None,
 ) -> Float[Array, "B K T J"]:
     """Softmax over keys for each head, summed over the heads of a group (§2.3).
 
-    A row that sees nothing gets zeros.
+    A row that sees nothing gets zeros. `bias` is added to the scaled scores.
     """
     batch, tokens, heads, dim = q.shape
     kv_heads = keys.shape[1]
@@ -224,15 +224,18 @@ def group_softmax(
         keys.astype(q.dtype),
         preferred_element_type=jnp.float32,
     )
+    scores = scores * dim**-0.5
+    if bias is not None:
+        scores = scores + bias[:, :, None, None]
     mask = seen[:, None, None]
-    scores = jnp.where(mask, scores * dim**-0.5, _MASKED)
+    scores = jnp.where(mask, scores, _MASKED)
     peak = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.where(mask, jnp.exp(scores - peak), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     return jnp.sum(weights / jnp.where(total > 0, total, 1.0), axis=2)
 
 
-def _window_masks(
+def window_masks(
     queries: Queries, whole: Bool[Array, "B W"], sparse: SparseConfig
 ) -> tuple[Bool[Array, "B T W"], Bool[Array, "B T W"], Bool[Array, "B T W"]]:
     """Windows of the query's document; those begun by then; those finished by then."""
@@ -247,7 +250,7 @@ def _window_masks(
     )
 
 
-def _confine(
+def confine(
     scores: Float[Array, "B K T M"], queries: Queries, sparse: SparseConfig
 ) -> Float[Array, "B K T M"]:
     """Init blocks are those of the query's document; no block lies before it."""
@@ -258,31 +261,31 @@ def _confine(
     return jnp.where(block < first, -jnp.inf, jnp.where(init, jnp.inf, scores))
 
 
-def _own_block(queries: Queries, sparse: SparseConfig) -> Int[Array, "B 1 T"]:
+def own_block(queries: Queries, sparse: SparseConfig) -> Int[Array, "B 1 T"]:
     own = queries.token // sparse.block_size
     return jnp.broadcast_to(own, (queries.q.shape[0], 1, own.shape[0]))
 
 
-def _forced(
+def forced(
     scores: Float[Array, "B K T W"], queries: Queries, sparse: SparseConfig
 ) -> Float[Array, "B K T M"]:
     """Window scores (−∞: no window) → block scores with forced blocks at +∞ (§2.4)."""
     blocks = pool_to_blocks(scores, sparse.windows_per_block)
-    blocks = force_blocks(blocks, _own_block(queries, sparse), sparse)
-    return _confine(blocks, queries, sparse)
+    blocks = force_blocks(blocks, own_block(queries, sparse), sparse)
+    return confine(blocks, queries, sparse)
 
 
-def _route(
+def route(
     scores: Float[Array, "B K T M"],
     queries: Queries,
     keys: LayerKeys,
     sparse: SparseConfig,
 ) -> Int[Array, "B K T P"]:
     """Block lists for attention; NOSA's second stage follows where it has one (§3)."""
-    own = _own_block(queries, sparse)
+    own = own_block(queries, sparse)
     if keys.importance is not None:
         scores = constrain_by_importance(scores, keys.importance, own, sparse)
-        scores = _confine(scores, queries, sparse)
+        scores = confine(scores, queries, sparse)
     return top_blocks(scores, own, jnp.zeros(own.shape[0], jnp.int32), sparse)
 
 
@@ -294,7 +297,7 @@ def teacher_cells(
     The fine grid is brought to them by the maximum, or the mean, over the 17 fine keys
     that start in a window's first half or right before it.
     """
-    exists, _, finished = _window_masks(queries, keys.whole, sparse)
+    exists, _, finished = window_masks(queries, keys.whole, sparse)
     if loss.teacher == "deployed":
         return group_softmax(queries.q, keys.grid, finished)
     index = jnp.arange(keys.grid.shape[2])
@@ -316,12 +319,12 @@ def teach(
 ) -> Teacher:
     """Teacher, and the blocks it chooses, for one tile (§5.2, §5.3)."""
     cells = teacher_cells(queries, keys, sparse=sparse, loss=loss)
-    exists = _window_masks(queries, keys.whole, sparse)[0]
-    scores = _forced(jnp.where(exists[:, None], cells, -jnp.inf), queries, sparse)
-    routing = _route(scores, queries, keys, sparse)
+    exists = window_masks(queries, keys.whole, sparse)[0]
+    scores = forced(jnp.where(exists[:, None], cells, -jnp.inf), queries, sparse)
+    routing = route(scores, queries, keys, sparse)
     partition = routing
     if keys.importance is not None:
-        own = _own_block(queries, sparse)
+        own = own_block(queries, sparse)
         length = jnp.zeros(own.shape[0], jnp.int32)
         pure = _partition_sparse(sparse, key_bias=True)
         partition = top_blocks(scores, own, length, pure)
@@ -340,7 +343,7 @@ def forecast_logits(
     In the reference's loss a query sees a window as soon as it has begun; inference
     selects among finished ones (`finished_only`).
     """
-    _, begun, finished = _window_masks(queries, keys.whole, sparse)
+    _, begun, finished = window_masks(queries, keys.whole, sparse)
     scores = jnp.einsum(
         "btkh,bkwh->bktw",
         queries.phi.astype(jnp.float32),
@@ -357,7 +360,7 @@ def forecast_routing(
     """The block lists that inference makes of the forecasts (§4.3)."""
     logits = forecast_logits(queries, keys, sparse=sparse, finished_only=True)
     scores = jnp.where(logits > _MASKED, logits, -jnp.inf)
-    return _route(_forced(scores, queries, sparse), queries, keys, sparse)
+    return route(forced(scores, queries, sparse), queries, keys, sparse)
 
 
 def supervised_blocks(
@@ -454,13 +457,13 @@ def row_losses(
     logits = forecast_logits(queries, keys, sparse=sparse, finished_only=by_block)
     per_block = sparse.windows_per_block
     if by_block:
-        own = _own_block(queries, sparse)[..., None]
+        own = own_block(queries, sparse)[..., None]
         past = jnp.arange(blocks) <= own
         target = jnp.where(past, pool_to_blocks(teacher.cells, per_block), 0.0)
         logits = jnp.maximum(pool_to_blocks(logits, per_block), _MASKED)
         logits = jnp.where(past, logits, _MASKED)
         return partition_kl(target, logits, resolved, slots=slots, floor=loss.floor)
-    exists = _window_masks(queries, keys.whole, sparse)[0]
+    exists = window_masks(queries, keys.whole, sparse)[0]
     cells = jnp.repeat(resolved, per_block, axis=-1) & exists[:, None]
     return partition_kl(
         teacher.cells, logits, cells, slots=slots * per_block, floor=loss.floor
@@ -475,6 +478,36 @@ def tile_size(batch: int, tokens: int, heads: int, platform: str) -> int:
     while size < _LARGEST_TILE and 2 * size <= fits:
         size *= 2
     return min(size, -(-tokens // _SMALLEST_TILE) * _SMALLEST_TILE)
+
+
+def tile_queries(
+    q: Float[Array, "B T N H"],
+    phi: Float[Array, "B T K H"],
+    documents: Documents,
+    size: int,
+) -> tuple[int, Callable[[Int[Array, ""]], Queries]]:
+    """Number of tiles, and a function that cuts one out of the row.
+
+    The last tile may be filled up with tokens that belong to no document.
+    """
+    tokens = q.shape[1]
+    tiles = -(-tokens // size)
+    widths = ((0, 0), (0, tiles * size - tokens))
+    row = (
+        jnp.pad(q, (*widths, (0, 0), (0, 0))),
+        jnp.pad(phi.astype(jnp.float32), (*widths, (0, 0), (0, 0))),
+        jnp.pad(documents.start, widths),
+        jnp.pad(documents.end, widths),
+    )
+
+    def cut(index: Int[Array, ""]) -> Queries:
+        first = index * size
+        q, phi, start, end = (
+            jax.lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in row
+        )
+        return Queries(q, phi, first + jnp.arange(size), start, end)
+
+    return tiles, cut
 
 
 def distill_layer(
@@ -511,27 +544,10 @@ def distill_layer(
     count = num_blocks(tokens, sparse)
     slots = min(pure.block_budget, count)
     width = min(sparse.block_budget, count)
-    phi = phi.astype(jnp.float32)
-    tiles = -(-tokens // size)
-    if tiles * size > tokens:
-        pad = tiles * size - tokens
-        widths = ((0, 0), (0, pad))
-        q, phi = (jnp.pad(x, (*widths, (0, 0), (0, 0))) for x in (q, phi))
-        # Padding rows belong to no document.
-        documents = Documents(
-            jnp.pad(documents.start, widths), jnp.pad(documents.end, widths)
-        )
+    tiles, cut = tile_queries(q, phi, documents, size)
 
     def one_tile(index: Int[Array, ""], keys: LayerKeys):
-        first = index * size
-
-        def cut(x: Array) -> Array:
-            return jax.lax.dynamic_slice_in_dim(x, first, size, axis=1)
-
-        token = first + jnp.arange(size)
-        queries = Queries(
-            cut(q), cut(phi), token, cut(documents.start), cut(documents.end)
-        )
+        queries = cut(index)
         teacher = teach(queries, keys, sparse=sparse, loss=loss)
         weight = row_weights(queries, sparse=sparse, loss=loss)
 

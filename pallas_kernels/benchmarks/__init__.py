@@ -1,1 +1,1 @@
-"""Speed of each operation beside its peers: ``python -m pallas_kernels.benchmarks.<op>``."""
+"""Each operation beside its peers: ``python -m pallas_kernels.benchmarks.<op>``."""

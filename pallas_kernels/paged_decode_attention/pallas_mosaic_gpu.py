@@ -153,7 +153,9 @@ def _body(refs, scoped, *, config, head_dim, block, dtype, kv_heads, sizes, scal
     @pl.when(wg == COMPUTE)
     def _compute():
         plgpu.set_max_registers(232, action="increase")
-        rows = pl.ds(pair * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        # Rows after those of this pair belong to the next one, or are zeros after
+        # the last: nobody reads what becomes of them.
+        rows = pl.ds(pl.multiple_of(pair * out_rows, 8), WARPGROUP_ROWS)
         plgpu.copy_gmem_to_smem(refs["q"].at[rows], q_smem, q_ready)
         plgpu.barrier_wait(q_ready)
         row_layout = plgpu.Layout.WGMMA.reduce(1)
@@ -302,10 +304,13 @@ def paged_decode_attention_mosaic_gpu(
     splits = min(config.splits, listed)
     out_rows = 8 * cdiv(groups, 8)
     query = q.reshape(batch, kv_heads, groups, head_dim)
-    query = jnp.pad(query, ((0, 0), (0, 0), (0, WARPGROUP_ROWS - groups), (0, 0)))
+    query = jnp.pad(query, ((0, 0), (0, 0), (0, out_rows - groups), (0, 0)))
+    query = query.reshape(-1, head_dim)
+    if query.shape[0] < WARPGROUP_ROWS:
+        query = jnp.pad(query, ((0, WARPGROUP_ROWS - query.shape[0]), (0, 0)))
     operands = {
         "layer": layer.reshape(1),
-        "q": query.reshape(-1, head_dim),
+        "q": query,
         "kv": kv.reshape(-1, 2 * head_dim),
     }
     if slots is None:
@@ -333,7 +338,14 @@ def paged_decode_attention_mosaic_gpu(
                 block=block,
                 dtype=q.dtype,
                 kv_heads=kv_heads,
-                sizes=(cdiv(listed, splits), listed, capacity, splits, batch, out_rows),
+                sizes=(
+                    cdiv(listed, splits),
+                    listed,
+                    capacity,
+                    splits,
+                    batch,
+                    out_rows,
+                ),
                 scale=scale,
             ),
             plgpu.SMEM((WARPGROUP_ROWS, head_dim), q.dtype, transforms=tiled),
@@ -365,6 +377,7 @@ def paged_decode_attention_mosaic_gpu(
     )(*operands.values())
     out = out.reshape(batch, kv_heads, splits, out_rows, head_dim)[..., :groups, :]
     lse = lse.reshape(batch, kv_heads, splits, WARPGROUP_ROWS)[..., :groups]
-    out, lse = merge_splits(out, lse)
+    if splits > 1:
+        out, lse = merge_splits(out, lse)
     out = out.reshape(batch, heads, head_dim).astype(q.dtype)
     return out, lse.reshape(batch, heads)

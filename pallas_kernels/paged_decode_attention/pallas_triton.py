@@ -79,21 +79,32 @@ def _kernel(
     layer_ref,  # [1]
     slots_ref,  # [B, K, P] or None
     lengths_ref,  # [B, K, P] with slots, else [B]
-    q_ref,  # [B, K, rows, H]
+    q_ref,  # [B N H]
     kv_ref,  # [L, B, K, C, block, 2 H]
     bias_ref,  # [L, B, K, C, block] or None
-    out_ref,  # [B, K, splits, rows, H]
-    lse_ref,  # [B, K, splits, rows]
+    out_ref,  # [B K splits G H]
+    lse_ref,  # [B K splits G]
     *,
+    groups: int,
+    rows: int,
+    head_dim: int,
     per_split: int,
     listed: int,
     scale: float,
 ):
     split, k, b = (pl.program_id(i) for i in range(3))
     block = kv_ref.shape[4]
-    rows, head_dim = q_ref.shape[2:]
+    pair = b * pl.num_programs(1) + k
     layer = layer_ref[0]
-    query = q_ref[b, k]
+    # Queries are read, and results written, in place: rows beyond G are masked.
+    row = jnp.arange(rows)
+    element = row[:, None] * head_dim + jnp.arange(head_dim)[None]
+    real = jnp.broadcast_to((row < groups)[:, None], element.shape)
+    query = plt.load(
+        q_ref.at[jnp.where(real, pair * (groups * head_dim) + element, 0)],
+        mask=real,
+        other=0.0,
+    )
     offset = jnp.arange(block)
     first = split * per_split
     last = jnp.minimum(first + per_split, listed)
@@ -137,8 +148,14 @@ def _kernel(
     top, total, acc = lax.fori_loop(first, last, body, carry)
     empty = total == 0.0
     total = jnp.where(empty, 1.0, total)
-    out_ref[b, k, split] = acc / total[:, None]
-    lse_ref[b, k, split] = jnp.where(empty, NEG_INF, top + jnp.log(total))
+    part = (pair * pl.num_programs(0) + split) * groups
+    plt.store(
+        out_ref.at[part * head_dim + element],
+        (acc / total[:, None]).astype(out_ref.dtype),
+        mask=real,
+    )
+    lse = jnp.where(empty, NEG_INF, top + jnp.log(total))
+    plt.store(lse_ref.at[part + row], lse, mask=row < groups)
 
 
 @in_32_bit
@@ -183,13 +200,11 @@ def paged_decode_attention_triton(
     listed = capacity if slots is None else slots.shape[-1]
     config = config or config_for(batch, kv_heads, listed, head_dim)
     splits = min(config.splits, listed)
-    query = q.reshape(batch, kv_heads, groups, head_dim)
-    query = jnp.pad(query, ((0, 0), (0, 0), (0, rows - groups), (0, 0)))
     operands = (
         layer.reshape(1),
         slots,
         lengths if slots is None else slot_lengths,
-        query,
+        q.reshape(-1),
         kv.reshape(*kv.shape[:-2], 2 * head_dim),
         key_bias,
     )
@@ -201,20 +216,23 @@ def paged_decode_attention_triton(
         _kernel(
             *inputs,
             *refs,
+            groups=groups,
+            rows=rows,
+            head_dim=head_dim,
             per_split=cdiv(listed, splits),
             listed=listed,
             scale=scale,
         )
 
+    parts = heads * batch * splits
+    partial = q.dtype if splits == 1 else jnp.float32
     silence_triton_deprecation()
     out, lse = pl.pallas_call(
         kernel,
         grid=(splits, kv_heads, batch),
         out_shape=(
-            jax.ShapeDtypeStruct(
-                (batch, kv_heads, splits, rows, head_dim), jnp.float32
-            ),
-            jax.ShapeDtypeStruct((batch, kv_heads, splits, rows), jnp.float32),
+            jax.ShapeDtypeStruct((parts * head_dim,), partial),
+            jax.ShapeDtypeStruct((parts,), jnp.float32),
         ),
         compiler_params=plt.CompilerParams(
             num_warps=config.num_warps, num_stages=config.num_stages
@@ -222,7 +240,9 @@ def paged_decode_attention_triton(
         interpret=interpret,
         name="paged_decode_attention_triton",
     )(*(x for x in operands if x is not None))
-    out, lse = merge_splits(out[:, :, :, :groups], lse[..., :groups])
+    if splits > 1:
+        lead = (batch, kv_heads, splits, groups)
+        out, lse = merge_splits(out.reshape(*lead, head_dim), lse.reshape(lead))
     out = out.reshape(batch, heads, head_dim).astype(q.dtype)
     return out, lse.reshape(batch, heads)
 

@@ -9,8 +9,7 @@ token side by side. A row's tokens sit at their own positions from 0 on; whateve
 at or behind a row's length is garbage that no reader looks at.
 """
 
-import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +20,7 @@ from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
 from sparda_jax.sparse.compression import CompressedKeys, append_windows
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LayerCache:
+class LayerCache(NamedTuple):
     """KV blocks and compressed keys of one layer, or of all (leading axis).
 
     Attributes:
@@ -44,9 +41,7 @@ class LayerCache:
         return self.kv.shape[3]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
+class KVCache(NamedTuple):
     """The whole cache: L `LayerCache`s of one layer each, or one stacked one."""
 
     layers: tuple[LayerCache, ...]
@@ -197,7 +192,7 @@ def append_tokens(
     kv = write(cache.kv, jnp.stack((k, v), axis=3))
     keys = append_windows(cache.keys, layer, k, start=start, count=count, sparse=sparse)
     if key_bias is None:
-        return dataclasses.replace(cache, kv=kv, keys=keys)
+        return cache._replace(kv=kv, keys=keys)
     assert cache.key_bias is not None and cache.importance is not None
     return LayerCache(
         kv=kv,
@@ -225,7 +220,7 @@ def grow(cache: KVCache, capacity: int, sparse: SparseConfig) -> KVCache:
 
     def compressed(keys: CompressedKeys) -> CompressedKeys:
         windows = pad(keys.windows, blocks * sparse.windows_per_block)
-        return dataclasses.replace(keys, windows=windows)
+        return keys._replace(windows=windows)
 
     return KVCache(
         tuple(

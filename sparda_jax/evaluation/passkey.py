@@ -7,8 +7,20 @@ import random
 from sparda_jax.checkpoint.tokenizer import Tokenizer
 from sparda_jax.config import ConfigError
 
-ANSWER_PREFIX = "The passkey is"
-_QUESTION = "What is the 5-digit passkey in the document above?"
+ANSWER_PREFIX = "The secret 5-digit passkey number of this document is"
+# Small dense-pretrained models need the same words in needle, question and answer, and
+# a word of warning before the document.
+_NEEDLE = (
+    "\n\nThe secret 5-digit passkey number of this document is {answer}. Remember: the "
+    "secret 5-digit passkey number of this document is {answer}. Do not forget: the "
+    "secret 5-digit passkey number of this document is {answer}. {answer} is the "
+    "passkey number.\n\n"
+)
+_PREFACE = (
+    "A secret 5-digit passkey number is hidden in the following document. Find it and "
+    "remember it.\n\n\n"
+)
+_QUESTION = "What is the secret 5-digit passkey number of this document?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +72,11 @@ def passkey_task(
         raise ConfigError(f"depth={depth!r} is not allowed: it must be from 0 to 1")
     rng = random.Random(seed)
     answer = str(rng.randrange(10000, 100000))
-    needle = f"\nThe passkey is {answer}. Remember it. {answer} is the passkey.\n"
+    needle = _NEEDLE.format(answer=answer)
 
     def prompt(document: str) -> list[int]:
-        text = question_prompt(tokenizer, document, _QUESTION) + ANSWER_PREFIX
+        text = question_prompt(tokenizer, _PREFACE + document, _QUESTION)
+        text += ANSWER_PREFIX
         return list(tokenizer.encode(text, special=True))
 
     # The passkey between two halves costs a token or two more than the pieces do.
@@ -75,7 +88,7 @@ def passkey_task(
         )
     manual = python_manual()
     start = rng.randrange(len(manual) // 2)
-    # Four characters a token is more than any English text needs.
+    # Eight characters a token are more than any English text needs.
     words = tokenizer.encode(manual[start : start + 8 * room])[:room]
     cut = round(depth * len(words))
     before, after = tokenizer.decode(words[:cut]), tokenizer.decode(words[cut:])

@@ -7,6 +7,7 @@ turn of a conversation share one compilation. Lengths are bucketed for the same 
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,7 @@ _MIN_NEW = 32
 _MAX_STOPS = 16
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class GenerateState:
+class GenerateState(NamedTuple):
     """Everything that generation carries from one call to the next.
 
     Attributes:
@@ -55,9 +54,7 @@ class GenerateState:
     decode_counts: BlockCounts
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What one call asks for, all of it dynamic.
 
     Attributes:
@@ -93,8 +90,7 @@ def _emit(
     stopped = jnp.any(token[:, None] == request.stops, axis=1)
     ended = writes & (stopped | (generated >= request.max_new))
     column = jnp.where(writes, token, state.seen.shape[1])
-    return dataclasses.replace(
-        state,
+    return state._replace(
         pending=jnp.where(writes, token, state.pending),
         tokens=state.tokens.at[rows, slot].set(token, mode="drop"),
         generated=generated,
@@ -141,8 +137,7 @@ def run(
     counts = block_counts(carry, state.lengths, request.count, width, settings)
     last = jnp.maximum(request.count - 1, 0)[:, None, None]
     hidden = jnp.take_along_axis(carry.hidden, last, axis=1)[:, 0]
-    state = dataclasses.replace(
-        state,
+    state = state._replace(
         cache=carry.cache,
         lengths=state.lengths + request.count,
         done=jnp.where(fresh, request.max_new <= state.generated, state.done),
@@ -169,8 +164,7 @@ def run(
         )
         fed = active.astype(jnp.int32)
         counts = block_counts(carry, state.lengths, fed, 1, settings)
-        state = dataclasses.replace(
-            state,
+        state = state._replace(
             cache=carry.cache,
             lengths=state.lengths + fed,
             decode_counts=state.decode_counts.plus(counts),
@@ -289,8 +283,7 @@ def next_turn(
     if cache.capacity < shapes.capacity:
         cache = grow(cache, shapes.capacity, settings.sparse)
     batch = cache.batch
-    return dataclasses.replace(
-        state,
+    return state._replace(
         cache=cache,
         tokens=jnp.full((batch, shapes.new), -1, jnp.int32),
         generated=jnp.zeros((batch,), jnp.int32),

@@ -8,6 +8,7 @@ alone: neither on the batch around it nor on how generation is cut into calls.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,9 +68,7 @@ class SamplingConfig:
         need(0 <= min_p <= 1, "min_p", min_p, "from 0 (off) to 1")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SamplingState:
+class SamplingState(NamedTuple):
     """`SamplingConfig` and seed of every sequence, as arrays [B]."""
 
     repetition_penalty: Float[Array, " B"]
@@ -105,7 +104,7 @@ def sampling_state(
                 f"seed={value!r} is not allowed: it must be an integer in [0, 2^32)"
             )
 
-    def fill(value: float, kind: DTypeLike) -> Array:
+    def fill(value: int | float, kind: DTypeLike) -> Array:
         return jnp.full((batch,), value, kind)
 
     return SamplingState(

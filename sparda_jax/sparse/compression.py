@@ -8,18 +8,15 @@ Source: specification §2.2 (first level only: the second is never read by the k
 §8.25 for the half-window sums.
 """
 
-import dataclasses
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sparda_jax.config import SparseConfig
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class CompressedKeys:
+class CompressedKeys(NamedTuple):
     """Finished windows and the two half sums that the next window needs.
 
     Attributes:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import block_sparse_attention, paged_decode_attention
+from pallas_kernels._common.lowering import cuda_lowering_text
 from pallas_kernels._common.tolerances import (
     GRADIENT_FACTOR,
     relative_error,
@@ -17,12 +18,31 @@ from pallas_kernels._common.tolerances import (
 )
 from pallas_kernels._common.validation import with_layer_axis
 from pallas_kernels.block_sparse_attention.arg_specs import ARG_SPECS, ArgSpec
+from pallas_kernels.block_sparse_attention.pallas_triton import (
+    block_sparse_attention_triton,
+)
 from pallas_kernels.block_sparse_attention.reference import (
     block_sparse_attention_reference,
 )
 
 CI_SPECS = [s for s in ARG_SPECS if "ci" in s.tags]
-DTYPES = ["float32", "bfloat16", "float16"]
+BY_NAME = {s.name: s for s in ARG_SPECS}
+# The rest of the specs and dtypes repeat the same code paths: with --runslow.
+QUICK = {"dense_g3_layers", "random_g4", "local_g16_layers_bias"}
+
+
+def combinations(*dtypes):
+    """Spec x dtype, with what is not quick marked slow."""
+    return [
+        pytest.param(
+            spec,
+            dtype,
+            id=f"{spec.name}-{dtype}",
+            marks=() if spec.name in QUICK and dtype == dtypes[0] else pytest.mark.slow,
+        )
+        for spec in CI_SPECS
+        for dtype in dtypes
+    ]
 
 
 def reference(args):
@@ -52,8 +72,9 @@ def assert_matches(got, want, dtype):
         assert error <= tolerance(dtype), f"{name}: relative error {error:.2e}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spec", CI_SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    ("spec", "dtype"), combinations("float32", "bfloat16", "float16")
+)
 def test_xla_matches_reference(spec, dtype):
     args = spec.make(dtype)
     got = compute(args)
@@ -62,15 +83,95 @@ def test_xla_matches_reference(spec, dtype):
     assert_matches(got, reference(args), dtype)
 
 
+@pytest.mark.parametrize(("spec", "dtype"), combinations("bfloat16", "float32"))
+def test_triton_matches_reference_in_the_interpreter(spec, dtype):
+    args = spec.make(dtype)
+    kv, bias, layer = with_layer_axis(
+        args["kv"], args.get("key_bias"), args.get("layer"), spec.heads
+    )
+    run = functools.partial(
+        block_sparse_attention_triton, scale=spec.head_dim**-0.5, interpret=True
+    )
+    lists = args.get("block_indices")
+    got = jax.jit(run)(args["q"], kv, args["q_start"], lists, layer, bias)
+    assert_matches(got, reference(args), dtype)
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu"])
+@pytest.mark.parametrize(("spec", "dtype"), combinations("bfloat16"))
+def test_pallas_lowers_for_cuda(spec, dtype, implementation, x64):
+    def f(a):
+        return block_sparse_attention(
+            **a, return_lse=True, implementation=implementation
+        )
+
+    text = cuda_lowering_text(f, spec.make(dtype), x64=x64)
+    assert ("mosaic_gpu" if implementation == "mosaic_gpu" else "triton") in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton", "xla"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("spec", CI_SPECS, ids=lambda s: s.name)
+def test_native_matches_reference(spec, dtype, implementation):
+    args = spec.make(dtype)
+    try:
+        got = compute(args, implementation)
+    except NotImplementedError as refusal:
+        pytest.skip(str(refusal))
+    assert_matches(got, reference(args), dtype)
+    again = compute(args, implementation)
+    for x, y in zip(got, again, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton", "xla"])
+def test_native_never_leaks_what_a_token_does_not_list(implementation):
+    spec = ArgSpec(
+        "", 1, 40, 32, 2, 128, 64, 16, listed=4, local=1, start=(900,), bias=True
+    )
+    args = spec.make(jnp.bfloat16)
+    clean = compute(args, implementation)
+    for token, poison in ((0, np.nan), (21, np.inf), (39, np.nan)):
+        valid = blocks_read(args, token)
+        dirty = args | {
+            "kv": jnp.where(valid[..., None, None], args["kv"], poison),
+            "key_bias": jnp.where(valid, args["key_bias"], poison),
+        }
+        for x, y in zip(compute(dirty, implementation), clean, strict=True):
+            assert relative_error(x[:, token], y[:, token]) <= tolerance("bfloat16")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
+def test_native_long_sequence(implementation):
+    # More keys than 16-bit offsets and the sizes where Triton was seen to fail.
+    spec = ArgSpec("", 1, 64, 16, 1, 128, 64, 1024, listed=96, start=(65_000,))
+    args = spec.make(jnp.bfloat16)
+    got = compute(args, implementation)
+    assert_matches(got, compute(args, "xla"), "bfloat16")
+
+
 @pytest.mark.parametrize("listed", [None, 3])
-@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 63, 65, 200])
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        1,
+        17,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 15, 16, 63, 65, 200)),
+    ],
+)
 def test_lengths(tokens, listed):
     spec = ArgSpec("", 1, tokens, 6, 2, 64, 32, 9, listed=listed, start=(40,))
     args = spec.make(jnp.float32, seed=tokens)
     assert_matches(compute(args), reference(args), "float32")
 
 
-@pytest.mark.parametrize("groups", [1, 3, 4, 8, 16])
+@pytest.mark.parametrize(
+    "groups", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4, 8, 16))]
+)
 def test_groups(groups):
     spec = ArgSpec("", 1, 50, 2 * groups, 2, 64, 16, 12, listed=5, start=(130,))
     args = spec.make(jnp.float32)
@@ -127,9 +228,10 @@ def test_a_batch_row_is_the_row_alone():
     spec = ArgSpec("", 3, 70, 6, 2, 64, 32, 8, listed=3, start=(0, 90, 180))
     args = spec.make(jnp.float32)
     out = compute(args)[0]
+    alone = jax.jit(lambda a: block_sparse_attention(**a))
     for b in range(3):
         row = {name: x[b : b + 1] for name, x in args.items()}
-        assert relative_error(compute(row)[0], out[b : b + 1]) <= tolerance("float32")
+        assert relative_error(alone(row), out[b : b + 1]) <= tolerance("float32")
 
 
 def blocks_read(args, token):
@@ -142,30 +244,34 @@ def blocks_read(args, token):
     return listed[..., None] & np.broadcast_to(causal, (batch, kv_heads, blocks, block))
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("token", [0, 21, 39])
-def test_what_a_token_does_not_list_never_reaches_it(token, poison):
+def test_what_a_token_does_not_list_never_reaches_it():
     # The poisoned keys are in the union of the tile: its other tokens read them.
     spec = ArgSpec(
         "", 2, 40, 6, 2, 64, 16, 16, listed=4, local=1, start=(200, 3), bias=True
     )
     args = spec.make(jnp.float32)
-    clean = compute(args)
-    valid = blocks_read(args, token)
-    args["kv"] = jnp.where(valid[..., None, None], args["kv"], poison)
-    args["key_bias"] = jnp.where(valid, args["key_bias"], poison)
-    for x, y in zip(compute(args), clean, strict=True):
-        np.testing.assert_array_equal(x[:, token], y[:, token])
+    f = jax.jit(lambda a: block_sparse_attention(**a, return_lse=True))
+    clean = f(args)
+    for token in (0, 21, 39):
+        valid = blocks_read(args, token)
+        for poison in (np.nan, np.inf, -np.inf):
+            dirty = args | {
+                "kv": jnp.where(valid[..., None, None], args["kv"], poison),
+                "key_bias": jnp.where(valid, args["key_bias"], poison),
+            }
+            for x, y in zip(f(dirty), clean, strict=True):
+                np.testing.assert_array_equal(x[:, token], y[:, token])
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_the_future_never_leaks(poison):
+def test_the_future_never_leaks():
     args = ArgSpec("", 1, 40, 6, 2, 64, 16, 16, start=(50,)).make(jnp.float32)
-    clean = compute(args)
+    f = jax.jit(lambda a: block_sparse_attention(**a, return_lse=True))
+    clean = f(args)
     future = np.arange(256).reshape(16, 16) >= 50 + 20
-    args["kv"] = jnp.where(future[..., None, None], poison, args["kv"])
-    for x, y in zip(compute(args), clean, strict=True):
-        np.testing.assert_array_equal(x[:, :20], y[:, :20])
+    for poison in (np.nan, np.inf):
+        kv = jnp.where(future[..., None, None], poison, args["kv"])
+        for x, y in zip(f(args | {"kv": kv}), clean, strict=True):
+            np.testing.assert_array_equal(x[:, :20], y[:, :20])
 
 
 def test_a_poisoned_key_that_is_read_is_not_hidden():
@@ -185,8 +291,9 @@ def test_tokens_without_keys_are_zero():
 
 
 def test_two_runs_are_bitwise_equal():
-    args = ARG_SPECS[7].make(jnp.float32)
-    for x, y in zip(compute(args), compute(args), strict=True):
+    args = BY_NAME["random_g4"].make(jnp.float32)
+    f = jax.jit(lambda a: block_sparse_attention(**a, return_lse=True))
+    for x, y in zip(f(args), f(args), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
@@ -199,7 +306,17 @@ GRADIENT_SPECS = [
 ]
 
 
-@pytest.mark.parametrize("spec", GRADIENT_SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(
+            s,
+            id=s.name,
+            marks=pytest.mark.slow if s.name in ("padded", "layers") else (),
+        )
+        for s in GRADIENT_SPECS
+    ],
+)
 def test_gradients(spec):
     args = spec.make(jnp.float32)
     wrt = [name for name in ("q", "kv", "key_bias") if name in args]
@@ -295,7 +412,7 @@ def test_no_buffer_of_tokens_times_keys(tokens, listed):
         ({"implementation": "pallas"}, "implementation is 'pallas'"),
     ],
 )
-def test_bad_arguments(change, message):
+def test_bad_arguments(change, message, without_type_checks):
     args = ArgSpec("", 2, 8, 6, 2, 64, 16, 4).make(jnp.float32) | change
     with pytest.raises(ValueError, match=re.escape(message)):
         block_sparse_attention(**args)

@@ -9,15 +9,36 @@ import numpy as np
 import pytest
 
 from pallas_kernels import paged_decode_attention
+from pallas_kernels._common.lowering import cuda_lowering_text
 from pallas_kernels._common.tolerances import relative_error, tolerance
 from pallas_kernels._common.validation import with_layer_axis
+from pallas_kernels.paged_decode_attention import pallas_triton as triton
 from pallas_kernels.paged_decode_attention.arg_specs import ARG_SPECS, ArgSpec
+from pallas_kernels.paged_decode_attention.pallas_triton import (
+    paged_decode_attention_triton,
+)
 from pallas_kernels.paged_decode_attention.reference import (
     paged_decode_attention_reference,
 )
 
 CI_SPECS = [s for s in ARG_SPECS if "ci" in s.tags]
-DTYPES = ["float32", "bfloat16", "float16"]
+BY_NAME = {s.name: s for s in ARG_SPECS}
+# The rest of the specs and dtypes repeat the same code paths: with --runslow.
+QUICK = {"dense_g3_layers", "dense_empty_row", "listed_g16_layers_bias"}
+
+
+def combinations(*dtypes):
+    """Spec x dtype, with what is not quick marked slow."""
+    return [
+        pytest.param(
+            spec,
+            dtype,
+            id=f"{spec.name}-{dtype}",
+            marks=() if spec.name in QUICK and dtype == dtypes[0] else pytest.mark.slow,
+        )
+        for spec in CI_SPECS
+        for dtype in dtypes
+    ]
 
 
 def reference(args):
@@ -55,8 +76,9 @@ def assert_matches(got, want, dtype):
         assert error <= tolerance(dtype), f"{name}: relative error {error:.2e}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spec", CI_SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    ("spec", "dtype"), combinations("float32", "bfloat16", "float16")
+)
 def test_xla_matches_reference(spec, dtype):
     args = spec.make(dtype)
     got = compute(args)
@@ -65,12 +87,97 @@ def test_xla_matches_reference(spec, dtype):
     assert_matches(got, reference(args), dtype)
 
 
+@pytest.mark.parametrize(("spec", "dtype"), combinations("bfloat16", "float32"))
+def test_triton_matches_reference_in_the_interpreter(spec, dtype):
+    args = spec.make(dtype)
+    kv, bias, layer = with_layer_axis(
+        args["kv"], args.get("key_bias"), args.get("layer"), spec.heads
+    )
+    run = functools.partial(
+        paged_decode_attention_triton, scale=spec.head_dim**-0.5, interpret=True
+    )
+    names = ("slots", "slot_lengths", "lengths")
+    got = jax.jit(run)(args["q"], kv, *map(args.get, names), layer, bias)
+    assert_matches(got, reference(args), dtype)
+
+
+def test_triton_with_one_split_and_with_many():
+    spec = BY_NAME["listed_g16_layers_bias"]
+    args = spec.make(jnp.float32)
+    kv, bias, layer = with_layer_axis(args["kv"], args["key_bias"], args["layer"], 32)
+    for splits in (1, 3, 8):
+        got = paged_decode_attention_triton(
+            args["q"],
+            kv,
+            args["slots"],
+            args["slot_lengths"],
+            None,
+            layer,
+            bias,
+            scale=spec.head_dim**-0.5,
+            config=triton.Config(splits=splits),
+            interpret=True,
+        )
+        assert_matches(got, reference(args), "float32")
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu"])
+@pytest.mark.parametrize(("spec", "dtype"), combinations("bfloat16"))
+def test_pallas_lowers_for_cuda(spec, dtype, implementation, x64):
+    args = spec.make(dtype)
+
+    def f(a):
+        return paged_decode_attention(
+            **a, return_lse=True, implementation=implementation
+        )
+
+    try:
+        text = cuda_lowering_text(f, args, x64=x64)
+    except NotImplementedError as refusal:
+        # Mosaic serves blocks of 64 and 128 tokens that fit in shared memory.
+        assert implementation == "mosaic_gpu"
+        assert spec.block < 64 or spec.head_dim == 256, refusal
+        return
+    assert ("mosaic_gpu" if implementation == "mosaic_gpu" else "triton") in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton", "xla"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("spec", CI_SPECS, ids=lambda s: s.name)
+def test_native_matches_reference(spec, dtype, implementation):
+    args = spec.make(dtype)
+    try:
+        got = compute(args, implementation)
+    except NotImplementedError as refusal:
+        pytest.skip(str(refusal))
+    assert_matches(got, reference(args), dtype)
+    again = compute(args, implementation)
+    for x, y in zip(got, again, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton", "xla"])
+def test_native_never_leaks_what_is_not_listed(implementation):
+    args = BY_NAME["listed_g16_layers_bias"].make(jnp.bfloat16)
+    clean = compute(args, implementation)
+    for poison in (np.nan, np.inf):
+        dirty = compute(poisoned(args, poison), implementation)
+        for x, y in zip(dirty, clean, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
 @pytest.mark.parametrize("groups", [1, 3, 4, 8, 16])
-@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 127, 200])
-def test_ragged_tails(groups, length):
-    spec = ArgSpec("", 1, 2 * groups, 2, 64, 32, 7, lengths=(length,))
-    args = spec.make(jnp.float32, seed=length)
-    assert_matches(compute(args), reference(args), "float32")
+def test_ragged_tails(groups):
+    spec = ArgSpec("", 1, 2 * groups, 2, 64, 32, 7)
+    args = spec.make(jnp.float32)
+    f = jax.jit(lambda a: paged_decode_attention(**a, return_lse=True))
+    for length in (1, 2, 31, 32, 33, 127, 200):
+        args["lengths"] = jnp.array([length], jnp.int32)
+        got, row = f(args), reference(args)
+        assert_matches(got, row, "float32")
 
 
 def test_identity_list_is_dense():
@@ -96,22 +203,33 @@ def test_order_of_the_list_carries_no_meaning():
         assert relative_error(x, y) <= tolerance("float32")
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-def test_what_is_not_listed_never_leaks(poison):
-    spec = ArgSpec(
-        "", 2, 6, 2, 64, 16, 12, listed=5, lengths=(190, 75), padding=0.2, bias=True
-    )
-    args = spec.make(jnp.float32)
-    clean = compute(args)
-    valid = np.zeros(args["kv"].shape[:4], bool)
+def poisoned(args, poison):
+    """The arguments with every key and value that is not listed replaced."""
+    lead = args["kv"].ndim - 6
+    valid = np.zeros(args["kv"].shape[lead:-2], bool)
     slots, lengths = np.asarray(args["slots"]), np.asarray(args["slot_lengths"])
     for b, k, p in np.ndindex(slots.shape):
         if slots[b, k, p] >= 0:
             valid[b, k, slots[b, k, p], : lengths[b, k, p]] = True
-    args["kv"] = jnp.where(valid[..., None, None], args["kv"], poison)
-    args["key_bias"] = jnp.where(valid, args["key_bias"], poison)
-    for x, y in zip(compute(args), clean, strict=True):
-        np.testing.assert_array_equal(x, y)
+    if lead:  # of the layers only the one that is read
+        chosen = np.arange(args["kv"].shape[0]) == int(args["layer"])
+        valid = valid & chosen[:, None, None, None, None]
+    return args | {
+        "kv": jnp.where(valid[..., None, None], args["kv"], poison),
+        "key_bias": jnp.where(valid, args["key_bias"], poison),
+    }
+
+
+def test_what_is_not_listed_never_leaks():
+    spec = ArgSpec(
+        "", 2, 6, 2, 64, 16, 12, listed=5, lengths=(190, 75), padding=0.2, bias=True
+    )
+    args = spec.make(jnp.float32)
+    f = jax.jit(lambda a: paged_decode_attention(**a, return_lse=True))
+    clean = f(args)
+    for poison in (np.nan, np.inf, -np.inf):
+        for x, y in zip(f(poisoned(args, poison)), clean, strict=True):
+            np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
@@ -163,8 +281,9 @@ def test_partial_results_merge_through_lse():
 
 
 def test_two_runs_are_bitwise_equal():
-    args = ARG_SPECS[5].make(jnp.float32)
-    for x, y in zip(compute(args), compute(args), strict=True):
+    args = BY_NAME["listed_g16_layers_bias"].make(jnp.float32)
+    f = jax.jit(lambda a: paged_decode_attention(**a, return_lse=True))
+    for x, y in zip(f(args), f(args), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
@@ -217,7 +336,7 @@ def test_unused_capacity_needs_no_memory():
         ({"implementation": "cuda"}, "implementation is 'cuda'"),
     ],
 )
-def test_bad_arguments(change, message):
+def test_bad_arguments(change, message, without_type_checks):
     args = ArgSpec("", 2, 6, 2, 64, 16, 4).make(jnp.float32) | change
     with pytest.raises(ValueError, match=re.escape(message)):
         paged_decode_attention(**args)

@@ -236,7 +236,7 @@ def test_model_equals_reference(tiny, tag, mode):
 @pytest.mark.parametrize("mode", ["sparse", "sparda_fm"])
 def test_hidden_states_between_layers(tiny, mode):
     """The input of every layer, which outputs alone would not pin down."""
-    name, arrays, config, sparse, model = tiny
+    _, arrays, config, sparse, model = tiny
     settings = _settings(config, sparse, mode)
     ids = jnp.asarray(arrays["L700/input_ids"][:700], jnp.int32)[None]
     rope = model_rope(config, 1040)

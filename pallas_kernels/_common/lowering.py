@@ -1,0 +1,40 @@
+"""Lowering for a GPU on a machine that has none: API and type errors show early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+HOPPER = "NVIDIA H200"
+
+
+def cuda_lowering_text(
+    f: Callable[..., Any], *args: Any, kind: str = HOPPER, x64: bool = False
+) -> str:
+    """The StableHLO of ``f`` lowered for CUDA, with no CUDA device at hand.
+
+    Catches what a kernel's front end rejects. Not the limits of an architecture,
+    shared memory or numerics: those need the device.
+
+    Args:
+      f: function of ``args``.
+      *args: arrays or ``jax.ShapeDtypeStruct``; only shapes and dtypes are used.
+      kind: device kind to lower for.
+      x64: with ``jax_enable_x64``.
+
+    Returns:
+      The module as text.
+    """
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    mesh = AbstractMesh(
+        (1,),
+        ("x",),
+        axis_types=(AxisType.Auto,),
+        abstract_device=AbstractDevice(kind, None, "cuda"),
+    )
+    with jax.sharding.use_abstract_mesh(mesh), jax.enable_x64(x64):
+        traced = jax.jit(f).trace(*shapes)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -1,0 +1,456 @@
+"""Block scores and the choice on Triton (compute capability 8.0 and newer).
+
+Three kernels:
+
+* ``scores``, grid (token tiles, block tiles, B * K): a program scores a tile of tokens
+  against the windows of a tile of blocks and pools in registers. The windows of a
+  block lie ``per_block`` apart, so that one product a window offset (those in the
+  block and the ones before it) gives scores that are already aligned by block; pooling
+  is a maximum of those tiles. In the softmax form the tile is the sum over the G heads
+  of exp(logit - lse). Tiles wholly in the future are filled without a product.
+* ``lse``, grid (token tiles, N, B): the log-sum-exp of each head over the visible
+  windows, the first pass of the softmax form.
+* ``choose``, grid (rows,): the exact P-th largest score of a row by bisection over its
+  32 bits, then everything above it and the first of its equals, written in ascending
+  order. No sort: 32 counting passes over registers.
+
+``select_blocks`` runs them over slabs of tokens, so that scores of blocks exist for
+one slab only.
+
+Limits: H a power of two from 16 to 256. The back end is deprecated in JAX; this file
+can be deleted with it.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels._common.dispatch import (
+    in_32_bit,
+    silence_triton_deprecation,
+    tuned_config,
+)
+from pallas_kernels._common.numerics import NEG_INF, cdiv, finite_or_zero
+from pallas_kernels._common.triton import (
+    MIN_ROWS,
+    dot,
+    next_power_of_two,
+    require_triton_sizes,
+)
+from pallas_kernels.block_scores.rule import Rule
+
+# Scores of one slab of select_blocks: tokens x kv heads x blocks.
+SLAB_SCORES = 16 * 2**20
+INT_MIN = -(2**31)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the kernels.
+
+    Attributes:
+      tokens: tokens of a tile, a power of two from 16.
+      blocks: blocks of a tile, a power of two from 16.
+      num_warps: warps of a program.
+      num_stages: depth of the load pipeline.
+    """
+
+    tokens: int = 64
+    blocks: int = 64
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __post_init__(self):
+        for name in ("tokens", "blocks"):
+            value = getattr(self, name)
+            if value < MIN_ROWS or value & (value - 1):
+                raise ValueError(f"{name} is {value}; it must be a power of two >= 16")
+        if self.num_warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"num_warps is {self.num_warps}; allowed: 1 2 4 8 16")
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages is {self.num_stages}; it must be >= 1")
+
+
+def config_for(groups: int, head_dim: int) -> Config:
+    """The recorded settings of this device kind, or the defaults."""
+    found = tuned_config("block_scores", "triton", {"G": groups, "H": head_dim})
+    return Config(**found) if found else Config(num_warps=4 if groups == 1 else 8)
+
+
+def _load_keys(keys_ref, sizes, layer, pair, window, count):
+    """Keys [windows, H] of ``window``, zeros outside 0 .. count, and what is inside.
+
+    ``keys_ref`` is flat: rows of a stride are one array of offsets.
+    """
+    pairs, windows, head_dim = sizes
+    inside = (window >= 0) & (window < count)
+    row = (layer * pairs + pair) * windows + jnp.clip(window, 0, windows - 1)
+    offset = row[:, None] * head_dim + jnp.arange(head_dim)[None]
+    mask = jnp.broadcast_to(inside[:, None], offset.shape)
+    return plt.load(keys_ref.at[offset], mask=mask, other=0.0), inside
+
+
+def _scores_kernel(
+    layer_ref,  # [1]
+    start_ref,  # [B]
+    count_ref,  # [B]
+    query_ref,  # [B, K, G, T, H]
+    keys_ref,  # [L B K W H]
+    lse_ref,  # [B, K, G, T] or None
+    out_ref,  # [B, K, T, M]
+    *,
+    rule: Rule,
+    config: Config,
+    sizes: tuple[int, int, int],
+):
+    tile, block_tile, pair = (pl.program_id(i) for i in range(3))
+    kv_heads, groups, _, _ = query_ref.shape[1:]
+    b, k = pair // kv_heads, pair % kv_heads
+    tokens = pl.ds(tile * config.tokens, config.tokens)
+    position = start_ref[b] + tile * config.tokens + jnp.arange(config.tokens)
+    block = block_tile * config.blocks + jnp.arange(config.blocks)
+    count = jnp.minimum(count_ref[b], sizes[1])
+    last = start_ref[b] + (tile + 1) * config.tokens - 1
+    shape = (config.tokens, config.blocks)
+
+    def offset_scores(i, pooled):
+        window = block * rule.per_block + (i - rule.before)
+        keys, exists = _load_keys(keys_ref, sizes, layer_ref[0], pair, window, count)
+        seen = rule.visible(window[None], position[:, None]) & exists[None]
+        # dot wants its right operand as [H, blocks].
+        if rule.softmax:
+
+            def head(g, total):
+                logits = dot(query_ref[b, k, g, tokens, :], keys.T) * rule.scale
+                lse = finite_or_zero(lse_ref[b, k, g, tokens])
+                weights = jnp.exp(logits - lse[:, None])
+                return total + jnp.where(seen, weights, 0.0)
+
+            scores = lax.fori_loop(0, groups, head, jnp.zeros(shape, jnp.float32))
+            scores = jnp.where(exists[None], scores, NEG_INF)
+        else:
+            scores = dot(query_ref[b, k, 0, tokens, :], keys.T) * rule.scale
+            scores = jnp.where(seen, scores, NEG_INF)
+        return jnp.maximum(pooled, scores)
+
+    nothing = jnp.full(shape, NEG_INF, jnp.float32)
+
+    def all_offsets():
+        return lax.fori_loop(0, rule.before + rule.per_block, offset_scores, nothing)
+
+    if rule.mask_future_blocks:
+        reached = block_tile * config.blocks * rule.block_size <= last
+        pooled = lax.cond(reached, all_offsets, lambda: nothing)
+    else:
+        pooled = all_offsets()
+    pooled = rule.force(pooled, block[None], position[:, None])
+    out_ref[b, k, tokens, pl.ds(block_tile * config.blocks, config.blocks)] = pooled
+
+
+def _lse_kernel(
+    layer_ref,  # [1]
+    start_ref,  # [B]
+    count_ref,  # [B]
+    query_ref,  # [B, K, G, T, H]
+    keys_ref,  # [L B K W H]
+    lse_ref,  # [B, K, G, T]
+    *,
+    rule: Rule,
+    config: Config,
+    sizes: tuple[int, int, int],
+):
+    tile, head, b = (pl.program_id(i) for i in range(3))
+    kv_heads, groups = query_ref.shape[1:3]
+    k, g = head // groups, head % groups
+    tokens = pl.ds(tile * config.tokens, config.tokens)
+    position = start_ref[b] + tile * config.tokens + jnp.arange(config.tokens)
+    last = start_ref[b] + (tile + 1) * config.tokens - 1
+    query = query_ref[b, k, g, tokens, :]
+    reach = rule.kernel_size - 1 if rule.softmax else 0
+    visible = jnp.maximum(last - reach, -1) // rule.kernel_stride + 1
+    count = jnp.minimum(count_ref[b], sizes[1])
+    steps = cdiv(jnp.clip(visible, 0, count), config.blocks)
+
+    def body(step, carry):
+        top, total = carry
+        window = step * config.blocks + jnp.arange(config.blocks)
+        pair = b * kv_heads + k
+        keys, exists = _load_keys(keys_ref, sizes, layer_ref[0], pair, window, count)
+        logits = dot(query, keys.T) * rule.scale
+        seen = rule.visible(window[None], position[:, None]) & exists[None]
+        logits = jnp.where(seen, logits, NEG_INF)
+        new_top = jnp.maximum(top, logits.max(1))
+        shift = finite_or_zero(new_top)
+        total = total * jnp.exp(top - shift)
+        return new_top, total + jnp.exp(logits - shift[:, None]).sum(1)
+
+    start = (
+        jnp.full((config.tokens,), NEG_INF, jnp.float32),
+        jnp.zeros((config.tokens,), jnp.float32),
+    )
+    top, total = lax.fori_loop(0, steps, body, start)
+    empty = total == 0.0
+    total = jnp.where(empty, 1.0, total)
+    lse_ref[b, k, g, tokens] = jnp.where(empty, NEG_INF, top + jnp.log(total))
+
+
+def _choose_kernel(scores_ref, own_ref, out_ref, *, blocks: int, budget: int):
+    # scores_ref [rows, M], own_ref [rows], out_ref [rows, P + 1]: what is not stored
+    # points at the last column, so that no two lanes ever name one place.
+    row = pl.program_id(0)
+    width = next_power_of_two(blocks)
+    column = jnp.arange(width)
+    inside = column < blocks
+    scores = plt.load(
+        scores_ref.at[row, jnp.minimum(column, blocks - 1)], mask=inside, other=NEG_INF
+    )
+    # Integers in the order of the floats. -0.0 is made 0.0 first, its equal.
+    bits = lax.bitcast_convert_type(scores + 0.0, jnp.int32)
+    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    order = jnp.where(inside & (scores != NEG_INF), order, INT_MIN)
+
+    def bisect(i, least):
+        # From the sign bit down: keep the bit when enough scores reach it.
+        candidate = least + lax.shift_left(jnp.int32(1), 31 - i)
+        enough = (order >= candidate).astype(jnp.int32).sum() >= budget
+        return jnp.where(enough, candidate, least)
+
+    least = lax.fori_loop(0, 32, bisect, jnp.int32(INT_MIN))
+    above = order > least
+    equal = (order == least) & (order != INT_MIN)
+    missing = budget - above.astype(jnp.int32).sum()
+    chosen = above | (equal & (jnp.cumsum(equal.astype(jnp.int32)) <= missing))
+    place = jnp.cumsum(chosen.astype(jnp.int32)) - 1
+    found = chosen.astype(jnp.int32).sum()
+    slot = jnp.arange(next_power_of_two(budget))
+    plt.store(
+        out_ref.at[row, jnp.minimum(slot, budget)],
+        jnp.full(slot.shape, -1, jnp.int32),
+        mask=(slot >= found) & (slot < budget),
+    )
+    plt.store(
+        out_ref.at[row, jnp.where(chosen, place, budget)],
+        jnp.where(column <= own_ref[row], column, -1),
+        mask=chosen,
+    )
+
+
+def choose_triton(
+    scores: Float[Array, "*rows M"],
+    own: Int[Array, "*rows"],
+    *,
+    budget: int,
+    interpret: bool = False,
+) -> Int[Array, "*rows P"]:
+    """The ``budget`` best blocks of each row in ascending order, then -1.
+
+    Args:
+      scores: float32 scores, -inf for blocks not to be chosen.
+      own: number of each query's own block; later ones are replaced by -1.
+      budget: how many.
+      interpret: run in Pallas's interpreter, on any device.
+
+    Returns:
+      The lists; among equal scores the lowest number wins. A replaced block keeps its
+      place in the list.
+    """
+    lead, blocks = scores.shape[:-1], scores.shape[-1]
+    flat = scores.reshape(-1, blocks)
+    silence_triton_deprecation()
+    out = pl.pallas_call(
+        functools.partial(_choose_kernel, blocks=blocks, budget=budget),
+        grid=(flat.shape[0],),
+        out_shape=jax.ShapeDtypeStruct((flat.shape[0], budget + 1), jnp.int32),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="choose_blocks_triton",
+    )(flat, own.reshape(-1))
+    return out[:, :budget].reshape(*lead, budget)
+
+
+def _grouped(query, kv_heads: int, tile: int):
+    """[B, T, N, H] to [B, K, G, T rounded up to tiles, H]."""
+    batch, length, heads, head_dim = query.shape
+    query = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    query = jnp.transpose(query, (0, 2, 3, 1, 4))
+    return jnp.pad(query, ((0, 0), (0, 0), (0, 0), (0, -length % tile), (0, 0)))
+
+
+def _call(query, keys, q_start, num_windows, layer, *, rule, config, interpret, lse):
+    """Scores [B, K, T, M] and log-sum-exp [B, T, N] (None unless asked or needed)."""
+    batch, length, heads, head_dim = query.shape
+    kv_heads, windows = keys.shape[2:4]
+    sizes = (batch * kv_heads, windows, head_dim)
+    if keys.size >= 2**31:
+        raise NotImplementedError(
+            f"triton scores compressed_keys of fewer than 2**31 elements, not "
+            f"{tuple(keys.shape)}"
+        )
+    keys = keys.reshape(-1)
+    tokens = min(config.tokens, max(MIN_ROWS, next_power_of_two(length)))
+    tile = min(config.blocks, max(MIN_ROWS, next_power_of_two(rule.blocks)))
+    config = Config(tokens, tile, config.num_warps, config.num_stages)
+    grouped = _grouped(query, kv_heads, tokens)
+    padded = grouped.shape[3]
+    block_tiles = cdiv(rule.blocks, tile)
+    scalars = (layer.reshape(1), q_start, num_windows)
+    params = plt.CompilerParams(
+        num_warps=config.num_warps, num_stages=config.num_stages
+    )
+    silence_triton_deprecation()
+    found = None
+    if lse or rule.softmax:
+        found = pl.pallas_call(
+            functools.partial(_lse_kernel, rule=rule, config=config, sizes=sizes),
+            grid=(padded // tokens, heads, batch),
+            out_shape=jax.ShapeDtypeStruct(grouped.shape[:-1], jnp.float32),
+            compiler_params=params,
+            interpret=interpret,
+            name="block_scores_lse_triton",
+        )(*scalars, grouped, keys)
+    operands = (*scalars, grouped, keys)
+    if rule.softmax:
+        operands = (*operands, found)
+
+    def kernel(*refs):
+        *inputs, out_ref = refs
+        if not rule.softmax:
+            inputs.append(None)
+        _scores_kernel(*inputs, out_ref, rule=rule, config=config, sizes=sizes)
+
+    shape = (batch, kv_heads, padded, block_tiles * tile)
+    scores = pl.pallas_call(
+        kernel,
+        grid=(padded // tokens, block_tiles, batch * kv_heads),
+        out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+        compiler_params=params,
+        interpret=interpret,
+        name="block_scores_triton",
+    )(*operands)
+    scores = scores[:, :, :length, : rule.blocks]
+    if found is not None:
+        found = jnp.transpose(found[..., :length], (0, 3, 1, 2))
+        found = found.reshape(batch, length, heads)
+    return scores, found
+
+
+@in_32_bit
+def block_scores_triton(
+    query: Float[Array, "B T N H"],
+    compressed_keys: Float[Array, "L B K W H"],
+    q_start: Int[Array, " B"],
+    num_windows: Int[Array, " B"],
+    layer: Int[Array, ""],
+    *,
+    rule: Rule,
+    config: Config | None = None,
+    interpret: bool = False,
+    lse: bool = True,
+) -> tuple[Float[Array, "B K T M"], Float[Array, "B T N"] | None]:
+    """Computes scores and log-sum-exp; the arguments are those of the reference.
+
+    Raises:
+      NotImplementedError: for sizes Triton cannot tile, or without a CUDA device.
+    """
+    head_dim = query.shape[-1]
+    require_triton_sizes(head_dim, 16, interpret)
+    config = config or config_for(query.shape[2] // compressed_keys.shape[2], head_dim)
+    return _call(
+        query,
+        compressed_keys,
+        q_start,
+        num_windows,
+        layer,
+        rule=rule,
+        config=config,
+        interpret=interpret,
+        lse=lse,
+    )
+
+
+@in_32_bit
+def select_blocks_triton(
+    query: Float[Array, "B T N H"],
+    compressed_keys: Float[Array, "L B K W H"],
+    q_start: Int[Array, " B"],
+    num_windows: Int[Array, " B"],
+    layer: Int[Array, ""],
+    *,
+    rule: Rule,
+    budget: int,
+    config: Config | None = None,
+    interpret: bool = False,
+    lse: bool = True,
+    slab: int | None = None,
+) -> tuple[Int[Array, "B K T P"], Float[Array, "B T N"] | None]:
+    """Scores and chooses slab by slab; returns the lists and the log-sum-exp.
+
+    Args:
+      query: as in the reference, like the following ones.
+      compressed_keys: means of windows.
+      q_start: first positions.
+      num_windows: complete windows of rows.
+      layer: index into the leading axis.
+      rule: sizes and form.
+      budget: how many blocks each query lists.
+      config: settings; recorded or default ones if None.
+      interpret: run in Pallas's interpreter, on any device.
+      lse: compute the log-sum-exp in the raw form too.
+      slab: tokens scored at a time.
+
+    Returns:
+      Lists and log-sum-exp.
+
+    Raises:
+      NotImplementedError: for sizes Triton cannot tile, or without a CUDA device.
+    """
+    batch, length, heads, head_dim = query.shape
+    kv_heads = compressed_keys.shape[2]
+    require_triton_sizes(head_dim, 16, interpret)
+    config = config or config_for(heads // kv_heads, head_dim)
+    if slab is None:
+        slab = SLAB_SCORES // (batch * kv_heads * rule.blocks)
+    slab = config.tokens * max(1, slab // config.tokens)
+
+    def one(query, start):
+        scores, found = _call(
+            query,
+            compressed_keys,
+            start,
+            num_windows,
+            layer,
+            rule=rule,
+            config=config,
+            interpret=interpret,
+            lse=lse,
+        )
+        position = start[:, None] + jnp.arange(query.shape[1])
+        own = (position // rule.block_size)[:, None]
+        own = jnp.broadcast_to(own, (batch, kv_heads, query.shape[1]))
+        lists = choose_triton(scores, own, budget=budget, interpret=interpret)
+        return lists, found
+
+    if length <= slab:
+        return one(query, q_start)
+    slabs = cdiv(length, slab)
+    query = jnp.pad(query, ((0, 0), (0, slabs * slab - length), (0, 0), (0, 0)))
+    query = query.reshape(batch, slabs, slab, heads, head_dim)
+
+    def step(i):
+        return one(query[:, i], q_start + i * slab)
+
+    lists, found = lax.map(step, jnp.arange(slabs, dtype=jnp.int32))
+    lists = jnp.moveaxis(lists, 0, 2)
+    lists = lists.reshape(batch, kv_heads, slabs * slab, budget)[:, :, :length]
+    if found is not None:
+        found = jnp.moveaxis(found, 0, 1)
+        found = found.reshape(batch, slabs * slab, heads)[:, :length]
+    return lists, found

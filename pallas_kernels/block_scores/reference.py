@@ -1,0 +1,95 @@
+"""The definition of block scores and of the choice, in plain float32."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels._common.dispatch import in_32_bit
+from pallas_kernels._common.numerics import NEG_INF, einsum_f32, finite_or_zero
+from pallas_kernels.block_scores.rule import Rule
+
+
+@in_32_bit
+def block_scores_reference(
+    query: Float[Array, "B T N H"],
+    compressed_keys: Float[Array, "L B K W H"],
+    q_start: Int[Array, " B"],
+    num_windows: Int[Array, " B"],
+    layer: Int[Array, ""],
+    *,
+    rule: Rule,
+) -> tuple[Float[Array, "B K T M"], Float[Array, "B T N"]]:
+    """Scores every block; materialises T x W: an oracle, not an implementation.
+
+    Args:
+      query: Forecast (N = K) or own queries.
+      compressed_keys: means of windows.
+      q_start: position of the first query of each row.
+      num_windows: complete windows of each row.
+      layer: index into the leading axis.
+      rule: sizes and form.
+
+    Returns:
+      Scores, and the log-sum-exp of each head's logits (-inf where nothing is
+      visible), both float32.
+    """
+    batch, tokens, heads, head_dim = query.shape
+    keys = compressed_keys[layer].astype(jnp.float32)
+    kv_heads, windows = keys.shape[1:3]
+    position = q_start[:, None] + jnp.arange(tokens)  # B T
+    window = jnp.arange(windows)
+    seen = rule.visible(window, position[..., None]) & (
+        window < num_windows[:, None, None]
+    )
+    seen = seen[:, None, None]  # B 1 1 T W
+    query = query.astype(jnp.float32).reshape(batch, tokens, kv_heads, -1, head_dim)
+    readable = seen.any((1, 2, 3))[:, None, :, None]
+    keys = jnp.where(readable, keys, 0.0)
+    logits = rule.scale * einsum_f32("btkgh,bkwh->bkgtw", query, keys)
+    logits = jnp.where(seen, logits, NEG_INF)
+    top = finite_or_zero(logits.max(-1, initial=NEG_INF))
+    weights = jnp.exp(logits - top[..., None])
+    total = weights.sum(-1)
+    lse = jnp.where(total > 0, top + jnp.log(total), NEG_INF)
+    if rule.softmax:
+        total = jnp.where(total > 0, total, 1.0)
+        scores = (weights / total[..., None]).sum(2)
+        # A window of the row that is not visible has weight 0; one that does not
+        # exist has no score.
+        exists = window < num_windows[:, None, None, None]
+        scores = jnp.where(exists, scores, NEG_INF)
+    else:
+        scores = logits.max(2)
+    pooled = []
+    for block in range(rule.blocks):
+        first = block * rule.per_block
+        low, high = max(0, first - rule.before), min(windows, first + rule.per_block)
+        part = scores[..., low:high]
+        pooled.append(part.max(-1, initial=NEG_INF))
+    scores = rule.force(
+        jnp.stack(pooled, -1), jnp.arange(rule.blocks), position[:, None, :, None]
+    )
+    lse = jnp.moveaxis(lse, 3, 1).reshape(batch, tokens, heads)
+    return scores, lse
+
+
+def choose_reference(scores: np.ndarray, own: np.ndarray, budget: int) -> np.ndarray:
+    """The ``budget`` best blocks of each row; ties go to the lowest number.
+
+    Args:
+      scores: [B, K, T, M].
+      own: [B, T], number of the query's own block.
+      budget: how many.
+
+    Returns:
+      [B, K, T, budget] block numbers in ascending order, then -1.
+    """
+    out = np.full((*scores.shape[:-1], budget), -1, np.int32)
+    for b, k, t in np.ndindex(scores.shape[:-1]):
+        row = scores[b, k, t]
+        best = np.argsort(-row, kind="stable")[:budget]
+        best = best[(row[best] != NEG_INF) & (best <= own[b, t])]
+        out[b, k, t, : best.size] = np.sort(best)
+    return out

@@ -1,0 +1,83 @@
+"""Compressed keys on Triton (compute capability 8.0 and newer).
+
+Algorithm: a program sums the keys of some windows, one key of every window at a time.
+Windows overlap; the second read of a key is served by the cache. Grid: (window tiles,
+B * K).
+
+Limits: H a power of two. The back end is deprecated in JAX; this file can be deleted
+with it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float
+
+from pallas_kernels._common.dispatch import (
+    in_32_bit,
+    require_cuda,
+    silence_triton_deprecation,
+)
+from pallas_kernels._common.numerics import cdiv
+from pallas_kernels.compress_keys.reference import window_count
+
+WINDOWS = 8  # windows of a program
+
+
+@in_32_bit
+def compress_keys_triton(
+    keys: Float[Array, "B K S H"],
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    interpret: bool = False,
+) -> Float[Array, "B K W H"]:
+    """Computes the means in the dtype of ``keys``, accumulated in float32.
+
+    Raises:
+      NotImplementedError: for sizes Triton cannot tile, or without a CUDA device.
+    """
+    batch, kv_heads, length, head_dim = keys.shape
+    if head_dim & (head_dim - 1):
+        raise NotImplementedError(
+            f"triton needs a head dim that is a power of two, not {head_dim}"
+        )
+    if not interpret:
+        require_cuda("triton", 8.0)
+    windows = window_count(length, kernel_size, kernel_stride)
+
+    def kernel(keys_ref, out_ref):
+        first, pair = pl.program_id(0) * WINDOWS, pl.program_id(1)
+        window = first + jnp.arange(WINDOWS)
+        total = jnp.zeros((WINDOWS, head_dim), jnp.float32)
+        for i in range(kernel_size):
+            row = window * kernel_stride + i
+            part = plt.load(
+                keys_ref.at[pair, jnp.minimum(row, length - 1), :],
+                mask=(row < length)[:, None],
+                other=0.0,
+            )
+            total = total + part.astype(jnp.float32)
+        plt.store(
+            out_ref.at[pair, jnp.minimum(window, windows - 1), :],
+            (total / kernel_size).astype(keys.dtype),
+            mask=(window < windows)[:, None],
+        )
+
+    if windows == 0:
+        return jnp.zeros((batch, kv_heads, 0, head_dim), keys.dtype)
+    silence_triton_deprecation()
+    out = pl.pallas_call(
+        kernel,
+        grid=(cdiv(windows, WINDOWS), batch * kv_heads),
+        out_shape=jax.ShapeDtypeStruct(
+            (batch * kv_heads, windows, head_dim), keys.dtype
+        ),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="compress_keys_triton",
+    )(keys.reshape(-1, length, head_dim))
+    return out.reshape(batch, kv_heads, windows, head_dim)

@@ -1,0 +1,311 @@
+"""Block scores and the choice of blocks against their definitions, and their edges."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import block_scores, select_blocks
+from pallas_kernels._common.lowering import cuda_lowering_text
+from pallas_kernels._common.tolerances import relative_error
+from pallas_kernels.block_scores.api import _checked
+from pallas_kernels.block_scores.arg_specs import ARG_SPECS, ArgSpec
+from pallas_kernels.block_scores.pallas_triton import (
+    block_scores_triton,
+    choose_triton,
+    select_blocks_triton,
+)
+from pallas_kernels.block_scores.reference import (
+    block_scores_reference,
+    choose_reference,
+)
+
+CI_SPECS = [s for s in ARG_SPECS if "ci" in s.tags]
+BY_NAME = {s.name: s for s in ARG_SPECS}
+QUICK = {"raw", "raw_ragged", "softmax_g4"}
+# Accumulated in float32 whatever the inputs; exp of a difference of logits.
+TOLERANCE = 3e-6
+SIZES = {"block_size": 64, "kernel_size": 32, "kernel_stride": 16, "init_blocks": 1}
+
+specs = pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(s, id=s.name, marks=() if s.name in QUICK else pytest.mark.slow)
+        for s in CI_SPECS
+    ],
+)
+
+
+def checked(args):
+    """Arguments and rule in the form that implementations take."""
+    args = dict(args)
+    local = args.pop("local_blocks", 33)
+    mask = args.pop("mask_future_blocks", True)
+    named = ("query", "compressed_keys", "q_start", "num_windows", "layer", "softmax")
+    return _checked(
+        *map(args.get, named),
+        args.get("scale"),
+        blocks=args["blocks"],
+        local_blocks=local,
+        mask_future_blocks=mask,
+        **SIZES,
+    )
+
+
+def reference(args):
+    operands, rule = checked(args)
+    return jax.jit(functools.partial(block_scores_reference, rule=rule))(*operands)
+
+
+def own_blocks(args):
+    tokens = args["query"].shape[1]
+    return (np.asarray(args["q_start"])[:, None] + np.arange(tokens)) // 64
+
+
+def run(f, args, **more):
+    """Compiles ``f`` with the arrays of ``args`` as its arguments."""
+    arrays = {n: x for n, x in args.items() if isinstance(x, jax.Array)}
+    rest = {n: x for n, x in args.items() if n not in arrays}
+    return jax.jit(lambda a: f(**a, **rest, **more))(arrays)
+
+
+def assert_scores(got, want):
+    for x, ref, name in zip(got, want, ("scores", "lse"), strict=True):
+        error = relative_error(x, ref)
+        assert error <= TOLERANCE, f"{name}: relative error {error:.2e}"
+
+
+@specs
+def test_xla_matches_reference(spec):
+    args = spec.make("float32")
+    got = run(block_scores, args, return_lse=True, implementation="xla")
+    assert got[0].dtype == jnp.float32
+    assert_scores(got, reference(args))
+
+
+@specs
+def test_xla_chooses_what_its_scores_say(spec):
+    args = spec.make("float32")
+    scores = np.asarray(run(block_scores, args, implementation="xla"))
+    lists = run(select_blocks, args, budget=spec.budget, implementation="xla")
+    want = choose_reference(scores, own_blocks(args), spec.budget)
+    np.testing.assert_array_equal(np.sort(lists), np.sort(want))
+
+
+@specs
+def test_triton_in_the_interpreter(spec):
+    args = spec.make("float32")
+    operands, rule = checked(args)
+    f = functools.partial(block_scores_triton, rule=rule, interpret=True)
+    got = jax.jit(f)(*operands)
+    assert_scores(got, reference(args))
+    f = functools.partial(
+        select_blocks_triton, rule=rule, budget=spec.budget, interpret=True, slab=32
+    )
+    lists, lse = jax.jit(f)(*operands)
+    want = choose_reference(np.asarray(got[0]), own_blocks(args), spec.budget)
+    np.testing.assert_array_equal(lists, want)
+    assert relative_error(lse, got[1]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu"])
+@specs
+def test_pallas_lowers_for_cuda(spec, implementation, x64):
+    args = spec.make("bfloat16")
+    arrays = {n: x for n, x in args.items() if isinstance(x, jax.Array)}
+    rest = {n: x for n, x in args.items() if n not in arrays}
+
+    def f(a):
+        return select_blocks(
+            **a, **rest, budget=spec.budget, implementation=implementation
+        )
+
+    if implementation == "mosaic_gpu" and spec.softmax:
+        with pytest.raises(NotImplementedError, match="the raw form only"):
+            cuda_lowering_text(f, arrays, x64=x64)
+        return
+    text = cuda_lowering_text(f, arrays, x64=x64)
+    assert ("mosaic_gpu" if implementation == "mosaic_gpu" else "triton") in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton", "xla"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("spec", CI_SPECS, ids=lambda s: s.name)
+def test_native(spec, dtype, implementation):
+    args = spec.make(dtype)
+    lse = implementation != "mosaic_gpu"
+    try:
+        got = run(block_scores, args, return_lse=lse, implementation=implementation)
+    except NotImplementedError as refusal:
+        pytest.skip(str(refusal))
+    got = got if lse else (got,)
+    for x, ref in zip(got, reference(args), strict=False):
+        assert relative_error(x, ref) <= 2e-5
+    lists = run(select_blocks, args, budget=spec.budget, implementation=implementation)
+    want = choose_reference(np.asarray(got[0]), own_blocks(args), spec.budget)
+    np.testing.assert_array_equal(np.sort(lists), np.sort(want))
+
+
+def test_a_prefill_row_chooses_what_decode_chooses():
+    spec = dataclasses.replace(BY_NAME["raw"], batch=1, start=(700,))
+    args = spec.make("float32")
+    whole = np.sort(run(select_blocks, args, budget=6))
+    for t in (0, 33, 69):
+        position = 700 + t
+        row = args | {
+            "query": args["query"][:, t : t + 1],
+            "q_start": jnp.array([position], jnp.int32),
+            "num_windows": jnp.array([(position + 1 - 32) // 16 + 1], jnp.int32),
+        }
+        lists = np.sort(run(select_blocks, row, budget=6))
+        np.testing.assert_array_equal(lists[:, :, 0], whole[:, :, t])
+
+
+def test_forced_blocks_are_listed_and_future_ones_are_not():
+    args = BY_NAME["raw"].make("float32")
+    lists = np.asarray(run(select_blocks, args, budget=6))
+    own = own_blocks(args)
+    for b, k, t in np.ndindex(lists.shape[:3]):
+        row = set(lists[b, k, t].tolist()) - {-1}
+        assert max(row) == own[b, t]
+        assert {0, max(0, own[b, t] - 1), own[b, t]} <= row
+        assert len(row) == min(6, own[b, t] + 1)
+
+
+def test_without_the_mask_future_blocks_take_places_and_are_dropped():
+    args = dataclasses.replace(BY_NAME["raw"], start=(820,)).make("float32")
+    args["mask_future_blocks"] = False
+    scores = np.asarray(run(block_scores, args))
+    lists = np.asarray(run(select_blocks, args, budget=6))
+    want = choose_reference(scores, own_blocks(args), 6)
+    np.testing.assert_array_equal(np.sort(lists), np.sort(want))
+    assert (lists == -1).any(), "no future block ever won: the case tests nothing"
+
+
+def test_ties_go_to_the_lowest_block():
+    args = BY_NAME["raw"].make("float32")
+    args["compressed_keys"] = jnp.ones_like(args["compressed_keys"])
+    args["q_start"] = jnp.array([900, 960], jnp.int32)
+    lists = np.sort(run(select_blocks, args, budget=6))
+    own = own_blocks(args)
+    for b, k, t in np.ndindex(lists.shape[:3]):
+        q = own[b, t]
+        assert lists[b, k, t].tolist() == [0, 1, 2, 3, q - 1, q]
+
+
+def test_windows_that_do_not_exist_never_leak():
+    args = BY_NAME["raw_ragged"].make("float32")
+    clean = run(block_scores, args, return_lse=True)
+    exists = np.arange(70) < np.asarray(args["num_windows"])[:, None]
+    for poison in (np.nan, np.inf):
+        keys = args["compressed_keys"]
+        keys = jnp.where(exists[:, None, :, None], keys, poison)
+        dirty = run(block_scores, args | {"compressed_keys": keys}, return_lse=True)
+        for x, y in zip(dirty, clean, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_softmax_weights_sum_to_the_group():
+    # One window a block and no forced block: scores are the weights themselves.
+    rng = np.random.default_rng(0)
+    query = jnp.asarray(rng.standard_normal((1, 1, 8, 64)), jnp.float32)
+    keys = jnp.asarray(rng.standard_normal((1, 2, 40, 64)), jnp.float32)
+    scores = block_scores(
+        query,
+        keys,
+        q_start=jnp.array([16 * 41], jnp.int32),
+        blocks=40,
+        block_size=16,
+        kernel_size=16,
+        kernel_stride=16,
+        init_blocks=0,
+        local_blocks=0,
+        softmax=True,
+    )
+    np.testing.assert_allclose(scores.sum(-1), 4.0, rtol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_choose_triton_is_exact(data):
+    blocks = data.draw(st.sampled_from([1, 7, 16, 40]))
+    budget = data.draw(st.sampled_from([1, 6, 16]))
+    special = [0.0, -0.0, 1.0, -1.0, 2.5, np.inf, -np.inf, 1e-40, -1e-40, 3e38]
+    row = st.lists(st.sampled_from(special), min_size=blocks, max_size=blocks)
+    scores = np.array([[[data.draw(row)] * 3]], np.float32)
+    own = np.array([[blocks, blocks // 2, 0]], np.int32)
+    # Subnormal numbers are 0 where they are flushed.
+    scores = np.where(np.abs(scores) < 1e-37, 0.0, scores).astype(np.float32)
+    f = functools.partial(choose_triton, budget=budget, interpret=True)
+    got = jax.jit(f)(jnp.asarray(scores), jnp.asarray(own)[:, None])
+    want = choose_reference(scores, own, budget)
+    np.testing.assert_array_equal(np.sort(got), np.sort(want))
+
+
+@pytest.mark.parametrize("softmax", [False, True], ids=["raw", "softmax"])
+@pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("triton", marks=pytest.mark.gpu)]
+)
+def test_no_buffer_of_tokens_times_windows(softmax, implementation):
+    tokens, heads = 131072, 32 if softmax else 2
+    shapes = (
+        jax.ShapeDtypeStruct((1, tokens, heads, 128), jnp.bfloat16),
+        jax.ShapeDtypeStruct((1, 2, 8191, 128), jnp.bfloat16),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+    )
+
+    def f(query, keys, start):
+        return select_blocks(
+            query,
+            keys,
+            q_start=start,
+            blocks=2048,
+            budget=96,
+            softmax=softmax,
+            implementation=implementation,
+        )
+
+    memory = jax.jit(f).lower(*shapes).compile().memory_analysis()
+    # T x W float32 scores of both kv heads would be 8 GiB; copies of the query in
+    # float32 and the lists are what is left, and they grow with T alone.
+    linear = tokens * (heads * 128 * 4 + 2 * 96 * 4)
+    assert memory.temp_size_in_bytes <= 3 * linear + 400 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": jnp.zeros((2, 70, 2))}, "query has shape"),
+        ({"query": jnp.zeros((2, 70, 4, 64))}, "the raw form takes one head"),
+        (
+            {"query": jnp.zeros((2, 70, 2, 64), jnp.float16)},
+            "compressed_keys has dtype",
+        ),
+        ({"layer": 0}, "a leading L axis exactly when layer is given"),
+        ({"q_start": jnp.zeros((1,), jnp.int32)}, "q_start has shape"),
+        ({"num_windows": jnp.zeros((2,))}, "num_windows has dtype"),
+        ({"blocks": 0}, "blocks is 0"),
+        ({"local_blocks": -1}, "local_blocks is -1"),
+        ({"block_size": 40}, "block_size is 40"),
+        ({"kernel_size": 24}, "kernel_size is 24"),
+        ({"budget": -3}, "budget is -3"),
+        ({"budget": 0}, "budget is 0"),
+    ],
+)
+def test_bad_arguments(change, message, without_type_checks):
+    args = BY_NAME["raw"].make("float32") | {"budget": 4} | change
+    with pytest.raises(ValueError, match=re.escape(message)):
+        select_blocks(**args)
+
+
+def test_spec_names_are_unique():
+    assert len(BY_NAME) == len(ARG_SPECS)
+    assert isinstance(ARG_SPECS[0], ArgSpec)

@@ -1,0 +1,209 @@
+"""Sources, packing, the split, repeatable order; bad input gives one clear error."""
+
+import dataclasses
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from train.config import DataConfig
+from train.data import (
+    PackedRows,
+    batches,
+    held_out_rows,
+    open_sources,
+    pack,
+    training_data,
+)
+from train.text import (
+    Corpus,
+    DataError,
+    load_corpus,
+    open_source,
+    read_documents,
+    save_corpus,
+    tokenize,
+)
+
+DATA = DataConfig(sources=(("a", 3.0), ("b", 1.0)), seq_len=256, held_out=0.2)
+
+
+class Bytes:
+    """A tokenizer: the bytes of the text."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
+def _corpus(name="a", documents=80, low=0, seed=0) -> Corpus:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(20, 700, documents)
+    tokens = rng.integers(low, low + 50, lengths.sum()).astype(np.uint32)
+    return Corpus(name, (tokens,), (np.cumsum(lengths),), 128)
+
+
+def test_directories_of_all_kinds(tmp_path):
+    (tmp_path / "b.txt").write_text("plain")
+    (tmp_path / "a.py").write_text("code")
+    (tmp_path / "c.md.gz").write_bytes(gzip.compress(b"packed"))
+    lines = "\n".join(json.dumps({"text": text}) for text in ("one", "two"))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "d.jsonl").write_text(lines + "\n\n")
+    (tmp_path / "ignored.bin").write_bytes(b"\xff")
+    texts = list(read_documents(str(tmp_path)))
+    assert texts == ["code", "plain", "packed", "one", "two"]
+    corpus = open_source(str(tmp_path), Bytes(), 256)
+    assert [end - begin for _, begin, end in corpus.documents()] == [4, 5, 6, 3, 3]
+
+
+def test_built_in_corpora():
+    topics = list(read_documents("pydoc"))
+    assert len(topics) > 50 and any("Emulating" in text for text in topics)
+    first = next(iter(read_documents("stdlib")))
+    assert isinstance(first, str) and first
+
+
+def test_prepared_corpora_round_trip(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.text.SHARD_TOKENS", 4000)
+    corpus = _corpus()
+    save_corpus(corpus, tmp_path / "shards")
+    again = load_corpus(tmp_path / "shards", 128)
+    assert len(again.tokens) > 1
+
+    def documents(corpus):
+        return [corpus.tokens[s][a:b].tolist() for s, a, b in corpus.documents()]
+
+    assert documents(again) == documents(corpus)
+
+
+@pytest.mark.parametrize("packing", ["documents", "long"])
+def test_rows_hold_every_token_once(packing):
+    corpus = _corpus()
+    data = dataclasses.replace(DATA, packing=packing, held_out=0.0)
+    rows = PackedRows(corpus, data, 64, held_out=False)
+    seen = []
+    for index in range(len(rows)):
+        row = rows[index]
+        place = np.arange(256)
+        inside = place < row["end"]
+        seen += row["tokens"][inside].tolist()
+        assert np.all(row["start"] % 64 == 0)
+        assert np.all((row["start"] <= place) & (row["start"] < row["end"]))
+        assert np.all(row["tokens"][~inside] == 0)
+        if packing == "long":
+            assert np.all(row["start"] == 0) and np.all(row["end"] == 256)
+    ends = corpus.ends[0]
+    lengths = np.diff(ends, prepend=0)
+    kept = lengths if packing == "documents" else lengths // 256 * 256
+    assert len(seen) == kept.sum()
+    if packing == "documents":
+        assert sorted(seen) == sorted(corpus.tokens[0].tolist())
+        # Little room is left over.
+        assert len(seen) > 0.8 * 256 * len(rows)
+
+
+def test_packing_is_repeatable():
+    rows = PackedRows(_corpus(), DATA, 64, held_out=False)
+    again = PackedRows(_corpus(), DATA, 64, held_out=False)
+    assert rows._rows == again._rows
+    assert pack([], 256, 64, 0) == []
+
+
+def test_split_is_by_document_and_independent_of_the_rest():
+    whole = _corpus()
+
+    def sides(corpus):
+        out = []
+        for side in (False, True):
+            rows = PackedRows(corpus, DATA, 64, held_out=side)
+            pieces = [piece for row in rows._rows for piece in row]
+            out.append({(p.shard, p.begin, p.length) for p in pieces})
+        return out
+
+    train, held = sides(whole)
+    assert train and held and not train & held
+    # Taking documents away from the end moves none of the others.
+    short = Corpus("a", whole.tokens, (whole.ends[0][:40],), 128)
+    part = sides(short)
+    assert part[0] <= train and part[1] <= held
+
+
+def test_order_is_repeatable_and_resumes_exactly():
+    corpora = [_corpus("a"), _corpus("b", low=60, seed=1)]
+
+    def stream():
+        return batches(training_data(corpora, DATA, block=64, batch=4))
+
+    first = stream()
+    taken = [next(first) for _ in range(12)]
+    state = None
+    second = stream()
+    for step in range(12):
+        if step == 5:
+            # As a checkpoint keeps it.
+            state = json.loads(json.dumps(second.get_state()))
+        np.testing.assert_array_equal(next(second)["tokens"], taken[step]["tokens"])
+    third = stream()
+    third.set_state(state)
+    for step in range(5, 12):
+        np.testing.assert_array_equal(next(third)["tokens"], taken[step]["tokens"])
+    # Weights 3:1, told by the token ranges.
+    share = np.mean([batch["tokens"][:, 0] < 60 for batch in taken])
+    assert share == 0.75
+
+
+def test_processes_share_the_global_batch():
+    corpora = [_corpus("a"), _corpus("b", low=60, seed=1)]
+    whole = next(batches(training_data(corpora, DATA, block=64, batch=4)))["tokens"]
+    parts = [
+        next(batches(training_data(corpora, DATA, block=64, batch=4, part=(i, 2))))
+        for i in range(2)
+    ]
+    together = np.stack([part["tokens"] for part in parts], 1).reshape(whole.shape)
+    np.testing.assert_array_equal(together, whole)
+
+
+def test_held_out_rows_take_turns():
+    corpora = [_corpus("a"), _corpus("b", low=60, seed=1)]
+    rows = held_out_rows(corpora, DATA, block=64, count=4)
+    assert [int(row["tokens"][0] >= 60) for row in rows] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "holds no text"),
+        ({"a.txt": b""}, "holds no text"),
+        ({"a.txt": b"caf\xe9"}, "a.txt is not UTF-8 text: byte 0xe9 at offset 3"),
+        ({"a.gz": b"not gzip"}, "a.gz cannot be read"),
+        ({"a.jsonl": b"{"}, "line 1 is not JSON"),
+        ({"a.jsonl": b'{"body": 1}'}, 'line 1 has no text: it must be .* "text"'),
+    ],
+)
+def test_bad_text_is_one_clear_error(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        open_source(str(tmp_path), Bytes(), 256)
+
+
+def test_other_bad_input_is_one_clear_error(tmp_path):
+    with pytest.raises(DataError, match="'nowhere' does not exist"):
+        list(read_documents("nowhere"))
+    with pytest.raises(DataError, match=r"id 200.*128 tokens"):
+        tokenize("x", [chr(200)], type("T", (), {"encode": lambda s, t: [200]})(), 128)
+    with pytest.raises(DataError, match="has no tokenizer"):
+        open_source("pydoc", None, 128)
+    save_corpus(_corpus(), tmp_path / "shards")
+    with pytest.raises(DataError, match="vocabulary of 128, and the model's is 256"):
+        load_corpus(tmp_path / "shards", 256)
+    (tmp_path / "shards" / "tokens-00000.npy").write_bytes(b"junk")
+    with pytest.raises(DataError, match="no usable token corpus"):
+        load_corpus(tmp_path / "shards", 128)
+    short = dataclasses.replace(DATA, seq_len=1 << 20)
+    with pytest.raises(DataError, match="less than one sequence of seq_len=1048576"):
+        training_data([_corpus()], short, block=64, batch=1)
+    data = dataclasses.replace(DATA, sources=((str(tmp_path / "none"), 1.0),))
+    with pytest.raises(DataError, match="does not exist"):
+        open_sources(data, Bytes(), 256)

@@ -1,0 +1,209 @@
+"""Whole runs of the tiny model: learning, resuming, bad input."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import sparda_jax
+import train.run
+from sparda_jax.config import ConfigError, SparseConfig
+from sparda_jax.models.weights import random_tensors
+from train.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from train.main import main
+from train.metrics import read_log
+from train.run import TrainingError, train
+from train.text import Corpus, save_corpus
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """A corpus whose tokens repeat, so that there is something to attend to."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(520, 900, 40)
+    words = rng.integers(0, 128, (16, 12))
+    tokens = [
+        np.concatenate([words[i] for i in rng.integers(0, 16, 80)])[:length]
+        for length in lengths
+    ]
+    path = tmp_path_factory.mktemp("data") / "shards"
+    whole = np.concatenate(tokens).astype(np.uint32)
+    save_corpus(Corpus("words", (whole,), (np.cumsum(lengths),), 128), path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def strong_weights(monkeypatch):
+    """Random weights that are large enough for attention to prefer something."""
+    monkeypatch.setattr(
+        "sparda_jax.loading.random_tensors",
+        lambda config, seed: random_tensors(config, seed, scale=0.2),
+    )
+
+
+def _config(shards, out, **changes) -> TrainConfig:
+    fields = {
+        "model": "tiny",
+        "out": str(out),
+        "sparse": SparseConfig(local_blocks=1, block_budget=4),
+        "loss": LossConfig(mask_short_rows=True, tile=256),
+        "optimizer": OptimizerConfig(lr=5e-3, steps=6, global_batch=2, micro_batch=2),
+        "data": DataConfig(
+            sources=((str(shards), 1.0),), seq_len=512, packing="long", held_out=0.2
+        ),
+        "eval": EvalConfig(every=6, batches=2),
+        "checkpoint": CheckpointConfig(every=2),
+    }
+    return TrainConfig(**{**fields, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory):
+    """A run of six steps that nothing disturbed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "sparda_jax.loading.random_tensors",
+            lambda config, seed: random_tensors(config, seed, scale=0.2),
+        )
+        out = tmp_path_factory.mktemp("run")
+        return out, train(_config(shards, out), progress=False)
+
+
+def test_a_run_leaves_everything_behind(finished):
+    out, result = finished
+    assert int(result.state.step) == 6 and result.resumed_from is None
+    assert (out / "curves.png").stat().st_size > 10_000
+    lines = read_log(out / "log.jsonl")
+    assert [x["step"] for x in lines if x["kind"] == "train"] == list(range(1, 7))
+    evaluations = [x for x in lines if x["kind"] == "eval"]
+    assert [x["step"] for x in evaluations] == [0, 6]
+    for line in evaluations:
+        assert 0 <= line["recall"] <= 1
+        assert line["forecast_mass"] <= line["oracle_mass"] + 1e-6 <= 1 + 1e-5
+        assert len(line["layers"]["recall"]) == 3
+    kept = sorted(int(x.name) for x in (out / "checkpoints").iterdir())
+    assert kept == [4, 6]
+    lm = sparda_jax.load(
+        "tiny", attention="sparda", forecast=out / "forecast.safetensors"
+    )
+    heads = np.stack([lm.model.forecast_head(i) for i in range(3)])
+    np.testing.assert_array_equal(heads, result.state.heads)
+
+
+def test_loss_falls_and_recall_rises(shards, tmp_path):
+    config = _config(
+        shards,
+        tmp_path,
+        init="kaiming",
+        optimizer=OptimizerConfig(lr=1e-2, steps=40, global_batch=2, micro_batch=2),
+        eval=EvalConfig(every=40, batches=2, mass=False),
+        checkpoint=CheckpointConfig(every=40),
+    )
+    train(config, progress=False)
+    before, after = (x for x in read_log(tmp_path / "log.jsonl") if x["kind"] == "eval")
+    assert after["kl"] < 0.8 * before["kl"]
+    assert after["recall"] > before["recall"] + 0.05
+
+
+def test_resumed_run_equals_uninterrupted_run(finished, shards, tmp_path, monkeypatch):
+    calls = []
+
+    def report(config, log, step, metrics, rate, real=train.run._report):
+        calls.append(step)
+        if step == 5:
+            raise KeyboardInterrupt
+        real(config, log, step, metrics, rate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.run._report", report)
+        with pytest.raises(KeyboardInterrupt):
+            train(_config(shards, tmp_path), progress=False)
+    assert calls == [1, 2, 3, 4, 5]
+    result = train(_config(shards, tmp_path), progress=False)
+    assert result.resumed_from == 4
+    out, whole = finished
+    for a, b in zip(
+        jax.tree.leaves(result.state), jax.tree.leaves(whole.state), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    names = ("step", "kind", "loss", "gradient_norm", "recall")
+
+    def told(path):
+        return [{n: x.get(n) for n in names} for x in read_log(path / "log.jsonl")]
+
+    assert told(tmp_path) == told(out)
+
+
+def test_other_runs_are_refused_and_nothing_is_damaged(finished, shards):
+    out, _ = finished
+
+    def files():
+        return {
+            p: p.read_bytes() for p in (out / "checkpoints").rglob("*") if p.is_file()
+        }
+
+    before = files()
+    changed = _config(shards, out, seed=7)
+    with pytest.raises(ConfigError, match=r"config.seed was 42, and is 7 now"):
+        train(changed, progress=False)
+    model = _config(shards, out, model="tiny-nosa")
+    with pytest.raises(ConfigError, match=r"model was 'tiny', and is 'tiny-nosa' now"):
+        train(model, progress=False)
+    assert files() == before
+    # What may change: more logging, other devices, and the steps are done.
+    free = _config(shards, out, log_every=3, eval=EvalConfig(every=3, batches=1))
+    assert train(free, progress=False).resumed_from == 6
+
+
+def test_training_stops_when_nothing_is_finite(shards, tmp_path, monkeypatch):
+    def broken(config, seed):
+        tensors = random_tensors(config, seed)
+        name = "model.layers.0.self_attn.q_proj.weight"
+        return {**tensors, name: lambda: np.full((128, 64), np.nan, np.float32)}
+
+    monkeypatch.setattr("sparda_jax.loading.random_tensors", broken)
+    config = _config(
+        shards,
+        tmp_path,
+        optimizer=OptimizerConfig(
+            steps=20, global_batch=2, micro_batch=2, max_bad_steps=3
+        ),
+        data=dataclasses.replace(_config(shards, tmp_path).data, held_out=0.0),
+    )
+    with pytest.raises(TrainingError, match="not finite in 3 steps in a row"):
+        train(config, progress=False)
+    assert read_log(tmp_path / "log.jsonl")[-1]["loss"] is None
+
+
+def test_unwritable_directory_is_one_clear_error(shards, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ConfigError, match="a directory that can be written to"):
+        train(_config(shards, blocked / "run"), progress=False)
+
+
+def test_command_line(shards, tmp_path, capsys):
+    path = tmp_path / "run.py"
+    path.write_text(
+        "from train.config import *\n"
+        "def get_config():\n"
+        "    return TrainConfig(model='tiny', optimizer=OptimizerConfig(steps=2))\n"
+    )
+    assert main(["--config", str(path), "--set", "lr=1e-3", "steps=3", "--print"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["optimizer"]["lr"] == 1e-3 and shown["optimizer"]["steps"] == 3
+    assert main(["--config", str(tmp_path / "no.py")]) == 2
+    assert "must be a Python file with get_config()" in capsys.readouterr().err
+    out = str(tmp_path / "out")
+    arguments = ["--config", str(path), "--quiet", "--set", f"out={out}"]
+    assert main(arguments) == 2
+    assert "the model has no tokenizer" in capsys.readouterr().err

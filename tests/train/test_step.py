@@ -1,0 +1,240 @@
+"""The training step: whole-model goldens, frozen backbone, accumulation, bad steps."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparda_jax.checkpoint.layout import CURRENT, future_name
+from sparda_jax.config import SparseConfig
+from sparda_jax.models.decoder import DecoderLayer
+from sparda_jax.models.presets import get_preset
+from sparda_jax.sparse.selection import sorted_blocks
+from train.config import LossConfig, OptimizerConfig
+from train.loss import Documents, distill_layer
+from train.step import (
+    Batch,
+    Settings,
+    heads_gradient,
+    initial_heads,
+    initial_state,
+    learning_rate,
+    make_mesh,
+    make_optimizer,
+    make_step,
+    run_backbone,
+)
+
+GRIDS = {
+    "k2s1max": LossConfig(),
+    "k2s1mean": LossConfig(align="mean"),
+    "k32s16": LossConfig(teacher="deployed"),
+}
+SPARSE = SparseConfig(local_blocks=1, block_budget=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("minicpm", "k2s1max"),
+        ("minicpm", "k2s1mean"),
+        ("minicpm", "k32s16"),
+        ("nosa", "k2s1max"),
+        ("nosa", "k32s16"),
+    ],
+)
+def test_losses_gradients_and_lists_equal_reference(
+    golden, golden_model, name, variant
+):
+    arrays = golden("distill_tiny")
+    config, sparse, model = golden_model(name)
+    tokens = jnp.asarray(arrays[f"{name}/input_ids"])[None]
+    batch = Batch(tokens, Documents.whole_rows(1, 700))
+    settings = Settings(config, sparse, dataclasses.replace(GRIDS[variant], tile=352))
+
+    @jax.jit
+    def run(model, batch):
+        heads = model.forecast[...]
+        sums = heads_gradient(model, heads, batch, settings)
+
+        def on_layer(view):
+            out = distill_layer(
+                view.q,
+                view.k,
+                view.phi,
+                batch.documents,
+                view.key_bias,
+                sparse=sparse,
+                loss=settings.loss,
+                with_gradient=False,
+            )
+            return out.routing, sorted_blocks(out.routing[0])
+
+        return sums, run_backbone(model, heads, batch, settings, on_layer)[1]
+
+    (gradient, total, weight), lists = run(model, batch)
+    prefix = f"{name}/{variant}"
+    np.testing.assert_allclose(total / weight, arrays[f"{prefix}/loss"], atol=2e-6)
+    np.testing.assert_array_equal(lists, arrays[f"{prefix}/topk_idx"])
+    keys = [CURRENT, *(future_name(i) for i in range(config.num_layers - 1))]
+    for layer, key in enumerate(keys):
+        expected = arrays[f"{prefix}/grad/{key}"].T
+        error = np.linalg.norm(gradient[layer] / weight - expected)
+        assert error / np.linalg.norm(expected) < 1e-4, (layer, error)
+
+
+def _batch(rows: int, length: int = 320, seed: int = 0, micro: int = 1) -> Batch:
+    shape = (micro, rows, length)
+    tokens = jax.random.randint(jax.random.key(seed), shape, 0, 128, jnp.int32)
+    documents = Documents.whole_rows(rows, length)
+    documents = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (micro, *x.shape)), documents
+    )
+    return Batch(tokens, documents)
+
+
+def _training(model, optimizer, loss=None):
+    settings = Settings(model.config, SPARSE, loss or LossConfig(tile=320))
+    mesh = make_mesh(1)
+    return make_step(model, settings, optimizer, mesh)
+
+
+def test_frozen_means_frozen(random_model):
+    model = random_model()
+    before = jax.tree.map(np.asarray, model)
+    optimizer = make_optimizer(OptimizerConfig(lr=3e-3, steps=20))
+    heads = initial_heads(model, "kaiming", seed=1)
+    state = initial_state(heads, optimizer)
+    # Moments are of the heads' shape and nothing else has any.
+    big = [x.shape for x in jax.tree.leaves(state.optimizer) if x.ndim]
+    assert big == [heads.shape] * 2
+    assert state.heads.dtype == jnp.float32
+    step = _training(model, optimizer)
+    start = np.asarray(state.heads)
+    losses = []
+    for _ in range(20):
+        state, metrics = step(model, state, _batch(2))
+        losses.append(float(jnp.mean(metrics.loss)))
+    assert losses[-1] < 0.9 * losses[0]
+    assert int(state.step) == 20 and int(state.skipped) == 0
+    assert np.all(np.any(start != np.asarray(state.heads), axis=(1, 2)))
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_accumulation_equals_one_batch(random_model):
+    model = random_model()
+    optimizer = make_optimizer(OptimizerConfig())
+    heads = initial_heads(model, "from_query", seed=0)
+    step = _training(model, optimizer)
+    whole = _batch(4)
+    parts = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), whole)
+    states = []
+    for batch in (whole, parts):
+        state = initial_state(jnp.array(heads), optimizer)
+        state, metrics = step(model, state, batch)
+        states.append((state, metrics))
+    (one, one_metrics), (four, four_metrics) = states
+    np.testing.assert_allclose(one_metrics.loss, four_metrics.loss, rtol=1e-5)
+    np.testing.assert_allclose(
+        one_metrics.gradient_norm, four_metrics.gradient_norm, rtol=1e-4
+    )
+    # Adam's first step is the sign of the gradient: compare its moments instead.
+    for a, b in zip(
+        jax.tree.leaves(one.optimizer), jax.tree.leaves(four.optimizer), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(random_model):
+    model = random_model()
+    optimizer = make_optimizer(OptimizerConfig())
+    heads = initial_heads(model, "from_query", seed=0)
+    state = initial_state(heads, optimizer)
+    step = _training(model, optimizer)
+    broken = jax.tree.map(lambda x: x, model)
+    broken.embedding[...] = broken.embedding[...].at[5].set(jnp.nan)
+    tokens = jnp.where(_batch(1).tokens == 5, 6, _batch(1).tokens)
+    good = _batch(1)._replace(tokens=tokens)
+    bad = good._replace(tokens=tokens.at[0, 0, 100].set(5))
+    for batch, expected in ((good, 0), (bad, 1), (bad, 2), (good, 0)):
+        before = np.asarray(state.heads)
+        state, _ = step(broken, state, batch)
+        assert int(state.bad_in_a_row) == expected
+        assert np.all(np.isfinite(state.heads))
+        changed = np.any(before != np.asarray(state.heads))
+        assert changed == (expected == 0)
+    assert int(state.skipped) == 2 and int(state.step) == 4
+
+
+def test_schedules():
+    def rates(**fields):
+        config = OptimizerConfig(lr=1.0, steps=100, **fields)
+        schedule = learning_rate(config)
+        return np.asarray([schedule(step) for step in range(100)])
+
+    assert np.all(rates() == 1.0)
+    # The reference caps the warm-up at a tenth of the steps.
+    warm = rates(warmup_steps=50)
+    np.testing.assert_allclose(warm[:10], np.arange(1, 11) / 10, rtol=1e-6)
+    assert np.all(warm[10:] == 1.0)
+    cosine = rates(schedule="cosine", final_fraction=0.1, warmup_steps=10)
+    assert cosine[9] == 1.0 and cosine[99] < 0.11 and np.all(np.diff(cosine[10:]) < 0)
+    linear = rates(schedule="linear")
+    np.testing.assert_allclose(linear[50], 0.5, rtol=1e-6)
+
+
+def test_clip_is_over_all_heads():
+    optimizer = make_optimizer(OptimizerConfig(clip=0.5))
+    heads = jnp.zeros((2, 3, 4))
+    gradient = jnp.ones((2, 3, 4)).at[1].set(100.0)
+    _, moments = optimizer.update(gradient, optimizer.init(heads), heads)
+    first = next(x for x in jax.tree.leaves(moments) if x.ndim)
+    np.testing.assert_allclose(np.linalg.norm(first) / 0.1, 0.5, rtol=1e-5)
+
+
+def _abstract_decoder(name: str):
+    """Shapes of a preset's stacked bfloat16 weights; nothing is allocated."""
+    from sparda_jax.models.decoder import Decoder
+
+    config = get_preset(name).model
+    hidden, ffn, layers = config.hidden_size, config.ffn_size, config.num_layers
+    queries = config.num_heads * config.head_dim
+    keys = config.num_kv_heads * config.head_dim
+    shapes = {
+        "attention_norm": (hidden,),
+        "qkv": (hidden, queries + 2 * keys),
+        "out": (queries, hidden),
+        "mlp_norm": (hidden,),
+        "gate_up": (hidden, 2 * ffn),
+        "down": (ffn, hidden),
+    }
+
+    def make():
+        layer = {n: jnp.zeros((1, *s), jnp.bfloat16) for n, s in shapes.items()}
+        table = jnp.zeros((config.vocab_size, hidden), jnp.bfloat16)
+        norm = jnp.zeros((hidden,), jnp.bfloat16)
+        model = Decoder(config, table, [DecoderLayer(layer)], norm, table)
+        stacked = {n: jnp.zeros((layers, *s), jnp.bfloat16) for n, s in shapes.items()}
+        model.layers = DecoderLayer(stacked)
+        return model
+
+    return jax.eval_shape(make)
+
+
+@pytest.mark.slow
+def test_8b_step_at_64k_fits_in_8_gb_beside_its_weights():
+    preset = get_preset("minicpm4.1-8b")
+    model = _abstract_decoder("minicpm4.1-8b")
+    optimizer = make_optimizer(OptimizerConfig())
+    shape = (32, 4096, 256)
+    state = jax.eval_shape(
+        lambda: initial_state(jnp.zeros(shape, jnp.float32), optimizer)
+    )
+    settings = Settings(preset.model, preset.sparse, LossConfig(tile=32))
+    step = make_step(model, settings, optimizer, make_mesh(1))
+    batch = _batch(1, 65536)
+    memory = step.lower(model, state, batch).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 8e9, memory

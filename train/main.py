@@ -1,0 +1,63 @@
+"""`python -m train.main --config configs/NAME.py [--set key=value …]`: one run.
+
+A run that was interrupted continues when the same command is given again.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+
+import jax
+
+from sparda_jax.checkpoint.errors import CheckpointError
+from sparda_jax.config import ConfigError
+from train.config import load_config, with_overrides
+from train.run import TrainingError, train
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m train.main", description=__doc__)
+    parser.add_argument("--config", required=True, help="Python file with get_config()")
+    parser.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a field, e.g. lr=1e-3 data.seq_len=2048",
+    )
+    parser.add_argument("--print", action="store_true", help="show the configuration")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    group = parser.add_argument_group("several hosts (jax.distributed)")
+    group.add_argument("--coordinator", metavar="HOST:PORT")
+    group.add_argument("--num-processes", type=int)
+    group.add_argument("--process-id", type=int)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; also behind `sparda train`."""
+    options = _parser().parse_args(arguments)
+    try:
+        config = with_overrides(load_config(options.config), options.set)
+        if options.print:
+            print(json.dumps(dataclasses.asdict(config), indent=2))
+            return 0
+        if options.coordinator is not None:
+            jax.distributed.initialize(
+                options.coordinator, options.num_processes, options.process_id
+            )
+        result = train(config, progress=not options.quiet)
+    except (ConfigError, CheckpointError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{result.forecast}: step {int(result.state.step)}")
+    if result.evaluation is not None:
+        for name, value in result.evaluation.means().items():
+            print(f"  held-out {name.replace('_', ' ')}: {value:.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

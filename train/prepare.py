@@ -1,0 +1,52 @@
+"""`python -m train.prepare`: tokenizes text once, to shards that training opens."""
+
+import argparse
+import itertools
+import sys
+
+from sparda_jax.checkpoint.errors import CheckpointError
+from sparda_jax.checkpoint.fetch import fetch_default_model
+from sparda_jax.checkpoint.source import open_checkpoint
+from sparda_jax.config import ConfigError
+from sparda_jax.models.presets import PRESETS, get_preset
+from train.text import DataError, read_documents, save_corpus, tokenize
+
+
+def _open(model: str):
+    if model in PRESETS:
+        if not get_preset(model).fetchable:
+            raise DataError(
+                f"model {model!r} has no tokenizer to fetch: give the path of its file "
+                "or directory"
+            )
+        return open_checkpoint(fetch_default_model())
+    return open_checkpoint(model)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.prepare", description=__doc__
+    )
+    parser.add_argument("sources", nargs="+", help="stdlib, pydoc, files, directories")
+    parser.add_argument("--model", default="smollm2-135m", help="whose tokenizer")
+    parser.add_argument("--out", required=True, help="new or empty directory")
+    options = parser.parse_args(arguments)
+    try:
+        source = _open(options.model)
+        if source.tokenizer is None:
+            raise DataError(f"model {options.model!r} has no tokenizer")
+        texts = itertools.chain.from_iterable(map(read_documents, options.sources))
+        name = "+".join(options.sources)
+        corpus = tokenize(name, texts, source.tokenizer, source.config.vocab_size)
+        save_corpus(corpus, options.out)
+    except (ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    documents = sum(map(len, corpus.ends))
+    print(f"{options.out}: {corpus.num_tokens} tokens in {documents} documents")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

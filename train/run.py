@@ -1,0 +1,302 @@
+"""A training run from its configuration: load, resume, train, evaluate, export."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import sparda_jax
+from sparda_jax.inference.engine import LanguageModel
+from train.checkpoint import Checkpoints, check_writable, export_forecast
+from train.config import TrainConfig, check
+from train.data import (
+    Row,
+    batches,
+    data_identity,
+    held_out_rows,
+    open_sources,
+    training_data,
+)
+from train.loss import Documents
+from train.metrics import Evaluation, RunLog, make_evaluate, plot_curves
+from train.step import (
+    AXIS,
+    Batch,
+    Settings,
+    StepMetrics,
+    TrainState,
+    initial_heads,
+    initial_state,
+    learning_rate,
+    make_mesh,
+    make_optimizer,
+    make_step,
+    shard_model,
+)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+      state: After the last step.
+      evaluation: Held-out metrics after it, or None if none were made.
+      forecast: The exported weights.
+      resumed_from: Step of the checkpoint that it continued, or None.
+    """
+
+    state: TrainState
+    evaluation: Evaluation | None
+    forecast: pathlib.Path
+    resumed_from: int | None
+
+
+def _on_devices(rows: Row, mesh: Mesh, micro_batches: int) -> Batch:
+    """[B, T] arrays of this process → a Batch [A, B/A, T] over the mesh."""
+
+    def put(array: np.ndarray) -> jax.Array:
+        shape = (micro_batches, -1, array.shape[-1])
+        array = np.ascontiguousarray(array, np.int32).reshape(shape)
+        sharding = NamedSharding(mesh, PartitionSpec(None, AXIS))
+        return jax.make_array_from_process_local_data(sharding, array)
+
+    documents = Documents(put(rows["start"]), put(rows["end"]))
+    return Batch(put(rows["tokens"]), documents)
+
+
+def _held_out_batches(rows: list[Row], mesh: Mesh, per_device: int) -> list[Batch]:
+    """Whole batches of the rows; the last rows may be left out."""
+    size = per_device * mesh.size
+    if len(rows) < size:
+        # Fewer rows than devices: rows are repeated, which changes no ratio much.
+        rows = [rows[i % len(rows)] for i in range(size)]
+    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+    out = []
+    for first in range(0, len(rows) - size + 1, size):
+        part = rows[first : first + size]
+
+        def put(name: str, part: list[Row] = part) -> jax.Array:
+            whole = np.stack([np.asarray(row[name], np.int32) for row in part])
+            return jax.make_array_from_callback(
+                whole.shape, sharding, lambda index: whole[index]
+            )
+
+        documents = Documents(put("start"), put("end"))
+        out.append(Batch(put("tokens"), documents))
+    return out
+
+
+class _Run:
+    """The pieces of a run that its loop uses."""
+
+    def __init__(self, config: TrainConfig, *, progress: bool):
+        self.out = check_writable(config.out)
+        self.config, self.progress = config, progress
+        self.mesh = make_mesh(config.parallel.devices)
+        self.accumulation = config.optimizer.accumulation(self.mesh.size)
+        self.lm = _load(config)
+        self.sparse = config.sparse or self.lm.sparse
+        _check_shapes(config, self.lm, self.sparse.block_size)
+        self.settings = Settings(
+            self.lm.config, self.sparse, config.loss, config.implementation
+        )
+        vocabulary = self.lm.config.vocab_size
+        self.corpora = open_sources(config.data, self.lm.tokenizer, vocabulary)
+        block = self.sparse.block_size
+        self.data = batches(
+            training_data(
+                self.corpora,
+                config.data,
+                block=block,
+                batch=config.optimizer.global_batch,
+                part=(jax.process_index(), jax.process_count()),
+            )
+        )
+        self.held_out: list[Batch] = []
+        if config.data.held_out:
+            rows = held_out_rows(
+                self.corpora, config.data, block=block, count=config.eval.batches
+            )
+            micro = min(config.optimizer.micro_batch, len(rows))
+            self.held_out = _held_out_batches(rows, self.mesh, micro)
+        self.identity = {
+            "config": config.identity(),
+            "model": {"name": self.lm.config.name, "hash": self.lm.fingerprint},
+            "data": data_identity(self.corpora),
+        }
+        self.identity = json.loads(json.dumps(self.identity))
+        fsdp = config.parallel.fsdp
+        heads = initial_heads(self.lm.model, config.init, config.seed)
+        self.optimizer = make_optimizer(config.optimizer)
+        state = initial_state(heads, self.optimizer)
+        self.state = jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
+        self.model = shard_model(self.lm.model, self.mesh, fsdp=fsdp)
+        self.step = make_step(
+            self.model, self.settings, self.optimizer, self.mesh, fsdp=fsdp
+        )
+        self.evaluate = make_evaluate(
+            self.model, self.settings, self.mesh, fsdp=fsdp, mass=config.eval.mass
+        )
+
+    def measure(self, log: RunLog, step: int) -> Evaluation | None:
+        """Held-out metrics, written to the log."""
+        if not self.held_out:
+            return None
+        found = self.evaluate(self.model, self.state.heads, self.held_out)
+        log.write(step, "eval", {**found.means(), "layers": found.by_layer()})
+        return found
+
+    def export(self, state: TrainState, evaluation: Evaluation | None, name: str):
+        """Writes the heads with everything that a model card needs."""
+        path = self.out / name
+        extra = {
+            "identity": self.identity,
+            "step": int(state.step),
+            "skipped_steps": int(state.skipped),
+            "device": jax.devices()[0].device_kind,
+            "devices": self.mesh.size,
+            "jax": jax.__version__,
+            "held_out": None if evaluation is None else evaluation.by_layer(),
+        }
+        export_forecast(
+            path,
+            state.heads,
+            config=self.lm.config,
+            sparse=self.sparse,
+            fingerprint=self.lm.fingerprint,
+            extra=extra,
+        )
+        return path
+
+
+def _load(config: TrainConfig) -> LanguageModel:
+    dtype = None if config.dtype is None else jnp.dtype(config.dtype)
+    return sparda_jax.load(
+        config.model,
+        attention="dense",
+        dtype=dtype,
+        storage="stacked",
+        implementation=config.implementation,
+    )
+
+
+def _check_shapes(config: TrainConfig, lm: LanguageModel, block: int) -> None:
+    length, field = config.data.seq_len, "DataConfig.seq_len"
+    check(length % block == 0, field, length, f"a multiple of block_size={block}")
+    longest = lm.config.max_context
+    check(length <= longest, field, length, f"at most max_context={longest}")
+
+
+def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
+    """Runs, or continues, a training run.
+
+    Everything goes to `config.out`: checkpoints, log.jsonl, curves.png, config.json,
+    forecast.safetensors (the last step) and forecast-best.safetensors (the kept
+    checkpoint with the best held-out recall).
+
+    Raises:
+      ConfigError: Something in the configuration or the data cannot be used, or the
+        directory holds another run.
+      CheckpointError: The model or a checkpoint cannot be read.
+      TrainingError: Too many consecutive steps were not finite.
+    """
+    run = _Run(config, progress=progress)
+    # Opening them checks that this run is the one that they are of.
+    checkpoints = Checkpoints(run.out, config.checkpoint, run.identity, run.mesh)
+    try:
+        restored = checkpoints.restore(run.state)
+        if restored is not None:
+            run.state = restored.state
+            run.data.set_state(restored.data)
+        start = int(run.state.step)
+        steps = config.optimizer.steps
+        (run.out / "config.json").write_text(json.dumps(run.identity, indent=2))
+        log = RunLog(
+            run.out,
+            start=start if restored is not None else -1,
+            steps=steps,
+            tensorboard=config.tensorboard,
+            progress=progress,
+        )
+        try:
+            evaluation = _loop(run, checkpoints, log, start)
+        finally:
+            log.close()
+        path = run.export(run.state, evaluation, "forecast.safetensors")
+        best = checkpoints.best_step
+        if best is not None:
+            held = checkpoints.restore(run.state, best)
+            assert held is not None
+            run.export(held.state, None, "forecast-best.safetensors")
+    finally:
+        checkpoints.close()
+    plot_curves(run.out / "log.jsonl", run.out / "curves.png")
+    resumed = None if restored is None else start
+    return TrainResult(run.state, evaluation, path, resumed)
+
+
+def _loop(
+    run: _Run, checkpoints: Checkpoints, log: RunLog, start: int
+) -> Evaluation | None:
+    """Steps `start` … to the end; returns the last evaluation."""
+    config = run.config
+    steps, rate = config.optimizer.steps, learning_rate(config.optimizer)
+    evaluation = run.measure(log, start) if start in (0, steps) else None
+    pending: tuple[int, StepMetrics] | None = None
+    for step in range(start + 1, steps + 1):
+        batch = _on_devices(next(run.data), run.mesh, run.accumulation)
+        run.state, metrics = run.step(run.model, run.state, batch)
+        # The figures of the step before: reading this one's would wait for it.
+        if pending is not None:
+            _report(config, log, *pending, rate)
+        pending = (step, metrics)
+        last = step == steps
+        recall = None
+        if last or step % config.eval.every == 0:
+            evaluation = run.measure(log, step)
+            recall = None if evaluation is None else evaluation.means()["recall"]
+        if last or step % config.checkpoint.every == 0:
+            _report(config, log, *pending, rate)
+            pending = None
+            checkpoints.save(step, run.state, run.data.get_state(), recall)
+    if pending is not None:
+        _report(config, log, *pending, rate)
+    return evaluation
+
+
+def _report(
+    config: TrainConfig, log: RunLog, step: int, metrics: StepMetrics, rate: Any
+) -> None:
+    """Logs one step, and stops the run if nothing is finite any more."""
+    loss = np.asarray(metrics.loss)
+    log.advance(loss=f"{loss.mean():.4f}", skipped=str(int(metrics.skipped)))
+    if step % config.log_every == 0:
+        finite = bool(np.all(np.isfinite(loss)))
+        log.write(
+            step,
+            "train",
+            {
+                "loss": float(loss.mean()) if finite else None,
+                "layers": loss.round(6).tolist() if finite else None,
+                "gradient_norm": float(metrics.gradient_norm) if finite else None,
+                "lr": float(rate(step - 1)),
+                "skipped": int(metrics.skipped),
+            },
+        )
+    bad, most = int(metrics.bad_in_a_row), config.optimizer.max_bad_steps
+    if bad >= most:
+        raise TrainingError(
+            f"step {step}: the loss or its gradient was not finite in {bad} steps in a "
+            "row, which were skipped; the last checkpoint is whole. Look at the data "
+            "and the model's weights, or lower optimizer.lr"
+        )
