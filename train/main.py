@@ -55,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{result.forecast}: step {int(result.state.step)}")
     if result.evaluation is not None:
         for name, value in result.evaluation.means().items():
-            print(f"  held-out {name.replace('_', ' ')}: {value:.4f}")
+            shown = "not measured" if value is None else f"{value:.4f}"
+            print(f"  held-out {name.replace('_', ' ')}: {shown}")
     return 0
 
 

@@ -99,10 +99,11 @@ class Evaluation:
                 oracle_mass=s.oracle_mass / s.rows,
             )
 
-    def means(self) -> dict[str, float]:
-        """Each metric averaged over the layers."""
+    def means(self) -> dict[str, float | None]:
+        """Each metric averaged over the layers; None where it was not measured."""
         fields = (field.name for field in dataclasses.fields(self))
-        return {name: float(np.mean(getattr(self, name))) for name in fields}
+        values = {name: float(np.mean(getattr(self, name))) for name in fields}
+        return {k: v if np.isfinite(v) else None for k, v in values.items()}
 
     def by_layer(self) -> dict[str, list[float | None]]:
         """Each metric by layer, as JSON."""
@@ -140,7 +141,7 @@ def _tile_sums(
     counts = counts[:, None]
     wanted = supervised_blocks(own, queries, blocks, sparse) & counts[..., None]
     hits = supervised_blocks(guess, queries, blocks, sparse) & wanted
-    masses = (jnp.float32(0),) * 3
+    masses = (jnp.float32(jnp.nan),) * 3
     if raw is not None:
         index = jnp.arange(raw.shape[2])
         seen = index <= queries.token[:, None]
@@ -335,7 +336,8 @@ def plot_curves(log: str | pathlib.Path, out: str | pathlib.Path) -> None:
             ("own_mass", "mass, own query"),
             ("oracle_mass", "mass, oracle"),
         ):
-            recall.plot(at, [x[name] for x in evaluations], "o-", label=label)
+            values = [np.nan if x[name] is None else x[name] for x in evaluations]
+            recall.plot(at, values, "o-", label=label)
         first, last = evaluations[0]["layers"], evaluations[-1]["layers"]
         for layers, label in ((first, "before"), (last, "after")):
             values = [np.nan if x is None else x for x in layers["recall"]]

@@ -8,8 +8,10 @@ divided by its length: what is left of launch gaps is part of the figure.
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -84,7 +86,34 @@ def measure(
     return result
 
 
-def copy_bandwidth(gib: float = 2.0) -> float:
+def device_kernels(f: Callable[..., Any], *args: Any) -> dict[str, tuple[int, float]]:
+    """Kernels of one call of ``f`` on a GPU: name to (launches, seconds in all).
+
+    Read from a profile, so that launch gaps are not part of the figures. Empty where
+    the profile names no GPU stream.
+    """
+    compiled = jax.jit(f).lower(*args).compile()
+    jax.block_until_ready(compiled(*args))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(compiled(*args))
+        found: dict[str, tuple[int, float]] = {}
+        for path in Path(folder).rglob("*.trace.json.gz"):
+            events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+            names = {
+                (e["pid"], e.get("tid")): e["args"]["name"]
+                for e in events
+                if e.get("ph") == "M" and e["name"] in ("process_name", "thread_name")
+            }
+            for e in events:
+                stream = names.get((e.get("pid"), e.get("tid")), "")
+                if e.get("ph") == "X" and "Stream" in stream:
+                    count, total = found.get(e["name"], (0, 0.0))
+                    found[e["name"]] = (count + 1, total + e.get("dur", 0.0) / 1e6)
+    return found
+
+
+def copy_bandwidth(gib: float = 8.0) -> float:
     """Bytes a second that a large device copy moves, reads and writes counted."""
     x = jnp.ones((int(gib * 2**30) // 4,), jnp.float32)
     # A jitted negation reads and writes every byte; an identity would be elided.

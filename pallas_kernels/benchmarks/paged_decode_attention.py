@@ -12,8 +12,10 @@ from jax import lax
 
 from pallas_kernels._common.dispatch import current_platform
 from pallas_kernels.benchmarks.harness import (
+    Timing,
     arguments,
     copy_bandwidth,
+    device_kernels,
     measure,
     report,
 )
@@ -60,7 +62,7 @@ def main() -> None:
             * head_dim
             * jnp.dtype(dtype).itemsize
         )
-        layers = max(4, min(32, int(8e9 // one))) if gpu else 30
+        layers = max(2, min(8, int(8e9 // one))) if gpu else 30
         q, kv, slots, lengths = inputs(
             layers, batch, heads, kv_heads, head_dim, block, capacity, listed, dtype
         )
@@ -88,6 +90,14 @@ def main() -> None:
             name = f"{form} B={batch} P={listed} H={head_dim}"
             operands = (q, kv, slots, lengths)
             timings.append(measure(name, chain, *operands, links=layers, note=note))
+            if gpu and form != "xla" and timings[-1].seconds is not None:
+                kernels = device_kernels(chain, *operands)
+                seconds = sum(total for _, total in kernels.values()) / layers
+                print(f"  kernels alone {seconds * 1e6:.1f} us: {note(seconds)}")
+                for kernel, (count, total) in kernels.items():
+                    print(f"    {kernel[:60]} x{count}: {total / count * 1e6:.1f} us")
+                title = f"{name}, kernels alone"
+                timings.append(Timing(title, seconds, note=note(seconds)))
         contiguous = (layers, batch, listed * block, kv_heads, head_dim)
         part = kv[:, :, :, :listed].reshape(*kv.shape[:3], -1, 2, head_dim)
         part = jnp.moveaxis(part, 2, 3)

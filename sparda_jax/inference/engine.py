@@ -350,10 +350,10 @@ class _Run:
         else:
             self.state = next_turn(conversation.state, self.shapes, lm.settings)
 
-    def _call(self, pieces: list[list[int]], steps: int, max_new: Array) -> float:
-        """One call of the compiled function; returns its seconds."""
+    def request(self, pieces: list[list[int]], steps: int, max_new: Array) -> Request:
+        """The arrays of one call: its part of the prompts and its limits."""
         prompt, count = pad_rows(pieces, self.shapes.prompt)
-        request = Request(
+        return Request(
             prompt=prompt,
             count=count,
             sampling=self.sampling,
@@ -362,6 +362,10 @@ class _Run:
             steps=jnp.int32(steps),
             rope=self.rope,
         )
+
+    def _call(self, pieces: list[list[int]], steps: int, max_new: Array) -> float:
+        """One call of the compiled function; returns its seconds."""
+        request = self.request(pieces, steps, max_new)
         lm = self.lm
         key = ("generate", self.batch, self.shapes)
         if key not in lm._compiled:

@@ -137,6 +137,8 @@ def _filter(logits: Float[Array, "B V"], state: SamplingState) -> Float[Array, "
     better = jnp.cumsum(probability, axis=-1) - probability
     stays = better < state.top_p[:, None]
     stays &= probability >= state.min_p[:, None] * probability[:, :1]
+    # Rounding can leave the sum of the k kept ones just below p = 1.
+    stays &= rank < limit[:, None]
     stays |= rank == 0
     threshold = jnp.min(jnp.where(stays, ranked, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= threshold, logits, -jnp.inf)

@@ -1,0 +1,108 @@
+"""Scoring and choosing blocks: Forecast (raw) beside the own-query (softmax) form."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels._common.dispatch import current_platform
+from pallas_kernels.benchmarks.harness import arguments, measure, report
+from pallas_kernels.block_scores.api import block_scores, select_blocks
+from pallas_kernels.block_scores.pallas_triton import choose_triton
+from pallas_kernels.block_scores.rule import Rule
+from pallas_kernels.block_scores.xla import choose_xla
+
+
+def main() -> None:
+    """Runs the benchmark from the command line."""
+    parser = arguments(__doc__)
+    parser.add_argument("--tokens", type=int)
+    args = parser.parse_args()
+    gpu = current_platform() == "cuda" and not args.small
+    if gpu:
+        tokens, heads, kv_heads, head_dim = args.tokens or 131072, 32, 2, 128
+        budget, local, dtype = 96, 33, jnp.bfloat16
+        raw_forms, softmax_forms = ("mosaic_gpu", "triton", "xla"), ("triton",)
+    else:
+        tokens, heads, kv_heads, head_dim = args.tokens or 8192, 9, 3, 64
+        budget, local, dtype = 16, 8, jnp.float32
+        raw_forms, softmax_forms = ("xla",), ("xla",)
+    blocks, windows = tokens // 64, (tokens - 32) // 16 + 1
+    keys = jax.random.split(jax.random.key(0), 3)
+    forecast = jax.random.normal(keys[0], (1, tokens, kv_heads, head_dim), dtype)
+    own = jax.random.normal(keys[1], (1, tokens, heads, head_dim), dtype)
+    compressed = jax.random.normal(keys[2], (1, kv_heads, windows, head_dim), dtype)
+    start = jnp.zeros((1,), jnp.int32)
+    timings = []
+    sizes = {"blocks": blocks, "local_blocks": local}
+    for name, forms, query in (
+        ("Forecast", raw_forms, forecast),
+        ("own query", softmax_forms, own),
+    ):
+        softmax = query is own
+        for form in forms:
+
+            def select(query, compressed, start, form=form, softmax=softmax):
+                return select_blocks(
+                    query,
+                    compressed,
+                    q_start=start,
+                    budget=budget,
+                    softmax=softmax,
+                    implementation=form,
+                    **sizes,
+                )
+
+            def score(query, compressed, start, form=form, softmax=softmax):
+                scores = block_scores(
+                    query,
+                    compressed,
+                    q_start=start,
+                    softmax=softmax,
+                    implementation=form,
+                    **sizes,
+                )
+                # The part that no reduction removes: every score is written.
+                return scores
+
+            operands = (query, compressed, start)
+            repeats = 5
+            title = f"{name}, scores, {form}, T={tokens}"
+            timings.append(measure(title, score, *operands, repeats=repeats))
+            title = f"{name}, scores and choice, {form}, T={tokens}"
+            timings.append(measure(title, select, *operands, repeats=repeats))
+    # The choice alone, on one slab of scores.
+    rows = min(tokens, 4096)
+    scores = jax.random.normal(keys[0], (1, kv_heads, rows, blocks))
+    position = jnp.full((1, rows), tokens - 1, jnp.int32)
+    rule = Rule(blocks, 64, 32, 16, 1, local, False, True, 1.0)
+    if gpu:
+        own_block = jnp.full((1, kv_heads, rows), blocks, jnp.int32)
+        choose = functools.partial(choose_triton, budget=budget)
+        timings.append(
+            measure(f"choice, triton, {rows} rows", choose, scores, own_block)
+        )
+    choose = functools.partial(choose_xla, rule=rule, budget=budget)
+    timings.append(measure(f"choice, xla, {rows} rows", choose, scores, position))
+    by_name = {t.name: t.seconds for t in timings}
+    best = {
+        name: min(
+            (
+                s
+                for n, s in by_name.items()
+                if s and n.startswith(f"{name}, scores and")
+            ),
+            default=np.nan,
+        )
+        for name in ("Forecast", "own query")
+    }
+    ratio = float(best["own query"] / best["Forecast"])
+    print(f"Forecast is {ratio:.2f} times as fast as the own-query form (with choice)")
+    report("block_scores", timings, args.out, own_query_over_forecast=ratio)
+
+
+if __name__ == "__main__":
+    main()

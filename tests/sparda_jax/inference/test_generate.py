@@ -1,0 +1,252 @@
+"""Generation: stops, seeds, batches, streaming, turns, buckets, and bad input."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+import sparda_jax as sj
+from sparda_jax.config import ConfigError
+from sparda_jax.inference.generate import bucket, plan_shapes
+
+SPARSE = sj.SparseConfig(local_blocks=2, block_budget=6)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    """A tiny random model with SparDA attention and training-free heads."""
+    return sj.load(
+        "tiny",
+        attention="sparda",
+        forecast="from_query",
+        sparse=SPARSE,
+        storage="stacked",
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts(token_ids):
+    return [token_ids(length, seed=length) for length in (300, 3, 130)]
+
+
+@pytest.fixture(scope="module")
+def greedy(lm, prompts):
+    return sj.generate(lm, prompts, max_new_tokens=24, ignore_eos=True)
+
+
+def _hot(lm, prompts, seed, **settings):
+    settings = {"temperature": 1.5, "max_new_tokens": 24, **settings}
+    return sj.generate(lm, prompts, seed=seed, ignore_eos=True, **settings).tokens
+
+
+def test_greedy_is_argmax_of_forward(lm, prompts, greedy):
+    for prompt, tokens in zip(prompts, greedy.tokens, strict=True):
+        assert len(tokens) == 24
+        logits = np.asarray(sj.forward(lm, [*prompt, *tokens[:-1]]))
+        assert logits[len(prompt) - 1 :].argmax(-1).tolist() == tokens
+
+
+def test_sequence_does_not_depend_on_its_neighbours(lm, prompts, greedy):
+    for index, prompt in enumerate(prompts):
+        alone = sj.generate(lm, [prompt], max_new_tokens=24, ignore_eos=True)
+        assert alone.tokens[0] == greedy.tokens[index]
+
+
+def test_seeds(lm, prompts):
+    first = _hot(lm, prompts, seed=5)
+    assert first == _hot(lm, prompts, seed=5)
+    assert first != _hot(lm, prompts, seed=6)
+    assert first[1] == _hot(lm, [prompts[1]], seed=5)[0]
+    twins = _hot(lm, [prompts[0]] * 3, seed=[5, 6, 5])
+    assert twins[0] == twins[2] == first[0]
+    assert twins[0] != twins[1]
+
+
+def test_one_dispatch_gives_the_same_tokens(lm, prompts, greedy):
+    out = sj.generate(lm, prompts, max_new_tokens=24, ignore_eos=True, single_call=True)
+    assert out.tokens == greedy.tokens
+    assert out.stats.prefill_seconds is None
+
+
+@pytest.mark.parametrize("tokens_per_call", [1, 7])
+def test_stream_yields_the_same_tokens(lm, prompts, greedy, tokens_per_call):
+    seen = []
+    stream = sj.stream(
+        lm,
+        prompts,
+        max_new_tokens=24,
+        ignore_eos=True,
+        tokens_per_call=tokens_per_call,
+        prefill_chunk=128,
+        on_progress=seen.append,
+    )
+    got = [[] for _ in prompts]
+    for event in stream:
+        got[event.index].append(event.token)
+    assert got == greedy.tokens
+    assert stream.output is not None
+    assert stream.output.tokens == greedy.tokens
+    # 300 tokens in chunks of 128.
+    assert seen == [128, 128, 44]
+
+
+def test_stop_id_ends_only_its_row(lm, prompts, greedy):
+    """Every row stops where the stop token first stands in its own output."""
+    stop = greedy.tokens[0][5]
+    out = sj.generate(lm, prompts, max_new_tokens=24, ignore_eos=True, stop_ids=[stop])
+    for tokens, whole, reason in zip(
+        out.tokens, greedy.tokens, out.finish_reasons, strict=True
+    ):
+        end = whole.index(stop) + 1 if stop in whole else 24
+        assert tokens == whole[:end]
+        assert reason == ("stop" if stop in whole else "length")
+    assert out.finish_reasons[0] == "stop"
+
+
+def test_eos_of_the_model_ends_a_row(lm, prompts, greedy):
+    token = greedy.tokens[2][3]
+    config = dataclasses.replace(lm.config, eos_ids=(token,))
+    changed = dataclasses.replace(lm, config=config, _compiled={})
+    out = sj.generate(changed, [prompts[2]], max_new_tokens=24)
+    end = greedy.tokens[2].index(token) + 1
+    assert out.tokens[0] == greedy.tokens[2][:end]
+
+
+def test_further_turn_is_one_prompt(lm, prompts, token_ids):
+    more = [token_ids(length, seed=50 + length) for length in (40, 200, 1)]
+    first = sj.generate(lm, prompts, max_new_tokens=5, ignore_eos=True)
+    turn = sj.generate(
+        lm,
+        more,
+        max_new_tokens=10,
+        ignore_eos=True,
+        conversation=first.conversation,
+    )
+    whole = [
+        [*prompt, *tokens, *new]
+        for prompt, tokens, new in zip(prompts, first.tokens, more, strict=True)
+    ]
+    expected = sj.generate(lm, whole, max_new_tokens=10, ignore_eos=True)
+    assert turn.tokens == expected.tokens
+
+
+def test_repetition_penalty_forbids(lm, prompts):
+    """A huge penalty never repeats a token while others are left."""
+    tokens = sj.generate(
+        lm,
+        [prompts[1]],
+        max_new_tokens=24,
+        ignore_eos=True,
+        repetition_penalty=1e6,
+    ).tokens[0]
+    used = [*prompts[1], *tokens]
+    assert len(set(tokens)) == len(tokens)
+    assert not set(prompts[1]) & set(tokens) or len(set(used)) > 100
+
+
+def test_second_length_does_not_recompile(lm, token_ids):
+    """Lengths in one bucket share a compilation."""
+    sj.generate(lm, [token_ids(140)], max_new_tokens=20)
+    for length in (141, 160, 190):
+        out = sj.generate(lm, [token_ids(length)], max_new_tokens=29)
+        assert out.stats.compile_seconds == 0
+
+
+def test_blocks_are_counted(lm, token_ids):
+    length, new = 640, 9
+    out = sj.generate(lm, [token_ids(length)], max_new_tokens=new, ignore_eos=True)
+    layers, heads = lm.config.num_layers, lm.config.num_kv_heads
+    budget = lm.sparse.block_budget
+    blocks = [position // 64 + 1 for position in range(length + new - 1)]
+    scale = layers * heads
+    prompt, later = blocks[:length], blocks[length:]
+    assert out.stats.prefill_blocks == (
+        scale * sum(min(b, budget) for b in prompt),
+        scale * sum(prompt),
+    )
+    assert out.stats.decode_blocks == (
+        scale * sum(min(b, budget) for b in later),
+        scale * sum(later),
+    )
+
+
+def test_run_is_one_program(lm, prompts, greedy):
+    """The public function can be jitted by the caller, prefill and loop together."""
+    from sparda_jax.inference.engine import _Run
+    from sparda_jax.inference.generate import run
+    from sparda_jax.inference.sampling import SamplingConfig
+
+    call = _Run(
+        lm,
+        prompts,
+        max_new_tokens=24,
+        sampling=SamplingConfig(),
+        seed=0,
+        stop_ids=(),
+        ignore_eos=True,
+        conversation=None,
+        max_context=None,
+        prefill_chunk=None,
+    )
+    request = call.request(call.rows, 24, call.max_new)
+    whole = jax.jit(
+        lambda model, state, request: run(
+            model, state, request, settings=lm.settings, tile_size=call.shapes.tile
+        )
+    )
+    state = whole(lm.model, call.state, request)
+    assert np.asarray(state.tokens)[:, :24].tolist() == greedy.tokens
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [(1, 128), (128, 128), (129, 192), (193, 256), (1000, 1024), (1025, 1536)],
+)
+def test_buckets(length, expected):
+    assert bucket(length, 128) == expected
+
+
+def test_capacity_holds_whole_tiles_behind_the_farthest_start():
+    shapes = plan_shapes(
+        100, farthest_start=1000, longest=1100, max_new=5, tile_size=64, block_size=64
+    )
+    assert shapes.capacity >= 1000 + 128
+    assert shapes.capacity % 64 == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"prompts": []}, "prompts is empty"),
+        ({"prompts": "text"}, "prompts must be a list"),
+        ({"prompts": [[]]}, r"prompts\[0\] is empty"),
+        ({"prompts": [[5], [500]]}, r"prompts\[1\] holds token id 500"),
+        ({"prompts": [[-1]]}, "token id -1"),
+        ({"prompts": [np.array([0.5])]}, "integer token ids"),
+        ({"prompts": ["words"]}, "has no tokenizer"),
+        ({"prompts": [[5] * 4090]}, "at most 4096 fit the context"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"temperature": math.inf}, "temperature=inf"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": math.nan}, "top_p=nan"),
+        ({"min_p": 1.5}, "min_p=1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": [1, 2]}, "seed has 2 values"),
+        ({"stop_ids": [128]}, "stop_ids holds 128"),
+    ],
+)
+def test_bad_input_names_field_and_value(lm, arguments, named):
+    arguments = {"prompts": [[5, 6, 7]], "max_new_tokens": 8, **arguments}
+    with pytest.raises(ConfigError, match=named):
+        sj.generate(lm, **arguments)
+
+
+def test_conversation_of_another_batch_is_refused(lm, prompts, greedy):
+    with pytest.raises(ConfigError, match="the conversation has 3"):
+        sj.generate(lm, prompts[:2], conversation=greedy.conversation)

@@ -1,0 +1,150 @@
+"""Four devices equal one; a killed run resumes from a whole checkpoint."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+from sparda_jax.checkpoint.hf import read_safetensors
+from train.text import Corpus, save_corpus
+
+ROOT = pathlib.Path(__file__).parents[2]
+DEVICES = """
+    import jax, jax.numpy as jnp, numpy as np
+    from sparda_jax.config import SparseConfig
+    from sparda_jax.models.presets import get_preset
+    from sparda_jax.models.weights import build_decoder, random_tensors
+    from train.config import LossConfig, OptimizerConfig
+    from train.loss import Documents
+    from train.metrics import make_evaluate
+    from train.step import *
+
+    assert len(jax.devices()) == 4
+    config = get_preset("tiny-nosa").model
+    tensors = random_tensors(config, seed=0, scale=0.1)
+    model = build_decoder(config, tensors, dtype=jnp.float32, storage="stacked")
+    settings = Settings(
+        config, SparseConfig(local_blocks=1, block_budget=3), LossConfig(tile=256)
+    )
+    optimizer = make_optimizer(OptimizerConfig())
+    tokens = np.random.default_rng(0).integers(0, 128, (1, 4, 256)).astype(np.int32)
+    documents = [np.broadcast_to(x, (1, 4, 256)) for x in Documents.whole_rows(4, 256)]
+    results = []
+    for count, fsdp in ((1, False), (4, False), (4, True)):
+        mesh = make_mesh(count)
+        placed = shard_model(model, mesh, fsdp=fsdp)
+        if fsdp:
+            qkv = placed.layers.qkv[...]
+            assert qkv.addressable_shards[0].data.size * 4 == qkv.size
+        heads = initial_heads(model, "from_query", 0)
+        whole = NamedSharding(mesh, PartitionSpec())
+        state = jax.device_put(initial_state(heads, optimizer), whole)
+        step = make_step(placed, settings, optimizer, mesh, fsdp=fsdp)
+        spread = batch_sharding(mesh)
+        batch = Batch(
+            jax.device_put(tokens, spread),
+            Documents(*(jax.device_put(np.array(x), spread) for x in documents)),
+        )
+        state, metrics = step(placed, state, batch)
+        evaluate = make_evaluate(placed, settings, mesh, fsdp=fsdp, mass=True)
+        rows = NamedSharding(mesh, PartitionSpec(AXIS))
+        flat = jax.tree.map(lambda x: jax.device_put(np.asarray(x)[0], rows), batch)
+        found = evaluate(placed, state.heads, [flat])
+        # Before Adam, which turns rounding of tiny gradients into whole steps.
+        moments = [np.asarray(x) for x in jax.tree.leaves(state.optimizer) if x.ndim]
+        results.append((np.asarray(metrics.loss), *moments, found.kl, found.recall))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-7)
+            assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a)
+    print("equal")
+"""
+
+
+def _environment(**changes: str) -> dict[str, str]:
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **changes}
+
+
+def test_four_devices_equal_one():
+    flags = "--xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(DEVICES)],
+        env=_environment(XLA_FLAGS=flags),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and "equal" in done.stdout, done.stderr[-3000:]
+
+
+CONFIG = """
+from sparda_jax.config import SparseConfig
+from train.config import *
+
+def get_config():
+    return TrainConfig(
+        model="tiny",
+        sparse=SparseConfig(local_blocks=1, block_budget=4),
+        loss=LossConfig(tile=256),
+        optimizer=OptimizerConfig(steps=60, global_batch=1),
+        data=DataConfig(seq_len=512, packing="long", held_out=0.2),
+        eval=EvalConfig(every=20, batches=1, mass=False),
+        checkpoint=CheckpointConfig(every=2),
+    )
+"""
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_from_a_whole_checkpoint(tmp_path):
+    """SIGKILL at several moments; the result is that of a run left alone."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 128, 40_000).astype(np.uint32)
+    ends = np.arange(1000, 40_001, 1000)
+    save_corpus(Corpus("x", (tokens,), (ends,), 128), tmp_path / "data")
+    (tmp_path / "config.py").write_text(CONFIG)
+
+    def start(out: str) -> subprocess.Popen:
+        sources = f"data.sources=[({str(tmp_path / 'data')!r}, 1.0)]"
+        command = [sys.executable, "-m", "train.main", "--quiet", "--config"]
+        command += [str(tmp_path / "config.py"), "--set", f"out={tmp_path / out}"]
+        return subprocess.Popen(
+            [*command, sources],
+            env=_environment(),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def finish(process: subprocess.Popen) -> None:
+        text, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, text[-3000:]
+
+    finish(start("whole"))
+    folder = tmp_path / "killed" / "checkpoints"
+    kills = 0
+    for wanted in (4, 17, 40):
+        process = start("killed")
+        # Killed as soon as a directory of that step or a later one appears, whole or
+        # not: in the middle of writing it.
+        while process.poll() is None:
+            names = [x.name.split(".")[0] for x in folder.glob("*")]
+            if any(name.isdigit() and int(name) >= wanted for name in names):
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+            time.sleep(0.002)
+    assert kills == 3
+    finish(start("killed"))
+    tensors = [
+        read_safetensors(tmp_path / out / "forecast.safetensors")[0]
+        for out in ("whole", "killed")
+    ]
+    for name, load in tensors[0].items():
+        np.testing.assert_array_equal(load(), tensors[1][name]())
