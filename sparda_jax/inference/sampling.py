@@ -135,9 +135,9 @@ def _filter(logits: Float[Array, "B V"], state: SamplingState) -> Float[Array, "
     probability = jax.nn.softmax(ranked, axis=-1)
     # A token stays if the better ones have not reached p yet: the best always does.
     better = jnp.cumsum(probability, axis=-1) - probability
-    stays = better < state.top_p[:, None]
+    # p = 1 is off: rounded sums may reach it early, or never.
+    stays = (better < state.top_p[:, None]) | (state.top_p >= 1)[:, None]
     stays &= probability >= state.min_p[:, None] * probability[:, :1]
-    # Rounding can leave the sum of the k kept ones just below p = 1.
     stays &= rank < limit[:, None]
     stays |= rank == 0
     threshold = jnp.min(jnp.where(stays, ranked, jnp.inf), axis=-1, keepdims=True)

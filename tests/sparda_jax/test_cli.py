@@ -1,0 +1,143 @@
+"""The `sparda` command: help that teaches, one line for bad input, real output."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from sparda_jax.cli import main
+
+OFF = "--no-compilation-cache"
+
+
+def _run(capsys, *arguments):
+    status = main(list(arguments))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def _refused(capsys, *arguments):
+    """Runs what must fail; returns its one line."""
+    status, out, err = _run(capsys, *arguments)
+    lines = [line for line in err.splitlines() if line.startswith("sparda: ")]
+    assert status == 2
+    assert out == ""
+    assert len(lines) == 1
+    assert "Traceback" not in err
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["demo"], ["models"]])
+def test_help_teaches(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    if command in ([], ["generate"]):
+        assert "examples:" in text
+        assert "--block-budget 16" in text
+
+
+def test_models_lists_presets_and_attentions(capsys):
+    status, out, _ = _run(capsys, "models")
+    assert status == 0
+    assert "8,185,253,888" in out
+    for name in ("smollm2-135m", "nosa-8b", "dense", "infllm_v2", "nosa", "sparda"):
+        assert name in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--model", "tiny", "--attention", "magic"], "attention='magic'"),
+        (["--model", "no/such/file.gguf"], "no/such/file.gguf"),
+        (["--model", "minicpm4.1-8b"], "not in the package index"),
+        (["--model", "tiny", "--attention", "sparda"], "forecast='from_query'"),
+        (["--model", "tiny", "--attention", "nosa"], "key bias"),
+        (["--model", "tiny", "--block-budget", "2"], "forced blocks"),
+        (["--model", "tiny", "--local-blocks", "-1"], "local_blocks"),
+        (["--model", "tiny"], "no tokenizer"),
+        (["--model", "tiny", "--forecast", "nothing.safetensors"], "not a file"),
+    ],
+)
+def test_bad_model_options(capsys, arguments, named):
+    line = _refused(capsys, "generate", "--prompt", "hello", OFF, *arguments)
+    assert named in line
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--prompt", ""], "prompt is empty"),
+        (["--prompt-file", "{missing}"], "No such file"),
+        (["--prompt-file", "{binary}"], "not UTF-8: byte 3 is 0xff"),
+        (["--prompt", "word " * 9000], "at most 8192 fit the context"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature=-1.0"),
+        (["--prompt", "x", "--temperature", "nan"], "temperature=nan"),
+        (["--prompt", "x", "--top-p", "2"], "top_p=2.0"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens=0"),
+        (["--prompt", "x", "--stop-id", "99999"], "stop_ids holds 99999"),
+        (["--prompt", "x", "--answer-prefix", "So"], "needs --question or --chat"),
+    ],
+)
+def test_bad_request(capsys, tmp_path, smollm2_path, arguments, named):
+    (tmp_path / "binary").write_bytes(b"abc\xff\xfe")
+    places = {"missing": tmp_path / "missing", "binary": tmp_path / "binary"}
+    arguments = [argument.format(**places) for argument in arguments]
+    line = _refused(capsys, "generate", OFF, "--model", str(smollm2_path), *arguments)
+    assert named in line
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("kind", ["truncated", "noise"])
+def test_damaged_gguf(capsys, tmp_path, smollm2_path, kind):
+    path = tmp_path / "model.gguf"
+    with open(smollm2_path, "rb") as file:
+        head = file.read(5_000_000)
+    if kind == "noise":
+        rng = np.random.default_rng(0)
+        head = head[:64] + rng.integers(0, 256, 4096, np.uint8).tobytes()
+    path.write_bytes(head)
+    line = _refused(capsys, "generate", OFF, "--model", str(path), "--prompt", "hello")
+    assert "model.gguf" in line
+
+
+def test_read_only_cache_directory(tmp_path):
+    """A cache that cannot be made: one line, status 2, nothing left behind."""
+    blocker = tmp_path / "file"
+    blocker.write_text("not a directory")
+    environment = {**os.environ, "SPARDA_CACHE": str(blocker / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-m", "sparda_jax.cli", "generate", "--prompt", "hi"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert any(line.startswith("sparda: ") for line in done.stderr.splitlines())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.network
+def test_generate_answers_and_reports(capsys, smollm2_path):
+    status, out, err = _run(
+        capsys,
+        "generate",
+        OFF,
+        "--model",
+        str(smollm2_path),
+        "--prompt",
+        "The capital of France is",
+        "--max-new-tokens",
+        "3",
+        "--stats",
+    )
+    assert status == 0
+    assert "Paris" in out
+    assert "tokens/s" in err
+    assert "attention dense" in err
