@@ -11,10 +11,10 @@ demo: $(VENV)/.run-ready
 	$(VENV)/bin/sparda demo
 
 test: $(VENV)/.test-ready
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.test-ready
-	$(PY) -m pytest --runslow -m slow $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --runslow -m slow $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev-ready
 	$(VENV)/bin/ruff check .

@@ -255,7 +255,10 @@ class TrainConfig(_Checked):
         layer's query heads, or "kaiming", uniform in ±1/√D as in the reference.
       sparse: Block geometry and budget; None takes the model's.
       dtype: Of the frozen weights; None is float32 on a CPU and bfloat16 elsewhere.
-      implementation: Attention kernels, as for `sparda_jax.load`.
+      attention: How the frozen layers attend: "blocks" visits the listed blocks;
+        "masked" scores all keys and masks the others, which is faster where a sequence
+        is only a few times the budget.
+      implementation: Kernels of "blocks", as for `sparda_jax.load`.
       seed: Of the initialisation.
       log_every: Steps between two lines of the log.
       tensorboard: Also write TensorBoard files (needs the package tensorboardX).
@@ -267,6 +270,7 @@ class TrainConfig(_Checked):
     init: Literal["from_query", "kaiming"] = "from_query"
     sparse: SparseConfig | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
+    attention: Literal["blocks", "masked"] = "blocks"
     implementation: str | None = None
     seed: int = 42
     log_every: int = 1
@@ -304,7 +308,7 @@ class TrainConfig(_Checked):
         """
         values = dataclasses.asdict(self)
         free = ("name", "out", "log_every", "tensorboard", "eval", "checkpoint")
-        for field in (*free, "parallel", "implementation"):
+        for field in (*free, "parallel", "attention", "implementation"):
             del values[field]
         del values["optimizer"]["micro_batch"]
         values["data"]["sources"] = [list(pair) for pair in self.data.sources]

@@ -45,7 +45,7 @@ _MASKED = -1e30
 _SEGMENTS = 4
 _SEGMENT_TOKENS = 1024
 # Bytes of one float32 score array of a tile. A CPU wants it in its cache.
-_SCORE_BYTES = {"cpu": 16 << 20}
+_SCORE_BYTES = {"cpu": 6 << 20}
 _GPU_SCORE_BYTES = 256 << 20
 _SMALLEST_TILE, _LARGEST_TILE = 16, 512
 
@@ -363,15 +363,20 @@ def forecast_routing(
     return route(forced(scores, queries, sparse), queries, keys, sparse)
 
 
+def listed_blocks(lists: Int[Array, "B K T P"], blocks: int) -> Bool[Array, "B K T M"]:
+    """Block lists as masks."""
+    lead = jnp.ogrid[tuple(slice(size) for size in lists.shape[:3])]
+    rows = tuple(index[..., None] for index in lead)
+    index = jnp.where(lists < 0, blocks, lists)
+    chosen = jnp.zeros((*lists.shape[:3], blocks), bool)
+    return chosen.at[(*rows, index)].set(True, mode="drop")
+
+
 def supervised_blocks(
     lists: Int[Array, "B K T P"], queries: Queries, blocks: int, sparse: SparseConfig
 ) -> Bool[Array, "B K T M"]:
     """Listed blocks that are neither init nor local: real choices (§5.5)."""
-    lead = jnp.ogrid[tuple(slice(size) for size in lists.shape[:3])]
-    rows = tuple(index[..., None] for index in lead)
-    chosen = jnp.zeros((*lists.shape[:3], blocks), bool)
-    index = jnp.where(lists < 0, blocks, lists)
-    chosen = chosen.at[(*rows, index)].set(True, mode="drop")
+    chosen = listed_blocks(lists, blocks)
     block = jnp.arange(blocks)
     first = (queries.start // sparse.block_size)[:, None, :, None]
     own = (queries.token // sparse.block_size)[:, None]

@@ -108,7 +108,11 @@ class _Run:
         self.sparse = config.sparse or self.lm.sparse
         _check_shapes(config, self.lm, self.sparse.block_size)
         self.settings = Settings(
-            self.lm.config, self.sparse, config.loss, config.implementation
+            self.lm.config,
+            self.sparse,
+            config.loss,
+            config.implementation,
+            masked_attention=config.attention == "masked",
         )
         vocabulary = self.lm.config.vocab_size
         self.corpora = open_sources(config.data, self.lm.tokenizer, vocabulary)

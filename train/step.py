@@ -36,7 +36,14 @@ from sparda_jax.models.layers import matmul, rms_norm, swiglu
 from sparda_jax.models.rope import Rotation, apply_rope, model_rope, rotation
 from sparda_jax.models.weights import from_query_heads
 from train.config import LossConfig, OptimizerConfig
-from train.loss import Documents, distill_layer, num_blocks
+from train.loss import (
+    Documents,
+    distill_layer,
+    listed_blocks,
+    num_blocks,
+    tile_queries,
+    tile_size,
+)
 
 AXIS = "data"
 # Rows of hidden states that pass through the MLP together: its inner width times this
@@ -86,12 +93,22 @@ class StepMetrics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is fixed at trace time."""
+    """What is fixed at trace time.
+
+    Attributes:
+      config: The model.
+      sparse: Block geometry and budget.
+      loss: Variant of the loss.
+      implementation: Attention kernels.
+      masked_attention: Attend by masking all keys instead of visiting the listed
+        blocks: the faster one where contexts are short.
+    """
 
     config: ModelConfig
     sparse: SparseConfig
     loss: LossConfig
     implementation: str | None = None
+    masked_attention: bool = False
 
 
 class LayerView(NamedTuple):
@@ -134,6 +151,53 @@ def head_gradient(
     )
 
 
+def _attend_masked(
+    view: LayerView,
+    v: Float[Array, "B T K H"],
+    lists: Int[Array, "B K T P"],
+    settings: Settings,
+) -> Float[Array, "B T N H"]:
+    """The same attention, scoring all keys and masking those not listed.
+
+    Where a context is only a few times the budget this is faster than visiting lists,
+    as its products are few and large.
+    """
+    sparse = settings.sparse
+    batch, tokens, kv_heads, dim = v.shape
+    heads = view.q.shape[2]
+    size = settings.loss.tile
+    size = size or tile_size(batch, tokens, heads, jax.default_backend())
+    blocks = num_blocks(tokens, sparse)
+    documents = Documents.whole_rows(batch, tokens)
+    tiles, cut = tile_queries(view.q, view.phi, documents, size)
+    lists = jnp.pad(
+        lists, ((0, 0), (0, 0), (0, tiles * size - tokens), (0, 0)), constant_values=-1
+    )
+
+    def one(index: Int[Array, ""]) -> Float[Array, "B t NH"]:
+        queries = cut(index)
+        part = jax.lax.dynamic_slice_in_dim(lists, index * size, size, axis=2)
+        listed = listed_blocks(part, blocks)
+        listed = jnp.repeat(listed, sparse.block_size, axis=-1)[..., :tokens]
+        seen = listed & (jnp.arange(tokens) <= queries.token[:, None])
+        q = queries.q.reshape(batch, size, kv_heads, -1, dim)
+        scores = jnp.einsum(
+            "btkgh,bskh->bkgts", q, view.k, preferred_element_type=jnp.float32
+        )
+        scores = scores * dim**-0.5
+        if view.key_bias is not None:
+            scores = scores + jnp.moveaxis(view.key_bias, 2, 1)[:, :, None, None]
+        # Padding rows list nothing; a finite floor keeps them finite.
+        scores = jnp.where(seen[:, :, None], scores, -1e30)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
+        return out.reshape(batch, size, -1)
+
+    out = jax.lax.map(one, jnp.arange(tiles))
+    out = jnp.moveaxis(out, 0, 1).reshape(batch, tiles * size, heads, dim)
+    return out[:, :tokens]
+
+
 def _attend(
     view: LayerView,
     v: Float[Array, "B T K H"],
@@ -141,6 +205,8 @@ def _attend(
     settings: Settings,
 ) -> Float[Array, "B T N H"]:
     """Attention of whole rows over their block lists."""
+    if settings.masked_attention:
+        return _attend_masked(view, v, lists, settings)
     sparse = settings.sparse
     batch, tokens, kv_heads, dim = v.shape
     blocks = num_blocks(tokens, sparse)

@@ -120,7 +120,7 @@ def _body(refs, scoped, *, rule: Rule, head_dim: int, kv_heads: int, sizes):
 def _keys_by_block(compressed_keys, layer, rule: Rule, block_tiles: int):
     """[B * K * rows, offsets * H]: for each block the keys of its windows."""
     keys = compressed_keys[layer]
-    batch, kv_heads, _, head_dim = keys.shape
+    batch, kv_heads = keys.shape[:2]
     rows = block_tiles * BLOCKS
     keys = keys[:, :, : rows * rule.per_block]
     after = rows * rule.per_block - keys.shape[2]

@@ -48,23 +48,32 @@ def compress_keys_triton(
     if not interpret:
         require_cuda("triton", 8.0)
     windows = window_count(length, kernel_size, kernel_stride)
+    results = batch * kv_heads * windows * head_dim
+    if keys.size >= 2**31:
+        raise NotImplementedError(
+            f"triton compresses fewer than 2**31 elements, not {keys.shape}"
+        )
 
     def kernel(keys_ref, out_ref):
         first, pair = pl.program_id(0) * WINDOWS, pl.program_id(1)
         window = first + jnp.arange(WINDOWS)
+        column = jnp.arange(head_dim)[None]
         total = jnp.zeros((WINDOWS, head_dim), jnp.float32)
         for i in range(kernel_size):
             row = window * kernel_stride + i
+            inside = jnp.broadcast_to((row < length)[:, None], total.shape)
+            row = pair * length + jnp.minimum(row, length - 1)
             part = plt.load(
-                keys_ref.at[pair, jnp.minimum(row, length - 1), :],
-                mask=(row < length)[:, None],
-                other=0.0,
+                keys_ref.at[row[:, None] * head_dim + column], mask=inside, other=0.0
             )
             total = total + part.astype(jnp.float32)
+        # What is not stored points behind the result: no two lanes name one place.
+        inside = jnp.broadcast_to((window < windows)[:, None], total.shape)
+        place = (pair * windows + window)[:, None] * head_dim + column
         plt.store(
-            out_ref.at[pair, jnp.minimum(window, windows - 1), :],
+            out_ref.at[jnp.where(inside, place, results)],
             (total / kernel_size).astype(keys.dtype),
-            mask=(window < windows)[:, None],
+            mask=inside,
         )
 
     if windows == 0:
@@ -73,11 +82,9 @@ def compress_keys_triton(
     out = pl.pallas_call(
         kernel,
         grid=(cdiv(windows, WINDOWS), batch * kv_heads),
-        out_shape=jax.ShapeDtypeStruct(
-            (batch * kv_heads, windows, head_dim), keys.dtype
-        ),
+        out_shape=jax.ShapeDtypeStruct((results + 1,), keys.dtype),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="compress_keys_triton",
-    )(keys.reshape(-1, length, head_dim))
-    return out.reshape(batch, kv_heads, windows, head_dim)
+    )(keys.reshape(-1))
+    return out[:results].reshape(batch, kv_heads, windows, head_dim)

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,15 @@ from sparda_jax.checkpoint.tokenizer import Tokenizer
 from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
 from sparda_jax.inference.generate import (
     GenerateState,
+    Prompt,
     Request,
-    generate_call,
+    advance_call,
+    begin_call,
     new_state,
     next_turn,
     pad_rows,
     plan_shapes,
+    run_call,
     stop_array,
 )
 from sparda_jax.inference.layer_step import LayerSettings
@@ -29,7 +33,7 @@ from sparda_jax.models.decoder import Decoder, logits
 from sparda_jax.models.rope import Rope, model_rope
 from sparda_jax.sparse.selectors import Selector
 
-Prompt = str | Sequence[int] | np.ndarray
+PromptLike = str | Sequence[int] | np.ndarray
 
 # On a CPU the tile is what a GEMM needs to run well; on a GPU larger ones fill it.
 _TILE = {"cpu": 256}
@@ -161,7 +165,7 @@ class LanguageModel:
         return _TILE.get(jax.default_backend(), _GPU_TILE)
 
 
-def encode_prompt(lm: LanguageModel, prompt: Prompt, field: str) -> list[int]:
+def encode_prompt(lm: LanguageModel, prompt: PromptLike, field: str) -> list[int]:
     """Token ids of a prompt.
 
     Raises:
@@ -206,7 +210,7 @@ def _check_length(lm: LanguageModel, tokens: int, max_new: int, field: str) -> N
         )
 
 
-def forward(lm: LanguageModel, ids: Prompt) -> Float[Array, "T V"]:
+def forward(lm: LanguageModel, ids: PromptLike) -> Float[Array, "T V"]:
     """Logits after every token of one sequence.
 
     Args:
@@ -260,7 +264,7 @@ class _Run:
     def __init__(
         self,
         lm: LanguageModel,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[PromptLike],
         *,
         max_new_tokens: int,
         sampling: SamplingConfig,
@@ -286,6 +290,11 @@ class _Run:
         held = (0,) * batch
         if conversation is not None:
             held = conversation.lengths
+            if conversation.state.lengths.is_deleted():
+                raise ConfigError(
+                    "conversation is used up: continue with the one in the output of "
+                    "the turn that used it"
+                )
             if len(held) != batch:
                 raise ConfigError(
                     f"prompts has {batch} sequences: the conversation has {len(held)}"
@@ -350,12 +359,9 @@ class _Run:
         else:
             self.state = next_turn(conversation.state, self.shapes, lm.settings)
 
-    def request(self, pieces: list[list[int]], steps: int, max_new: Array) -> Request:
-        """The arrays of one call: its part of the prompts and its limits."""
-        prompt, count = pad_rows(pieces, self.shapes.prompt)
+    def request(self, steps: int, max_new: Array) -> Request:
+        """Sampling and limits of one call."""
         return Request(
-            prompt=prompt,
-            count=count,
             sampling=self.sampling,
             stops=self.stops,
             max_new=max_new,
@@ -363,47 +369,52 @@ class _Run:
             rope=self.rope,
         )
 
-    def _call(self, pieces: list[list[int]], steps: int, max_new: Array) -> float:
-        """One call of the compiled function; returns its seconds."""
-        request = self.request(pieces, steps, max_new)
+    def _call(
+        self, function: Any, *arguments: Prompt | Request, **static: Any
+    ) -> float:
+        """Runs a jitted part on the state; returns its seconds without compilation."""
         lm = self.lm
-        key = ("generate", self.batch, self.shapes)
+        key = (function, self.batch, self.shapes)
         if key not in lm._compiled:
             begun = time.perf_counter()
-            lowered = generate_call.lower(
-                lm.model,
-                self.state,
-                request,
-                settings=lm.settings,
-                tile_size=self.shapes.tile,
+            lowered = function.lower(
+                lm.model, self.state, *arguments, settings=lm.settings, **static
             )
             lm._compiled[key] = lowered.compile()
             self.compile_seconds += time.perf_counter() - begun
         begun = time.perf_counter()
-        self.state = lm._compiled[key](lm.model, self.state, request)
+        self.state = lm._compiled[key](lm.model, self.state, *arguments)
         jax.block_until_ready(self.state.done)
         return time.perf_counter() - begun
 
-    def prefill(
-        self, *, steps: int = 0, on_progress: Callable[[int], None] | None = None
-    ) -> None:
+    def prefill(self, *, on_progress: Callable[[int], None] | None = None) -> None:
         """Runs the prompt (in chunks) and samples the first token of every row."""
         longest = max(len(row) for row in self.rows)
         for first in range(0, longest, self.chunk):
             pieces = [row[first : first + self.chunk] for row in self.rows]
-            # A row samples its first token with its last chunk only.
+            # A row samples its first token with the last chunk of its prompt.
             last = [len(row) <= first + self.chunk for row in self.rows]
             limit = jnp.where(jnp.asarray(last), self.max_new, 0)
-            final = first + self.chunk >= longest
-            limit = self.max_new if final else limit
-            self.prefill_seconds += self._call(pieces, steps if final else 0, limit)
+            prompt = pad_rows(pieces, self.shapes.prompt)
+            request = self.request(0, limit)
+            tile = self.shapes.tile
+            self.prefill_seconds += self._call(
+                begin_call, prompt, request, tile_size=tile
+            )
             if on_progress is not None:
                 on_progress(max(len(piece) for piece in pieces))
 
     def decode(self, steps: int) -> None:
         """Decodes up to `steps` more tokens."""
-        nothing = [[] for _ in range(self.batch)]
-        self.decode_seconds += self._call(nothing, steps, self.max_new)
+        request = self.request(steps, self.max_new)
+        self.decode_seconds += self._call(advance_call, request)
+
+    def whole(self) -> None:
+        """Prompt and all tokens in one call."""
+        prompt = pad_rows(self.rows, self.shapes.prompt)
+        request = self.request(int(self.max_new[0]), self.max_new)
+        tile = self.shapes.tile
+        self.prefill_seconds += self._call(run_call, prompt, request, tile_size=tile)
 
     @property
     def finished(self) -> bool:
@@ -448,7 +459,7 @@ class _Run:
         )
 
 
-def _check_prompts(prompts: Sequence[Prompt]) -> None:
+def _check_prompts(prompts: Sequence[PromptLike]) -> None:
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ConfigError(
             "prompts must be a list with one prompt per sequence, each text or token "
@@ -460,7 +471,7 @@ def _check_prompts(prompts: Sequence[Prompt]) -> None:
 
 def generate(
     lm: LanguageModel,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptLike],
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -477,9 +488,8 @@ def generate(
 ) -> GenerateOutput:
     """Generates a continuation of every prompt, until each has ended.
 
-    One jitted function does all: prefill, then `lax.while_loop` over tokens. It is
-    called twice, for the prompt and for the rest, so that both are timed; with
-    `single_call` once.
+    Prefill and the `lax.while_loop` over tokens are one jittable function. It is
+    dispatched in two parts, so that both are timed, or with `single_call` in one.
 
     Args:
       lm: A loaded model.
@@ -518,7 +528,7 @@ def generate(
         prefill_chunk=None,
     )
     if single_call:
-        run.prefill(steps=max_new_tokens)
+        run.whole()
         return run.output(split=False)
     run.prefill()
     run.decode(max_new_tokens)
@@ -571,7 +581,7 @@ class Stream:
 
 def stream(
     lm: LanguageModel,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptLike],
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,

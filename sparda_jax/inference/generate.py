@@ -1,8 +1,9 @@
-"""Generation: one jitted function that prefills and then decodes until all have ended.
+"""Generation: prefill, then a `lax.while_loop` over tokens until every row has ended.
 
-The same compiled function also continues (no new prompt: its prefill runs zero tiles)
-and stops after a given number of tokens, so plain generation, streaming and a further
-turn of a conversation share one compilation. Lengths are bucketed for the same reason.
+`run` is both in one program. `begin` and `advance` are its halves, which plain
+generation calls one after the other so that both are timed, and streaming calls as
+often as it shall yield; a first token then waits for the compilation of its half alone.
+All limits are dynamic and lengths are bucketed: other requests do not recompile.
 """
 
 import dataclasses
@@ -54,21 +55,29 @@ class GenerateState(NamedTuple):
     decode_counts: BlockCounts
 
 
-class Request(NamedTuple):
-    """What one call asks for, all of it dynamic.
+class Prompt(NamedTuple):
+    """New tokens of every row.
 
     Attributes:
-      prompt: Right-padded tokens to prefill [B, T].
-      count: How many of them are valid [B]; all 0 continues without a prompt.
+      tokens: Right-padded token ids [B, T].
+      count: How many of them are valid [B]; a row with 0 keeps what it has.
+    """
+
+    tokens: Int[Array, "B T"]
+    count: Int[Array, " B"]
+
+
+class Request(NamedTuple):
+    """What a call asks for, all of it dynamic.
+
+    Attributes:
       sampling: Settings per row.
       stops: Token ids that end a row, −1 padded.
       max_new: Output tokens at which a row ends [B].
-      steps: Most tokens that this call decodes after the prefill.
+      steps: Most tokens that the call decodes after the prefill.
       rope: Rotary frequencies of the request.
     """
 
-    prompt: Int[Array, "B T"]
-    count: Int[Array, " B"]
     sampling: SamplingState
     stops: Int[Array, " stops"]
     max_new: Int[Array, " B"]
@@ -99,52 +108,57 @@ def _emit(
     )
 
 
-def run(
+def begin(
     model: Decoder,
     state: GenerateState,
+    prompt: Prompt,
     request: Request,
     *,
     settings: LayerSettings,
     tile_size: int,
 ) -> GenerateState:
-    """Prefills the request's prompt, then decodes until every row has ended.
-
-    A pure function of its arrays: jit it, or use `generate_call`, which is jitted and
-    donates the state. Rows whose `count` is 0 keep what they have.
+    """Prefills the prompt and samples the first token of every row that has one.
 
     Args:
       model: The decoder.
       state: Where generation stands; `new_state` makes an empty one.
-      request: Prompt, sampling and limits.
+      prompt: New tokens.
+      request: Sampling and limits.
       settings: The model and how to attend.
       tile_size: Query tokens per prefill tile.
     """
-    fresh = request.count > 0
-    rows = jnp.arange(request.count.shape[0])[:, None]
-    inside = jnp.arange(request.prompt.shape[1]) < request.count[:, None]
-    column = jnp.where(inside, request.prompt, state.seen.shape[1])
+    tokens, count = prompt
+    fresh = count > 0
+    rows = jnp.arange(count.shape[0])[:, None]
+    inside = jnp.arange(tokens.shape[1]) < count[:, None]
+    column = jnp.where(inside, tokens, state.seen.shape[1])
     carry = prefill(
         model,
         state.cache,
-        request.prompt,
+        tokens,
         state.lengths,
-        request.count,
+        count,
         request.rope,
         settings,
         tile_size=tile_size,
     )
-    width = request.prompt.shape[1]
-    counts = block_counts(carry, state.lengths, request.count, width, settings)
-    last = jnp.maximum(request.count - 1, 0)[:, None, None]
+    counts = block_counts(carry, state.lengths, count, tokens.shape[1], settings)
+    last = jnp.maximum(count - 1, 0)[:, None, None]
     hidden = jnp.take_along_axis(carry.hidden, last, axis=1)[:, 0]
     state = state._replace(
         cache=carry.cache,
-        lengths=state.lengths + request.count,
+        lengths=state.lengths + count,
         done=jnp.where(fresh, request.max_new <= state.generated, state.done),
         seen=state.seen.at[rows, column].set(True, mode="drop"),
         prefill_counts=state.prefill_counts.plus(counts),
     )
-    state = _emit(state, logits(model, hidden), fresh & ~state.done, request)
+    return _emit(state, logits(model, hidden), fresh & ~state.done, request)
+
+
+def advance(
+    model: Decoder, state: GenerateState, request: Request, *, settings: LayerSettings
+) -> GenerateState:
+    """Decodes up to `request.steps` tokens, until every row has ended."""
 
     def unfinished(loop: tuple[Array, GenerateState]) -> Array:
         step, state = loop
@@ -175,19 +189,25 @@ def run(
     return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("settings", "tile_size"), donate_argnames="state"
-)
-def generate_call(
+def run(
     model: Decoder,
     state: GenerateState,
+    prompt: Prompt,
     request: Request,
     *,
     settings: LayerSettings,
     tile_size: int,
 ) -> GenerateState:
-    """`run`, jitted; the state's buffers are reused."""
-    return run(model, state, request, settings=settings, tile_size=tile_size)
+    """`begin`, then `advance`: a whole generation as one pure function."""
+    state = begin(model, state, prompt, request, settings=settings, tile_size=tile_size)
+    return advance(model, state, request, settings=settings)
+
+
+# The state's buffers are donated: a cache is never copied from one call to the next.
+_TILED = ("settings", "tile_size")
+begin_call = jax.jit(begin, static_argnames=_TILED, donate_argnames="state")
+advance_call = jax.jit(advance, static_argnames="settings", donate_argnames="state")
+run_call = jax.jit(run, static_argnames=_TILED, donate_argnames="state")
 
 
 def bucket(length: int, smallest: int) -> int:
@@ -292,12 +312,13 @@ def next_turn(
     )
 
 
-def pad_rows(rows: list[list[int]], width: int) -> tuple[Array, Array]:
-    """Right-padded [B, width] int32 tokens and their counts [B]."""
+def pad_rows(rows: list[list[int]], width: int) -> Prompt:
+    """Rows as right-padded [B, width] int32 tokens with their counts."""
     tokens = np.zeros((len(rows), width), np.int32)
     for index, row in enumerate(rows):
         tokens[index, : len(row)] = row
-    return jnp.asarray(tokens), jnp.asarray([len(row) for row in rows], jnp.int32)
+    counts = [len(row) for row in rows]
+    return Prompt(jnp.asarray(tokens), jnp.asarray(counts, jnp.int32))
 
 
 def stop_array(stops: set[int], config: ModelConfig) -> Int[Array, " stops"]:

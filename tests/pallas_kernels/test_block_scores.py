@@ -98,7 +98,13 @@ def test_xla_chooses_what_its_scores_say(spec):
     np.testing.assert_array_equal(np.sort(lists), np.sort(want))
 
 
-@specs
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(s, id=s.name, marks=() if s.name == "raw" else pytest.mark.slow)
+        for s in CI_SPECS
+    ],
+)
 def test_triton_in_the_interpreter(spec):
     args = spec.make("float32")
     operands, rule = checked(args)
@@ -233,19 +239,23 @@ def test_softmax_weights_sum_to_the_group():
     np.testing.assert_allclose(scores.sum(-1), 4.0, rtol=1e-5)
 
 
+CHOOSE = jax.jit(
+    functools.partial(choose_triton, interpret=True), static_argnames="budget"
+)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_choose_triton_is_exact(data):
-    blocks = data.draw(st.sampled_from([1, 7, 16, 40]))
-    budget = data.draw(st.sampled_from([1, 6, 16]))
+    blocks = data.draw(st.sampled_from([7, 40]))
+    budget = data.draw(st.sampled_from([1, 16]))
     special = [0.0, -0.0, 1.0, -1.0, 2.5, np.inf, -np.inf, 1e-40, -1e-40, 3e38]
     row = st.lists(st.sampled_from(special), min_size=blocks, max_size=blocks)
     scores = np.array([[[data.draw(row)] * 3]], np.float32)
     own = np.array([[blocks, blocks // 2, 0]], np.int32)
     # Subnormal numbers are 0 where they are flushed.
     scores = np.where(np.abs(scores) < 1e-37, 0.0, scores).astype(np.float32)
-    f = functools.partial(choose_triton, budget=budget, interpret=True)
-    got = jax.jit(f)(jnp.asarray(scores), jnp.asarray(own)[:, None])
+    got = CHOOSE(jnp.asarray(scores), jnp.asarray(own)[:, None], budget=budget)
     want = choose_reference(scores, own, budget)
     np.testing.assert_array_equal(np.sort(got), np.sort(want))
 

@@ -45,17 +45,23 @@ def combinations(*dtypes):
     ]
 
 
+# Compiled whole, once for each set of shapes.
+COMPILED_REFERENCE = jax.jit(block_sparse_attention_reference, static_argnames="scale")
+
+
 def reference(args):
     kv, bias, layer = with_layer_axis(
         args["kv"], args.get("key_bias"), args.get("layer"), args["q"].shape[2]
     )
-    # Compiled whole: one compilation in place of one for each operation.
-    return jax.jit(
-        functools.partial(
-            block_sparse_attention_reference,
-            scale=args.get("scale") or args["q"].shape[-1] ** -0.5,
-        )
-    )(args["q"], kv, args["q_start"], args.get("block_indices"), layer, bias)
+    return COMPILED_REFERENCE(
+        args["q"],
+        kv,
+        args["q_start"],
+        args.get("block_indices"),
+        layer,
+        bias,
+        scale=args.get("scale") or args["q"].shape[-1] ** -0.5,
+    )
 
 
 def compute(args, implementation="xla"):
@@ -116,13 +122,17 @@ def test_pallas_lowers_for_cuda(spec, dtype, implementation, x64):
 @pytest.mark.parametrize("spec", CI_SPECS, ids=lambda s: s.name)
 def test_native_matches_reference(spec, dtype, implementation):
     args = spec.make(dtype)
+    f = jax.jit(
+        lambda a: block_sparse_attention(
+            **a, return_lse=True, implementation=implementation
+        )
+    )
     try:
-        got = compute(args, implementation)
+        got = f(args)
     except NotImplementedError as refusal:
         pytest.skip(str(refusal))
     assert_matches(got, reference(args), dtype)
-    again = compute(args, implementation)
-    for x, y in zip(got, again, strict=True):
+    for x, y in zip(got, f(args), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
@@ -191,15 +201,16 @@ def test_a_prefill_row_is_a_decode_row():
     spec = ArgSpec("", 1, 40, 6, 2, 64, 32, 8, listed=4, local=2, start=(200,))
     args = spec.make(jnp.float32)
     out, lse = compute(args)
+    decode = jax.jit(
+        lambda *a: paged_decode_attention(
+            a[0], a[1], slots=a[2], slot_lengths=a[3], return_lse=True
+        )
+    )
     for t in (0, 17, 39):
         slots = args["block_indices"][:, :, t]
         lengths = jnp.clip(200 + t + 1 - slots * 32, 0, 32)
-        row, row_lse = paged_decode_attention(
-            args["q"][:, t],
-            args["kv"],
-            slots=slots,
-            slot_lengths=jnp.where(slots < 0, 0, lengths),
-            return_lse=True,
+        row, row_lse = decode(
+            args["q"][:, t], args["kv"], slots, jnp.where(slots < 0, 0, lengths)
         )
         assert relative_error(out[:, t], row) <= tolerance("float32")
         assert relative_error(lse[:, t], row_lse) <= tolerance("float32")
@@ -211,14 +222,15 @@ def test_chunked_is_whole(listed):
     args = spec.make(jnp.float32)
     whole = compute(args)
     parts = []
-    for first, last in ((0, 33), (33, 97), (97, 150)):
+    part_of = jax.jit(lambda a: block_sparse_attention(**a, return_lse=True))
+    for first, last in ((0, 50), (50, 100), (100, 150)):
         part = args | {
             "q": args["q"][:, first:last],
             "q_start": jnp.array([60 + first]),
         }
         if listed:
             part["block_indices"] = args["block_indices"][:, :, first:last]
-        parts.append(compute(part))
+        parts.append(part_of(part))
     for i in range(2):
         chunked = jnp.concatenate([p[i] for p in parts], 1)
         assert relative_error(chunked, whole[i]) <= tolerance("float32")
@@ -365,9 +377,10 @@ def test_inside_scan_over_layers():
 
         return jax.lax.scan(body, q, jnp.arange(4))[0]
 
+    one = jax.jit(lambda a, layer: block_sparse_attention(**a, layer=layer))
     want = args["q"]
     for layer in range(4):
-        want = block_sparse_attention(**args | {"q": want}, layer=layer)
+        want = one(args | {"q": want}, jnp.int32(layer))
     assert relative_error(jax.jit(scan)(args["q"]), want) <= tolerance("float32")
     assert np.isfinite(jax.jit(jax.grad(lambda q: scan(q).sum()))(args["q"])).all()
 

@@ -32,7 +32,7 @@ def test_matches_reference(sizes, dtype):
     assert relative_error(got, want) <= tolerance(dtype)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(0, 100))
 def test_every_length(length):
     x = keys(length)

@@ -55,6 +55,7 @@ def test_chat_template_makes_the_golden_prompt(dense, expected):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_infllm_v2_finds_what_dense_finds(dense):
     """Sixteen blocks of about fifty, seeds, depths and lengths varied."""
     sparse = sj.with_attention(dense, "infllm_v2")

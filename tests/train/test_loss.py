@@ -36,6 +36,16 @@ GRIDS = {
 }
 
 
+SLOW = pytest.mark.slow
+# One pair by default, the others with --runslow.
+PAIRS = [
+    ("fine", "cells"),
+    pytest.param("fine", "blocks", marks=SLOW),
+    pytest.param("deployed", "cells", marks=SLOW),
+    pytest.param("deployed", "blocks", marks=SLOW),
+]
+
+
 @pytest.fixture(scope="module")
 def layer1(golden):
     """q, k, phi of layer 1 of the golden MiniCPM, one row of 700 tokens."""
@@ -82,8 +92,10 @@ def test_rows_equal_reference(golden, layer1, variant):
     )
 
 
-@pytest.mark.parametrize("tile", [None, 96])
-@pytest.mark.parametrize("variant", ["k2s1max", "k32s16"])
+@pytest.mark.parametrize(
+    ("variant", "tile"),
+    [("k2s1max", 352), ("k32s16", 352), pytest.param("k2s1max", 96, marks=SLOW)],
+)
 def test_layer_loss_and_lists_equal_reference(golden, layer1, variant, tile):
     arrays = golden("distill_tiny")
     q, k, phi = layer1
@@ -105,8 +117,7 @@ def test_layer_loss_and_lists_equal_reference(golden, layer1, variant, tile):
     )
 
 
-@pytest.mark.parametrize("student", ["cells", "blocks"])
-@pytest.mark.parametrize("teacher", ["fine", "deployed"])
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
 def test_gradient_by_finite_differences(layer1, teacher, student):
     q, k, phi = (x[:, :448] for x in layer1)
     loss = LossConfig(teacher=teacher, student=student, tile=128)
@@ -154,8 +165,7 @@ def test_tiles_and_segments_change_nothing(layer1, monkeypatch):
         np.testing.assert_allclose(other.d_phi, results[0].d_phi, atol=1e-6)
 
 
-@pytest.mark.parametrize("teacher", ["fine", "deployed"])
-@pytest.mark.parametrize("student", ["cells", "blocks"])
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
 def test_packed_documents_equal_documents_alone(layer1, teacher, student):
     """Losses add up, gradients and lists are the documents' own."""
     q, k, phi = layer1

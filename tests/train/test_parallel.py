@@ -30,11 +30,13 @@ DEVICES = """
     tensors = random_tensors(config, seed=0, scale=0.1)
     model = build_decoder(config, tensors, dtype=jnp.float32, storage="stacked")
     settings = Settings(
-        config, SparseConfig(local_blocks=1, block_budget=3), LossConfig(tile=256)
+        config,
+        SparseConfig(local_blocks=1, block_budget=4, query_blocks=2),
+        LossConfig(tile=320),
     )
     optimizer = make_optimizer(OptimizerConfig())
-    tokens = np.random.default_rng(0).integers(0, 128, (1, 4, 256)).astype(np.int32)
-    documents = [np.broadcast_to(x, (1, 4, 256)) for x in Documents.whole_rows(4, 256)]
+    tokens = np.random.default_rng(0).integers(0, 128, (1, 4, 320)).astype(np.int32)
+    documents = [np.broadcast_to(x, (1, 4, 320)) for x in Documents.whole_rows(4, 320)]
     results = []
     for count, fsdp in ((1, False), (4, False), (4, True)):
         mesh = make_mesh(count)
@@ -71,6 +73,7 @@ def _environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **changes}
 
 
+@pytest.mark.slow
 def test_four_devices_equal_one():
     flags = "--xla_force_host_platform_device_count=4"
     done = subprocess.run(

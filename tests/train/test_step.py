@@ -32,17 +32,17 @@ GRIDS = {
     "k2s1mean": LossConfig(align="mean"),
     "k32s16": LossConfig(teacher="deployed"),
 }
-SPARSE = SparseConfig(local_blocks=1, block_budget=3)
+SPARSE = SparseConfig(local_blocks=1, block_budget=4, query_blocks=2)
 
 
 @pytest.mark.parametrize(
     ("name", "variant"),
     [
         ("minicpm", "k2s1max"),
-        ("minicpm", "k2s1mean"),
-        ("minicpm", "k32s16"),
+        pytest.param("minicpm", "k2s1mean", marks=pytest.mark.slow),
+        pytest.param("minicpm", "k32s16", marks=pytest.mark.slow),
         ("nosa", "k2s1max"),
-        ("nosa", "k32s16"),
+        pytest.param("nosa", "k32s16", marks=pytest.mark.slow),
     ],
 )
 def test_losses_gradients_and_lists_equal_reference(
@@ -117,7 +117,7 @@ def test_frozen_means_frozen(random_model):
     for _ in range(20):
         state, metrics = step(model, state, _batch(2))
         losses.append(float(jnp.mean(metrics.loss)))
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.9 * losses[0] and losses[0] > 1e-3
     assert int(state.step) == 20 and int(state.skipped) == 0
     assert np.all(np.any(start != np.asarray(state.heads), axis=(1, 2)))
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(model), strict=True):
@@ -184,6 +184,24 @@ def test_schedules():
     assert cosine[9] == 1.0 and cosine[99] < 0.11 and np.all(np.diff(cosine[10:]) < 0)
     linear = rates(schedule="linear")
     np.testing.assert_allclose(linear[50], 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny", pytest.param("tiny-nosa", marks=pytest.mark.slow)]
+)
+def test_masked_attention_equals_block_lists(random_model, name):
+    model = random_model(name)
+    heads = initial_heads(model, "from_query", seed=0)
+    batch = jax.tree.map(lambda x: x[0], _batch(2))
+    plain = Settings(model.config, SPARSE, LossConfig(tile=160))
+    masked = dataclasses.replace(plain, masked_attention=True)
+    run = jax.jit(heads_gradient, static_argnames="settings")
+    for a, b in zip(
+        run(model, heads, batch, settings=plain),
+        run(model, heads, batch, settings=masked),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(a).max())
 
 
 def test_clip_is_over_all_heads():

@@ -1,6 +1,7 @@
 """Generation: stops, seeds, batches, streaming, turns, buckets, and bad input."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -130,6 +131,8 @@ def test_further_turn_is_one_prompt(lm, prompts, token_ids):
     ]
     expected = sj.generate(lm, whole, max_new_tokens=10, ignore_eos=True)
     assert turn.tokens == expected.tokens
+    with pytest.raises(ConfigError, match="used up"):
+        sj.generate(lm, more, conversation=first.conversation)
 
 
 def test_repetition_penalty_forbids(lm, prompts):
@@ -175,7 +178,7 @@ def test_blocks_are_counted(lm, token_ids):
 def test_run_is_one_program(lm, prompts, greedy):
     """The public function can be jitted by the caller, prefill and loop together."""
     from sparda_jax.inference.engine import _Run
-    from sparda_jax.inference.generate import run
+    from sparda_jax.inference.generate import pad_rows, run
     from sparda_jax.inference.sampling import SamplingConfig
 
     call = _Run(
@@ -190,13 +193,12 @@ def test_run_is_one_program(lm, prompts, greedy):
         max_context=None,
         prefill_chunk=None,
     )
-    request = call.request(call.rows, 24, call.max_new)
+    prompt = pad_rows(call.rows, call.shapes.prompt)
+    request = call.request(24, call.max_new)
     whole = jax.jit(
-        lambda model, state, request: run(
-            model, state, request, settings=lm.settings, tile_size=call.shapes.tile
-        )
+        functools.partial(run, settings=lm.settings, tile_size=call.shapes.tile)
     )
-    state = whole(lm.model, call.state, request)
+    state = whole(lm.model, call.state, prompt, request)
     assert np.asarray(state.tokens)[:, :24].tolist() == greedy.tokens
 
 

@@ -1,0 +1,1 @@
+"""Benchmark commands; nothing here is imported by the packages."""
