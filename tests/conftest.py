@@ -10,8 +10,8 @@ from jaxtyping import install_import_hook
 
 install_import_hook(("sparda_jax", "pallas_kernels", "train"), "beartype.beartype")
 
-import numpy as np
-import pytest
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 
