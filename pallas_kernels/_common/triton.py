@@ -5,6 +5,8 @@ Triton tiles have power-of-two sizes and dot operands of at least 16 rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -20,7 +22,14 @@ def next_power_of_two(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 
 
-def require_triton_sizes(head_dim: int, block: int, interpret: bool) -> None:
+# Largest key tile in bytes. On an H200 tiles of 32 KiB ran with three stages of keys
+# and values; 64 KiB (float32 with H = 256, or blocks of 128 with H = 128) did not.
+MAX_TILE_BYTES = 32 * 1024
+
+
+def require_triton_sizes(
+    dtype: Any, head_dim: int, block: int, interpret: bool
+) -> None:
     """Refuses what the Triton kernels cannot tile.
 
     Raises:
@@ -35,6 +44,12 @@ def require_triton_sizes(head_dim: int, block: int, interpret: bool) -> None:
         raise NotImplementedError(
             f"triton needs a block size that is a power of two from 16 to 128, not "
             f"{block}"
+        )
+    tile = block * head_dim * jnp.dtype(dtype).itemsize
+    if tile > MAX_TILE_BYTES:
+        raise NotImplementedError(
+            f"triton has no room for tiles of {block} keys with head dim {head_dim} in "
+            f"{jnp.dtype(dtype)}: {tile} bytes, at most {MAX_TILE_BYTES}"
         )
     if not interpret:
         require_cuda("triton", 8.0)

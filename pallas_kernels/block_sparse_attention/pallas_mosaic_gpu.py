@@ -15,6 +15,18 @@ neighbouring tiles sharing blocks in L2.
 Shared memory: 128 x H queries, reused for the output, and per stage ``keys`` x H keys
 and as many values: 160 KiB for H = 128, 128 keys, 2 stages.
 
+Measured on one H200 (jax 0.11.2, bfloat16, T = 131,072, 32/2 heads, H = 128, P = 96;
+medians of 5, the unions included), in TFLOP/s on the selected work:
+
+* tokens that agree in groups of 64: 25.3 ms ±3.2 %, 510 (Triton: 44.3 ms, 291); in
+  groups of 8: 26.2 ms, 493. cuDNN's dense causal attention took 246.8 ms in the same
+  run: 9.8 times as long. The unions are 2.6 ms of it.
+* tokens that agree in nothing but the forced blocks: 107 ms, 120. A tile then reads
+  385 blocks for 96; the mask throws the rest away. That is what bounds it.
+* dense causal, without lists: 256.3 ms, 549 (cuDNN: 570).
+* alternating the warpgroups gains 5 %; steps of 64 keys with more stages lose 4-11 %
+  (both at T = 16,384).
+
 Limits: bfloat16 or float16; H a multiple of 64 up to 256; blocks of 16 to 128 tokens;
 G at most 64; positive scale. Runs behind a check that all values are finite and
 otherwise hands over to the XLA form.

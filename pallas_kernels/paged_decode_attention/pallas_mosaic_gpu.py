@@ -13,8 +13,18 @@ memory, for they meet weights of 0 and might be NaN.
 Shared memory: 64 x H queries, 64 x H float32 output, and per stage 2 x block x H: for
 H = 128, blocks of 64 and 4 stages 176 KiB.
 
-Limits: bfloat16 or float16; H a multiple of 64 up to 256; blocks of 16 to 128 tokens;
-G at most 64; positive scale.
+Measured on one H200 (jax 0.11.2, bfloat16, 32/2 heads, H = 128, 96 slots of 64), time
+of this kernel alone from a profile, with the rate as a share of a device copy measured
+in the same run (3,626 GB/s, reads and writes counted):
+
+* batch 1: 5.3 us; batch 8: 19.2 us, 72 %; batch 16: 36.3 us, 77 %;
+  batch 64: 105.0 us, 106 % (a copy also writes).
+
+The merge in XLA adds 3.5 to 5 us in two or three launches: with it 58 % at
+batch 8, 70 % at 16, 102 % at 64. Triton is a little faster throughout.
+
+Limits: bfloat16 or float16; H a multiple of 64 up to 256; blocks of 64 or 128 tokens
+that fit in shared memory; G at most 64; positive scale.
 """
 
 from __future__ import annotations

@@ -9,7 +9,18 @@ Tiles: queries [max(16, G rounded up to a power of two), H], a slot's keys and v
 [block, H] each. Loads of tokens beyond a slot's length are masked: they move no bytes
 and bring no NaN.
 
-Limits: H and block powers of two (16-256 and 16-128). The back end is deprecated in
+Measured on one H200 (jax 0.11.2, bfloat16, 32/2 heads, H = 128, 96 slots of 64), time
+of this kernel alone from a profile, with the rate as a share of a device copy measured
+in the same run (3,626 GB/s, reads and writes counted):
+
+* batch 1: 5.0 us; batch 8: 18.6 us, 75 %; batch 16: 31.3 us, 89 %;
+  batch 64: 96.7 us, 115 % (a copy also writes).
+
+The merge in XLA adds 3.5 to 5 us in two or three launches: with it 59 % at
+batch 8, 81 % at 16, 110 % at 64. At batch 8 start-up, about 5 us, is what bounds it.
+
+Limits: H and block powers of two (16-256 and 16-128) with tiles of block x H of at
+most 32 KiB. The back end is deprecated in
 JAX; this file can be deleted with it.
 """
 
@@ -194,7 +205,7 @@ def paged_decode_attention_triton(
     """
     batch, heads, head_dim = q.shape
     _, _, kv_heads, capacity, block, _, _ = kv.shape
-    require_triton_sizes(head_dim, block, interpret)
+    require_triton_sizes(q.dtype, head_dim, block, interpret)
     groups = heads // kv_heads
     rows = max(MIN_ROWS, next_power_of_two(groups))
     listed = capacity if slots is None else slots.shape[-1]

@@ -31,14 +31,18 @@ BY_NAME = {s.name: s for s in ARG_SPECS}
 QUICK = {"dense_g3_layers", "random_g4", "local_g16_layers_bias"}
 
 
-def combinations(*dtypes):
+# What is slower to compile gets by with one.
+QUICKEST = {"local_g16_layers_bias"}
+
+
+def combinations(*dtypes, quick=QUICK):
     """Spec x dtype, with what is not quick marked slow."""
     return [
         pytest.param(
             spec,
             dtype,
             id=f"{spec.name}-{dtype}",
-            marks=() if spec.name in QUICK and dtype == dtypes[0] else pytest.mark.slow,
+            marks=() if spec.name in quick and dtype == dtypes[0] else pytest.mark.slow,
         )
         for spec in CI_SPECS
         for dtype in dtypes
@@ -72,6 +76,11 @@ def compute(args, implementation="xla"):
     )(args)
 
 
+def refused_by_triton(spec, dtype):
+    """Whether a tile of keys is larger than Triton was seen to hold."""
+    return spec.block * spec.head_dim * jnp.dtype(dtype).itemsize > 32 * 1024
+
+
 def assert_matches(got, want, dtype):
     for x, ref, name in zip(got, want, ("out", "lse"), strict=True):
         error = relative_error(x, ref)
@@ -89,7 +98,9 @@ def test_xla_matches_reference(spec, dtype):
     assert_matches(got, reference(args), dtype)
 
 
-@pytest.mark.parametrize(("spec", "dtype"), combinations("bfloat16", "float32"))
+@pytest.mark.parametrize(
+    ("spec", "dtype"), combinations("bfloat16", "float32", quick=QUICKEST)
+)
 def test_triton_matches_reference_in_the_interpreter(spec, dtype):
     args = spec.make(dtype)
     kv, bias, layer = with_layer_axis(
@@ -99,13 +110,18 @@ def test_triton_matches_reference_in_the_interpreter(spec, dtype):
         block_sparse_attention_triton, scale=spec.head_dim**-0.5, interpret=True
     )
     lists = args.get("block_indices")
-    got = jax.jit(run)(args["q"], kv, args["q_start"], lists, layer, bias)
+    operands = (args["q"], kv, args["q_start"], lists, layer, bias)
+    if refused_by_triton(spec, dtype):
+        with pytest.raises(NotImplementedError, match="no room for tiles"):
+            run(*operands)
+        return
+    got = jax.jit(run)(*operands)
     assert_matches(got, reference(args), dtype)
 
 
 @pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
 @pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu"])
-@pytest.mark.parametrize(("spec", "dtype"), combinations("bfloat16"))
+@pytest.mark.parametrize(("spec", "dtype"), combinations("bfloat16", quick=QUICKEST))
 def test_pallas_lowers_for_cuda(spec, dtype, implementation, x64):
     def f(a):
         return block_sparse_attention(
@@ -354,6 +370,7 @@ def test_gradients(spec):
         assert error <= GRADIENT_FACTOR * tolerance("float32"), (name, error)
 
 
+@pytest.mark.slow
 def test_gradients_in_bfloat16():
     args = GRADIENT_SPECS[1].make(jnp.bfloat16)
 

@@ -27,14 +27,18 @@ BY_NAME = {s.name: s for s in ARG_SPECS}
 QUICK = {"dense_g3_layers", "dense_empty_row", "listed_g16_layers_bias"}
 
 
-def combinations(*dtypes):
+# What is slower to compile gets by with one.
+QUICKEST = {"listed_g16_layers_bias"}
+
+
+def combinations(*dtypes, quick=QUICK):
     """Spec x dtype, with what is not quick marked slow."""
     return [
         pytest.param(
             spec,
             dtype,
             id=f"{spec.name}-{dtype}",
-            marks=() if spec.name in QUICK and dtype == dtypes[0] else pytest.mark.slow,
+            marks=() if spec.name in quick and dtype == dtypes[0] else pytest.mark.slow,
         )
         for spec in CI_SPECS
         for dtype in dtypes
@@ -69,6 +73,11 @@ def compute(args, implementation="xla"):
     )(args)
 
 
+def refused_by_triton(spec, dtype):
+    """Whether a tile of keys is larger than Triton was seen to hold."""
+    return spec.block * spec.head_dim * jnp.dtype(dtype).itemsize > 32 * 1024
+
+
 def assert_matches(got, want, dtype):
     for x, ref, name in zip(got, want, ("out", "lse"), strict=True):
         error = relative_error(x, ref)
@@ -86,7 +95,9 @@ def test_xla_matches_reference(spec, dtype):
     assert_matches(got, reference(args), dtype)
 
 
-@pytest.mark.parametrize(("spec", "dtype"), combinations("bfloat16", "float32"))
+@pytest.mark.parametrize(
+    ("spec", "dtype"), combinations("bfloat16", "float32", quick=QUICKEST)
+)
 def test_triton_matches_reference_in_the_interpreter(spec, dtype):
     args = spec.make(dtype)
     kv, bias, layer = with_layer_axis(
@@ -96,7 +107,12 @@ def test_triton_matches_reference_in_the_interpreter(spec, dtype):
         paged_decode_attention_triton, scale=spec.head_dim**-0.5, interpret=True
     )
     names = ("slots", "slot_lengths", "lengths")
-    got = jax.jit(run)(args["q"], kv, *map(args.get, names), layer, bias)
+    operands = (args["q"], kv, *map(args.get, names), layer, bias)
+    if refused_by_triton(spec, dtype):
+        with pytest.raises(NotImplementedError, match="no room for tiles"):
+            run(*operands)
+        return
+    got = jax.jit(run)(*operands)
     assert_matches(got, reference(args), dtype)
 
 
@@ -122,7 +138,7 @@ def test_triton_with_one_split_and_with_many():
 
 @pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
 @pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu"])
-@pytest.mark.parametrize(("spec", "dtype"), combinations("bfloat16"))
+@pytest.mark.parametrize(("spec", "dtype"), combinations("bfloat16", quick=QUICKEST))
 def test_pallas_lowers_for_cuda(spec, dtype, implementation, x64):
     args = spec.make(dtype)
 
@@ -172,7 +188,9 @@ def test_native_never_leaks_what_is_not_listed(implementation):
             np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("groups", [1, 3, 4, 8, 16])
+@pytest.mark.parametrize(
+    "groups", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4, 8, 16))]
+)
 def test_ragged_tails(groups):
     spec = ArgSpec("", 1, 2 * groups, 2, 64, 32, 7)
     args = spec.make(jnp.float32)
