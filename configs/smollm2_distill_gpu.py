@@ -22,7 +22,7 @@ def get_config() -> TrainConfig:
         attention="masked",
         loss=LossConfig(mask_short_rows=True, floor=0.0),
         optimizer=OptimizerConfig(
-            lr=2e-3,
+            lr=1e-3,
             schedule="cosine",
             warmup_steps=20,
             final_fraction=0.05,

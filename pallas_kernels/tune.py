@@ -76,6 +76,7 @@ def decode_cases(small: bool) -> Iterator[Case]:
             f = functools.partial(paged_decode_attention_xla)
             if name != "xla":
                 f = functools.partial(functions[name], config=config)
+            lse = None
             for layer in range(layers):
                 args = (q, kv, slots, lengths, None, jnp.int32(layer), None)
                 q, lse = f(*args, scale=q.shape[-1] ** -0.5)

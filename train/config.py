@@ -260,6 +260,8 @@ class TrainConfig(_Checked):
         is only a few times the budget.
       implementation: Kernels of "blocks", as for `sparda_jax.load`.
       seed: Of the initialisation.
+      max_minutes: Stop after the step at which this much time has passed, as if it
+        were the last one; the same command continues. None for no limit.
       log_every: Steps between two lines of the log.
       tensorboard: Also write TensorBoard files (needs the package tensorboardX).
     """
@@ -271,8 +273,9 @@ class TrainConfig(_Checked):
     sparse: SparseConfig | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     attention: Literal["blocks", "masked"] = "blocks"
-    implementation: str | None = None
+    implementation: Literal["mosaic_gpu", "triton", "xla"] | None = None
     seed: int = 42
+    max_minutes: float | None = None
     log_every: int = 1
     tensorboard: bool = False
     loss: LossConfig = LossConfig()
@@ -290,6 +293,13 @@ class TrainConfig(_Checked):
             value = getattr(self, name)
             ok = isinstance(value, str) and bool(value)
             check(ok, f"TrainConfig.{name}", value, "a non-empty text")
+        if self.max_minutes is not None:
+            self._numbers(0.0, 1e6, "max_minutes")
+        names = ("mosaic_gpu", "triton", "xla", None)
+        field = "TrainConfig.implementation"
+        check(
+            self.implementation in names, field, self.implementation, f"one of {names}"
+        )
         kinds = ("float32", "bfloat16", None)
         check(self.dtype in kinds, "TrainConfig.dtype", self.dtype, f"one of {kinds}")
         if self.sparse is not None:
@@ -307,8 +317,8 @@ class TrainConfig(_Checked):
         Where things are written, how often, and on how many devices may change.
         """
         values = dataclasses.asdict(self)
-        free = ("name", "out", "log_every", "tensorboard", "eval", "checkpoint")
-        for field in (*free, "parallel", "attention", "implementation"):
+        free = ("name", "out", "max_minutes", "log_every", "tensorboard", "eval")
+        for field in (*free, "checkpoint", "parallel", "attention", "implementation"):
             del values[field]
         del values["optimizer"]["micro_batch"]
         values["data"]["sources"] = [list(pair) for pair in self.data.sources]
@@ -326,6 +336,7 @@ def load_config(path: str | pathlib.Path) -> TrainConfig:
     scope = runpy.run_path(str(path))
     make = scope.get("get_config")
     check(callable(make), "config", str(path), "a Python file with get_config()")
+    assert callable(make)
     config = make()
     ok = isinstance(config, TrainConfig)
     check(ok, f"{path}: get_config()", config, "a train.config.TrainConfig")

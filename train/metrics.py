@@ -89,7 +89,7 @@ class Evaluation:
     @staticmethod
     def of(sums: LayerSums) -> "Evaluation":
         """Ratios of the sums."""
-        s = LayerSums(*(np.asarray(x, np.float64) for x in sums))
+        s: Any = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
         with np.errstate(invalid="ignore", divide="ignore"):
             return Evaluation(
                 kl=s.kl / s.kl_weight,
@@ -238,7 +238,7 @@ def make_evaluate(
 
     def evaluate(model: Decoder, heads: Array, batches: Sequence[Batch]) -> Evaluation:
         parts = [jax.device_get(run(model, heads, batch)) for batch in batches]
-        total = LayerSums(*(np.sum(x, axis=0) for x in zip(*parts, strict=True)))
+        total = jax.tree.map(lambda *xs: np.sum(xs, axis=0), *parts)
         return Evaluation.of(total)
 
     return evaluate
@@ -273,7 +273,7 @@ class RunLog:
         self._begin = time.monotonic()
         self._writer = None
         if tensorboard:
-            from tensorboardX import SummaryWriter
+            from tensorboardX import SummaryWriter  # pyrefly: ignore[missing-import]
 
             self._writer = SummaryWriter(str(out / "tensorboard"))
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 import pathlib
-from typing import Any
+import time
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +87,9 @@ def _held_out_batches(rows: list[Row], mesh: Mesh, per_device: int) -> list[Batc
     for first in range(0, len(rows) - size + 1, size):
         part = rows[first : first + size]
 
-        def put(name: str, part: list[Row] = part) -> jax.Array:
+        def put(
+            name: Literal["tokens", "start", "end"], part: list[Row] = part
+        ) -> jax.Array:
             whole = np.stack([np.asarray(row[name], np.int32) for row in part])
             return jax.make_array_from_callback(
                 whole.shape, sharding, lambda index: whole[index]
@@ -256,6 +260,8 @@ def _loop(
     config = run.config
     steps, rate = config.optimizer.steps, learning_rate(config.optimizer)
     evaluation = run.measure(log, start) if start in (0, steps) else None
+    limit = math.inf if config.max_minutes is None else config.max_minutes * 60
+    begin = time.monotonic()
     pending: tuple[int, StepMetrics] | None = None
     for step in range(start + 1, steps + 1):
         batch = _on_devices(next(run.data), run.mesh, run.accumulation)
@@ -264,7 +270,7 @@ def _loop(
         if pending is not None:
             _report(config, log, *pending, rate)
         pending = (step, metrics)
-        last = step == steps
+        last = step == steps or time.monotonic() - begin > limit
         recall = None
         if last or step % config.eval.every == 0:
             evaluation = run.measure(log, step)
@@ -273,6 +279,8 @@ def _loop(
             _report(config, log, *pending, rate)
             pending = None
             checkpoints.save(step, run.state, run.data.get_state(), recall)
+        if last:
+            break
     if pending is not None:
         _report(config, log, *pending, rate)
     return evaluation

@@ -13,7 +13,7 @@ weights and gathers a layer's when that layer runs.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ class Settings:
     config: ModelConfig
     sparse: SparseConfig
     loss: LossConfig
-    implementation: str | None = None
+    implementation: Literal["mosaic_gpu", "triton", "xla"] | None = None
     masked_attention: bool = False
 
 
@@ -201,11 +201,11 @@ def _attend_masked(
 def _attend(
     view: LayerView,
     v: Float[Array, "B T K H"],
-    lists: Int[Array, "B K T P"],
+    lists: Int[Array, "B K T P"] | None,
     settings: Settings,
 ) -> Float[Array, "B T N H"]:
-    """Attention of whole rows over their block lists."""
-    if settings.masked_attention:
+    """Attention of whole rows over their block lists; None for all causal blocks."""
+    if settings.masked_attention and lists is not None:
         return _attend_masked(view, v, lists, settings)
     sparse = settings.sparse
     batch, tokens, kv_heads, dim = v.shape
@@ -263,7 +263,7 @@ def run_backbone[Out](
     heads: Float[Array, "L D KH"],
     batch: Batch,
     settings: Settings,
-    on_layer: Callable[[LayerView], tuple[Int[Array, "B K T P"], Out]],
+    on_layer: Callable[[LayerView], tuple[Int[Array, "B K T P"] | None, Out]],
     gather: Callable[[DecoderLayer], DecoderLayer] = lambda layer: layer,
 ) -> tuple[Float[Array, "B T D"], Out]:
     """Runs the frozen layers; what `on_layer` returns is stacked over them.
@@ -306,6 +306,7 @@ def run_backbone[Out](
         attended = attended.reshape(*h.shape[:2], -1)
         return (_finish_layer(layer, config, h, attended), x), out
 
+    assert isinstance(model.layers, DecoderLayer), "weights must be stacked"
     index = jnp.arange(config.num_layers)
     carry, out = jax.lax.scan(body, (h, h), (model.layers, heads, index))
     return carry[0], out
@@ -537,7 +538,7 @@ def make_step(
         updates, moments = optimizer.update(gradient, state.optimizer, state.heads)
         heads = optax.apply_updates(state.heads, updates)
 
-        def kept(new: Array, old: Array) -> Array:
+        def kept(new: Any, old: Any) -> Array:
             return jnp.where(finite, new, old)
 
         bad = (~finite).astype(jnp.int32)

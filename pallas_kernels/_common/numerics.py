@@ -8,6 +8,8 @@ log-sum-exp -inf.
 
 from __future__ import annotations
 
+from typing import overload
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -58,6 +60,14 @@ def softmax_finish(
     total = jnp.where(empty, 1.0, total)
     out = acc / total[..., None]
     return out, jnp.where(empty, NEG_INF, top + jnp.log(total))
+
+
+@overload
+def cdiv(a: int, b: int) -> int: ...
+
+
+@overload
+def cdiv(a: jax.Array, b: int) -> jax.Array: ...
 
 
 def cdiv(a: int | jax.Array, b: int) -> int | jax.Array:

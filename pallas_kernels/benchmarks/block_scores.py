@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels._common.dispatch import current_platform
+from pallas_kernels._common.dispatch import Implementation, current_platform
 from pallas_kernels.benchmarks.harness import arguments, measure, report
 from pallas_kernels.block_scores.api import block_scores, select_blocks
 from pallas_kernels.block_scores.pallas_triton import choose_triton
@@ -22,6 +22,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int)
     args = parser.parse_args()
     gpu = current_platform() == "cuda" and not args.small
+    raw_forms: tuple[Implementation, ...]
+    softmax_forms: tuple[Implementation, ...]
     if gpu:
         tokens, heads, kv_heads, head_dim = args.tokens or 131072, 32, 2, 128
         budget, local, dtype = 96, 33, jnp.bfloat16
@@ -45,7 +47,13 @@ def main() -> None:
         softmax = query is own
         for form in forms:
 
-            def select(query, compressed, start, form=form, softmax=softmax):
+            def select(
+                query,
+                compressed,
+                start,
+                form: Implementation = form,
+                softmax=softmax,
+            ):
                 return select_blocks(
                     query,
                     compressed,
@@ -56,7 +64,13 @@ def main() -> None:
                     **sizes,
                 )
 
-            def score(query, compressed, start, form=form, softmax=softmax):
+            def score(
+                query,
+                compressed,
+                start,
+                form: Implementation = form,
+                softmax=softmax,
+            ):
                 scores = block_scores(
                     query,
                     compressed,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._common.dispatch import current_platform
+from pallas_kernels._common.dispatch import Implementation, current_platform
 from pallas_kernels.benchmarks.harness import arguments, measure, report
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from pallas_kernels.block_sparse_attention.unions import tile_unions
@@ -70,8 +70,11 @@ def flex_attention(q, kv, lists, block):
     """Torch's FlexAttention with the same lists, timed by CUDA events, in seconds."""
     import statistics
 
-    import torch
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    import torch  # pyrefly: ignore[missing-import]
+    from torch.nn.attention.flex_attention import (  # pyrefly: ignore[missing-import]
+        create_block_mask,
+        flex_attention,
+    )
 
     tokens, kv_heads = q.shape[1], kv.shape[1]
     groups = q.shape[2] // kv_heads
@@ -110,6 +113,7 @@ def main() -> None:
     parser.add_argument("--flex", action="store_true", help="also time FlexAttention")
     args = parser.parse_args()
     gpu = current_platform() == "cuda" and not args.small
+    forms: tuple[Implementation, ...]
     if gpu:
         heads, kv_heads, head_dim, block, listed, local = 32, 2, 128, 64, 96, 33
         tokens, dtype = args.tokens or 131072, jnp.bfloat16
@@ -143,7 +147,7 @@ def main() -> None:
         print(f"  mean union of a tile {mean:.1f} blocks")
         for form in forms:
 
-            def run(q, kv, start, lists, form=form):
+            def run(q, kv, start, lists, form: Implementation = form):
                 return block_sparse_attention(
                     q, kv, q_start=start, block_indices=lists, implementation=form
                 )
@@ -166,7 +170,7 @@ def main() -> None:
 
     for form in forms[:1] if gpu else forms:
 
-        def run_dense(q, kv, start, form=form):
+        def run_dense(q, kv, start, form: Implementation = form):
             return block_sparse_attention(q, kv, q_start=start, implementation=form)
 
         name = f"{form} dense causal T={tokens}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._common.dispatch import current_platform
+from pallas_kernels._common.dispatch import Implementation, current_platform
 from pallas_kernels.benchmarks.harness import arguments, measure, report
 from pallas_kernels.host_gather.api import host_gather
 
@@ -28,11 +28,12 @@ def main() -> None:
         return f"{size / seconds / 1e9:6.1f} GB/s"
 
     timings = []
+    forms: tuple[Implementation, ...] = ("mosaic_gpu", "triton")
     if gpu:
-        for form in ("mosaic_gpu", "triton"):
+        for form in forms:
             for programs in (8, 16, 32, 64, 132):
 
-                def run(host, index, form=form, programs=programs):
+                def run(host, index, form: Implementation = form, programs=programs):
                     return host_gather(
                         host, index, programs=programs, implementation=form
                     )

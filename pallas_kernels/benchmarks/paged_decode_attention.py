@@ -6,11 +6,13 @@ it serves the call) over as many keys laid out contiguously, which needs no list
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._common.dispatch import current_platform
+from pallas_kernels._common.dispatch import Implementation, current_platform
 from pallas_kernels.benchmarks.harness import (
     Timing,
     arguments,
@@ -43,6 +45,7 @@ def main() -> None:
     args = arguments(__doc__).parse_args()
     gpu = current_platform() == "cuda" and not args.small
     timings = []
+    forms: tuple[Implementation, ...]
     if gpu:
         dtype, bandwidth = jnp.bfloat16, copy_bandwidth()
         print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
@@ -75,7 +78,14 @@ def main() -> None:
 
         for form in forms:
 
-            def chain(q, kv, slots, lengths, form=form, layers=layers):
+            def chain(
+                q,
+                kv,
+                slots,
+                lengths,
+                form: Implementation = form,
+                layers=layers,
+            ):
                 for layer in range(layers):
                     q = paged_decode_attention(
                         q,
@@ -104,7 +114,9 @@ def main() -> None:
         k, v = (part[..., i, :].reshape(contiguous) for i in range(2))
         del part, kv
 
-        def peer(q, k, v, layers=layers, form="cudnn" if gpu else "xla"):
+        peer_form: Literal["cudnn", "xla"] = "cudnn" if gpu else "xla"
+
+        def peer(q, k, v, layers=layers, form: Literal["cudnn", "xla"] = peer_form):
             for layer in range(layers):
                 q = jax.nn.dot_product_attention(
                     q[:, None], k[layer], v[layer], implementation=form

@@ -91,7 +91,10 @@ def block_scores(
         return _module(name)[0](*args, rule=rule, lse=return_lse)
 
     scores, lse = dispatch(OP, implementation, run)
-    return (scores, lse) if return_lse else scores
+    if not return_lse:
+        return scores
+    assert lse is not None
+    return scores, lse
 
 
 def select_blocks(
@@ -168,7 +171,10 @@ def select_blocks(
         return _module(name)[1](*args, rule=rule, budget=budget, lse=return_lse)
 
     lists, lse = dispatch(OP, implementation, run)
-    return (lists, lse) if return_lse else lists
+    if not return_lse:
+        return lists
+    assert lse is not None
+    return lists, lse
 
 
 def _module(name: str) -> tuple[Any, Any]:

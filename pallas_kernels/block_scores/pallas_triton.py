@@ -327,10 +327,9 @@ def _call(query, keys, q_start, num_windows, layer, *, rule, config, interpret, 
         operands = (*operands, found)
 
     def kernel(*refs):
-        *inputs, out_ref = refs
         if not rule.softmax:
-            inputs.append(None)
-        _scores_kernel(*inputs, out_ref, rule=rule, config=config, sizes=sizes)
+            refs = (*refs[:-1], None, refs[-1])
+        _scores_kernel(*refs, rule=rule, config=config, sizes=sizes)
 
     shape = (batch, kv_heads, padded, block_tiles * tile)
     scores = pl.pallas_call(

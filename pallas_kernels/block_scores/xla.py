@@ -54,6 +54,7 @@ def _tile(query, keys, position, num_windows, rule: Rule):
     for i in range(rule.before + rule.per_block):
         part = scores[..., i :: rule.per_block][..., : rule.blocks]
         pooled = part if pooled is None else jnp.maximum(pooled, part)
+    assert pooled is not None
     pooled = rule.force(
         pooled, jnp.arange(rule.blocks, dtype=jnp.int32), position[:, None, :, None]
     )

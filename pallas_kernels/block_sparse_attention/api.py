@@ -166,9 +166,20 @@ def _attend_forward(static: _Static, *args):
 def _attend_backward(static: _Static, residuals, cotangents):
     # A constant among the residuals comes back as a NumPy array.
     args, out, lse = jax.tree.map(jnp.asarray, residuals)
+    q, kv, q_start, block_indices, layer, key_bias = args
     d_out, d_lse = cotangents
     d_q, d_kv, d_bias = block_sparse_attention_xla_backward(
-        *args, out, lse, d_out, d_lse, scale=static.scale
+        q,
+        kv,
+        q_start,
+        block_indices,
+        layer,
+        key_bias,
+        out,
+        lse,
+        d_out,
+        d_lse,
+        scale=static.scale,
     )
     return d_q, d_kv, None, None, None, d_bias
 

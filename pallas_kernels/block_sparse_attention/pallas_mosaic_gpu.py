@@ -260,6 +260,7 @@ def _body(
                     limit = mine_limit
                 else:
                     limit = jnp.where(column < (i + 1) * block, mine_limit, limit)
+            assert limit is not None
             return jnp.where(column < limit, logits, NEG_INF)
 
         top = plgpu.layout_cast(

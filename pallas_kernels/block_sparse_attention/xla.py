@@ -36,6 +36,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -291,7 +292,7 @@ def block_sparse_attention_xla(
 def _map(f, tiles):
     """``lax.map``, without the loop when there is one tile."""
     if tiles.query.shape[0] == 1:
-        first = f(_Tiles(*(None if x is None else x[0] for x in tiles)))
+        first = f(jax.tree.map(lambda x: x[0], tiles))
         return tuple(x[None] for x in first)
     return lax.map(f, tiles)
 

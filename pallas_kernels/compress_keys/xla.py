@@ -6,6 +6,8 @@ times. Sums over strides are formed once and neighbouring ones added.
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -24,5 +26,6 @@ def compress_keys_xla(
     parts = windows + overlap - 1 if windows else 0
     used = keys[:, :, : parts * kernel_stride].astype(jnp.float32)
     sums = used.reshape(batch, kv_heads, parts, kernel_stride, head_dim).sum(3)
-    total = sum(sums[:, :, i : i + windows] for i in range(overlap))
+    shifted = (sums[:, :, i : i + windows] for i in range(overlap))
+    total = cast(Array, sum(shifted))
     return (total / kernel_size).astype(keys.dtype)

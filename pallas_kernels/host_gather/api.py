@@ -12,12 +12,12 @@ OP = "host_gather"
 
 
 def host_gather(
-    blocks: Float[Array, R * E],
+    blocks: Float[Array, " R *E"],
     indices: Int[Array, " J"],
     *,
     programs: int | None = None,
     implementation: Implementation | None = None,
-) -> Float[Array, J * E]:
+) -> Float[Array, " J *E"]:
     """Fetches listed blocks out of host memory into a device array.
 
     On a GPU the Pallas forms read a ``pinned_host`` operand in place, without a copy
@@ -52,7 +52,7 @@ def host_gather(
     if indices.shape[0] == 0:
         return jnp.zeros((0, *blocks.shape[1:]), blocks.dtype)
 
-    def run(name: str) -> Float[Array, J * E]:
+    def run(name: str) -> Float[Array, " J *E"]:
         if name == "mosaic_gpu":
             from pallas_kernels.host_gather import pallas_mosaic_gpu as mosaic
 

@@ -62,11 +62,11 @@ def part_size(elements: int, itemsize: int) -> int:
 
 @in_32_bit
 def host_gather_mosaic_gpu(
-    blocks: Float[Array, R * E],
+    blocks: Float[Array, " R *E"],
     indices: Int[Array, " J"],
     *,
     config: Config | None = None,
-) -> Float[Array, J * E]:
+) -> Float[Array, " J *E"]:
     """Computes the result in device memory.
 
     Args:

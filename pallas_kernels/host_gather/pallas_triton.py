@@ -58,12 +58,12 @@ class Config:
 
 @in_32_bit
 def host_gather_triton(
-    blocks: Float[Array, R * E],
+    blocks: Float[Array, " R *E"],
     indices: Int[Array, " J"],
     *,
     config: Config | None = None,
     interpret: bool = False,
-) -> Float[Array, J * E]:
+) -> Float[Array, " J *E"]:
     """Computes the result in device memory.
 
     Args:

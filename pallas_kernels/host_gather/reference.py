@@ -10,8 +10,8 @@ from pallas_kernels._common.dispatch import in_32_bit
 
 @in_32_bit
 def host_gather_reference(
-    blocks: Float[Array, R * E], indices: Int[Array, " J"]
-) -> Float[Array, J * E]:
+    blocks: Float[Array, " R *E"], indices: Int[Array, " J"]
+) -> Float[Array, " J *E"]:
     """Row ``indices[j]`` of ``blocks``, or zeros where ``indices[j]`` is negative."""
     rows = blocks[jnp.clip(indices, 0, blocks.shape[0] - 1)]
     skipped = (indices < 0).reshape(-1, *(1,) * (blocks.ndim - 1))

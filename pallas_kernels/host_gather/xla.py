@@ -25,8 +25,8 @@ def on_host(x: jax.Array) -> bool:
 
 @in_32_bit
 def host_gather_xla(
-    blocks: Float[Array, R * E], indices: Int[Array, " J"]
-) -> Float[Array, J * E]:
+    blocks: Float[Array, " R *E"], indices: Int[Array, " J"]
+) -> Float[Array, " J *E"]:
     """Computes the result in device memory. Nothing is checked here."""
     count = indices.shape[0]
     if not on_host(blocks):

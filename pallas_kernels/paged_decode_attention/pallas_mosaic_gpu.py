@@ -324,8 +324,10 @@ def paged_decode_attention_mosaic_gpu(
         "kv": kv.reshape(-1, 2 * head_dim),
     }
     if slots is None:
+        assert lengths is not None
         operands["lengths"] = lengths
     else:
+        assert slot_lengths is not None
         operands["slots"] = slots.reshape(-1, listed)
         operands["lengths"] = slot_lengths.reshape(-1, listed)
     if key_bias is not None:

@@ -43,9 +43,11 @@ def paged_decode_attention_reference(
     kv = kv[layer].astype(jnp.float32)
     offset = jnp.arange(block)
     if slots is None:
+        assert lengths is not None
         position = jnp.arange(capacity)[:, None] * block + offset
         valid = position < lengths[:, None, None, None]
     else:
+        assert slot_lengths is not None
         listed = slots[..., None] == jnp.arange(capacity)  # B K P C
         length = jnp.where(listed, slot_lengths[..., None], 0).max(2)  # B K C
         valid = offset < length[..., None]

@@ -78,6 +78,7 @@ def paged_decode_attention_xla(
         return new_top, total * fade + weights.sum(2), acc * fade[..., None] + update
 
     if slots is None:
+        assert lengths is not None
         chunk = max(1, min(capacity, CHUNK_KEYS // block))
         steps = cdiv(jnp.clip(lengths.max(), 0, capacity * block), chunk * block)
 
@@ -105,6 +106,7 @@ def paged_decode_attention_xla(
             return take(0), take(1), bias, valid[:, None]
 
     else:
+        assert slot_lengths is not None
         listed = slots.shape[-1]
         chunk = max(1, min(listed, GATHER_KEYS // block))
         steps = cdiv(listed, chunk)

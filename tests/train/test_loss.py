@@ -165,8 +165,9 @@ def test_tiles_and_segments_change_nothing(layer1, monkeypatch):
         np.testing.assert_allclose(other.d_phi, results[0].d_phi, atol=1e-6)
 
 
+@pytest.mark.parametrize("nosa", [False, pytest.param(True, marks=SLOW)])
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)
-def test_packed_documents_equal_documents_alone(layer1, teacher, student):
+def test_packed_documents_equal_documents_alone(layer1, teacher, student, nosa):
     """Losses add up, gradients and lists are the documents' own."""
     q, k, phi = layer1
     lengths, places = (300, 350), (0, 320)
@@ -179,40 +180,38 @@ def test_packed_documents_equal_documents_alone(layer1, teacher, student):
         end[:, place : place + length] = place + length
     start[:, 300:320], end[:, 300:320] = 0, 300
     start[:, 670:], end[:, 670:] = 320, 670
-    # Half of the cases are NOSA's, which is a second stage of its own.
-    bias = jax.random.normal(jax.random.key(1), k.shape[:3])
-    for key_bias in (None, bias) if student == "cells" else (None,):
-        packed = distill_layer(
-            q,
-            k,
-            phi,
-            Documents(jnp.asarray(start), jnp.asarray(end)),
-            key_bias,
+    key_bias = jax.random.normal(jax.random.key(1), k.shape[:3]) if nosa else None
+    packed = distill_layer(
+        q,
+        k,
+        phi,
+        Documents(jnp.asarray(start), jnp.asarray(end)),
+        key_bias,
+        sparse=sparse,
+        loss=loss,
+        with_gradient=True,
+    )
+    total = weight = 0.0
+    for length, place in zip(lengths, places, strict=True):
+        part = slice(place, place + length)
+        alone = distill_layer(
+            q[:, part],
+            k[:, part],
+            phi[:, part],
+            Documents.whole_rows(1, length),
+            None if key_bias is None else key_bias[:, part],
             sparse=sparse,
             loss=loss,
             with_gradient=True,
         )
-        total = weight = 0.0
-        for length, place in zip(lengths, places, strict=True):
-            part = slice(place, place + length)
-            alone = distill_layer(
-                q[:, part],
-                k[:, part],
-                phi[:, part],
-                Documents.whole_rows(1, length),
-                None if key_bias is None else key_bias[:, part],
-                sparse=sparse,
-                loss=loss,
-                with_gradient=True,
-            )
-            total, weight = total + alone.total, weight + alone.weight
-            lists = np.asarray(sorted_blocks(packed.routing[:, :, part]))
-            shifted = np.where(lists >= 0, lists - place // 64, -1)
-            np.testing.assert_array_equal(shifted, sorted_blocks(alone.routing))
-            np.testing.assert_allclose(packed.d_phi[:, part], alone.d_phi, atol=2e-6)
-        assert float(weight) > 0 and float(total) > 0.01
-        np.testing.assert_allclose(packed.weight, weight)
-        np.testing.assert_allclose(packed.total, total, rtol=1e-5)
+        total, weight = total + alone.total, weight + alone.weight
+        lists = np.asarray(sorted_blocks(packed.routing[:, :, part]))
+        shifted = np.where(lists >= 0, lists - place // 64, -1)
+        np.testing.assert_array_equal(shifted, sorted_blocks(alone.routing))
+        np.testing.assert_allclose(packed.d_phi[:, part], alone.d_phi, atol=2e-6)
+    assert float(weight) > 0 and float(total) > 0.01
+    np.testing.assert_allclose(packed.weight, weight)
+    np.testing.assert_allclose(packed.total, total, rtol=1e-5)
 
 
 def test_options_weigh_rows(layer1):

@@ -140,8 +140,9 @@ def test_killed_run_resumes_from_a_whole_checkpoint(tmp_path):
             names = [x.name.split(".")[0] for x in folder.glob("*")]
             if any(name.isdigit() and int(name) >= wanted for name in names):
                 process.send_signal(signal.SIGKILL)
-                process.wait()
                 kills += 1
+                process.communicate()
+                break
             time.sleep(0.002)
     assert kills == 3
     finish(start("killed"))

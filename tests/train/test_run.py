@@ -165,6 +165,15 @@ def test_other_runs_are_refused_and_nothing_is_damaged(finished, shards):
     assert train(free, progress=False).resumed_from == 6
 
 
+@pytest.mark.slow
+def test_a_time_limit_ends_a_run_that_can_go_on(finished, shards, tmp_path):
+    first = train(_config(shards, tmp_path, max_minutes=0.0), progress=False)
+    assert int(first.state.step) == 1
+    second = train(_config(shards, tmp_path), progress=False)
+    assert second.resumed_from == 1
+    np.testing.assert_array_equal(second.state.heads, finished[1].state.heads)
+
+
 def test_training_stops_when_nothing_is_finite(shards, tmp_path, monkeypatch):
     def broken(config, seed):
         tensors = random_tensors(config, seed)

@@ -95,23 +95,26 @@ def _batch(rows: int, length: int = 320, seed: int = 0, micro: int = 1) -> Batch
     return Batch(tokens, documents)
 
 
-def _training(model, optimizer, loss=None):
-    settings = Settings(model.config, SPARSE, loss or LossConfig(tile=320))
-    mesh = make_mesh(1)
-    return make_step(model, settings, optimizer, mesh)
+OPTIMIZER = make_optimizer(OptimizerConfig(lr=3e-3))
 
 
-def test_frozen_means_frozen(random_model):
+@pytest.fixture(scope="module")
+def step(random_model):
+    """One jitted step, so that tests share its compilation."""
+    model = random_model()
+    settings = Settings(model.config, SPARSE, LossConfig(tile=320))
+    return make_step(model, settings, OPTIMIZER, make_mesh(1))
+
+
+def test_frozen_means_frozen(random_model, step):
     model = random_model()
     before = jax.tree.map(np.asarray, model)
-    optimizer = make_optimizer(OptimizerConfig(lr=3e-3, steps=20))
     heads = initial_heads(model, "kaiming", seed=1)
-    state = initial_state(heads, optimizer)
+    state = initial_state(heads, OPTIMIZER)
     # Moments are of the heads' shape and nothing else has any.
     big = [x.shape for x in jax.tree.leaves(state.optimizer) if x.ndim]
     assert big == [heads.shape] * 2
     assert state.heads.dtype == jnp.float32
-    step = _training(model, optimizer)
     start = np.asarray(state.heads)
     losses = []
     for _ in range(20):
@@ -124,40 +127,36 @@ def test_frozen_means_frozen(random_model):
         np.testing.assert_array_equal(old, new)
 
 
-def test_accumulation_equals_one_batch(random_model):
+def test_accumulation_equals_one_batch(random_model, step):
     model = random_model()
-    optimizer = make_optimizer(OptimizerConfig())
     heads = initial_heads(model, "from_query", seed=0)
-    step = _training(model, optimizer)
-    whole = _batch(4)
+    whole = _batch(2)
     parts = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), whole)
     states = []
     for batch in (whole, parts):
-        state = initial_state(jnp.array(heads), optimizer)
+        state = initial_state(jnp.array(heads), OPTIMIZER)
         state, metrics = step(model, state, batch)
         states.append((state, metrics))
-    (one, one_metrics), (four, four_metrics) = states
-    np.testing.assert_allclose(one_metrics.loss, four_metrics.loss, rtol=1e-5)
+    (one, one_metrics), (two, two_metrics) = states
+    np.testing.assert_allclose(one_metrics.loss, two_metrics.loss, rtol=1e-5)
     np.testing.assert_allclose(
-        one_metrics.gradient_norm, four_metrics.gradient_norm, rtol=1e-4
+        one_metrics.gradient_norm, two_metrics.gradient_norm, rtol=1e-4
     )
     # Adam's first step is the sign of the gradient: compare its moments instead.
     for a, b in zip(
-        jax.tree.leaves(one.optimizer), jax.tree.leaves(four.optimizer), strict=True
+        jax.tree.leaves(one.optimizer), jax.tree.leaves(two.optimizer), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7)
 
 
-def test_steps_that_are_not_finite_are_skipped_and_counted(random_model):
+def test_steps_that_are_not_finite_are_skipped_and_counted(random_model, step):
     model = random_model()
-    optimizer = make_optimizer(OptimizerConfig())
     heads = initial_heads(model, "from_query", seed=0)
-    state = initial_state(heads, optimizer)
-    step = _training(model, optimizer)
+    state = initial_state(heads, OPTIMIZER)
     broken = jax.tree.map(lambda x: x, model)
     broken.embedding[...] = broken.embedding[...].at[5].set(jnp.nan)
-    tokens = jnp.where(_batch(1).tokens == 5, 6, _batch(1).tokens)
-    good = _batch(1)._replace(tokens=tokens)
+    tokens = jnp.where(_batch(2).tokens == 5, 6, _batch(2).tokens)
+    good = _batch(2)._replace(tokens=tokens)
     bad = good._replace(tokens=tokens.at[0, 0, 100].set(5))
     for batch, expected in ((good, 0), (bad, 1), (bad, 2), (good, 0)):
         before = np.asarray(state.heads)
