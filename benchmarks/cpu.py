@@ -128,7 +128,6 @@ def _ours(repeats: int) -> dict[str, list[float]]:
     few = max(1, repeats // 2)
     timed(f"infllm_v2, {SHORT} tokens", sparse, SHORT, few)
     timed(f"infllm_v2, {LONG} tokens", sparse, LONG, few)
-    timed(f"dense, {LONG} tokens", lm, LONG, few)
     return results
 
 

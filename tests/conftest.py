@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import threading
 
 # Before JAX starts: float32 products must be float32 (some GPUs would take TF32).
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
@@ -40,9 +41,12 @@ class Golden:
 
     def __init__(self, name: str):
         self._file = np.load(GOLDENS / f"{name}.npz")
+        # Weights are built by several threads, and a zip file has one position.
+        self._lock = threading.Lock()
 
     def __getitem__(self, key: str) -> np.ndarray:
-        return self._file[key]
+        with self._lock:
+            return self._file[key]
 
     def __contains__(self, key: str) -> bool:
         return key in self._file.files

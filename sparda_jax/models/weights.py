@@ -74,7 +74,7 @@ def build_decoder(
 
     Args:
       config: The model's shape.
-      tensors: Loaders by checkpoint name; each is called once.
+      tensors: Loaders by checkpoint name; each is called once, from several threads.
       dtype: Type of the weights.
       storage: One array per layer, or stacked ones.
       on_layer: Called after each layer (progress).
