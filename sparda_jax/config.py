@@ -17,7 +17,8 @@ class ConfigError(ValueError):
     """A configuration field holds a value that is not allowed."""
 
 
-def _require(condition: bool, field: str, value: object, allowed: str) -> None:
+def require(condition: bool, field: str, value: object, allowed: str) -> None:
+    """Raises ConfigError with field, value and what is allowed, unless `condition`."""
     if not condition:
         raise ConfigError(f"{field}={value!r} is not allowed: it must be {allowed}")
 
@@ -25,13 +26,13 @@ def _require(condition: bool, field: str, value: object, allowed: str) -> None:
 def _positive_int(owner: str, **fields: int) -> None:
     for name, value in fields.items():
         ok = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        _require(ok, f"{owner}.{name}", value, "a positive integer")
+        require(ok, f"{owner}.{name}", value, "a positive integer")
 
 
 def _positive(owner: str, **fields: float) -> None:
     for name, value in fields.items():
         ok = isinstance(value, int | float) and math.isfinite(value) and value > 0
-        _require(ok, f"{owner}.{name}", value, "a finite number above 0")
+        require(ok, f"{owner}.{name}", value, "a finite number above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         kinds = get_args(RopeType)
-        _require(self.kind in kinds, "RopeConfig.kind", self.kind, f"one of {kinds}")
+        require(self.kind in kinds, "RopeConfig.kind", self.kind, f"one of {kinds}")
         _positive(
             "RopeConfig",
             theta=self.theta,
@@ -80,21 +81,21 @@ class RopeConfig:
             beta_slow=self.beta_slow,
         )
         if self.kind in ("llama3", "longrope", "yarn"):
-            _require(
+            require(
                 self.original_max is not None and self.original_max > 0,
                 "RopeConfig.original_max",
                 self.original_max,
                 f"a positive integer for kind {self.kind!r}",
             )
         if self.kind == "llama3":
-            _require(
+            require(
                 self.high_freq_factor > self.low_freq_factor,
                 "RopeConfig.high_freq_factor",
                 self.high_freq_factor,
                 f"above low_freq_factor={self.low_freq_factor}",
             )
         if self.kind == "longrope":
-            _require(
+            require(
                 len(self.short_factors) == len(self.long_factors) > 0,
                 "RopeConfig.short_factors",
                 len(self.short_factors),
@@ -167,15 +168,15 @@ class ModelConfig:
             residual_scale=self.residual_scale,
             logits_divisor=self.logits_divisor,
         )
-        _require(
+        require(
             self.num_heads % self.num_kv_heads == 0,
             "ModelConfig.num_heads",
             self.num_heads,
             f"a multiple of num_kv_heads={self.num_kv_heads}",
         )
-        _require(self.head_dim % 2 == 0, "ModelConfig.head_dim", self.head_dim, "even")
+        require(self.head_dim % 2 == 0, "ModelConfig.head_dim", self.head_dim, "even")
         if self.rope.kind == "longrope":
-            _require(
+            require(
                 len(self.rope.short_factors) == self.head_dim // 2,
                 "ModelConfig.rope.short_factors",
                 len(self.rope.short_factors),
@@ -183,7 +184,7 @@ class ModelConfig:
             )
         specials = self.eos_ids if self.bos_id is None else (self.bos_id, *self.eos_ids)
         for token in specials:
-            _require(
+            require(
                 0 <= token < self.vocab_size,
                 "ModelConfig.eos_ids/bos_id",
                 token,
@@ -244,13 +245,13 @@ class SparseConfig:
             local_blocks=self.local_blocks,
             block_budget=self.block_budget,
         )
-        _require(
+        require(
             self.kernel_size == 2 * self.kernel_stride,
             "SparseConfig.kernel_size",
             self.kernel_size,
             f"twice kernel_stride={self.kernel_stride}",
         )
-        _require(
+        require(
             self.block_size % self.kernel_stride == 0
             and self.block_size >= self.kernel_size,
             "SparseConfig.block_size",
@@ -258,19 +259,17 @@ class SparseConfig:
             f"a multiple of kernel_stride={self.kernel_stride} and at least "
             f"kernel_size={self.kernel_size}",
         )
-        _require(
+        require(
             self.init_blocks >= 0, "SparseConfig.init_blocks", self.init_blocks, ">= 0"
         )
-        _require(
+        require(
             self.query_blocks >= 0,
             "SparseConfig.query_blocks",
             self.query_blocks,
             ">= 0",
         )
-        _require(
-            self.dense_len >= -1, "SparseConfig.dense_len", self.dense_len, ">= -1"
-        )
-        _require(
+        require(self.dense_len >= -1, "SparseConfig.dense_len", self.dense_len, ">= -1")
+        require(
             self.block_budget >= self.forced_blocks,
             "SparseConfig.block_budget",
             self.block_budget,
@@ -300,4 +299,4 @@ class CacheConfig:
     kind: Literal["resident"] = "resident"
 
     def __post_init__(self) -> None:
-        _require(self.kind == "resident", "CacheConfig.kind", self.kind, "'resident'")
+        require(self.kind == "resident", "CacheConfig.kind", self.kind, "'resident'")

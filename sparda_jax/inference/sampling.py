@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from sparda_jax.config import ConfigError
+from sparda_jax.config import ConfigError, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,33 +39,27 @@ class SamplingConfig:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        def need(ok: bool, field: str, value: object, allowed: str) -> None:
-            if not ok:
-                raise ConfigError(
-                    f"{field}={value!r} is not allowed: it must be {allowed}"
-                )
-
         penalty, top_p, min_p = self.repetition_penalty, self.top_p, self.min_p
-        need(
+        require(
             math.isfinite(penalty) and penalty > 0,
             "repetition_penalty",
             penalty,
             "a finite number above 0",
         )
-        need(
+        require(
             math.isfinite(self.temperature) and self.temperature >= 0,
             "temperature",
             self.temperature,
             "a finite number of at least 0 (0 is greedy)",
         )
-        need(
+        require(
             isinstance(self.top_k, int) and self.top_k >= 0,
             "top_k",
             self.top_k,
             "an integer of at least 0 (0 is off)",
         )
-        need(0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1 (1 is off)")
-        need(0 <= min_p <= 1, "min_p", min_p, "from 0 (off) to 1")
+        require(0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1 (1 is off)")
+        require(0 <= min_p <= 1, "min_p", min_p, "from 0 (off) to 1")
 
 
 class SamplingState(NamedTuple):
