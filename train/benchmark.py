@@ -25,6 +25,7 @@ from train.step import (
     Batch,
     LayerView,
     Settings,
+    attend,
     initial_heads,
     initial_state,
     make_mesh,
@@ -116,13 +117,13 @@ def main(arguments: list[str] | None = None) -> None:
 
     plain = dataclasses.replace(settings, masked_attention=False)
 
-    def no_lists(view: LayerView) -> tuple[None, tuple[()]]:
-        return None, ()
+    def all_blocks(view: LayerView) -> tuple[Array, tuple[()]]:
+        return attend(view, None, plain), ()
 
     @jax.jit
     def forward(model: Decoder, heads: Array, batch: Batch) -> Array:
         row = jax.tree.map(lambda x: x[0], batch)
-        return run_backbone(model, heads, row, plain, no_lists)[0]
+        return run_backbone(model, heads, row, plain, all_blocks)[0]
 
     dense = _median_seconds(lambda: forward(model, heads, batch), options.repeats)
     trained = _median_seconds(one_step, options.repeats)

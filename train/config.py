@@ -71,6 +71,9 @@ class LossConfig(_Checked):
       align: How the fine teacher is brought to the deployed grid.
       student: Bins of the KL: "cells", the windows that start in a chosen block, or
         "blocks", pooled to one score a block exactly as inference pools.
+      target: What the KL pulls the student to, with student="blocks": "mass", how the
+        teacher's probability is spread, or "members", the blocks that it chose, all
+        alike: selection asks which blocks, not how much of each.
       mask_short_rows: Leave out rows whose whole context fits the budget: inference
         never asks for a choice there.
       position_weight: "uniform", or "context": a row counts by the share of its context
@@ -84,6 +87,7 @@ class LossConfig(_Checked):
     teacher: Literal["fine", "deployed"] = "fine"
     align: Literal["max", "mean"] = "max"
     student: Literal["cells", "blocks"] = "cells"
+    target: Literal["mass", "members"] = "mass"
     mask_short_rows: bool = False
     position_weight: Literal["uniform", "context"] = "uniform"
     on_policy: bool = False
@@ -93,6 +97,9 @@ class LossConfig(_Checked):
     def __post_init__(self) -> None:
         self._choices()
         self._numbers(0.0, 1e-3, "floor")
+        fits = self.target == "mass" or self.student == "blocks"
+        allowed = '"mass" unless student is "blocks"'
+        check(fits, "LossConfig.target", self.target, allowed)
         if self.tile is not None:
             self._ints(1, "tile")
 

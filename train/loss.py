@@ -19,7 +19,6 @@ by a masked log-sum-exp (§8.20); queries are tiled (§8.23); options of `LossCo
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -145,12 +144,14 @@ class LayerLoss(NamedTuple):
         layer's loss.
       routing: Block lists for the layer's attention, −1 padded.
       d_phi: d total / d phi, float32, or None if it was not asked for.
+      attended: What attention over `routing` gives, or None if it was not asked for.
     """
 
     total: Float[Array, ""]
     weight: Float[Array, ""]
     routing: Int[Array, "B K T P"]
     d_phi: Float[Array, "B T K H"] | None
+    attended: Float[Array, "B T N H"] | None = None
 
 
 def num_blocks(tokens: int, sparse: SparseConfig) -> int:
@@ -205,16 +206,10 @@ def layer_keys(
     return LayerKeys(grid, windows, whole, importance)
 
 
-def group_softmax(
-    q: Float[Array, "B T N H"],
-    keys: Float[Array, "B K J H"],
-    seen: Bool[Array, "B T J"],
-    bias: Float[Array, "B K J"] | None = None,
-) -> Float[Array, "B K T J"]:
-    """Softmax over keys for each head, summed over the heads of a group (§2.3).
-
-    A row that sees nothing gets zeros. `bias` is added to the scaled scores.
-    """
+def head_scores(
+    q: Float[Array, "B T N H"], keys: Float[Array, "B K J H"]
+) -> Float[Array, "B K G T J"]:
+    """Scaled scores of every query head against the keys of its group, float32."""
     batch, tokens, heads, dim = q.shape
     kv_heads = keys.shape[1]
     q = q.reshape(batch, tokens, kv_heads, heads // kv_heads, dim)
@@ -224,9 +219,16 @@ def group_softmax(
         keys.astype(q.dtype),
         preferred_element_type=jnp.float32,
     )
-    scores = scores * dim**-0.5
-    if bias is not None:
-        scores = scores + bias[:, :, None, None]
+    return scores * dim**-0.5
+
+
+def group_softmax(
+    scores: Float[Array, "B K G T J"], seen: Bool[Array, "B T J"]
+) -> Float[Array, "B K T J"]:
+    """Softmax over keys for each head, summed over the heads of a group (§2.3).
+
+    A row that sees nothing gets zeros.
+    """
     mask = seen[:, None, None]
     scores = jnp.where(mask, scores, _MASKED)
     peak = jnp.max(scores, axis=-1, keepdims=True)
@@ -290,20 +292,38 @@ def route(
 
 
 def teacher_cells(
-    queries: Queries, keys: LayerKeys, *, sparse: SparseConfig, loss: LossConfig
+    queries: Queries,
+    keys: LayerKeys,
+    *,
+    sparse: SparseConfig,
+    loss: LossConfig,
+    token_scores: Float[Array, "B K G T S"] | None = None,
 ) -> Float[Array, "B K T W"]:
     """The teacher on the windows that inference uses (§5.2).
 
     The fine grid is brought to them by the maximum, or the mean, over the 17 fine keys
     that start in a window's first half or right before it.
+
+    Args:
+      queries: The tile.
+      keys: What it is scored against.
+      sparse: Block geometry.
+      loss: Variant of the loss.
+      token_scores: Scores of the plain keys, where attention needs them anyway: the
+        score of a mean of two keys is the mean of their scores.
     """
     exists, _, finished = window_masks(queries, keys.whole, sparse)
     if loss.teacher == "deployed":
-        return group_softmax(queries.q, keys.grid, finished)
+        return group_softmax(head_scores(queries.q, keys.grid), finished)
     index = jnp.arange(keys.grid.shape[2])
     seen = (index <= queries.token[:, None]) & (index >= queries.start[..., None])
     seen &= index <= queries.end[..., None] - 2
-    fine = group_softmax(queries.q, keys.grid, seen)
+    if token_scores is None:
+        scores = head_scores(queries.q, keys.grid)
+    else:
+        after = jnp.pad(token_scores[..., 1:], [(0, 0)] * 4 + [(0, 1)])
+        scores = (token_scores + after) / 2
+    fine = group_softmax(scores, seen)
     stride = sparse.kernel_stride
     if loss.align == "max":
         cells = pool_to_blocks(fine, stride)
@@ -315,10 +335,17 @@ def teacher_cells(
 
 
 def teach(
-    queries: Queries, keys: LayerKeys, *, sparse: SparseConfig, loss: LossConfig
+    queries: Queries,
+    keys: LayerKeys,
+    *,
+    sparse: SparseConfig,
+    loss: LossConfig,
+    token_scores: Float[Array, "B K G T S"] | None = None,
 ) -> Teacher:
     """Teacher, and the blocks it chooses, for one tile (§5.2, §5.3)."""
-    cells = teacher_cells(queries, keys, sparse=sparse, loss=loss)
+    cells = teacher_cells(
+        queries, keys, sparse=sparse, loss=loss, token_scores=token_scores
+    )
     exists = window_masks(queries, keys.whole, sparse)[0]
     scores = forced(jnp.where(exists[:, None], cells, -jnp.inf), queries, sparse)
     routing = route(scores, queries, keys, sparse)
@@ -372,16 +399,48 @@ def listed_blocks(lists: Int[Array, "B K T P"], blocks: int) -> Bool[Array, "B K
     return chosen.at[(*rows, index)].set(True, mode="drop")
 
 
+def attend_listed(
+    scores: Float[Array, "B K G T S"],
+    v: Float[Array, "B K S H"],
+    lists: Int[Array, "B K T P"],
+    queries: Queries,
+    sparse: SparseConfig,
+) -> Float[Array, "B T N H"]:
+    """Attention of a tile over its block lists, by masking the scores of all keys."""
+    batch, tokens, heads, dim = queries.q.shape
+    size = scores.shape[-1]
+    listed = listed_blocks(lists, num_blocks(size, sparse))
+    seen = jnp.repeat(listed, sparse.block_size, axis=-1)[..., :size]
+    seen &= jnp.arange(size) <= queries.token[:, None]
+    # Padding rows list nothing; a finite floor keeps them finite.
+    scores = jnp.where(seen[:, :, None], scores, _MASKED)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    total = jnp.sum(weights, axis=-1)[..., None]
+    out = jnp.einsum(
+        "bkgts,bksh->bkgth",
+        weights.astype(v.dtype),
+        v,
+        preferred_element_type=jnp.float32,
+    )
+    out = jnp.moveaxis(out / total, 3, 1).astype(v.dtype)
+    return out.reshape(batch, tokens, heads, dim)
+
+
 def supervised_blocks(
     lists: Int[Array, "B K T P"], queries: Queries, blocks: int, sparse: SparseConfig
 ) -> Bool[Array, "B K T M"]:
     """Listed blocks that are neither init nor local: real choices (§5.5)."""
-    chosen = listed_blocks(lists, blocks)
+    return listed_blocks(lists, blocks) & optional_blocks(queries, blocks, sparse)
+
+
+def optional_blocks(
+    queries: Queries, blocks: int, sparse: SparseConfig
+) -> Bool[Array, "B 1 T M"]:
+    """Past blocks of the query's document that are neither init nor local."""
     block = jnp.arange(blocks)
     first = (queries.start // sparse.block_size)[:, None, :, None]
     own = (queries.token // sparse.block_size)[:, None]
-    local = (block >= own - sparse.local_blocks) & (block <= own)
-    return chosen & (block >= first + sparse.init_blocks) & ~local
+    return (block >= first + sparse.init_blocks) & (block < own - sparse.local_blocks)
 
 
 def partition_kl(
@@ -465,6 +524,9 @@ def row_losses(
         own = own_block(queries, sparse)[..., None]
         past = jnp.arange(blocks) <= own
         target = jnp.where(past, pool_to_blocks(teacher.cells, per_block), 0.0)
+        if loss.target == "members":
+            past = optional_blocks(queries, blocks, sparse)
+            target = resolved.astype(jnp.float32)
         logits = jnp.maximum(pool_to_blocks(logits, per_block), _MASKED)
         logits = jnp.where(past, logits, _MASKED)
         return partition_kl(target, logits, resolved, slots=slots, floor=loss.floor)
@@ -515,6 +577,53 @@ def tile_queries(
     return tiles, cut
 
 
+def stream_tiles[Out](
+    one_tile: Callable[[Int[Array, ""], int], Out],
+    *,
+    tokens: int,
+    size: int,
+    sparse: SparseConfig,
+) -> Out:
+    """Runs tiles of queries one after the other and stacks what they return.
+
+    Causality is used in segments: `one_tile(index, reach)` may look at the tokens
+    before `reach` only, a multiple of the block size that grows from segment to
+    segment.
+    """
+    tiles, blocks = -(-tokens // size), num_blocks(tokens, sparse)
+    # The literal reference scores blocks after the query's own, which a segment's keys
+    # do not reach.
+    most = _SEGMENTS if sparse.mask_future_blocks else 1
+    segments = max(1, min(most, tiles, tokens // _SEGMENT_TOKENS))
+    parts = []
+    edges = [tiles * part // segments for part in range(segments + 1)]
+    for begin, end in itertools.pairwise(edges):
+        # One block more: the aligned teacher of a block's last token reaches into it.
+        reach = min(num_blocks(end * size, sparse) + 1, blocks) * sparse.block_size
+
+        def run(index: Int[Array, ""], reach: int = reach) -> Out:
+            return one_tile(index, reach)
+
+        parts.append(jax.lax.map(run, jnp.arange(begin, end)))
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+
+
+def join_tiles(x: Array, axis: int, tokens: int) -> Array:
+    """[tiles, …, size, …] → the row at that axis, without its padding."""
+    x = jnp.moveaxis(x, 0, axis)
+    shape = (*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(x.reshape(shape), 0, tokens, axis=axis)
+
+
+def padded_heads(
+    x: Float[Array, "B T K *rest"], sparse: SparseConfig
+) -> Float[Array, "B K S *rest"]:
+    """[B, T, K, …] → [B, K, S, …], S filling whole blocks."""
+    size = num_blocks(x.shape[1], sparse) * sparse.block_size
+    widths = [(0, 0), (0, size - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+    return jnp.swapaxes(jnp.pad(x, widths), 1, 2)
+
+
 def distill_layer(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
@@ -525,6 +634,7 @@ def distill_layer(
     sparse: SparseConfig,
     loss: LossConfig,
     with_gradient: bool,
+    v: Float[Array, "B T K H"] | None = None,
 ) -> LayerLoss:
     """Loss, block lists and, if wanted, the gradient for one layer's forecasts.
 
@@ -538,6 +648,9 @@ def distill_layer(
         the reference) the lists may hold what the reference's do.
       loss: Variant of the loss.
       with_gradient: Also return d total / d phi.
+      v: Values, to attend as well: a tile's scores then serve the teacher and
+        attention, which masks what is not listed. Worth it where a row is only a few
+        times the budget.
 
     Source: specification §5.2-5.5; memory is that of one tile's scores (§8.23).
     """
@@ -549,17 +662,22 @@ def distill_layer(
     count = num_blocks(tokens, sparse)
     slots = min(pure.block_budget, count)
     width = min(sparse.block_budget, count)
-    tiles, cut = tile_queries(q, phi, documents, size)
+    cut = tile_queries(q, phi, documents, size)[1]
+    plain = values = bias = None
+    if v is not None:
+        plain, values = padded_heads(k, sparse), padded_heads(v, sparse)
+        bias = None if key_bias is None else padded_heads(key_bias, sparse)
 
-    def one_tile(index: Int[Array, ""], keys: LayerKeys):
-        queries = cut(index)
-        teacher = teach(queries, keys, sparse=sparse, loss=loss)
+    def one_tile(index: Int[Array, ""], reach: int):
+        queries, near = cut(index), keys.before(reach, loss, sparse)
+        scores = None if plain is None else head_scores(queries.q, plain[:, :, :reach])
+        teacher = teach(queries, near, sparse=sparse, loss=loss, token_scores=scores)
         weight = row_weights(queries, sparse=sparse, loss=loss)
 
         def total(phi: Array) -> Array:
             rows = row_losses(
                 queries._replace(phi=phi),
-                keys,
+                near,
                 teacher,
                 slots=slots,
                 sparse=sparse,
@@ -573,38 +691,27 @@ def distill_layer(
             value, d_phi = total(queries.phi), None
         routing = teacher.routing
         if loss.on_policy:
-            routing = forecast_routing(queries, keys, sparse=sparse)
+            routing = forecast_routing(queries, near, sparse=sparse)
+        attended = None
+        if scores is not None and values is not None:
+            if bias is not None:
+                scores = scores + bias[:, :, None, None, :reach]
+            attended = attend_listed(
+                scores, values[:, :, :reach], routing, queries, sparse
+            )
         missing = width - routing.shape[-1]
         routing = jnp.pad(routing, ((0, 0),) * 3 + ((0, missing),), constant_values=-1)
-        return value, jnp.sum(weight), routing, d_phi
+        return value, jnp.sum(weight), routing, d_phi, attended
 
-    # The literal reference scores blocks after the query's own, which a segment's keys
-    # do not reach.
-    most = _SEGMENTS if sparse.mask_future_blocks else 1
-    segments = max(1, min(most, tiles, tokens // _SEGMENT_TOKENS))
-    parts = []
-    edges = [tiles * part // segments for part in range(segments + 1)]
-    for begin, end in itertools.pairwise(edges):
-        # One block more: the aligned teacher of a block's last token reaches into it.
-        reach = min(num_blocks(end * size, sparse) + 1, count) * sparse.block_size
-        near = keys.before(reach, loss, sparse)
-        run = functools.partial(one_tile, keys=near)
-        parts.append(jax.lax.map(run, jnp.arange(begin, end)))
-    value, weight, routing, d_phi = jax.tree.map(
-        lambda *xs: jnp.concatenate(xs), *parts
+    value, weight, routing, d_phi, attended = stream_tiles(
+        one_tile, tokens=tokens, size=size, sparse=sparse
     )
-
-    def joined(x: Array, axis: int) -> Array:
-        """[tiles, …, size, …] → the row, without its padding."""
-        x = jnp.moveaxis(x, 0, axis)
-        shape = (*x.shape[:axis], tiles * size, *x.shape[axis + 2 :])
-        return jax.lax.slice_in_dim(x.reshape(shape), 0, tokens, axis=axis)
-
     return LayerLoss(
         total=jnp.sum(value),
         weight=jnp.sum(weight) * k.shape[2],
-        routing=joined(routing, 2),
-        d_phi=None if d_phi is None else joined(d_phi, 1),
+        routing=join_tiles(routing, 2, tokens),
+        d_phi=None if d_phi is None else join_tiles(d_phi, 1, tokens),
+        attended=None if attended is None else join_tiles(attended, 1, tokens),
     )
 
 

@@ -37,9 +37,11 @@ from train.loss import (
     distill_layer,
     forecast_routing,
     group_softmax,
+    head_scores,
+    join_tiles,
     layer_keys,
-    num_blocks,
     own_block,
+    padded_heads,
     supervised_blocks,
     teach,
     tile_queries,
@@ -50,6 +52,7 @@ from train.step import (
     Batch,
     LayerView,
     Settings,
+    attend,
     make_gather,
     model_specs,
     run_backbone,
@@ -146,7 +149,10 @@ def _tile_sums(
         index = jnp.arange(raw.shape[2])
         seen = index <= queries.token[:, None]
         seen &= index >= queries.start[..., None]
-        weights = group_softmax(queries.q, raw, seen, key_bias)
+        scores = head_scores(queries.q, raw)
+        if key_bias is not None:
+            scores = scores + key_bias[:, :, None, None]
+        weights = group_softmax(scores, seen)
         weights = weights / (queries.q.shape[2] // raw.shape[1])
         mass = weights.reshape(*weights.shape[:3], blocks, -1).sum(-1)
         row_block = own_block(queries, sparse)
@@ -185,13 +191,11 @@ def layer_metrics(
     deployed = LossConfig(teacher="deployed")
     batch, tokens, heads, _ = view.q.shape
     keys = layer_keys(view.k, documents, view.key_bias, sparse=sparse, loss=deployed)
-    pad = num_blocks(tokens, sparse) * sparse.block_size - tokens
     raw = key_bias = None
     if mass:
-        raw = jnp.swapaxes(jnp.pad(view.k, ((0, 0), (0, pad), (0, 0), (0, 0))), 1, 2)
+        raw = padded_heads(view.k, sparse)
         if view.key_bias is not None:
-            bias = jnp.pad(view.key_bias, ((0, 0), (0, pad), (0, 0)))
-            key_bias = jnp.swapaxes(bias, 1, 2)
+            key_bias = padded_heads(view.key_bias, sparse)
     size = settings.loss.tile
     size = size or tile_size(batch, tokens, heads, jax.default_backend())
     tiles, cut = tile_queries(view.q, view.phi, documents, size)
@@ -200,10 +204,8 @@ def layer_metrics(
         return _tile_sums(cut(index), keys, raw, key_bias, settings)
 
     sums, lists = jax.lax.map(one, jnp.arange(tiles))
-    lists = jnp.moveaxis(lists, 0, 2)
-    lists = lists.reshape(*lists.shape[:2], tiles * size, -1)[:, :, :tokens]
     sums = tuple(jnp.sum(x) for x in sums)
-    return lists, LayerSums(loss.total, loss.weight, *sums)
+    return join_tiles(lists, 2, tokens), LayerSums(loss.total, loss.weight, *sums)
 
 
 Evaluate = Callable[[Decoder, Float[Array, "L D KH"], Sequence[Batch]], Evaluation]
@@ -217,7 +219,8 @@ def make_evaluate(
 
     def sums(model: Decoder, heads: Array, batch: Batch) -> LayerSums:
         def on_layer(view: LayerView):
-            return layer_metrics(view, batch.documents, settings, mass=mass)
+            lists, found = layer_metrics(view, batch.documents, settings, mass=mass)
+            return attend(view, lists, settings), found
 
         out = run_backbone(model, heads, batch, settings, on_layer, gather)[1]
         return jax.lax.psum(out, AXIS) if mesh.size > 1 else out

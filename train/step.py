@@ -38,9 +38,13 @@ from sparda_jax.models.weights import from_query_heads
 from train.config import LossConfig, OptimizerConfig
 from train.loss import (
     Documents,
+    attend_listed,
     distill_layer,
-    listed_blocks,
+    head_scores,
+    join_tiles,
     num_blocks,
+    padded_heads,
+    stream_tiles,
     tile_queries,
     tile_size,
 )
@@ -116,18 +120,26 @@ class LayerView(NamedTuple):
 
     Attributes:
       q, k: Queries and keys after RoPE.
-      phi: Forecasts for this layer.
+      v: Values.
       key_bias: NOSA's c per token, or None.
-      source: Normalised input that phi was made of.
+      source: Normalised input that this layer is forecast from.
+      head: Its Forecast matrix, or several of them.
       turn: Rotation of all tokens.
     """
 
     q: Float[Array, "B T N H"]
     k: Float[Array, "B T K H"]
-    phi: Float[Array, "B T K H"]
+    v: Float[Array, "B T K H"]
     key_bias: Float[Array, "B T K"] | None
     source: Float[Array, "B T D"]
+    head: Float[Array, "*V D KH"]
     turn: Rotation
+
+    @property
+    def phi(self) -> Float[Array, "B T K H"]:
+        """Forecasts for this layer; of the first head, if there are several."""
+        head = self.head.reshape(-1, *self.head.shape[-2:])[0]
+        return project_forecast(self.source, head, self.turn)
 
 
 def head_gradient(
@@ -152,10 +164,7 @@ def head_gradient(
 
 
 def _attend_masked(
-    view: LayerView,
-    v: Float[Array, "B T K H"],
-    lists: Int[Array, "B K T P"],
-    settings: Settings,
+    view: LayerView, lists: Int[Array, "B K T P"], settings: Settings
 ) -> Float[Array, "B T N H"]:
     """The same attention, scoring all keys and masking those not listed.
 
@@ -163,55 +172,40 @@ def _attend_masked(
     as its products are few and large.
     """
     sparse = settings.sparse
-    batch, tokens, kv_heads, dim = v.shape
-    heads = view.q.shape[2]
+    batch, tokens, heads, _ = view.q.shape
     size = settings.loss.tile
     size = size or tile_size(batch, tokens, heads, jax.default_backend())
-    blocks = num_blocks(tokens, sparse)
     documents = Documents.whole_rows(batch, tokens)
     tiles, cut = tile_queries(view.q, view.phi, documents, size)
     lists = jnp.pad(
         lists, ((0, 0), (0, 0), (0, tiles * size - tokens), (0, 0)), constant_values=-1
     )
+    k, v = padded_heads(view.k, sparse), padded_heads(view.v, sparse)
+    bias = None if view.key_bias is None else padded_heads(view.key_bias, sparse)
 
-    def one(index: Int[Array, ""]) -> Float[Array, "B t NH"]:
+    def one_tile(index: Int[Array, ""], reach: int) -> Float[Array, "B t N H"]:
         queries = cut(index)
         part = jax.lax.dynamic_slice_in_dim(lists, index * size, size, axis=2)
-        listed = listed_blocks(part, blocks)
-        listed = jnp.repeat(listed, sparse.block_size, axis=-1)[..., :tokens]
-        seen = listed & (jnp.arange(tokens) <= queries.token[:, None])
-        q = queries.q.reshape(batch, size, kv_heads, -1, dim)
-        scores = jnp.einsum(
-            "btkgh,bskh->bkgts", q, view.k, preferred_element_type=jnp.float32
-        )
-        scores = scores * dim**-0.5
-        if view.key_bias is not None:
-            scores = scores + jnp.moveaxis(view.key_bias, 2, 1)[:, :, None, None]
-        # Padding rows list nothing; a finite floor keeps them finite.
-        scores = jnp.where(seen[:, :, None], scores, -1e30)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
-        return out.reshape(batch, size, -1)
+        scores = head_scores(queries.q, k[:, :, :reach])
+        if bias is not None:
+            scores = scores + bias[:, :, None, None, :reach]
+        return attend_listed(scores, v[:, :, :reach], part, queries, sparse)
 
-    out = jax.lax.map(one, jnp.arange(tiles))
-    out = jnp.moveaxis(out, 0, 1).reshape(batch, tiles * size, heads, dim)
-    return out[:, :tokens]
+    out = stream_tiles(one_tile, tokens=tokens, size=size, sparse=sparse)
+    return join_tiles(out, 1, tokens)
 
 
-def _attend(
-    view: LayerView,
-    v: Float[Array, "B T K H"],
-    lists: Int[Array, "B K T P"] | None,
-    settings: Settings,
+def attend(
+    view: LayerView, lists: Int[Array, "B K T P"] | None, settings: Settings
 ) -> Float[Array, "B T N H"]:
     """Attention of whole rows over their block lists; None for all causal blocks."""
     if settings.masked_attention and lists is not None:
-        return _attend_masked(view, v, lists, settings)
+        return _attend_masked(view, lists, settings)
     sparse = settings.sparse
-    batch, tokens, kv_heads, dim = v.shape
+    batch, tokens, kv_heads, dim = view.v.shape
     blocks = num_blocks(tokens, sparse)
     pad = blocks * sparse.block_size - tokens
-    kv = jnp.moveaxis(jnp.stack((view.k, v), axis=3), 1, 2)
+    kv = jnp.moveaxis(jnp.stack((view.k, view.v), axis=3), 1, 2)
     kv = jnp.pad(kv, ((0, 0), (0, 0), (0, pad), (0, 0), (0, 0)))
     bias = None
     if view.key_bias is not None:
@@ -260,10 +254,10 @@ def _finish_layer(
 
 def run_backbone[Out](
     model: Decoder,
-    heads: Float[Array, "L D KH"],
+    heads: Float[Array, "L *V D KH"],
     batch: Batch,
     settings: Settings,
-    on_layer: Callable[[LayerView], tuple[Int[Array, "B K T P"] | None, Out]],
+    on_layer: Callable[[LayerView], tuple[Float[Array, "B T N H"], Out]],
     gather: Callable[[DecoderLayer], DecoderLayer] = lambda layer: layer,
 ) -> tuple[Float[Array, "B T D"], Out]:
     """Runs the frozen layers; what `on_layer` returns is stacked over them.
@@ -273,7 +267,7 @@ def run_backbone[Out](
       heads: Forecast matrices by consuming layer.
       batch: Whole rows.
       settings: Model and geometry.
-      on_layer: Returns the block lists that the layer attends to, and anything else.
+      on_layer: Returns what the layer's attention gives (`attend`), and anything else.
       gather: Makes a layer's weights whole where devices hold parts of them.
 
     Returns:
@@ -296,13 +290,13 @@ def run_backbone[Out](
         view = LayerView(
             q=q,
             k=k,
-            phi=project_forecast(source, head, turn),
+            v=v,
             key_bias=value_key_bias(layer, v) if config.key_bias else None,
             source=source,
+            head=head,
             turn=turn,
         )
-        lists, out = on_layer(view)
-        attended = _attend(view, v, lists, settings)
+        attended, out = on_layer(view)
         attended = attended.reshape(*h.shape[:2], -1)
         return (_finish_layer(layer, config, h, attended), x), out
 
@@ -326,6 +320,7 @@ def heads_gradient(
     """
 
     def on_layer(view: LayerView) -> tuple[Array, tuple[Array, Array, Array]]:
+        # With masked attention one product of queries and keys serves both.
         out = distill_layer(
             view.q,
             view.k,
@@ -335,10 +330,14 @@ def heads_gradient(
             sparse=settings.sparse,
             loss=settings.loss,
             with_gradient=True,
+            v=view.v if settings.masked_attention else None,
         )
         assert out.d_phi is not None
         gradient = head_gradient(view.source, out.d_phi, view.turn)
-        return out.routing, (gradient, out.total, out.weight)
+        attended = out.attended
+        if attended is None:
+            attended = attend(view, out.routing, settings)
+        return attended, (gradient, out.total, out.weight)
 
     _, (gradient, total, weight) = run_backbone(
         model, heads, batch, settings, on_layer, gather

@@ -17,6 +17,7 @@ from train.loss import Documents, distill_layer
 from train.step import (
     Batch,
     Settings,
+    attend,
     heads_gradient,
     initial_heads,
     initial_state,
@@ -70,7 +71,7 @@ def test_losses_gradients_and_lists_equal_reference(
                 loss=settings.loss,
                 with_gradient=False,
             )
-            return out.routing, sorted_blocks(out.routing[0])
+            return attend(view, out.routing, settings), sorted_blocks(out.routing[0])
 
         return sums, run_backbone(model, heads, batch, settings, on_layer)[1]
 
