@@ -11,6 +11,9 @@ import math
 from typing import Literal, get_args
 
 RopeType = Literal["default", "linear", "llama3", "longrope", "yarn"]
+CacheKind = Literal["resident", "offload", "auto"]
+Prefetch = Literal["lookahead", "none", "auto"]
+Route = Literal["auto", "mosaic", "triton", "slices", "steps"]
 
 
 class ConfigError(ValueError):
@@ -290,13 +293,72 @@ class SparseConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
-    """Where the KV cache lives.
+    """Where the KV cache lives, and how its blocks come to the device.
 
     Attributes:
-      kind: `resident`: all KV on the device.
+      kind: `resident`: all KV on the device. `offload`: all KV in host memory, the
+        blocks in use in device slots. `auto`: resident if it fits, else offload.
+      device_blocks: C, slots per layer, row and kv head (`offload`); None is the
+        length of a block list, more are a larger cache with least-recently-used reuse.
+      prefetch: `lookahead`: layer l's Forecast starts the fetch for layer l + 1, while
+        layer l computes. `none`: a layer selects and fetches for itself, and waits.
+        `auto`: decided by measurement (`inference.policy`). None is `lookahead` where
+        the attention forecasts, else `none`.
+      layer0: Where layer 0's KV lives, for which nothing can look ahead.
+      route: How blocks are fetched (`cache.fetch`); `auto` takes the recorded one.
+      exactness: `forecast`: the forecast list is what is attended. `verify`: the
+        layer's own queries choose, the forecast only prefetches, and what it missed is
+        fetched before attention: the output is that of own-query selection.
+      recall_every: Every so many decode steps the forecast is compared with the
+        own-query choice for the statistics; 0 never.
+      device_limit, host_limit: Bytes that may be used; None takes what the device and
+        the machine report. A request that cannot fit is refused before it allocates.
     """
 
-    kind: Literal["resident"] = "resident"
+    kind: CacheKind = "resident"
+    device_blocks: int | None = None
+    prefetch: Prefetch | None = None
+    layer0: Literal["resident", "offload"] = "resident"
+    route: Route = "auto"
+    exactness: Literal["forecast", "verify"] = "forecast"
+    recall_every: int = 0
+    device_limit: int | None = None
+    host_limit: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.kind == "resident", "CacheConfig.kind", self.kind, "'resident'")
+        def choice(field: str, kind: object, *extra: object) -> None:
+            allowed = (*get_args(kind), *extra)
+            value = getattr(self, field)
+            require(
+                value in allowed, f"CacheConfig.{field}", value, f"one of {allowed}"
+            )
+
+        choice("kind", CacheKind)
+        choice("prefetch", Prefetch, None)
+        choice("layer0", Literal["resident", "offload"])
+        choice("route", Route)
+        choice("exactness", Literal["forecast", "verify"])
+        for field in ("device_blocks", "device_limit", "host_limit"):
+            value = getattr(self, field)
+            if value is not None:
+                _positive_int("CacheConfig", **{field: value})
+        every = self.recall_every
+        ok = isinstance(every, int) and not isinstance(every, bool) and every >= 0
+        require(ok, "CacheConfig.recall_every", every, "an integer of at least 0")
+
+    def slots(self, num_blocks: int, width: int) -> int:
+        """C for a cache of that many blocks whose lists have that length.
+
+        Raises:
+          ConfigError: If the slots cannot hold one block list.
+        """
+        if self.device_blocks is None:
+            return min(width, num_blocks)
+        require(
+            self.device_blocks >= min(width, num_blocks),
+            "CacheConfig.device_blocks",
+            self.device_blocks,
+            f"at least {min(width, num_blocks)}, the blocks that one token attends to "
+            "(forced ones included)",
+        )
+        return min(self.device_blocks, num_blocks)

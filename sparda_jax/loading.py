@@ -15,7 +15,7 @@ from sparda_jax.checkpoint.fetch import fetch_default_model
 from sparda_jax.checkpoint.forecast import load_forecast
 from sparda_jax.checkpoint.layout import CURRENT, future_name
 from sparda_jax.checkpoint.source import CheckpointSource, open_checkpoint
-from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
+from sparda_jax.config import CacheConfig, ConfigError, ModelConfig, SparseConfig
 from sparda_jax.inference.engine import LanguageModel
 from sparda_jax.models.decoder import Decoder, Storage
 from sparda_jax.models.presets import PRESETS, Preset, get_preset
@@ -103,6 +103,7 @@ def load(
     dtype: DTypeLike | None = None,
     storage: Storage = "per_layer",
     implementation: Implementation | None = None,
+    cache: CacheConfig | None = None,
     on_layer: Callable[[], None] | None = None,
 ) -> LanguageModel:
     """Loads a model.
@@ -118,6 +119,7 @@ def load(
       storage: "per_layer" (fast decode) or "stacked" (constant compile time).
       implementation: Attention kernels: "xla", "triton", "mosaic_gpu"; None takes the
         fastest one recorded for the device.
+      cache: Where generation keeps its KV; None is resident.
       on_layer: Called after each layer is loaded (progress).
 
     Returns:
@@ -156,6 +158,7 @@ def load(
         tokenizer=None if source is None else source.tokenizer,
         fingerprint=None if source is None else source.fingerprint,
         implementation=implementation,
+        cache=cache or CacheConfig(),
     )
 
 
@@ -196,6 +199,7 @@ def with_attention(
     *,
     sparse: SparseConfig | None = None,
     forecast: str | None = None,
+    cache: CacheConfig | None = None,
 ) -> LanguageModel:
     """The same weights with another way to attend.
 
@@ -205,6 +209,7 @@ def with_attention(
       sparse: Another block selection; None keeps it.
       forecast: "from_query" adds training-free heads to the (shared) decoder if it has
         none; None keeps what it has.
+      cache: Where generation keeps its KV; None keeps it.
 
     Raises:
       ConfigError: As `load`.
@@ -218,5 +223,9 @@ def with_attention(
         lm.model.set_forecast(from_query_heads(lm.model))
     selector.check(lm.config, has_forecast=lm.model.forecast is not None)
     return dataclasses.replace(
-        lm, selector=selector, sparse=sparse or lm.sparse, _compiled={}
+        lm,
+        selector=selector,
+        sparse=sparse or lm.sparse,
+        cache=cache or lm.cache,
+        _compiled={},
     )

@@ -57,6 +57,11 @@ class KVCache(NamedTuple):
         return self.layers[0].kv.shape[1]
 
     @property
+    def num_blocks(self) -> int:
+        """M, blocks of capacity per row."""
+        return self.layers[0].num_blocks
+
+    @property
     def capacity(self) -> int:
         """Tokens that a row can hold."""
         kv = self.layers[0].kv
@@ -74,6 +79,48 @@ class KVCache(NamedTuple):
             return KVCache((layer,))
         assert isinstance(index, int)
         return KVCache((*self.layers[:index], layer, *self.layers[index + 1 :]))
+
+
+def check_capacity(capacity: int, sparse: SparseConfig) -> None:
+    """Raises ConfigError unless capacity is a positive multiple of the block size."""
+    block = sparse.block_size
+    if capacity <= 0 or capacity % block:
+        raise ConfigError(
+            f"capacity={capacity} is not allowed: it must be a positive multiple of "
+            f"SparseConfig.block_size={block}"
+        )
+
+
+def empty_keys(
+    lead: tuple[int, ...], windows: int, width: int, dtype: DTypeLike
+) -> CompressedKeys:
+    """Compressed keys without a window; `lead` is (layers, B, K)."""
+    return CompressedKeys(
+        windows=jnp.zeros((*lead, windows, width), dtype),
+        halves=jnp.zeros((*lead, 2, width), jnp.float32),
+    )
+
+
+def init_layer(
+    config: ModelConfig,
+    sparse: SparseConfig,
+    *,
+    layers: int,
+    batch: int,
+    blocks: int,
+    dtype: DTypeLike,
+) -> LayerCache:
+    """An empty `LayerCache` whose leading axis is `layers`."""
+    heads, dim, block = config.num_kv_heads, config.head_dim, sparse.block_size
+    windows = blocks * sparse.windows_per_block
+    lead = (layers, batch, heads)
+    biased = config.key_bias
+    return LayerCache(
+        kv=jnp.zeros((*lead, blocks, block, 2, dim), dtype),
+        keys=empty_keys(lead, windows, dim, dtype),
+        key_bias=jnp.zeros((*lead, blocks, block), jnp.float32) if biased else None,
+        importance=empty_keys(lead, windows, 1, jnp.float32) if biased else None,
+    )
 
 
 def init_cache(
@@ -98,32 +145,17 @@ def init_cache(
     Raises:
       ConfigError: If capacity is not a positive multiple of the block size.
     """
-    block = sparse.block_size
-    if capacity <= 0 or capacity % block:
-        raise ConfigError(
-            f"capacity={capacity} is not allowed: it must be a positive multiple of "
-            f"SparseConfig.block_size={block}"
-        )
-    blocks, heads, dim = capacity // block, config.num_kv_heads, config.head_dim
-    windows = blocks * sparse.windows_per_block
-    per_cache = config.num_layers if storage == "stacked" else 1
-
-    def compressed(width: int, kind: DTypeLike) -> CompressedKeys:
-        return CompressedKeys(
-            windows=jnp.zeros((per_cache, batch, heads, windows, width), kind),
-            halves=jnp.zeros((per_cache, batch, heads, 2, width), jnp.float32),
-        )
+    check_capacity(capacity, sparse)
+    blocks = capacity // sparse.block_size
+    layers, count = config.num_layers, 1
+    if storage == "per_layer":
+        layers, count = 1, config.num_layers
 
     def one() -> LayerCache:
-        shape = (per_cache, batch, heads, blocks, block)
-        return LayerCache(
-            kv=jnp.zeros((*shape, 2, dim), dtype),
-            keys=compressed(dim, dtype),
-            key_bias=jnp.zeros(shape, jnp.float32) if config.key_bias else None,
-            importance=(compressed(1, jnp.float32) if config.key_bias else None),
+        return init_layer(
+            config, sparse, layers=layers, batch=batch, blocks=blocks, dtype=dtype
         )
 
-    count = 1 if storage == "stacked" else config.num_layers
     return KVCache(tuple(one() for _ in range(count)))
 
 
@@ -209,9 +241,8 @@ def append_tokens(
     )
 
 
-def grow(cache: KVCache, capacity: int, sparse: SparseConfig) -> KVCache:
-    """A copy of the cache with a larger capacity (a multiple of the block size)."""
-    blocks = capacity // sparse.block_size
+def grow_layer(layer: LayerCache, blocks: int, sparse: SparseConfig) -> LayerCache:
+    """A copy of the layer's cache with room for more blocks."""
 
     def pad(array: Array, size: int) -> Array:
         widths = [(0, 0)] * array.ndim
@@ -222,18 +253,15 @@ def grow(cache: KVCache, capacity: int, sparse: SparseConfig) -> KVCache:
         windows = pad(keys.windows, blocks * sparse.windows_per_block)
         return keys._replace(windows=windows)
 
-    return KVCache(
-        tuple(
-            LayerCache(
-                kv=pad(layer.kv, blocks),
-                keys=compressed(layer.keys),
-                key_bias=None
-                if layer.key_bias is None
-                else pad(layer.key_bias, blocks),
-                importance=(
-                    None if layer.importance is None else compressed(layer.importance)
-                ),
-            )
-            for layer in cache.layers
-        )
+    return LayerCache(
+        kv=pad(layer.kv, blocks),
+        keys=compressed(layer.keys),
+        key_bias=None if layer.key_bias is None else pad(layer.key_bias, blocks),
+        importance=None if layer.importance is None else compressed(layer.importance),
     )
+
+
+def grow(cache: KVCache, capacity: int, sparse: SparseConfig) -> KVCache:
+    """A copy of the cache with a larger capacity (a multiple of the block size)."""
+    blocks = capacity // sparse.block_size
+    return KVCache(tuple(grow_layer(layer, blocks, sparse) for layer in cache.layers))

@@ -3,16 +3,21 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from sparda_jax.cache.resident import KVCache
-from sparda_jax.inference.layer_step import LayerSettings, TileState
-from sparda_jax.inference.stack import StackCarry, layer_on_tile, start_stack
+from sparda_jax.inference.layer_store import LayerSettings, TileState
+from sparda_jax.inference.stack import (
+    Cache,
+    StackCarry,
+    end_stack,
+    layer_on_tile,
+    start_stack,
+)
 from sparda_jax.models.decoder import Decoder, DecoderLayer, run_layers
 from sparda_jax.models.rope import Rope, rotation
 
 
 def decode_step(
     model: Decoder,
-    cache: KVCache,
+    cache: Cache,
     tokens: Int[Array, " B"],
     lengths: Int[Array, " B"],
     active: Bool[Array, " B"],
@@ -52,4 +57,8 @@ def decode_step(
         return layer_on_tile(model, carry, layer, layer_index, 0, 1, tile, settings)
 
     carry = start_stack(model, cache, tokens[:, None], tile, settings, capture=capture)
-    return run_layers(model, body, carry)
+    if settings.offload is None:
+        return run_layers(model, body, carry)
+    # Layer 0 is like no other: nobody looked ahead for it, and it may be resident.
+    carry = run_layers(model, body, carry, apart=1)
+    return end_stack(carry, lengths, tile.count, settings)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels._common.dispatch import Implementation
 from sparda_jax.checkpoint.tokenizer import Tokenizer
-from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
+from sparda_jax.config import CacheConfig, ConfigError, ModelConfig, SparseConfig
 from sparda_jax.inference.generate import (
     GenerateState,
     Prompt,
@@ -26,7 +26,8 @@ from sparda_jax.inference.generate import (
     run_call,
     stop_array,
 )
-from sparda_jax.inference.layer_step import LayerSettings
+from sparda_jax.inference.layer_store import LayerSettings
+from sparda_jax.inference.policy import offload_settings
 from sparda_jax.inference.prefill import prefill
 from sparda_jax.inference.sampling import SamplingConfig, sampling_state
 from sparda_jax.models.decoder import Decoder, logits
@@ -141,6 +142,7 @@ class LanguageModel:
       tokenizer: None for models without one.
       fingerprint: Hash of the base weights, which Forecast files name.
       implementation: Attention kernels (see `LayerSettings`).
+      cache: Where generation keeps its KV.
     """
 
     model: Decoder
@@ -150,6 +152,7 @@ class LanguageModel:
     tokenizer: Tokenizer | None
     fingerprint: str | None
     implementation: Implementation | None = None
+    cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
     _compiled: dict = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -237,7 +240,7 @@ def forward(lm: LanguageModel, ids: PromptLike) -> Float[Array, "T V"]:
     settings = lm.settings
 
     def whole(model: Decoder, tokens: Array, count: Array, rope: Rope) -> Array:
-        state = new_state(model, settings, 1, shapes)
+        state = new_state(model, settings, 1, shapes, CacheConfig())
         start = jnp.zeros_like(count)
         carry = prefill(
             model,
@@ -351,13 +354,21 @@ class _Run:
             held_capacity = conversation.state.cache.capacity
             capacity = max(self.shapes.capacity, held_capacity)
             self.shapes = dataclasses.replace(self.shapes, capacity=capacity)
+        self.cache = lm.cache
+        self.settings = dataclasses.replace(
+            lm.settings, offload=offload_settings(self.cache, lm.selector)
+        )
         self.compile_seconds = 0.0
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
         if conversation is None:
-            self.state = new_state(lm.model, lm.settings, batch, self.shapes)
+            self.state = new_state(
+                lm.model, self.settings, batch, self.shapes, self.cache
+            )
         else:
-            self.state = next_turn(conversation.state, self.shapes, lm.settings)
+            self.state = next_turn(
+                conversation.state, self.shapes, self.settings, self.cache
+            )
 
     def request(self, steps: int, max_new: Array) -> Request:
         """Sampling and limits of one call."""
@@ -374,11 +385,11 @@ class _Run:
     ) -> float:
         """Runs a jitted part on the state; returns its seconds without compilation."""
         lm = self.lm
-        key = (function, self.batch, self.shapes)
+        key = (function, self.batch, self.shapes, self.settings)
         if key not in lm._compiled:
             begun = time.perf_counter()
             lowered = function.lower(
-                lm.model, self.state, *arguments, settings=lm.settings, **static
+                lm.model, self.state, *arguments, settings=self.settings, **static
             )
             lm._compiled[key] = lowered.compile()
             self.compile_seconds += time.perf_counter() - begun

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sparda_jax.cache.resident import KVCache, grow, init_cache
-from sparda_jax.config import ConfigError, ModelConfig
+from sparda_jax.cache.offload import OffloadCache, grow_offload, init_offload
+from sparda_jax.cache.resident import grow, init_cache
+from sparda_jax.config import CacheConfig, ConfigError, ModelConfig
 from sparda_jax.inference.decode import decode_step
-from sparda_jax.inference.layer_step import LayerSettings
+from sparda_jax.inference.layer_store import LayerSettings, Traffic
 from sparda_jax.inference.prefill import padded_length, prefill
 from sparda_jax.inference.sampling import SamplingState, sample
-from sparda_jax.inference.stack import BlockCounts, block_counts
+from sparda_jax.inference.stack import BlockCounts, Cache, block_counts
 from sparda_jax.models.decoder import Decoder, logits
 from sparda_jax.models.rope import Rope
 
@@ -42,9 +43,10 @@ class GenerateState(NamedTuple):
       done: Rows that have ended [B].
       seen: Tokens of prompt and output (repetition penalty) [B, V].
       prefill_counts, decode_counts: Blocks read and present.
+      traffic: Counters of an offloaded cache by layer [L]; zeros for a resident one.
     """
 
-    cache: KVCache
+    cache: Cache
     lengths: Int[Array, " B"]
     pending: Int[Array, " B"]
     tokens: Int[Array, "B room"]
@@ -53,6 +55,7 @@ class GenerateState(NamedTuple):
     seen: Bool[Array, "B V"]
     prefill_counts: BlockCounts
     decode_counts: BlockCounts
+    traffic: Traffic
 
 
 class Prompt(NamedTuple):
@@ -183,6 +186,8 @@ def advance(
             lengths=state.lengths + fed,
             decode_counts=state.decode_counts.plus(counts),
         )
+        if carry.traffic is not None:
+            state = state._replace(traffic=state.traffic.plus(carry.traffic))
         scores = logits(model, carry.hidden[:, 0])
         return number + 1, _emit(state, scores, active, request)
 
@@ -268,22 +273,53 @@ def plan_shapes(
     )
 
 
+def _list_width(shapes: Shapes, settings: LayerSettings) -> int:
+    blocks = shapes.capacity // settings.sparse.block_size
+    return settings.selector.list_width(blocks, settings.sparse)
+
+
 def new_state(
-    model: Decoder, settings: LayerSettings, batch: int, shapes: Shapes
+    model: Decoder,
+    settings: LayerSettings,
+    batch: int,
+    shapes: Shapes,
+    cache: CacheConfig,
+    *,
+    abstract: bool = False,
 ) -> GenerateState:
-    """An empty state for a batch."""
-    dtype = model.embedding[...].dtype
-    cache = init_cache(
-        settings.config,
-        settings.sparse,
-        batch=batch,
-        capacity=shapes.capacity,
-        dtype=dtype,
-        storage=model.storage,
-    )
+    """An empty state for a batch.
+
+    Args:
+      model: The decoder, for its type and storage.
+      settings: The model's shape, the selection, and how an offloaded cache is decoded.
+      batch: B.
+      shapes: Bucketed sizes.
+      cache: Where the KV lives.
+      abstract: For `jax.eval_shape`: do not allocate the host store.
+    """
+    kind = {
+        "batch": batch,
+        "capacity": shapes.capacity,
+        "dtype": model.embedding[...].dtype,
+        "storage": model.storage,
+    }
+    offload = settings.offload
+    if offload is None:
+        kv: Cache = init_cache(settings.config, settings.sparse, **kind)
+    else:
+        areas = 0 if offload.route != "slices" else 2 if offload.lookahead else 1
+        kv = init_offload(
+            settings.config,
+            settings.sparse,
+            cache,
+            **kind,
+            width=_list_width(shapes, settings),
+            staging=areas,
+            abstract=abstract,
+        )
     zeros = functools.partial(jnp.zeros, (batch,))
     return GenerateState(
-        cache=cache,
+        cache=kv,
         lengths=zeros(jnp.int32),
         pending=zeros(jnp.int32),
         tokens=jnp.full((batch, shapes.new), -1, jnp.int32),
@@ -292,16 +328,23 @@ def new_state(
         seen=jnp.zeros((batch, settings.config.vocab_size), bool),
         prefill_counts=BlockCounts.zero(),
         decode_counts=BlockCounts.zero(),
+        traffic=Traffic.zero(settings.config.num_layers),
     )
 
 
 def next_turn(
-    state: GenerateState, shapes: Shapes, settings: LayerSettings
+    state: GenerateState, shapes: Shapes, settings: LayerSettings, config: CacheConfig
 ) -> GenerateState:
     """The state with a larger cache if need be, and an empty output."""
     cache = state.cache
     if cache.capacity < shapes.capacity:
-        cache = grow(cache, shapes.capacity, settings.sparse)
+        if isinstance(cache, OffloadCache):
+            width = _list_width(shapes, settings)
+            cache = grow_offload(
+                cache, shapes.capacity, settings.sparse, config, width=width
+            )
+        else:
+            cache = grow(cache, shapes.capacity, settings.sparse)
     batch = cache.batch
     return state._replace(
         cache=cache,
@@ -309,6 +352,7 @@ def next_turn(
         generated=jnp.zeros((batch,), jnp.int32),
         prefill_counts=BlockCounts.zero(),
         decode_counts=BlockCounts.zero(),
+        traffic=Traffic.zero(settings.config.num_layers),
     )
 
 

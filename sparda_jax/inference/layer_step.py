@@ -1,24 +1,26 @@
 """The layer body: T tokens through one decoder layer. Written once.
 
 A prefill tile (T tokens), a further turn and a decode step (T = 1) all run this
-function; so do the scanned and the unrolled loop over layers, and every selector. Its
-order is the architecture's: project, forecast for the next layer, append to the cache,
-select, attend, MLP.
+function; so do the scanned and the unrolled loop over layers, every selector, and
+resident and offloaded caches. Its order is the architecture's: project, forecast for
+the next layer and start its fetch, append to the cache, join this layer's fetch,
+attend, MLP.
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from pallas_kernels._common.dispatch import Implementation
-from pallas_kernels.block_sparse_attention.api import block_sparse_attention
-from pallas_kernels.paged_decode_attention.api import paged_decode_attention
-from sparda_jax.cache.resident import LayerCache, append_tokens
-from sparda_jax.config import ModelConfig, SparseConfig
+from sparda_jax.config import ModelConfig
+from sparda_jax.inference.layer_store import (
+    LayerSettings,
+    LayerStore,
+    TileState,
+    TokenKV,
+)
 from sparda_jax.models.decoder import (
     DecoderLayer,
     project_qkv,
@@ -27,110 +29,18 @@ from sparda_jax.models.decoder import (
 from sparda_jax.models.forecast import project_forecast
 from sparda_jax.models.layers import matmul, rms_norm, swiglu
 from sparda_jax.models.rope import Rotation
-from sparda_jax.sparse.selection import SelectionTile
-from sparda_jax.sparse.selectors import Selector
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerSettings:
-    """What is fixed at trace time, the same for every layer and step.
-
-    Attributes:
-      config: The model.
-      sparse: Selection geometry.
-      selector: How blocks are chosen.
-      implementation: Attention kernels: None takes what is recorded as fastest for the
-        device, a name is never replaced by another.
-    """
-
-    config: ModelConfig
-    sparse: SparseConfig
-    selector: Selector
-    implementation: Implementation | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TileState:
-    """Where a tile stands in its rows.
-
-    Attributes:
-      start: Position of the tile's first token, per row [B].
-      count: Valid tokens of the tile, per row [B]; the rest is padding.
-      length: Keys of the row once the whole prompt or step is in [B].
-      turn: Rotation of the tile's tokens.
-      decoding: The tile is one decode step.
-    """
-
-    start: Int[Array, " B"]
-    count: Int[Array, " B"]
-    length: Int[Array, " B"]
-    turn: Rotation
-    decoding: bool = dataclasses.field(metadata={"static": True})
-
-    def positions(self, steps: int) -> Int[Array, "B T"]:
-        """Positions of the tile's tokens."""
-        return self.start[:, None] + jnp.arange(steps)
-
-
-def _attend(
-    q: Float[Array, "B T N H"],
-    blocks: Int[Array, "B K T P"] | None,
-    cache: LayerCache,
-    index: int | Int[Array, ""],
-    tile: TileState,
-    settings: LayerSettings,
-) -> Float[Array, "B T N H"]:
-    """Attention of the tile over its block lists (None: all causal blocks)."""
-    sparse = settings.sparse
-    key_bias = cache.key_bias
-    if key_bias is not None and not sparse.dense_key_bias:
-        # Parity with the reference, which drops c wherever attention is dense (§8.6).
-        if settings.selector.scores is None:
-            key_bias = None
-        elif sparse.dense_len > 0:
-            dense = tile.length < sparse.dense_len
-            key_bias = jnp.where(dense[None, :, None, None, None], 0.0, key_bias)
-    if not tile.decoding:
-        return block_sparse_attention(
-            q,
-            cache.kv,
-            q_start=tile.start,
-            block_indices=blocks,
-            layer=index,
-            key_bias=key_bias,
-            implementation=settings.implementation,
-        )
-    slots = slot_lengths = None
-    if blocks is not None:
-        # In a resident cache slot c holds block c; a slot table comes in between when
-        # KV is offloaded. Only the row's last block can be partly filled.
-        slots = blocks[:, :, 0]
-        filled = tile.length[:, None, None] - slots * sparse.block_size
-        slot_lengths = jnp.clip(filled, 0, sparse.block_size)
-    out = paged_decode_attention(
-        q[:, 0],
-        cache.kv,
-        slots=slots,
-        slot_lengths=slot_lengths,
-        lengths=tile.length if blocks is None else None,
-        layer=index,
-        key_bias=key_bias,
-        implementation=settings.implementation,
-    )
-    return out[:, None]
 
 
 def forecast_for_first_layer(
     h: Float[Array, "B T D"],
     norm: Float[Array, " D"],
     head: Float[Array, "D KH"],
-    tile: TileState,
+    turn: Rotation,
     config: ModelConfig,
 ) -> Float[Array, "B T K H"]:
     """phi_0, which layer 0 makes of its own input (specification §4.2)."""
     x = rms_norm(h, norm, config.rms_norm_eps)
-    return project_forecast(x, head, tile.turn)
+    return project_forecast(x, head, turn)
 
 
 class LayerOutput(NamedTuple):
@@ -139,14 +49,69 @@ class LayerOutput(NamedTuple):
     Attributes:
       hidden: Hidden states [B, T, D].
       phi: Forecast for the next layer [B, T, K, H], or None.
-      cache: The cache with the tile's tokens.
-      blocks: Block lists [B, K, T, P]; None: all causal blocks.
+      store: The cache with the tile's tokens.
     """
 
     hidden: Float[Array, "B T D"]
     phi: Float[Array, "B T K H"] | None
-    cache: LayerCache
-    blocks: Int[Array, "B K T P"] | None
+    store: LayerStore
+
+
+class LayerMiddle(NamedTuple):
+    """A layer between choosing blocks and attending to them.
+
+    Attributes:
+      hidden: The layer's input [B, T, D].
+      q: Queries after RoPE [B, T, N, H].
+      phi: Forecast for the next layer [B, T, K, H], or None.
+      store: The cache, with what is to be fetched.
+    """
+
+    hidden: Float[Array, "B T D"]
+    q: Float[Array, "B T N H"]
+    phi: Float[Array, "B T K H"] | None
+    store: LayerStore
+
+
+def layer_before_fetch(
+    layer: DecoderLayer,
+    next_head: Float[Array, "D KH"] | None,
+    h: Float[Array, "B T D"],
+    phi: Float[Array, "B T K H"] | None,
+    store: LayerStore,
+    tile: TileState,
+    settings: LayerSettings,
+) -> LayerMiddle:
+    """The layer up to the blocks that must be fetched; see `decoder_layer`."""
+    config = settings.config
+    x = rms_norm(h, layer.attention_norm[...], config.rms_norm_eps)
+    q, k, v = project_qkv(layer, config, x, tile.turn)
+    phi_next = None
+    if next_head is not None:
+        phi_next = project_forecast(x, next_head, tile.turn)
+    new = TokenKV(k, v, value_key_bias(layer, v) if config.key_bias else None)
+    store = store.look_ahead(phi_next, tile, settings)
+    store = store.append(new, tile, settings)
+    store = store.plan(q, phi, tile, settings)
+    return LayerMiddle(h, q, phi_next, store)
+
+
+def layer_after_fetch(
+    layer: DecoderLayer,
+    middle: LayerMiddle,
+    tile: TileState,
+    settings: LayerSettings,
+) -> LayerOutput:
+    """The rest of the layer, which needs the fetched blocks; see `decoder_layer`."""
+    h, q, phi_next, store = middle
+    store = store.land(q, tile, settings)
+    attended = store.attend(q, tile, settings)
+    scale = jnp.asarray(settings.config.residual_scale, h.dtype)
+    flat = attended.reshape(*h.shape[:2], -1)
+    h = h + scale * matmul(flat, layer.out[...])
+    x = rms_norm(h, layer.mlp_norm[...], settings.config.rms_norm_eps)
+    h = h + scale * swiglu(x, layer.gate_up[...], layer.down[...])
+    return LayerOutput(h, phi_next, store)
 
 
 # Jitted for itself, so that an unrolled loop over layers traces and lowers it once.
@@ -156,8 +121,7 @@ def decoder_layer(
     next_head: Float[Array, "D KH"] | None,
     h: Float[Array, "B T D"],
     phi: Float[Array, "B T K H"] | None,
-    cache: LayerCache,
-    index: int | Int[Array, ""],
+    store: LayerStore,
     tile: TileState,
     settings: LayerSettings,
 ) -> LayerOutput:
@@ -168,42 +132,16 @@ def decoder_layer(
       next_head: Forecast head that the next layer consumes, or None.
       h: Hidden states.
       phi: Forecasts of the layer before for this layer's selection, or None.
-      cache: The cache that holds the layer, before the tile.
-      index: The layer's index inside `cache`.
+      store: The layer's cache, before the tile.
       tile: Where the tile stands.
       settings: The model and how to attend.
     """
-    config, sparse = settings.config, settings.sparse
-    x = rms_norm(h, layer.attention_norm[...], config.rms_norm_eps)
-    q, k, v = project_qkv(layer, config, x, tile.turn)
-    phi_next = None
-    if next_head is not None:
-        phi_next = project_forecast(x, next_head, tile.turn)
-    cache = append_tokens(
-        cache,
-        index,
-        k,
-        v,
-        value_key_bias(layer, v) if config.key_bias else None,
-        start=tile.start,
-        count=tile.count,
-        sparse=sparse,
-    )
-    importance = cache.importance
-    seen = SelectionTile(
-        q=q,
-        phi=phi,
-        positions=tile.positions(h.shape[1]),
-        windows=cache.keys.windows[index],
-        importance=None if importance is None else importance.windows[index][..., 0],
-        length=tile.length,
-        decoding=tile.decoding,
-    )
-    blocks = settings.selector.select(seen, config, sparse)
-    attended = _attend(q, blocks, cache, index, tile, settings)
-    scale = jnp.asarray(config.residual_scale, h.dtype)
-    flat = attended.reshape(*h.shape[:2], -1)
-    h = h + scale * matmul(flat, layer.out[...])
-    x = rms_norm(h, layer.mlp_norm[...], config.rms_norm_eps)
-    h = h + scale * swiglu(x, layer.gate_up[...], layer.down[...])
-    return LayerOutput(h, phi_next, cache, blocks)
+    middle = layer_before_fetch(layer, next_head, h, phi, store, tile, settings)
+    # The fences are the order that XLA's scheduler must keep: a fetch beside compute
+    # starts before the layer's attention and MLP and is joined after them. Without
+    # them it puts start and done side by side, and nothing overlaps.
+    store, q = middle.store.fence(middle.q, settings)
+    middle = middle._replace(q=q, store=store.fetch(settings))
+    out = layer_after_fetch(layer, middle, tile, settings)
+    store, hidden = out.store.fence(out.hidden, settings)
+    return out._replace(hidden=hidden, store=store)

@@ -3,22 +3,33 @@
 A layer runs tile after tile, each appending its keys before it attends, so scratch is
 one tile's however long the prompt is. How many tiles run is decided at run time from
 the longest row: lengths can be bucketed and padding costs next to nothing.
+
+An offloaded layer runs on a scratch cache of one layer, into which what its rows hold
+from before is streamed, and leaves for the host when its tiles are done: the device
+holds one layer's KV, the hidden states of the prompt and a tile's scratch.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from sparda_jax.cache.offload import (
+    OffloadCache,
+    close_layer,
+    open_layer,
+    scratch_kv,
+)
 from sparda_jax.cache.resident import KVCache
-from sparda_jax.inference.layer_step import LayerSettings, TileState
-from sparda_jax.inference.stack import StackCarry, layer_on_tile, start_stack
+from sparda_jax.inference.layer_store import LayerSettings, ResidentStore, TileState
+from sparda_jax.inference.stack import Cache, StackCarry, Tokens, run_tile, start_stack
 from sparda_jax.models.decoder import Decoder, DecoderLayer, run_layers
 from sparda_jax.models.rope import Rope, Rotation, rotation
+from sparda_jax.sparse.selection import budget_width
 
 
 def prefill(
     model: Decoder,
-    cache: KVCache,
+    cache: Cache,
     tokens: Int[Array, "B T"],
     start: Int[Array, " B"],
     count: Int[Array, " B"],
@@ -71,23 +82,100 @@ def prefill(
             decoding=False,
         )
 
-    def body(
+    def run_tiles(
+        tokens: Tokens,
+        store: ResidentStore,
+        last: Int[Array, "B K P"] | None,
+        layer: DecoderLayer,
+        layer_index: int | Array,
+    ) -> tuple[Tokens, ResidentStore, Int[Array, "B K P"] | None]:
+        """A layer over all tiles; `last` becomes the lists of the rows' last tokens."""
+        index = store.index
+
+        def on_tile(tile: Array, loop: tuple) -> tuple:
+            tokens, layer_cache, last = loop
+            first = tile * tile_size
+            tokens, store = run_tile(
+                model,
+                tokens,
+                ResidentStore(layer_cache, index),
+                layer,
+                layer_index,
+                first,
+                tile_size,
+                tile_state(first, tile_size),
+                settings,
+            )
+            if last is not None:
+                assert store.blocks is not None
+                last = _last_lists(last, store.blocks, count - 1 - first)
+            return tokens, store.cache, last
+
+        loop = (tokens, store.cache, last)
+        tokens, layer_cache, last = jax.lax.fori_loop(0, needed, on_tile, loop)
+        return tokens, ResidentStore(layer_cache, index), last
+
+    def resident(
         carry: StackCarry, layer: DecoderLayer, layer_index: int | Array
     ) -> StackCarry:
-        def on_tile(tile: Array, carry: StackCarry) -> StackCarry:
-            first = tile * tile_size
-            state = tile_state(first, tile_size)
-            return layer_on_tile(
-                model, carry, layer, layer_index, first, tile_size, state, settings
-            )
+        assert isinstance(carry.cache, KVCache)
+        store = ResidentStore(*carry.cache.layer(layer_index))
+        tokens, store, _ = run_tiles(carry.tokens, store, None, layer, layer_index)
+        cache = carry.cache.replace_layer(layer_index, store.cache)
+        return carry._replace(tokens=tokens, cache=cache)
 
-        return jax.lax.fori_loop(0, needed, on_tile, carry)
+    def offloaded(
+        loop: tuple[StackCarry, Array], layer: DecoderLayer, layer_index: int | Array
+    ) -> tuple[StackCarry, Array]:
+        carry, scratch = loop
+        cache = carry.cache
+        assert isinstance(cache, OffloadCache)
+        if cache.first is not None and isinstance(layer_index, int) and not layer_index:
+            store = ResidentStore(cache.first, 0)
+            tokens, store, _ = run_tiles(carry.tokens, store, None, layer, layer_index)
+            cache = cache._replace(first=store.cache)
+            return carry._replace(tokens=tokens, cache=cache), scratch
+        index = layer_index - cache.resident_layers
+        working = open_layer(cache, index, scratch, start)
+        last = None
+        if settings.selector.lists_blocks(cache.num_blocks, settings.sparse):
+            shape = (
+                *cache.store.shape[1:3],
+                budget_width(settings.sparse, cache.num_blocks),
+            )
+            last = jnp.full(shape, -1, jnp.int32)
+        tokens, store, last = run_tiles(
+            carry.tokens, ResidentStore(working, 0), last, layer, layer_index
+        )
+        cache = close_layer(cache, index, store.cache, last, start, count)
+        # The next layer overwrites the scratch: only behind what reads it here.
+        cache, scratch = jax.lax.optimization_barrier((cache, store.cache.kv))
+        return carry._replace(tokens=tokens, cache=cache), scratch
 
     whole = tile_state(0, padded)
     carry = start_stack(model, cache, tokens, whole, settings, capture=capture)
-    carry = run_layers(model, body, carry)
-    blocks = None if carry.blocks is None else carry.blocks[:, :, :, :width]
-    return carry._replace(hidden=carry.hidden[:, :width], blocks=blocks)
+    if isinstance(cache, OffloadCache):
+        loop = (carry, scratch_kv(cache))
+        carry, _ = run_layers(model, offloaded, loop, apart=cache.resident_layers)
+    else:
+        carry = run_layers(model, resident, carry)
+    tokens_out = carry.tokens
+    blocks = None if tokens_out.blocks is None else tokens_out.blocks[:, :, :, :width]
+    hidden = tokens_out.hidden[:, :width]
+    return carry._replace(tokens=tokens_out._replace(hidden=hidden, blocks=blocks))
+
+
+def _last_lists(
+    last: Int[Array, "B K P"],
+    lists: Int[Array, "B K T P"],
+    token: Int[Array, " B"],
+) -> Int[Array, "B K P"]:
+    """`last`, with the list of `token` where that token is in the tile."""
+    size = lists.shape[2]
+    at = jnp.clip(token, 0, size - 1)[:, None, None, None]
+    here = jnp.take_along_axis(lists, at, axis=2)[:, :, 0]
+    inside = ((token >= 0) & (token < size))[:, None, None]
+    return jnp.where(inside, here, last)
 
 
 def padded_length(width: int, tile_size: int) -> int:

@@ -6,15 +6,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sparda_jax.cache.offload import OffloadCache, OffloadLayer, flush_tails
 from sparda_jax.cache.resident import KVCache
-from sparda_jax.inference.layer_step import (
+from sparda_jax.cache.slots import SlotTable
+from sparda_jax.inference.layer_step import decoder_layer, forecast_for_first_layer
+from sparda_jax.inference.layer_store import (
+    Ahead,
+    Flight,
     LayerSettings,
+    Link,
+    OffloadStore,
+    Outlook,
+    ResidentStore,
     TileState,
-    decoder_layer,
-    forecast_for_first_layer,
+    Traffic,
 )
 from sparda_jax.models.decoder import Decoder, DecoderLayer, embed
 from sparda_jax.sparse.selection import budget_width
+
+Cache = KVCache | OffloadCache
 
 
 class BlockCounts(NamedTuple):
@@ -33,27 +43,51 @@ class BlockCounts(NamedTuple):
         return BlockCounts(self.attended + other.attended, self.present + other.present)
 
 
-class StackCarry(NamedTuple):
-    """What travels through the layers.
+class Tokens(NamedTuple):
+    """What travels through the layers with the tokens.
 
     Attributes:
       hidden: Hidden states [B, T, D].
       phi: Forecasts of the layer before [B, T, K, H], or None.
-      cache: The KV cache.
       attended: KV blocks read so far; stays 0 while all causal blocks are read.
       blocks: Captured block lists [L, B, K, T, P], or None.
     """
 
     hidden: Float[Array, "B T D"]
     phi: Float[Array, "B T K H"] | None
-    cache: KVCache
     attended: Float[Array, ""]
     blocks: Int[Array, "L B K T P"] | None
 
 
+class StackCarry(NamedTuple):
+    """Everything that travels through the layers.
+
+    Attributes:
+      tokens: Hidden states, forecasts and counters.
+      cache: The KV cache.
+      flight: The next layer's block list, on its way (look-ahead decode), or None.
+      traffic: Counters of the offloaded cache by layer [L], or None.
+    """
+
+    tokens: Tokens
+    cache: Cache
+    flight: Flight | None = None
+    traffic: Traffic | None = None
+
+    @property
+    def hidden(self) -> Float[Array, "B T D"]:
+        """Hidden states."""
+        return self.tokens.hidden
+
+    @property
+    def blocks(self) -> Int[Array, "L B K T P"] | None:
+        """Captured block lists."""
+        return self.tokens.blocks
+
+
 def start_stack(
     model: Decoder,
-    cache: KVCache,
+    cache: Cache,
     tokens: Int[Array, "B T"],
     tile: TileState,
     settings: LayerSettings,
@@ -61,17 +95,20 @@ def start_stack(
     capture: bool,
 ) -> StackCarry:
     """Embeds the tokens and makes layer 0's own forecast."""
+    config = settings.config
     h = embed(model, tokens, model.embedding[...].dtype)
     phi = blocks = None
     if settings.selector.needs_forecast:
         norm, head = model.first_attention_norm(), model.forecast_head(0)
-        phi = forecast_for_first_layer(h, norm, head, tile, settings.config)
+        phi = forecast_for_first_layer(h, norm, head, tile.turn, config)
     if capture:
-        config = settings.config
-        width = budget_width(settings.sparse, cache.layers[0].num_blocks)
+        width = budget_width(settings.sparse, cache.num_blocks)
         shape = (config.num_layers, tokens.shape[0], config.num_kv_heads)
         blocks = jnp.full((*shape, tokens.shape[1], width), -1, jnp.int32)
-    return StackCarry(h, phi, cache, jnp.float32(0), blocks)
+    traffic = None
+    if settings.offload is not None and tile.decoding:
+        traffic = Traffic.zero(config.num_layers)
+    return StackCarry(Tokens(h, phi, jnp.float32(0), blocks), cache, None, traffic)
 
 
 def _causal_lists(
@@ -81,6 +118,70 @@ def _causal_lists(
     own = (tile.positions(shape[2]) // block_size)[:, None, :, None]
     block = jnp.arange(shape[-1])
     return jnp.broadcast_to(jnp.where(block <= own, block, -1), shape)
+
+
+def run_tile[Store: (ResidentStore, OffloadStore)](
+    model: Decoder,
+    tokens: Tokens,
+    store: Store,
+    layer: DecoderLayer,
+    layer_index: int | Int[Array, ""],
+    first: int | Int[Array, ""],
+    size: int,
+    tile: TileState,
+    settings: LayerSettings,
+) -> tuple[Tokens, Store]:
+    """Runs one layer on the tokens first … first + size − 1.
+
+    Args:
+      model: For the Forecast heads.
+      tokens: What travels with the tokens, of the whole prompt or step.
+      store: The layer's cache.
+      layer: The layer's weights.
+      layer_index: Its number.
+      first: Where the tile begins.
+      size: How many tokens it has.
+      tile: Where it stands in its rows.
+      settings: The model and how to attend.
+    """
+
+    def cut(x: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, first, size, axis=1)
+
+    def put(x: Array, piece: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(x, piece, first, axis=1)
+
+    next_head = None
+    if settings.selector.needs_forecast:
+        next_head = model.forecast_head(layer_index + 1)
+    out = decoder_layer(
+        layer,
+        next_head,
+        cut(tokens.hidden),
+        None if tokens.phi is None else cut(tokens.phi),
+        store,
+        tile,
+        settings,
+    )
+    attended, lists, blocks = tokens.attended, out.store.blocks, tokens.blocks
+    if lists is not None:
+        valid = jnp.arange(size) < tile.count[:, None]
+        picked = jnp.sum((lists >= 0) & valid[:, None, :, None], dtype=jnp.int32)
+        attended = attended + picked.astype(jnp.float32)
+    if blocks is not None:
+        if lists is None:
+            shape = (*blocks.shape[1:3], size, blocks.shape[-1])
+            lists = _causal_lists(tile, shape, settings.sparse.block_size)
+        at = (layer_index, 0, 0, first, 0)
+        blocks = jax.lax.dynamic_update_slice(blocks, lists[None], at)
+    tokens = Tokens(
+        hidden=put(tokens.hidden, out.hidden),
+        phi=None if tokens.phi is None else put(tokens.phi, out.phi),
+        attended=attended,
+        blocks=blocks,
+    )
+    assert isinstance(out.store, type(store))
+    return tokens, out.store
 
 
 def layer_on_tile(
@@ -93,46 +194,147 @@ def layer_on_tile(
     tile: TileState,
     settings: LayerSettings,
 ) -> StackCarry:
-    """Runs one layer on the tokens first … first + size − 1 of the carry."""
+    """`run_tile` on a carry: opens the layer's cache before and closes it after.
 
-    def cut(x: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(x, first, size, axis=1)
+    An offloaded cache is opened for decode steps only; prefill has its own way.
+    """
+    cache, tokens = carry.cache, carry.tokens
 
-    def put(x: Array, piece: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(x, piece, first, axis=1)
+    def run[Store: (ResidentStore, OffloadStore)](store: Store) -> tuple[Tokens, Store]:
+        return run_tile(
+            model, tokens, store, layer, layer_index, first, size, tile, settings
+        )
 
-    next_head = None
-    if settings.selector.needs_forecast:
-        next_head = model.forecast_head(layer_index + 1)
-    layer_cache, index = carry.cache.layer(layer_index)
-    out = decoder_layer(
-        layer,
-        next_head,
-        cut(carry.hidden),
-        None if carry.phi is None else cut(carry.phi),
-        layer_cache,
-        index,
-        tile,
-        settings,
+    if isinstance(cache, KVCache):
+        tokens, resident = run(ResidentStore(*cache.layer(layer_index)))
+        cache = cache.replace_layer(layer_index, resident.cache)
+        return carry._replace(tokens=tokens, cache=cache)
+    assert tile.decoding
+    outlook = _outlook(cache, layer_index, settings)
+    link = Link(cache.store, cache.spare)
+    if cache.first is not None and _is_first(layer_index):
+        store = ResidentStore(cache.first, 0, outlook=outlook, link=link)
+        tokens, store = run(store)
+        cache = cache._replace(first=store.cache)
+        return _close(carry, tokens, cache, store, layer_index)
+    index = layer_index - cache.resident_layers
+    own, place = cache.place(index)
+    tokens, opened = run(
+        OffloadStore(
+            own=own,
+            place=place,
+            index=index,
+            table=_table_at(own, place),
+            flight=carry.flight,
+            link=link,
+            traffic=Traffic.zero(),
+            outlook=outlook,
+        )
     )
-    attended, lists, blocks = carry.attended, out.blocks, carry.blocks
-    if lists is not None:
-        valid = jnp.arange(size) < tile.count[:, None]
-        picked = jnp.sum((lists >= 0) & valid[:, None, :, None], dtype=jnp.int32)
-        attended = attended + picked.astype(jnp.float32)
-    if blocks is not None:
-        if lists is None:
-            shape = (*blocks.shape[1:3], size, blocks.shape[-1])
-            lists = _causal_lists(tile, shape, settings.sparse.block_size)
-        at = (layer_index, 0, 0, first, 0)
-        blocks = jax.lax.dynamic_update_slice(blocks, lists[None], at)
-    return StackCarry(
-        hidden=put(carry.hidden, out.hidden),
-        phi=None if carry.phi is None else put(carry.phi, out.phi),
-        cache=carry.cache.replace_layer(layer_index, out.cache),
-        attended=attended,
-        blocks=blocks,
+    own = opened.own._replace(table=_put_table(opened.own, opened.table, place))
+    cache = cache.replace_layer(index, own)
+    assert carry.traffic is not None
+    traffic = Traffic(
+        *(
+            total.at[layer_index].set(one)
+            for total, one in zip(carry.traffic, opened.traffic, strict=True)
+        )
     )
+    carry = carry._replace(traffic=traffic)
+    return _close(carry, tokens, cache, opened, layer_index)
+
+
+def _is_first(layer_index: int | Int[Array, ""]) -> bool:
+    return isinstance(layer_index, int) and layer_index == 0
+
+
+def _table_at(layer: OffloadLayer, place: int | Int[Array, ""]) -> SlotTable:
+    return SlotTable(layer.table.blocks[place], layer.table.used[place])
+
+
+def _put_table(
+    layer: OffloadLayer, table: SlotTable, place: int | Int[Array, ""]
+) -> SlotTable:
+    return SlotTable(
+        layer.table.blocks.at[place].set(table.blocks),
+        layer.table.used.at[place].set(table.used),
+    )
+
+
+def _outlook(
+    cache: OffloadCache, layer_index: int | Int[Array, ""], settings: LayerSettings
+) -> Outlook | None:
+    """The next layer, if this one shall look ahead for it."""
+    offload = settings.offload
+    lists = settings.selector.lists_blocks(cache.num_blocks, settings.sparse)
+    if offload is None or not offload.lookahead or not lists:
+        return None
+    last = settings.config.num_layers - 1
+    if isinstance(layer_index, int):
+        if layer_index == last:
+            return None
+        index, exists = layer_index + 1 - cache.resident_layers, True
+    else:
+        # In a scan the last layer looks at itself and lists nothing.
+        exists = layer_index < last
+        index = jnp.minimum(layer_index + 1, last) - cache.resident_layers
+    layer, place = cache.place(index)
+    importance = layer.importance
+    ahead = Ahead(
+        windows=layer.keys.windows[place],
+        importance=None if importance is None else importance.windows[place][..., 0],
+        table=_table_at(layer, place),
+        index=index,
+        exists=exists,
+    )
+    return Outlook(ahead)
+
+
+def _close(
+    carry: StackCarry,
+    tokens: Tokens,
+    cache: OffloadCache,
+    store: ResidentStore | OffloadStore,
+    layer_index: int | Int[Array, ""],
+) -> StackCarry:
+    """Puts back what looking ahead changed: the next layer's table and its flight."""
+    assert store.link is not None
+    cache = cache._replace(spare=store.link.spare)
+    outlook = store.outlook
+    if outlook is None:
+        return carry._replace(tokens=tokens, cache=cache, flight=None)
+    index = outlook.ahead.index
+    layer, place = cache.place(index)
+    table = outlook.ahead.table
+    if not isinstance(layer_index, int):
+        # Behind the last layer the outlook is the layer itself, as it was before.
+        table = jax.tree.map(
+            lambda new, old: jnp.where(outlook.ahead.exists, new, old),
+            table,
+            _table_at(layer, place),
+        )
+    layer = layer._replace(table=_put_table(layer, table, place))
+    cache = cache.replace_layer(index, layer)
+    return carry._replace(tokens=tokens, cache=cache, flight=outlook.flight)
+
+
+def end_stack(
+    carry: StackCarry,
+    start: Int[Array, " B"],
+    active: Int[Array, " B"],
+    settings: LayerSettings,
+) -> StackCarry:
+    """Ends an offloaded decode step: tail blocks that are full now go to the host."""
+    cache, offload = carry.cache, settings.offload
+    assert isinstance(cache, OffloadCache) and offload is not None
+    if carry.flight is not None:
+        # The scanned form ends with the flight of a layer that does not exist.
+        assert carry.flight.staged is not None
+        link = Link(None, cache.spare).give_back(carry.flight.staged, offload)
+        cache = cache._replace(spare=link.spare)
+    block, offset = divmod(start, settings.sparse.block_size)
+    full = (active > 0) & (offset == settings.sparse.block_size - 1)
+    return carry._replace(cache=flush_tails(cache, full, block), flight=None)
 
 
 def block_counts(
@@ -149,7 +351,5 @@ def block_counts(
     blocks = jnp.where(token < count[:, None], blocks, 0)
     present = jnp.sum(blocks.astype(jnp.float32))
     present = present * (config.num_kv_heads * config.num_layers)
-    lists = settings.selector.lists_blocks(
-        carry.cache.layers[0].num_blocks, settings.sparse
-    )
-    return BlockCounts(carry.attended if lists else present, present)
+    lists = settings.selector.lists_blocks(carry.cache.num_blocks, settings.sparse)
+    return BlockCounts(carry.tokens.attended if lists else present, present)

@@ -126,19 +126,39 @@ def run_layers[Carry](
     model: Decoder,
     body: Callable[[Carry, DecoderLayer, int | Int[Array, ""]], Carry],
     carry: Carry,
+    *,
+    apart: int = 0,
 ) -> Carry:
-    """Runs `body(carry, layer, index)` over the layers: scanned or unrolled."""
+    """Runs `body(carry, layer, index)` over the layers: scanned or unrolled.
+
+    Args:
+      model: The decoder.
+      body: One layer; the index is an `int` where layers are unrolled.
+      carry: What travels through the layers.
+      apart: Leading layers that run before the scan, with an `int` index: their
+        carry may have another structure. Unrolled layers need no such thing.
+    """
     if isinstance(model.layers, nnx.List):
         for index, layer in enumerate(model.layers):
             carry = body(carry, layer, index)
         return carry
 
-    def step(carry: Carry, xs: tuple[DecoderLayer, Array]) -> tuple[Carry, None]:
-        layer, index = xs
-        return body(carry, layer, index), None
+    def one(index: int | Array) -> DecoderLayer:
+        return jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False),
+            model.layers,
+        )
 
-    indices = jnp.arange(model.config.num_layers)
-    return jax.lax.scan(step, carry, (model.layers, indices))[0]
+    for index in range(apart):
+        carry = body(carry, one(index), index)
+
+    # The scan takes each layer out of the stack by its index: cutting the leading
+    # layers off would copy the stack.
+    def step(carry: Carry, index: Array) -> tuple[Carry, None]:
+        return body(carry, one(index), index), None
+
+    indices = jnp.arange(apart, model.config.num_layers)
+    return jax.lax.scan(step, carry, indices)[0]
 
 
 def embed(

@@ -20,7 +20,7 @@ class SelectionTile:
     """What a selector sees for T consecutive query tokens of every row.
 
     Attributes:
-      q: Queries after RoPE [B, T, N, H].
+      q: Queries after RoPE [B, T, N, H]; None while the layer before looks ahead.
       phi: Forecasts of the layer before for these tokens [B, T, K, H], or None.
       positions: [B, T].
       windows: The layer's own compressed keys [B, K, W, H], W = M·ρ.
@@ -29,7 +29,7 @@ class SelectionTile:
       decoding: The tile is one decode step.
     """
 
-    q: Float[Array, "B T N H"]
+    q: Float[Array, "B T N H"] | None
     phi: Float[Array, "B T K H"] | None
     positions: Int[Array, "B T"]
     windows: Float[Array, "B K W H"]
@@ -64,6 +64,7 @@ def own_query_scores(
 
     Invisible windows get 0 and a row that sees none gets zeros.
     """
+    assert tile.q is not None
     batch, steps, heads, dim = tile.q.shape
     kv_heads = tile.windows.shape[1]
     q = tile.q.reshape(batch, steps, kv_heads, heads // kv_heads, dim)

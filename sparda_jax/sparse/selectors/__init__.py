@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
 from sparda_jax.sparse.selection import (
     SelectionTile,
+    budget_width,
     constrain_by_importance,
     force_blocks,
     forecast_scores,
@@ -77,6 +78,12 @@ class Selector:
         scoring.
         """
         return self.scores is not None and num_blocks > sparse.block_budget
+
+    def list_width(self, num_blocks: int, sparse: SparseConfig) -> int:
+        """Blocks that a token attends to at most in a cache of that many blocks."""
+        if self.scores is None:
+            return num_blocks
+        return budget_width(sparse, num_blocks)
 
     def select(
         self, tile: SelectionTile, config: ModelConfig, sparse: SparseConfig

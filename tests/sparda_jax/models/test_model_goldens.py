@@ -13,7 +13,7 @@ from sparda_jax.cache.resident import init_cache
 from sparda_jax.checkpoint.layout import CURRENT, future_name
 from sparda_jax.config import ModelConfig, RopeConfig, SparseConfig
 from sparda_jax.inference.decode import decode_step
-from sparda_jax.inference.layer_step import LayerSettings, TileState
+from sparda_jax.inference.layer_store import LayerSettings, TileState
 from sparda_jax.inference.prefill import prefill
 from sparda_jax.inference.stack import layer_on_tile, start_stack
 from sparda_jax.models.decoder import logits

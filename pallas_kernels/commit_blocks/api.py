@@ -1,0 +1,71 @@
+"""Public entry of the commit: checks, then dispatch."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels._common import validation
+from pallas_kernels._common.dispatch import Implementation, dispatch
+
+OP = "commit_blocks"
+
+
+def commit_blocks(
+    slots: Float[Array, " R *E"],
+    staged: Float[Array, " J *E"],
+    indices: Int[Array, " J"],
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, " R *E"]:
+    """Writes staged blocks to the listed rows of a device array, in place under `jit`.
+
+    The counterpart of ``host_gather``: a fetch that runs beside compute writes to a
+    staging area, and its blocks are put where attention reads them afterwards. The
+    bytes moved follow the entries that are not skipped; a skipped entry's staged block
+    is never read and may hold anything.
+
+    Args:
+      slots: rows of any shape. Donate it (or carry it through a loop): the Pallas form
+        updates it in place.
+      staged: as many blocks as there are entries, in the dtype of ``slots``.
+      indices: int32 row of each staged block, no row twice; negative ones are skipped.
+      implementation: "triton" or "xla"; None for the recorded choice of this device
+        kind. A named implementation never falls back.
+
+    Returns:
+      ``slots`` with the blocks in it.
+
+    Raises:
+      ValueError: on shapes or dtypes other than the above.
+      NotImplementedError: when the named implementation cannot serve the call.
+    """
+    if slots.ndim < 2 or min(slots.shape) < 1:
+        raise ValueError(
+            f"slots has shape {tuple(slots.shape)}; it must be [R, ...] with at least "
+            "two axes, none of them empty"
+        )
+    validation.require_float("slots", slots)
+    validation.require_shape("indices", indices, (None,), "J")
+    validation.require_integer("indices", indices)
+    expected = (indices.shape[0], *slots.shape[1:])
+    validation.require_shape("staged", staged, expected, "J, then as slots")
+    validation.require_dtype("staged", staged, slots.dtype)
+    indices = indices.astype(jnp.int32)
+    if indices.shape[0] == 0:
+        return slots
+
+    def run(name: str) -> Float[Array, " R *E"]:
+        if name == "mosaic_gpu":
+            raise NotImplementedError(
+                "mosaic_gpu has no commit_blocks: plain copies gain nothing from it"
+            )
+        if name == "triton":
+            from pallas_kernels.commit_blocks import pallas_triton
+
+            return pallas_triton.commit_blocks_triton(slots, staged, indices)
+        from pallas_kernels.commit_blocks.xla import commit_blocks_xla
+
+        return commit_blocks_xla(slots, staged, indices)
+
+    return dispatch(OP, implementation, run)

@@ -1,0 +1,123 @@
+"""Committing blocks on Triton, in place.
+
+Algorithm: the slots are an aliased operand; persistent programs walk over (entry, part
+of a block) pairs and copy the parts of entries that are not skipped. Nothing of a
+skipped entry is read or written, so the time follows the misses.
+
+Limits: blocks of a multiple of 256 bytes. The back end is deprecated in JAX; this file
+can be deleted with it, which leaves the XLA scatter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels._common.dispatch import (
+    in_32_bit,
+    require_cuda,
+    silence_triton_deprecation,
+)
+from pallas_kernels._common.numerics import cdiv
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the kernel.
+
+    Attributes:
+      programs: most persistent programs.
+      part_bytes: bytes that a program copies at a time, a power of two.
+      num_warps: warps of a program.
+    """
+
+    programs: int = 528
+    part_bytes: int = 16 * 1024
+    num_warps: int = 4
+
+    def __post_init__(self):
+        if self.programs < 1:
+            raise ValueError(f"programs is {self.programs}; it must be at least 1")
+        if self.part_bytes < 256 or self.part_bytes & (self.part_bytes - 1):
+            raise ValueError(
+                f"part_bytes is {self.part_bytes}; it must be a power of two >= 256"
+            )
+
+
+@in_32_bit
+def commit_blocks_triton(
+    slots: Float[Array, " R *E"],
+    staged: Float[Array, " J *E"],
+    indices: Int[Array, " J"],
+    *,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> Float[Array, " R *E"]:
+    """Computes the result in place.
+
+    Args:
+      slots: rows to write to.
+      staged: blocks to write.
+      indices: row of each block, negative for none.
+      config: settings; defaults if None.
+      interpret: run in Pallas's interpreter, on any device.
+
+    Returns:
+      The slots with the blocks in them.
+
+    Raises:
+      NotImplementedError: for blocks of an odd size, or without a CUDA device.
+    """
+    if not interpret:
+        require_cuda("triton", 8.0)
+    config = config or Config()
+    rows, shape = slots.shape[0], slots.shape[1:]
+    elements, itemsize = slots.size // rows, slots.dtype.itemsize
+    size = min(elements & -elements, config.part_bytes // itemsize)
+    if size * itemsize < 256:
+        raise NotImplementedError(
+            f"triton needs blocks of a multiple of 256 bytes, not {elements} elements "
+            f"of {slots.dtype}"
+        )
+    count, parts = indices.shape[0], elements // size
+    programs = min(config.programs, count * parts)
+
+    def kernel(_, staged_ref, indices_ref, slots_ref):
+        program = pl.program_id(0)
+
+        def body(i, carry):
+            unit = program + i * programs
+
+            @pl.when(unit < count * parts)
+            def _():
+                j, part = lax.div(unit, jnp.int32(parts)), lax.rem(unit, parts)
+                row = indices_ref[j]
+                columns = pl.ds(part * size, size)
+
+                @pl.when(row >= 0)
+                def _():
+                    slots_ref[jnp.minimum(row, rows - 1), columns] = staged_ref[
+                        j, columns
+                    ]
+
+            return carry
+
+        lax.fori_loop(0, cdiv(count * parts, programs), body, 0)
+
+    silence_triton_deprecation()
+    out = pl.pallas_call(
+        kernel,
+        grid=(programs,),
+        out_shape=jax.ShapeDtypeStruct((rows, elements), slots.dtype),
+        input_output_aliases={0: 0},
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
+        interpret=interpret,
+        name="commit_blocks_triton",
+    )(slots.reshape(rows, elements), staged.reshape(count, elements), indices)
+    return out.reshape(rows, *shape)

@@ -1,0 +1,65 @@
+"""Host and device memory. The only file of the package that names memory kinds.
+
+Whether an array lives in host memory is part of its type inside `jit`
+(``float32<host>[…]``), so that the fetch routes and the linter can tell. On a CPU the
+compiler drops the annotation: both kinds are the same memory there, and everything that
+works on a GPU works on a CPU. The other way round is not true, hence `cache.lint`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from sparda_jax.config import ConfigError
+
+HOST_KIND = "pinned_host"
+
+
+def to_host(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Moves an array to host memory, inside or outside of `jit`."""
+    return jax.device_put(x, jax.memory.Space.Host)
+
+
+def to_device(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Moves an array to device memory, inside or outside of `jit`."""
+    return jax.device_put(x, jax.memory.Space.Device)
+
+
+def in_host_memory(x: Array | jax.core.AbstractValue) -> bool:
+    """Whether the type of `x` says that it lives in host memory."""
+    aval = x if isinstance(x, jax.core.AbstractValue) else jax.typeof(x)
+    return getattr(aval, "memory_space", None) == jax.memory.Space.Host
+
+
+def host_sharding() -> SingleDeviceSharding:
+    """Where host arrays are put: pinned memory that the default device can read.
+
+    Raises:
+      ConfigError: If the device has no such memory kind.
+    """
+    device = jax.devices()[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST_KIND not in kinds:
+        raise ConfigError(
+            f"CacheConfig.kind='offload' needs the memory kind {HOST_KIND!r}: device "
+            f"{device.device_kind!r} has {', '.join(kinds) or 'none'}"
+        )
+    return SingleDeviceSharding(device, memory_kind=HOST_KIND)
+
+
+def host_zeros(shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "..."]:
+    """Zeros in host memory, without a copy of them in device memory.
+
+    Raises:
+      ConfigError: If the device has no host memory kind.
+    """
+    # NumPy's zeros are untouched pages, so that only the pinned array takes memory.
+    return jax.device_put(np.zeros(shape, jnp.dtype(dtype)), host_sharding())
+
+
+def host_shape(shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+    """The type of a host array, to lower programs without allocating it."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=host_sharding())

@@ -1,0 +1,405 @@
+"""Two-level KV cache: all blocks in host memory, those in use in device slots.
+
+Who holds what:
+
+  store      host, [Lo, B, K, M, block, 2, H]: every *full* block of the Lo offloaded
+             layers, K and V of a token side by side. Written when a prefill call leaves
+             a layer and when a row's tail block fills; always in place.
+  slots      device, per layer: C blocks per row and kv head, with their table
+  tail slot  the slot of a row's last, growing block, whose newest tokens exist only
+             there. It is in every list of its row, so it is never evicted
+             (`cache.slots`)
+  keys, ...  device: compressed keys and NOSA's per-token bias, for all blocks
+  first      device: layer 0's whole cache, when nothing shall be fetched for layer 0
+
+A prefill call works on one layer's whole KV in a scratch buffer on the device:
+`open_layer` streams what the row holds from before back into it, `close_layer` writes
+it out and leaves in the slots the blocks that the last token attended to. When C = M
+every block has its own slot, slot b holding block b, and nothing is ever fetched.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from sparda_jax.cache.memory import host_sharding, host_zeros, to_device, to_host
+from sparda_jax.cache.resident import (
+    LayerCache,
+    check_capacity,
+    empty_keys,
+    grow_layer,
+    init_layer,
+)
+from sparda_jax.cache.slots import SlotTable, empty_table, slot_of
+from sparda_jax.config import CacheConfig, ModelConfig, SparseConfig
+from sparda_jax.sparse.compression import CompressedKeys
+
+# Blocks of one row and head that a prefill call moves to or from the host at a time.
+_CHUNK_BLOCKS = 64
+
+
+class OffloadLayer(NamedTuple):
+    """Device side of one offloaded layer, or of all of them (leading axis).
+
+    Attributes:
+      slots: [layers, B, K, C, block, 2, H].
+      table: Contents of the slots [layers, B, K, C].
+      keys: Compressed keys.
+      key_bias: NOSA's c per token [layers, B, K, M, block] float32, or None.
+      importance: NOSA's window means of c, or None.
+    """
+
+    slots: Float[Array, "layers B K C block 2 H"]
+    table: SlotTable
+    keys: CompressedKeys
+    key_bias: Float[Array, "layers B K M block"] | None
+    importance: CompressedKeys | None
+
+
+class OffloadCache(NamedTuple):
+    """The whole cache; see the module's text.
+
+    Attributes:
+      store: Host blocks [Lo, B, K, M, block, 2, H].
+      layers: Lo `OffloadLayer`s of one layer each, or one stacked one.
+      first: Layer 0 when it is resident: then layer l is the store's l − 1.
+      spare: Staging areas of the `slices` route, each [B*K*P, block, 2, H]: one, or
+        two when fetches overlap; the kernels bring their own.
+    """
+
+    store: Float[Array, "Lo B K M block 2 H"]
+    layers: tuple[OffloadLayer, ...]
+    first: LayerCache | None
+    spare: tuple[Float[Array, "J block 2 H"], ...]
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.store.shape[1]
+
+    @property
+    def num_blocks(self) -> int:
+        """M, blocks of capacity per row."""
+        return self.store.shape[3]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row can hold."""
+        return self.num_blocks * self.store.shape[4]
+
+    @property
+    def num_slots(self) -> int:
+        """C."""
+        return self.layers[0].slots.shape[3]
+
+    @property
+    def resident_layers(self) -> int:
+        """How many leading layers are resident: 0 or 1."""
+        return 0 if self.first is None else 1
+
+    def place(self, index: int | Array) -> tuple[OffloadLayer, int | Array]:
+        """The `OffloadLayer` that holds offloaded layer `index`, and where in it."""
+        if len(self.layers) == 1:
+            return self.layers[0], index
+        return self.layers[index], 0  # pyrefly: ignore[bad-index]
+
+    def replace_layer(self, index: int | Array, layer: OffloadLayer) -> "OffloadCache":
+        """A copy in which `layer` holds offloaded layer `index`."""
+        if len(self.layers) == 1:
+            return self._replace(layers=(layer,))
+        assert isinstance(index, int)
+        changed = (*self.layers[:index], layer, *self.layers[index + 1 :])
+        return self._replace(layers=changed)
+
+
+def init_offload(
+    config: ModelConfig,
+    sparse: SparseConfig,
+    cache: CacheConfig,
+    *,
+    batch: int,
+    capacity: int,
+    dtype: DTypeLike,
+    storage: Literal["stacked", "per_layer"],
+    width: int,
+    staging: int,
+    abstract: bool = False,
+) -> OffloadCache:
+    """An empty cache.
+
+    Args:
+      config: The model's shape.
+      sparse: Block and window sizes.
+      cache: Slots and where layer 0 lives.
+      batch: B.
+      capacity: Tokens per row, a multiple of the block size.
+      dtype: Type of KV and compressed keys.
+      storage: As the model's layers are stored.
+      width: P, blocks that a token attends to at most.
+      staging: Staging areas to keep (`OffloadCache.spare`).
+      abstract: Give the host store's type only, to lower without allocating it (call
+        under `jax.eval_shape` for the rest).
+
+    Raises:
+      ConfigError: If capacity is no positive multiple of the block size, or the slots
+        cannot hold a block list, or there is no host memory kind.
+    """
+    check_capacity(capacity, sparse)
+    blocks, heads = capacity // sparse.block_size, config.num_kv_heads
+    dim = config.head_dim
+    slots = cache.slots(blocks, width)
+    resident = 1 if cache.layer0 == "resident" else 0
+    offloaded = config.num_layers - resident
+    per_layer = offloaded if storage == "stacked" else 1
+    block = (sparse.block_size, 2, dim)
+
+    def one() -> OffloadLayer:
+        lead = (per_layer, batch, heads)
+        windows = blocks * sparse.windows_per_block
+        return OffloadLayer(
+            slots=jnp.zeros((*lead, slots, *block), dtype),
+            table=empty_table((*lead, slots)),
+            keys=empty_keys(lead, windows, dim, dtype),
+            key_bias=(
+                jnp.zeros((*lead, blocks, sparse.block_size), jnp.float32)
+                if config.key_bias
+                else None
+            ),
+            importance=(
+                empty_keys(lead, windows, 1, jnp.float32) if config.key_bias else None
+            ),
+        )
+
+    first = None
+    if resident:
+        first = init_layer(
+            config, sparse, layers=1, batch=batch, blocks=blocks, dtype=dtype
+        )
+    shape = (offloaded, batch, heads, blocks, *block)
+    count = 1 if storage == "stacked" else offloaded
+    return OffloadCache(
+        store=(
+            jax.ShapeDtypeStruct(shape, dtype)  # pyrefly: ignore[bad-argument-type]
+            if abstract
+            else host_zeros(shape, dtype)
+        ),
+        layers=tuple(one() for _ in range(count)),
+        first=first,
+        spare=tuple(
+            jnp.zeros((batch * heads * width, *block), dtype) for _ in range(staging)
+        ),
+    )
+
+
+def grow_offload(
+    cache: OffloadCache,
+    capacity: int,
+    sparse: SparseConfig,
+    config: CacheConfig,
+    *,
+    width: int,
+) -> OffloadCache:
+    """A copy of the cache with a larger capacity (a multiple of the block size)."""
+    blocks = capacity // sparse.block_size
+    slots = config.slots(blocks, width)
+
+    def pad(array: Array, size: int, value: int = 0) -> Array:
+        widths = [(0, 0)] * array.ndim
+        widths[3] = (0, size - array.shape[3])
+        return jnp.pad(array, widths, constant_values=value)
+
+    def keys(old: CompressedKeys) -> CompressedKeys:
+        return old._replace(windows=pad(old.windows, blocks * sparse.windows_per_block))
+
+    def one(layer: OffloadLayer) -> OffloadLayer:
+        return OffloadLayer(
+            slots=pad(layer.slots, slots),
+            table=SlotTable(*(pad(part, slots, -1) for part in layer.table)),
+            keys=keys(layer.keys),
+            key_bias=None if layer.key_bias is None else pad(layer.key_bias, blocks),
+            importance=None if layer.importance is None else keys(layer.importance),
+        )
+
+    rows = cache.batch * cache.store.shape[2] * width
+    spare = tuple(
+        jnp.zeros((rows, *area.shape[1:]), area.dtype) for area in cache.spare
+    )
+    widths = [(0, 0)] * cache.store.ndim
+    widths[3] = (0, blocks - cache.num_blocks)
+    store = np.pad(np.asarray(cache.store), widths)
+    return OffloadCache(
+        store=jax.device_put(store, host_sharding()),
+        layers=tuple(one(layer) for layer in cache.layers),
+        first=None if cache.first is None else grow_layer(cache.first, blocks, sparse),
+        spare=spare,
+    )
+
+
+def _at(stack: Array, index: int | Array) -> Array:
+    """One layer of a stack, its axis kept."""
+    if stack.shape[0] == 1:
+        return stack
+    return lax.dynamic_slice_in_dim(stack, index, 1, 0)
+
+
+def _put(stack: Array, layer: Array, index: int | Array) -> Array:
+    """The stack with one layer replaced."""
+    if stack.shape[0] == 1:
+        return layer
+    return lax.dynamic_update_slice_in_dim(stack, layer, index, 0)
+
+
+def _put_tree(stack: OffloadLayer, layer: OffloadLayer, index: int | Array):
+    return jax.tree.map(lambda s, x: _put(s, x, index), stack, layer)
+
+
+def scratch_kv(cache: OffloadCache) -> Float[Array, "1 B K M block 2 H"]:
+    """Room on the device for one layer's whole KV."""
+    return jnp.zeros((1, *cache.store.shape[1:]), cache.store.dtype)
+
+
+def open_layer(
+    cache: OffloadCache,
+    index: int | Array,
+    scratch: Float[Array, "1 B K M block 2 H"],
+    start: Int[Array, " B"],
+) -> LayerCache:
+    """One offloaded layer's cache on the device, with the `start` tokens of every row.
+
+    Args:
+      cache: The cache.
+      index: The layer, counted among the offloaded ones.
+      scratch: Buffer to fill; what lies behind a row's end in it is garbage.
+      start: Tokens that each row holds.
+    """
+    layer, place = cache.place(index)
+    _, batch, heads, blocks, block, _, dim = cache.store.shape
+    chunk = min(_CHUNK_BLOCKS, blocks)
+    needed = -(-jnp.max(start) // (chunk * block))
+
+    def load(number: Array, scratch: Array) -> Array:
+        first = jnp.minimum(number * chunk, blocks - chunk)
+        piece = lax.dynamic_slice(
+            cache.store,
+            (index, 0, 0, first, 0, 0, 0),
+            (1, batch, heads, chunk, block, 2, dim),
+        )
+        return lax.dynamic_update_slice_in_dim(scratch, to_device(piece), first, 3)
+
+    kv = lax.fori_loop(0, needed, load, scratch)
+    # The tail's newest tokens are in its slot alone.
+    tail = (start // block)[:, None]
+    slot = slot_of(
+        _at(layer.table.blocks, place)[0], jnp.broadcast_to(tail, (batch, heads))
+    )
+    rows, kv_heads = jnp.arange(batch)[:, None], jnp.arange(heads)[None]
+    held = layer.slots[place, rows, kv_heads, jnp.maximum(slot, 0)]
+    partial = (slot >= 0) & (start % block != 0)[:, None]
+    where = jnp.where(partial, tail, blocks)
+    kv = kv.at[0, rows, kv_heads, where].set(held, mode="drop")
+    return LayerCache(
+        kv=kv,
+        keys=jax.tree.map(lambda x: _at(x, place), layer.keys),
+        key_bias=None if layer.key_bias is None else _at(layer.key_bias, place),
+        importance=jax.tree.map(lambda x: _at(x, place), layer.importance),
+    )
+
+
+def close_layer(
+    cache: OffloadCache,
+    index: int | Array,
+    working: LayerCache,
+    last: Int[Array, "B K P"] | None,
+    start: Int[Array, " B"],
+    count: Int[Array, " B"],
+) -> OffloadCache:
+    """Writes a layer's new blocks to the host and fills its slots.
+
+    Args:
+      cache: The cache.
+      index: The layer, counted among the offloaded ones.
+      working: The layer's cache with the new tokens in it.
+      last: The block lists of each row's last token, or None when it read all blocks.
+      start: Tokens that each row held before.
+      count: New tokens of each row; a row without any keeps its slots.
+    """
+    layer, place = cache.place(index)
+    batch, heads, blocks, block = cache.store.shape[1:5]
+    chunk, slots = min(_CHUNK_BLOCKS, blocks), cache.num_slots
+    end = start + count
+    fresh = count > 0
+    bottom = jnp.min(jnp.where(fresh, start, cache.capacity)) // (chunk * block)
+    top = -(-jnp.max(jnp.where(fresh, end, 0)) // (chunk * block))
+
+    def save(number: Array, store: Array) -> Array:
+        first = jnp.minimum(number * chunk, blocks - chunk)
+        piece = lax.dynamic_slice_in_dim(working.kv, first, chunk, 3)
+        return lax.dynamic_update_slice(
+            store, to_host(piece), (index, 0, 0, first, 0, 0, 0)
+        )
+
+    store = lax.fori_loop(bottom, top, save, cache.store)
+
+    held = -(-end // block)
+    if last is None or slots == blocks:
+        own = jnp.arange(slots) < held[:, None]
+        wanted = jnp.where(own, jnp.arange(slots), -1)[:, None]
+        wanted = jnp.broadcast_to(wanted, (batch, heads, slots))
+    else:
+        padding = slots - last.shape[-1]
+        wanted = jnp.pad(last, ((0, 0), (0, 0), (0, padding)), constant_values=-1)
+    rows, kv_heads = jnp.ogrid[:batch, :heads]
+    filled = working.kv[0, rows[..., None], kv_heads[..., None], jnp.maximum(wanted, 0)]
+    stamps = jnp.where(wanted >= 0, end[:, None, None], -1)
+
+    def keep(new: Array, old: Array) -> Array:
+        """The new value for rows with new tokens."""
+        shape = (1, batch, *(1,) * (old.ndim - 2))
+        return jnp.where(fresh.reshape(shape), new[None].astype(old.dtype), old)
+
+    old = jax.tree.map(lambda x: _at(x, place), (layer.slots, layer.table))
+    table = SlotTable(keep(wanted, old[1].blocks), keep(stamps, old[1].used))
+    changed = OffloadLayer(
+        slots=keep(filled, old[0]),
+        table=table,
+        keys=working.keys,
+        key_bias=working.key_bias,
+        importance=working.importance,
+    )
+    cache = cache.replace_layer(index, _put_tree(layer, changed, place))
+    return cache._replace(store=store)
+
+
+def flush_tails(
+    cache: OffloadCache, full: Bool[Array, " B"], block: Int[Array, " B"]
+) -> OffloadCache:
+    """Copies the tail blocks that have filled up to the host, all layers at once.
+
+    Args:
+      cache: The cache.
+      full: Rows whose tail block is full now.
+      block: That block's id, per row.
+
+    The number of loop turns is the number of such rows; mostly it is none.
+    """
+    order = jnp.argsort(~full, stable=True)
+
+    def save(turn: Array, store: Array) -> Array:
+        row = order[turn]
+        pieces = []
+        for layer in cache.layers:
+            table = lax.dynamic_index_in_dim(layer.table.blocks, row, 1, False)
+            slot = jnp.maximum(slot_of(table, block[row]), 0)  # layers K
+            depth, heads = jnp.ogrid[: slot.shape[0], : slot.shape[1]]
+            pieces.append(layer.slots[depth, row, heads, slot])
+        piece = jnp.concatenate(pieces)[:, None, :, None]  # Lo 1 K 1 block 2 H
+        at = (0, row, 0, block[row], 0, 0, 0)
+        return lax.dynamic_update_slice(store, to_host(piece), at)
+
+    count = jnp.sum(full, dtype=jnp.int32)
+    return cache._replace(store=lax.fori_loop(0, count, save, cache.store))

@@ -1,0 +1,87 @@
+"""The commit of staged blocks against its definition."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import commit_blocks
+from pallas_kernels._common.lowering import cuda_lowering_text
+from pallas_kernels.commit_blocks.arg_specs import ARG_SPECS
+from pallas_kernels.commit_blocks.pallas_triton import Config, commit_blocks_triton
+from pallas_kernels.commit_blocks.reference import commit_blocks_reference
+
+CI_SPECS = [s for s in ARG_SPECS if "ci" in s.tags]
+specs = pytest.mark.parametrize("spec", CI_SPECS, ids=lambda s: s.name)
+
+
+def _same(got, want):
+    got, want = (np.asarray(x.astype(jnp.float32)) for x in (got, want))
+    np.testing.assert_array_equal(got, want)
+    assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@specs
+def test_xla(spec, dtype):
+    args = spec.make(dtype)
+    got = jax.jit(lambda a: commit_blocks(**a, implementation="xla"))(args)
+    _same(got, commit_blocks_reference(**args))
+
+
+@pytest.mark.parametrize("programs", [1, 5, 528])
+@specs
+def test_triton_in_the_interpreter(spec, programs):
+    args = spec.make("bfloat16")
+    config = Config(programs=programs, part_bytes=4096)
+    got = commit_blocks_triton(**args, config=config, interpret=True)
+    _same(got, commit_blocks_reference(**args))
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
+@specs
+def test_triton_lowers_for_cuda(spec, x64):
+    def f(a):
+        return commit_blocks(**a, implementation="triton")
+
+    assert "triton" in cuda_lowering_text(f, spec.make("bfloat16"), x64=x64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["triton", "xla"])
+@specs
+def test_native(spec, implementation):
+    args = spec.make("bfloat16")
+    got = jax.jit(lambda a: commit_blocks(**a, implementation=implementation))(args)
+    _same(got, commit_blocks_reference(**args))
+
+
+def test_in_place():
+    """A donated array is updated where it is."""
+    args = CI_SPECS[0].make("float32")
+    call = jax.jit(commit_blocks, donate_argnames="slots")
+    text = call.lower(**args).compile().as_text()
+    # Keyword arguments are sorted: the slots are the second one.
+    assert "input_output_alias={ {}: (1" in text
+
+
+def test_mosaic_refuses():
+    with pytest.raises(NotImplementedError, match="no commit_blocks"):
+        commit_blocks(**CI_SPECS[0].make("float32"), implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slots": jnp.zeros((3,))}, "slots has shape"),
+        ({"staged": jnp.zeros((3, 4))}, "staged has shape"),
+        ({"staged": jnp.zeros((10, 64, 2, 128), jnp.bfloat16)}, "staged has dtype"),
+        ({"indices": jnp.zeros((10,))}, "indices has dtype"),
+    ],
+)
+def test_bad_arguments(change, message, without_type_checks):
+    args = CI_SPECS[0].make("float32") | change
+    with pytest.raises(ValueError, match=re.escape(message)):
+        commit_blocks(**args)
