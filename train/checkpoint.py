@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -42,7 +43,7 @@ def check_writable(out: str | os.PathLike) -> pathlib.Path:
     path = pathlib.Path(out).expanduser().absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
+        probe = path / f".writable-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -234,6 +235,7 @@ def export_forecast(
     sparse: SparseConfig,
     fingerprint: str | None,
     extra: Mapping[str, Any],
+    dtype: DTypeLike = np.float32,
 ) -> None:
     """Writes heads as a Forecast weights file that `sparda_jax.load` takes."""
     matrices = np.swapaxes(np.asarray(heads, np.float32), 1, 2)
@@ -243,4 +245,4 @@ def export_forecast(
         base_fingerprint=fingerprint,
         sparse=sparse,
     )
-    save_forecast(path, weights, base_name=config.name, extra=extra)
+    save_forecast(path, weights, base_name=config.name, extra=extra, dtype=dtype)

@@ -168,14 +168,15 @@ class DataConfig(_Checked):
       seq_len: Tokens of a sequence, a multiple of the block size.
       packing: "documents" packs documents and pieces of documents, apart from each
         other; "long" takes whole sequences out of single documents and leaves out
-        documents that are shorter.
+        documents that are shorter; "joined" cuts all documents, one after the other,
+        into whole sequences, through which attention goes as if each were one text.
       held_out: Share of the documents that is kept for evaluation.
       seed: Of the shuffle and the split.
     """
 
     sources: tuple[tuple[str, float], ...] = (("stdlib", 0.7), ("pydoc", 0.3))
     seq_len: int = 4096
-    packing: Literal["documents", "long"] = "documents"
+    packing: Literal["documents", "long", "joined"] = "documents"
     held_out: float = 0.05
     seed: int = 42
 
@@ -259,7 +260,10 @@ class TrainConfig(_Checked):
       model: As for `sparda_jax.load`: a preset's name, file, directory or hub id.
       out: Directory of checkpoints, logs, curves and the trained weights.
       init: First Forecast weights: "from_query", the group mean of the consuming
-        layer's query heads, or "kaiming", uniform in ±1/√D as in the reference.
+        layer's query heads; "kaiming", uniform in ±1/√D as in the reference; or
+        "regression", the linear map that predicts that mean query best, in closed form
+        from `init_batches` batches.
+      init_batches: Batches that "regression" reads.
       sparse: Block geometry and budget; None takes the model's.
       dtype: Of the frozen weights; None is float32 on a CPU and bfloat16 elsewhere.
       attention: How the frozen layers attend: "blocks" visits the listed blocks;
@@ -270,13 +274,15 @@ class TrainConfig(_Checked):
       max_minutes: Stop after the step at which this much time has passed, as if it
         were the last one; the same command continues. None for no limit.
       log_every: Steps between two lines of the log.
+      export_dtype: Of the matrices in the exported files.
       tensorboard: Also write TensorBoard files (needs the package tensorboardX).
     """
 
     name: str = "distill"
     model: str = "smollm2-135m"
     out: str = "out/distill"
-    init: Literal["from_query", "kaiming"] = "from_query"
+    init: Literal["from_query", "kaiming", "regression"] = "from_query"
+    init_batches: int = 8
     sparse: SparseConfig | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     attention: Literal["blocks", "masked"] = "blocks"
@@ -284,6 +290,7 @@ class TrainConfig(_Checked):
     seed: int = 42
     max_minutes: float | None = None
     log_every: int = 1
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
     tensorboard: bool = False
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -294,7 +301,7 @@ class TrainConfig(_Checked):
 
     def __post_init__(self) -> None:
         self._choices()
-        self._ints(1, "log_every")
+        self._ints(1, "log_every", "init_batches")
         self._ints(0, "seed")
         for name in ("name", "model", "out"):
             value = getattr(self, name)
@@ -325,7 +332,8 @@ class TrainConfig(_Checked):
         """
         values = dataclasses.asdict(self)
         free = ("name", "out", "max_minutes", "log_every", "tensorboard", "eval")
-        for field in (*free, "checkpoint", "parallel", "attention", "implementation"):
+        free = (*free, "checkpoint", "parallel", "attention", "implementation")
+        for field in (*free, "export_dtype"):
             del values[field]
         del values["optimizer"]["micro_batch"]
         values["data"]["sources"] = [list(pair) for pair in self.data.sources]

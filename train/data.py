@@ -40,6 +40,8 @@ class Piece:
 def _pieces(corpus: Corpus, data: DataConfig, *, held_out: bool) -> list[Piece]:
     """Pieces of at most `seq_len` tokens of the documents on one side of the split."""
     size = data.seq_len
+    if data.packing == "joined":
+        size = data.seq_len + corpus.num_tokens
     pieces = []
     for shard, begin, end in corpus.documents():
         tokens = corpus.tokens[shard]
@@ -47,7 +49,7 @@ def _pieces(corpus: Corpus, data: DataConfig, *, held_out: bool) -> list[Piece]:
             continue
         whole, rest = divmod(end - begin, size)
         pieces += [Piece(shard, begin + i * size, size) for i in range(whole)]
-        if rest and data.packing == "documents":
+        if rest and data.packing != "long":
             pieces.append(Piece(shard, begin + whole * size, rest))
     return pieces
 
@@ -86,6 +88,23 @@ def pack(
     return rows + [tuple(held) for _, held in opened]
 
 
+def join(pieces: list[Piece], size: int) -> list[tuple[Piece, ...]]:
+    """Cuts the pieces, one after the other, into rows of `size`; the rest is left."""
+    rows: list[tuple[Piece, ...]] = []
+    row: list[Piece] = []
+    room = size
+    for piece in pieces:
+        begin, left = piece.begin, piece.length
+        while left:
+            taken = min(left, room)
+            row.append(Piece(piece.shard, begin, taken))
+            begin, left, room = begin + taken, left - taken, room - taken
+            if room == 0:
+                rows.append(tuple(row))
+                row, room = [], size
+    return rows
+
+
 class PackedRows:
     """Random access to the packed rows of a corpus: a grain data source."""
 
@@ -102,6 +121,7 @@ class PackedRows:
           DataError: If that side has not one whole sequence.
         """
         self._corpus, self._size, self._block = corpus, data.seq_len, block
+        self._joined = data.packing == "joined"
         pieces = _pieces(corpus, data, held_out=held_out)
         held = sum(piece.length for piece in pieces)
         side = "held-out" if held_out else "training"
@@ -113,7 +133,10 @@ class PackedRows:
                 f"(longest document: {longest} tokens): use more text, a shorter "
                 f"seq_len or another held_out={data.held_out}"
             )
-        self._rows = pack(pieces, data.seq_len, block, data.seed)
+        if self._joined:
+            self._rows = join(pieces, data.seq_len)
+        else:
+            self._rows = pack(pieces, data.seq_len, block, data.seed)
 
     def __len__(self) -> int:
         """Rows."""
@@ -135,7 +158,9 @@ class PackedRows:
             tokens[place:stop] = shard[piece.begin : piece.begin + piece.length]
             after = place + -(-piece.length // self._block) * self._block
             start[place:after], end[place:after] = place, stop
-            place = after
+            place = stop if self._joined else after
+        if self._joined:
+            start[:], end[:] = 0, self._size
         # What is left over is padding after the last document.
         if place < self._size:
             start[place:], end[place:] = start[place - 1], end[place - 1]

@@ -3,6 +3,7 @@
   KL       the training loss, on held-out rows
   recall   of the blocks that the layer's own query chooses (the deployed selector), the
            share that the forecast chooses as well; forced blocks are not counted
+  recall_at_budget  the same with them: of all blocks that the own query reads
   mass     attention probability of all causal tokens that falls into the chosen blocks:
            of the forecast, of the own query, and of the oracle, which knows that mass
 
@@ -26,6 +27,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
+from sparda_jax.config import ConfigError, SparseConfig
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.sparse.selection import force_blocks, top_blocks
 from train.config import LossConfig
@@ -85,18 +87,22 @@ class Evaluation:
 
     kl: np.ndarray
     recall: np.ndarray
+    recall_at_budget: np.ndarray
     forecast_mass: np.ndarray
     own_mass: np.ndarray
     oracle_mass: np.ndarray
 
     @staticmethod
-    def of(sums: LayerSums) -> "Evaluation":
+    def of(sums: LayerSums, sparse: SparseConfig) -> "Evaluation":
         """Ratios of the sums."""
         s: Any = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+        # Both lists of a row that counts hold all forced blocks.
+        forced = sparse.forced_blocks * s.rows
         with np.errstate(invalid="ignore", divide="ignore"):
             return Evaluation(
                 kl=s.kl / s.kl_weight,
                 recall=s.hits / s.wanted,
+                recall_at_budget=(s.hits + forced) / (s.wanted + forced),
                 forecast_mass=s.forecast_mass / s.rows,
                 own_mass=s.own_mass / s.rows,
                 oracle_mass=s.oracle_mass / s.rows,
@@ -242,9 +248,34 @@ def make_evaluate(
     def evaluate(model: Decoder, heads: Array, batches: Sequence[Batch]) -> Evaluation:
         parts = [jax.device_get(run(model, heads, batch)) for batch in batches]
         total = jax.tree.map(lambda *xs: np.sum(xs, axis=0), *parts)
-        return Evaluation.of(total)
+        return Evaluation.of(total, settings.sparse)
 
     return evaluate
+
+
+def _tensorboard(folder: pathlib.Path, start: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter  # pyrefly: ignore[missing-import]
+    except ImportError as error:
+        raise ConfigError(
+            "tensorboard=True is not allowed: it needs the package tensorboardX "
+            "(pip install 'sparda-jax[tensorboard]')"
+        ) from error
+    # What a killed run wrote after the step that is resumed is hidden.
+    return SummaryWriter(str(folder), purge_step=start + 1 if start > 0 else None)
+
+
+class NoLog:
+    """Stands for `RunLog` in all processes but the first."""
+
+    def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def advance(self, **shown: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class RunLog:
@@ -264,6 +295,9 @@ class RunLog:
         progress: bool = True,
     ):
         """Opens the log of a run that begins at step `start` of `steps`."""
+        self._writer = None
+        if tensorboard:
+            self._writer = _tensorboard(out / "tensorboard", start)
         self._path = out / "log.jsonl"
         kept = [line for line in read_log(self._path) if line["step"] <= start]
         temporary = self._path.with_suffix(".tmp")
@@ -274,11 +308,6 @@ class RunLog:
             total=steps, initial=start, unit="step", disable=None if progress else True
         )
         self._begin = time.monotonic()
-        self._writer = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter  # pyrefly: ignore[missing-import]
-
-            self._writer = SummaryWriter(str(out / "tensorboard"))
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """One line; plain numbers go to TensorBoard as well."""

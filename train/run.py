@@ -7,6 +7,7 @@ import pathlib
 import time
 from typing import Any, Literal
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sparda_jax
 from sparda_jax.inference.engine import LanguageModel
+from sparda_jax.loading import default_dtype
 from train.checkpoint import Checkpoints, check_writable, export_forecast
 from train.config import TrainConfig, check
 from train.data import (
@@ -25,7 +27,7 @@ from train.data import (
     training_data,
 )
 from train.loss import Documents
-from train.metrics import Evaluation, RunLog, make_evaluate, plot_curves
+from train.metrics import Evaluation, NoLog, RunLog, make_evaluate, plot_curves
 from train.step import (
     AXIS,
     Batch,
@@ -36,8 +38,11 @@ from train.step import (
     initial_state,
     learning_rate,
     make_mesh,
+    make_moments,
     make_optimizer,
     make_step,
+    place,
+    regression_heads,
     shard_model,
 )
 
@@ -121,15 +126,7 @@ class _Run:
         vocabulary = self.lm.config.vocab_size
         self.corpora = open_sources(config.data, self.lm.tokenizer, vocabulary)
         block = self.sparse.block_size
-        self.data = batches(
-            training_data(
-                self.corpora,
-                config.data,
-                block=block,
-                batch=config.optimizer.global_batch,
-                part=(jax.process_index(), jax.process_count()),
-            )
-        )
+        self.data = self._batches()
         self.held_out: list[Batch] = []
         if config.data.held_out:
             rows = held_out_rows(
@@ -146,8 +143,7 @@ class _Run:
         fsdp = config.parallel.fsdp
         heads = initial_heads(self.lm.model, config.init, config.seed)
         self.optimizer = make_optimizer(config.optimizer)
-        state = initial_state(heads, self.optimizer)
-        self.state = jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
+        self.state = self.placed(initial_state(heads, self.optimizer))
         self.model = shard_model(self.lm.model, self.mesh, fsdp=fsdp)
         self.step = make_step(
             self.model, self.settings, self.optimizer, self.mesh, fsdp=fsdp
@@ -156,7 +152,39 @@ class _Run:
             self.model, self.settings, self.mesh, fsdp=fsdp, mass=config.eval.mass
         )
 
-    def measure(self, log: RunLog, step: int) -> Evaluation | None:
+    def _batches(self) -> grain.DatasetIterator:
+        config = self.config
+        return batches(
+            training_data(
+                self.corpora,
+                config.data,
+                block=self.sparse.block_size,
+                batch=config.optimizer.global_batch,
+                part=(jax.process_index(), jax.process_count()),
+            )
+        )
+
+    def placed(self, state: TrainState) -> TrainState:
+        """The state on all devices."""
+        return jax.tree.map(lambda x: place(x, self.mesh, PartitionSpec()), state)
+
+    def fit_heads(self) -> None:
+        """Replaces the first heads by those of `regression_heads`."""
+        fsdp = self.config.parallel.fsdp
+        moments = make_moments(self.model, self.settings, self.mesh, fsdp=fsdp)
+        # An iterator of its own: training begins with the first batch all the same.
+        data, total = self._batches(), None
+        for _ in range(self.config.init_batches):
+            batch = _on_devices(next(data), self.mesh, self.accumulation)
+            new = jax.device_get(moments(self.model, self.state.heads, batch))
+            new = jax.tree.map(lambda x: np.asarray(x, np.float64), new)
+            total = new if total is None else jax.tree.map(np.add, total, new)
+        assert total is not None
+        self.state = self.placed(
+            initial_state(regression_heads(*total), self.optimizer)
+        )
+
+    def measure(self, log: RunLog | NoLog, step: int) -> Evaluation | None:
         """Held-out metrics, written to the log."""
         if not self.held_out:
             return None
@@ -164,9 +192,13 @@ class _Run:
         log.write(step, "eval", {**found.means(), "layers": found.by_layer()})
         return found
 
-    def export(self, state: TrainState, evaluation: Evaluation | None, name: str):
+    def export(
+        self, state: TrainState, evaluation: Evaluation | None, name: str
+    ) -> pathlib.Path:
         """Writes the heads with everything that a model card needs."""
         path = self.out / name
+        if jax.process_index() != 0:
+            return path
         extra = {
             "identity": self.identity,
             "step": int(state.step),
@@ -183,19 +215,26 @@ class _Run:
             sparse=self.sparse,
             fingerprint=self.lm.fingerprint,
             extra=extra,
+            dtype=jnp.dtype(self.config.export_dtype),
         )
         return path
 
 
 def _load(config: TrainConfig) -> LanguageModel:
-    dtype = None if config.dtype is None else jnp.dtype(config.dtype)
-    return sparda_jax.load(
-        config.model,
-        attention="dense",
-        dtype=dtype,
-        storage="stacked",
-        implementation=config.implementation,
-    )
+    """The frozen model, in the host's memory.
+
+    `shard_model` brings it to the devices, each part straight to where it belongs: no
+    device ever holds more than its share.
+    """
+    dtype = default_dtype() if config.dtype is None else jnp.dtype(config.dtype)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return sparda_jax.load(
+            config.model,
+            attention="dense",
+            dtype=dtype,
+            storage="stacked",
+            implementation=config.implementation,
+        )
 
 
 def _check_shapes(config: TrainConfig, lm: LanguageModel, block: int) -> None:
@@ -226,16 +265,20 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         if restored is not None:
             run.state = restored.state
             run.data.set_state(restored.data)
+        elif config.init == "regression":
+            run.fit_heads()
         start = int(run.state.step)
         steps = config.optimizer.steps
-        (run.out / "config.json").write_text(json.dumps(run.identity, indent=2))
-        log = RunLog(
-            run.out,
-            start=start if restored is not None else -1,
-            steps=steps,
-            tensorboard=config.tensorboard,
-            progress=progress,
-        )
+        log: RunLog | NoLog = NoLog()
+        if jax.process_index() == 0:
+            (run.out / "config.json").write_text(json.dumps(run.identity, indent=2))
+            log = RunLog(
+                run.out,
+                start=start if restored is not None else -1,
+                steps=steps,
+                tensorboard=config.tensorboard,
+                progress=progress,
+            )
         try:
             evaluation = _loop(run, checkpoints, log, start)
         finally:
@@ -248,13 +291,14 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
             run.export(held.state, None, "forecast-best.safetensors")
     finally:
         checkpoints.close()
-    plot_curves(run.out / "log.jsonl", run.out / "curves.png")
+    if jax.process_index() == 0:
+        plot_curves(run.out / "log.jsonl", run.out / "curves.png")
     resumed = None if restored is None else start
     return TrainResult(run.state, evaluation, path, resumed)
 
 
 def _loop(
-    run: _Run, checkpoints: Checkpoints, log: RunLog, start: int
+    run: _Run, checkpoints: Checkpoints, log: RunLog | NoLog, start: int
 ) -> Evaluation | None:
     """Steps `start` … to the end; returns the last evaluation."""
     config = run.config
@@ -287,7 +331,11 @@ def _loop(
 
 
 def _report(
-    config: TrainConfig, log: RunLog, step: int, metrics: StepMetrics, rate: Any
+    config: TrainConfig,
+    log: RunLog | NoLog,
+    step: int,
+    metrics: StepMetrics,
+    rate: Any,
 ) -> None:
     """Logs one step, and stops the run if nothing is finite any more."""
     loss = np.asarray(metrics.loss)

@@ -12,6 +12,7 @@ weights and gathers a layer's when that layer runs.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -346,9 +347,9 @@ def heads_gradient(
 
 
 def initial_heads(model: Decoder, how: str, seed: int) -> Float[Array, "L D KH"]:
-    """Float32 heads before training: `from_query`, or `kaiming` (§4.1)."""
+    """Float32 heads before training: `kaiming` (§4.1), else `from_query`."""
     config = model.config
-    if how == "from_query":
+    if how != "kaiming":
         return jnp.stack([x.astype(jnp.float32) for x in from_query_heads(model)])
     shape = (
         config.num_layers,
@@ -358,6 +359,102 @@ def initial_heads(model: Decoder, how: str, seed: int) -> Float[Array, "L D KH"]
     bound = config.hidden_size**-0.5
     key = jax.random.key(seed)
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def query_moments(
+    model: Decoder,
+    heads: Float[Array, "L D KH"],
+    batch: Batch,
+    settings: Settings,
+    gather: Callable[[DecoderLayer], DecoderLayer] = lambda layer: layer,
+) -> tuple[Float[Array, "L D D"], Float[Array, "L D KH"]]:
+    """Xᵀ·X and Xᵀ·Y of every layer, for `regression_heads`.
+
+    X is what the layer is forecast from and Y the mean query of each group before its
+    rotation, over the tokens that belong to a document. Layers attend to the blocks
+    that their own queries choose.
+    """
+    config = settings.config
+    loss = dataclasses.replace(settings.loss, on_policy=False)
+    settings = dataclasses.replace(settings, loss=loss)
+
+    def on_layer(view: LayerView) -> tuple[Array, tuple[Array, Array]]:
+        out = distill_layer(
+            view.q,
+            view.k,
+            view.phi,
+            batch.documents,
+            view.key_bias,
+            sparse=settings.sparse,
+            loss=loss,
+            with_gradient=False,
+            v=view.v if settings.masked_attention else None,
+        )
+        attended = out.attended
+        if attended is None:
+            attended = attend(view, out.routing, settings)
+        rows, tokens = view.q.shape[:2]
+        q = view.q.astype(jnp.float32)
+        q = q.reshape(rows, tokens, config.num_kv_heads, -1, config.head_dim)
+        plain = apply_rope(q.mean(3), Rotation(view.turn.cos, -view.turn.sin))
+        inside = jnp.arange(tokens) < batch.documents.end
+        x = jnp.where(inside[..., None], view.source, 0)
+        dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        square = dot("btd,bte->de", x, x)
+        product = dot("btd,bte->de", x, plain.reshape(rows, tokens, -1).astype(x.dtype))
+        return attended, (square, product)
+
+    return run_backbone(model, heads, batch, settings, on_layer, gather)[1]
+
+
+def regression_heads(
+    square: Float[np.ndarray, "L D D"], product: Float[np.ndarray, "L D KH"]
+) -> Float[Array, "L D KH"]:
+    """Heads that predict the mean query of each group best, by least squares.
+
+    `from_query` reads the input of the layer before as if it were the layer's own;
+    these heads know what is usually added in between. A ridge of 1e-4 of the mean
+    eigenvalue keeps directions that the inputs never take at rest.
+    """
+    heads = []
+    for a, b in zip(square, product, strict=True):
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        ridge = 1e-4 * np.trace(a) / len(a) + 1e-12
+        heads.append(np.linalg.solve(a + ridge * np.eye(len(a)), b))
+    return jnp.asarray(np.stack(heads), jnp.float32)
+
+
+def make_moments(
+    model: Decoder, settings: Settings, mesh: Mesh, *, fsdp: bool = False
+) -> Callable[[Decoder, Array, Batch], tuple[Array, Array]]:
+    """Jitted `query_moments` of one batch [A, B, T] over the mesh."""
+    gather = make_gather(model, mesh, fsdp=fsdp)
+
+    def sums(model: Decoder, heads: Array, batch: Batch) -> tuple[Array, Array]:
+        def micro(total: tuple, part: Batch) -> tuple[tuple, None]:
+            new = query_moments(model, heads, part, settings, gather)
+            return jax.tree.map(jnp.add, total, new), None
+
+        layers, hidden, width = heads.shape
+        zeros = (
+            jnp.zeros((layers, hidden, hidden), jnp.float32),
+            jnp.zeros((layers, hidden, width), jnp.float32),
+        )
+        total = jax.lax.scan(micro, zeros, batch)[0]
+        return jax.lax.psum(total, AXIS) if mesh.size > 1 else total
+
+    spread = jax.shard_map(
+        sums,
+        mesh=mesh,
+        in_specs=(
+            model_specs(model, mesh, fsdp=fsdp),
+            PartitionSpec(),
+            PartitionSpec(None, AXIS),
+        ),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    return jax.jit(spread)
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
@@ -435,12 +532,19 @@ def model_specs(model: Decoder, mesh: Mesh, *, fsdp: bool) -> Decoder:
     return specs
 
 
+def place(x: Array | np.ndarray, mesh: Mesh, spec: PartitionSpec) -> Array:
+    """An array laid out over the mesh; every process must hold all of it."""
+    sharding = NamedSharding(mesh, spec)
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda at: whole[at])
+
+
 def shard_model(model: Decoder, mesh: Mesh, *, fsdp: bool) -> Decoder:
     """The model with its weights laid out over the mesh."""
     specs = model_specs(model, mesh, fsdp=fsdp)
-    return jax.tree.map(
-        lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), model, specs
-    )
+    return jax.tree.map(lambda x, spec: place(x, mesh, spec), model, specs)
 
 
 def make_gather(

@@ -15,6 +15,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 
 from sparda_jax.checkpoint import layout
 from sparda_jax.checkpoint.atomic import new_file, write_safetensors
@@ -61,6 +62,7 @@ def save_forecast(
     *,
     base_name: str,
     extra: Mapping[str, Any] | None = None,
+    dtype: DTypeLike = np.float32,
 ) -> None:
     """Writes a Forecast file, whole or not at all.
 
@@ -69,6 +71,7 @@ def save_forecast(
       weights: What to write.
       base_name: Name of the base model, for people.
       extra: Anything that JSON can say, such as the training settings.
+      dtype: Of the matrices in the file.
 
     Raises:
       CheckpointError: The arrays do not fit together, `extra` is not JSON, or the
@@ -81,10 +84,10 @@ def save_forecast(
             f"{list(current.shape)}, allowed: [L-1, K·H, D] and [K·H, D]"
         )
     tensors = {
-        layout.future_name(layer): np.ascontiguousarray(future[layer], np.float32)
+        layout.future_name(layer): np.ascontiguousarray(future[layer], dtype)
         for layer in range(future.shape[0])
     }
-    tensors[layout.CURRENT] = np.ascontiguousarray(current, np.float32)
+    tensors[layout.CURRENT] = np.ascontiguousarray(current, dtype)
     metadata = {"format": FORMAT, "version": VERSION, "base_name": base_name}
     if weights.base_fingerprint is not None:
         metadata["base_fingerprint"] = weights.base_fingerprint
