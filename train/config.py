@@ -261,9 +261,9 @@ class TrainConfig(_Checked):
       out: Directory of checkpoints, logs, curves and the trained weights.
       init: First Forecast weights: "from_query", the group mean of the consuming
         layer's query heads; "kaiming", uniform in ±1/√D as in the reference; or
-        "regression", the linear map that predicts that mean query best, in closed form
-        from `init_batches` batches.
-      init_batches: Batches that "regression" reads.
+        "regression" (`train.init`): least squares for every query head of the consuming
+        layer, and weights of the heads in a group by the loss.
+      init_batches: Batches that "regression" reads for the one, and for the other.
       sparse: Block geometry and budget; None takes the model's.
       dtype: Of the frozen weights; None is float32 on a CPU and bfloat16 elsewhere.
       attention: How the frozen layers attend: "blocks" visits the listed blocks;
@@ -282,7 +282,7 @@ class TrainConfig(_Checked):
     model: str = "smollm2-135m"
     out: str = "out/distill"
     init: Literal["from_query", "kaiming", "regression"] = "from_query"
-    init_batches: int = 8
+    init_batches: int = 16
     sparse: SparseConfig | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     attention: Literal["blocks", "masked"] = "blocks"

@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import grain
@@ -26,6 +27,7 @@ from train.data import (
     open_sources,
     training_data,
 )
+from train.init import regression_heads
 from train.loss import Documents
 from train.metrics import Evaluation, NoLog, RunLog, make_evaluate, plot_curves
 from train.step import (
@@ -38,11 +40,9 @@ from train.step import (
     initial_state,
     learning_rate,
     make_mesh,
-    make_moments,
     make_optimizer,
     make_step,
     place,
-    regression_heads,
     shard_model,
 )
 
@@ -105,12 +105,12 @@ def _held_out_batches(rows: list[Row], mesh: Mesh, per_device: int) -> list[Batc
     return out
 
 
-class _Run:
+class Run:
     """The pieces of a run that its loop uses."""
 
-    def __init__(self, config: TrainConfig, *, progress: bool):
+    def __init__(self, config: TrainConfig):
         self.out = check_writable(config.out)
-        self.config, self.progress = config, progress
+        self.config = config
         self.mesh = make_mesh(config.parallel.devices)
         self.accumulation = config.optimizer.accumulation(self.mesh.size)
         self.lm = _load(config)
@@ -164,25 +164,28 @@ class _Run:
             )
         )
 
+    def batches(self) -> Iterator[Batch]:
+        """All batches from the first one on, on the devices."""
+        for rows in self._batches():
+            yield _on_devices(rows, self.mesh, self.accumulation)
+
     def placed(self, state: TrainState) -> TrainState:
         """The state on all devices."""
         return jax.tree.map(lambda x: place(x, self.mesh, PartitionSpec()), state)
 
     def fit_heads(self) -> None:
         """Replaces the first heads by those of `regression_heads`."""
-        fsdp = self.config.parallel.fsdp
-        moments = make_moments(self.model, self.settings, self.mesh, fsdp=fsdp)
-        # An iterator of its own: training begins with the first batch all the same.
-        data, total = self._batches(), None
-        for _ in range(self.config.init_batches):
-            batch = _on_devices(next(data), self.mesh, self.accumulation)
-            new = jax.device_get(moments(self.model, self.state.heads, batch))
-            new = jax.tree.map(lambda x: np.asarray(x, np.float64), new)
-            total = new if total is None else jax.tree.map(np.add, total, new)
-        assert total is not None
-        self.state = self.placed(
-            initial_state(regression_heads(*total), self.optimizer)
+        # Batches of its own: training begins with the first one all the same.
+        heads = regression_heads(
+            self.model,
+            self.state.heads,
+            self.batches(),
+            self.settings,
+            self.mesh,
+            batches=self.config.init_batches,
+            fsdp=self.config.parallel.fsdp,
         )
+        self.state = self.placed(initial_state(heads, self.optimizer))
 
     def measure(self, log: RunLog | NoLog, step: int) -> Evaluation | None:
         """Held-out metrics, written to the log."""
@@ -220,6 +223,14 @@ class _Run:
         return path
 
 
+def _host() -> jax.Device | None:
+    """The host as a device; None where JAX was told to leave it out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
 def _load(config: TrainConfig) -> LanguageModel:
     """The frozen model, in the host's memory.
 
@@ -227,7 +238,7 @@ def _load(config: TrainConfig) -> LanguageModel:
     device ever holds more than its share.
     """
     dtype = default_dtype() if config.dtype is None else jnp.dtype(config.dtype)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.default_device(_host()):
         return sparda_jax.load(
             config.model,
             attention="dense",
@@ -257,7 +268,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
       CheckpointError: The model or a checkpoint cannot be read.
       TrainingError: Too many consecutive steps were not finite.
     """
-    run = _Run(config, progress=progress)
+    run = Run(config)
     # Opening them checks that this run is the one that they are of.
     checkpoints = Checkpoints(run.out, config.checkpoint, run.identity, run.mesh)
     try:
@@ -298,7 +309,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
 
 
 def _loop(
-    run: _Run, checkpoints: Checkpoints, log: RunLog | NoLog, start: int
+    run: Run, checkpoints: Checkpoints, log: RunLog | NoLog, start: int
 ) -> Evaluation | None:
     """Steps `start` … to the end; returns the last evaluation."""
     config = run.config

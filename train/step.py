@@ -12,7 +12,6 @@ weights and gathers a layer's when that layer runs.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -361,102 +360,6 @@ def initial_heads(model: Decoder, how: str, seed: int) -> Float[Array, "L D KH"]
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
-def query_moments(
-    model: Decoder,
-    heads: Float[Array, "L D KH"],
-    batch: Batch,
-    settings: Settings,
-    gather: Callable[[DecoderLayer], DecoderLayer] = lambda layer: layer,
-) -> tuple[Float[Array, "L D D"], Float[Array, "L D KH"]]:
-    """Xᵀ·X and Xᵀ·Y of every layer, for `regression_heads`.
-
-    X is what the layer is forecast from and Y the mean query of each group before its
-    rotation, over the tokens that belong to a document. Layers attend to the blocks
-    that their own queries choose.
-    """
-    config = settings.config
-    loss = dataclasses.replace(settings.loss, on_policy=False)
-    settings = dataclasses.replace(settings, loss=loss)
-
-    def on_layer(view: LayerView) -> tuple[Array, tuple[Array, Array]]:
-        out = distill_layer(
-            view.q,
-            view.k,
-            view.phi,
-            batch.documents,
-            view.key_bias,
-            sparse=settings.sparse,
-            loss=loss,
-            with_gradient=False,
-            v=view.v if settings.masked_attention else None,
-        )
-        attended = out.attended
-        if attended is None:
-            attended = attend(view, out.routing, settings)
-        rows, tokens = view.q.shape[:2]
-        q = view.q.astype(jnp.float32)
-        q = q.reshape(rows, tokens, config.num_kv_heads, -1, config.head_dim)
-        plain = apply_rope(q.mean(3), Rotation(view.turn.cos, -view.turn.sin))
-        inside = jnp.arange(tokens) < batch.documents.end
-        x = jnp.where(inside[..., None], view.source, 0)
-        dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        square = dot("btd,bte->de", x, x)
-        product = dot("btd,bte->de", x, plain.reshape(rows, tokens, -1).astype(x.dtype))
-        return attended, (square, product)
-
-    return run_backbone(model, heads, batch, settings, on_layer, gather)[1]
-
-
-def regression_heads(
-    square: Float[np.ndarray, "L D D"], product: Float[np.ndarray, "L D KH"]
-) -> Float[Array, "L D KH"]:
-    """Heads that predict the mean query of each group best, by least squares.
-
-    `from_query` reads the input of the layer before as if it were the layer's own;
-    these heads know what is usually added in between. A ridge of 1e-4 of the mean
-    eigenvalue keeps directions that the inputs never take at rest.
-    """
-    heads = []
-    for a, b in zip(square, product, strict=True):
-        a, b = a.astype(np.float64), b.astype(np.float64)
-        ridge = 1e-4 * np.trace(a) / len(a) + 1e-12
-        heads.append(np.linalg.solve(a + ridge * np.eye(len(a)), b))
-    return jnp.asarray(np.stack(heads), jnp.float32)
-
-
-def make_moments(
-    model: Decoder, settings: Settings, mesh: Mesh, *, fsdp: bool = False
-) -> Callable[[Decoder, Array, Batch], tuple[Array, Array]]:
-    """Jitted `query_moments` of one batch [A, B, T] over the mesh."""
-    gather = make_gather(model, mesh, fsdp=fsdp)
-
-    def sums(model: Decoder, heads: Array, batch: Batch) -> tuple[Array, Array]:
-        def micro(total: tuple, part: Batch) -> tuple[tuple, None]:
-            new = query_moments(model, heads, part, settings, gather)
-            return jax.tree.map(jnp.add, total, new), None
-
-        layers, hidden, width = heads.shape
-        zeros = (
-            jnp.zeros((layers, hidden, hidden), jnp.float32),
-            jnp.zeros((layers, hidden, width), jnp.float32),
-        )
-        total = jax.lax.scan(micro, zeros, batch)[0]
-        return jax.lax.psum(total, AXIS) if mesh.size > 1 else total
-
-    spread = jax.shard_map(
-        sums,
-        mesh=mesh,
-        in_specs=(
-            model_specs(model, mesh, fsdp=fsdp),
-            PartitionSpec(),
-            PartitionSpec(None, AXIS),
-        ),
-        out_specs=PartitionSpec(),
-        check_vma=False,
-    )
-    return jax.jit(spread)
-
-
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     """Linear warm-up of at most a tenth of the steps, then the schedule."""
     warmup = min(config.warmup_steps, config.steps // 10)
@@ -573,29 +476,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, AXIS))
 
 
-Step = Callable[[Decoder, TrainState, Batch], tuple[TrainState, StepMetrics]]
+Gradients = Callable[[Decoder, Array, Batch], tuple[Array, Array, Array]]
 
 
-def make_step(
-    model: Decoder,
-    settings: Settings,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    *,
-    fsdp: bool = False,
-) -> Step:
-    """The jitted step: (model, state, batch [A, B, T]) → (state, metrics).
+def make_gradients(
+    model: Decoder, settings: Settings, mesh: Mesh, *, fsdp: bool = False
+) -> Gradients:
+    """`heads_gradient` of a batch [A, B, T] over the mesh, summed; not jitted.
 
-    The A micro batches are accumulated; B is shared by the devices. The state is
-    donated. A step whose loss or gradient is not finite leaves heads and optimizer as
-    they were.
-
-    Args:
-      model: Only its shapes are used.
-      settings: Model, geometry and loss.
-      optimizer: For the heads.
-      mesh: Of `make_mesh`.
-      fsdp: The layers' weights are divided over the mesh.
+    The A micro batches are accumulated; B is shared by the devices.
     """
     gather = make_gather(model, mesh, fsdp=fsdp)
     specs = model_specs(model, mesh, fsdp=fsdp)
@@ -620,7 +509,7 @@ def make_step(
             sums = jax.lax.scan(micro, zeros, batch)[0]
         return jax.lax.psum(sums, AXIS) if mesh.size > 1 else sums
 
-    spread = jax.shard_map(
+    return jax.shard_map(
         gradients,
         mesh=mesh,
         in_specs=(specs, PartitionSpec(), PartitionSpec(None, AXIS)),
@@ -629,6 +518,33 @@ def make_step(
         # no annotations of what varies over the mesh.
         check_vma=False,
     )
+
+
+Step = Callable[[Decoder, TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+
+def make_step(
+    model: Decoder,
+    settings: Settings,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    fsdp: bool = False,
+) -> Step:
+    """The jitted step: (model, state, batch [A, B, T]) → (state, metrics).
+
+    The A micro batches are accumulated; B is shared by the devices. The state is
+    donated. A step whose loss or gradient is not finite leaves heads and optimizer as
+    they were.
+
+    Args:
+      model: Only its shapes are used.
+      settings: Model, geometry and loss.
+      optimizer: For the heads.
+      mesh: Of `make_mesh`.
+      fsdp: The layers' weights are divided over the mesh.
+    """
+    spread = make_gradients(model, settings, mesh, fsdp=fsdp)
 
     def step(
         model: Decoder, state: TrainState, batch: Batch

@@ -1,0 +1,182 @@
+"""First Forecast heads by least squares: what `init="regression"` does.
+
+A query head of layer l is a linear map of l's normalised input, and a forecast is one
+of the input of layer l − 1. So the best linear guess at each query head, from what the
+forecast may read, is a least-squares problem with a closed form: two products of
+activations, summed over tokens. `from_query` is the guess that the layer in between
+adds nothing.
+
+A group of G query heads has one forecast. The group's choice sums their softmaxes, in
+which a head that is sure counts for more than one that is not; the mean of the heads
+ignores that. So each forecast is a weighted sum of its group's guesses, and the
+weights, G a group, are fitted by the loss of the run. From there training moves all of
+the matrix.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
+
+from sparda_jax.models.decoder import Decoder
+from sparda_jax.models.rope import Rotation, apply_rope
+from train.loss import distill_layer
+from train.step import (
+    AXIS,
+    Batch,
+    LayerView,
+    Settings,
+    attend,
+    make_gather,
+    make_gradients,
+    model_specs,
+    run_backbone,
+)
+
+# Of the mean eigenvalue: directions that the inputs never take stay at rest.
+_RIDGE = 1e-4
+# G numbers a group: a rate at which a matrix would not survive.
+_WEIGHT_RATE = 0.1
+
+
+def query_moments(
+    model: Decoder,
+    heads: Float[Array, "L D KH"],
+    batch: Batch,
+    settings: Settings,
+    gather=lambda layer: layer,
+) -> tuple[Float[Array, "L D D"], Float[Array, "L D NH"]]:
+    """Xᵀ·X and Xᵀ·Q of every layer, summed over the tokens of documents.
+
+    X is what the layer is forecast from, Q its queries before their rotation. Layers
+    attend to the blocks that the teacher chooses.
+
+    Args:
+      model: Stacked weights.
+      heads: Any; only their shape counts.
+      batch: Whole rows.
+      settings: Model and geometry.
+      gather: As for `run_backbone`.
+    """
+
+    def on_layer(view: LayerView) -> tuple[Array, tuple[Array, Array]]:
+        lists = distill_layer(
+            view.q,
+            view.k,
+            view.phi,
+            batch.documents,
+            view.key_bias,
+            sparse=settings.sparse,
+            loss=settings.loss,
+            with_gradient=False,
+        ).routing
+        rows, tokens = view.q.shape[:2]
+        turn_back = Rotation(view.turn.cos, -view.turn.sin)
+        plain = apply_rope(view.q.astype(jnp.float32), turn_back)
+        inside = jnp.arange(tokens) < batch.documents.end
+        x = jnp.where(inside[..., None], view.source, 0)
+        dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        square = dot("btd,bte->de", x, x)
+        product = dot("btd,bte->de", x, plain.reshape(rows, tokens, -1).astype(x.dtype))
+        return attend(view, lists, settings), (square, product)
+
+    return run_backbone(model, heads, batch, settings, on_layer, gather)[1]
+
+
+def predictors(
+    square: Float[np.ndarray, "L D D"], product: Float[np.ndarray, "L D NH"]
+) -> Float[np.ndarray, "L D NH"]:
+    """The least-squares guesses at all query heads, from summed moments."""
+    found = []
+    for a, b in zip(square, product, strict=True):
+        ridge = _RIDGE * np.trace(a) / len(a) + 1e-12
+        found.append(np.linalg.solve(a + ridge * np.eye(len(a)), b))
+    return np.stack(found).astype(np.float32)
+
+
+def combine(
+    guesses: Float[Array, "L D K G H"], weights: Float[Array, "L K G"]
+) -> Float[Array, "L D KH"]:
+    """Heads that are weighted sums of their group's guesses."""
+    heads = jnp.einsum("ldkgh,lkg->ldkh", guesses, weights)
+    return heads.reshape(*heads.shape[:2], -1)
+
+
+def regression_heads(
+    model: Decoder,
+    heads: Float[Array, "L D KH"],
+    data: Iterator[Batch],
+    settings: Settings,
+    mesh: Mesh,
+    *,
+    batches: int,
+    fsdp: bool = False,
+) -> Float[Array, "L D KH"]:
+    """Heads for the first step; see the module's text.
+
+    Args:
+      model: Laid out over the mesh.
+      heads: Any; only their shape counts.
+      data: Batches [A, B, T] over the mesh, of which twice `batches` are taken.
+      settings: Model, geometry and loss.
+      mesh: Of `make_mesh`.
+      batches: For the least squares, and again for the weights.
+      fsdp: The layers' weights are divided over the mesh.
+    """
+    config = model.config
+    gather = make_gather(model, mesh, fsdp=fsdp)
+
+    def sums(model: Decoder, heads: Array, batch: Batch) -> tuple[Array, Array]:
+        def micro(total: tuple, part: Batch) -> tuple[tuple, None]:
+            new = query_moments(model, heads, part, settings, gather)
+            return jax.tree.map(jnp.add, total, new), None
+
+        layers, hidden = heads.shape[:2]
+        queries = config.num_heads * config.head_dim
+        zeros = (
+            jnp.zeros((layers, hidden, hidden), jnp.float32),
+            jnp.zeros((layers, hidden, queries), jnp.float32),
+        )
+        total = jax.lax.scan(micro, zeros, batch)[0]
+        return jax.lax.psum(total, AXIS) if mesh.size > 1 else total
+
+    specs = (
+        model_specs(model, mesh, fsdp=fsdp),
+        PartitionSpec(),
+        PartitionSpec(None, AXIS),
+    )
+    moments = jax.jit(
+        jax.shard_map(
+            sums, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+        )
+    )
+    square = product = np.float64(0)
+    for _ in range(batches):
+        new = jax.device_get(moments(model, heads, next(data)))
+        square, product = square + new[0], product + new[1]
+    assert isinstance(square, np.ndarray) and isinstance(product, np.ndarray)
+    groups = (config.num_kv_heads, config.group_size, config.head_dim)
+    guesses = predictors(square, product)
+    guesses = jnp.asarray(guesses.reshape(*guesses.shape[:2], *groups))
+
+    gradients = make_gradients(model, settings, mesh, fsdp=fsdp)
+    optimizer = optax.adam(_WEIGHT_RATE)
+
+    @jax.jit
+    def step(model: Decoder, guesses: Array, weights: Array, moments, batch: Batch):
+        heads, back = jax.vjp(lambda w: combine(guesses, w), weights)
+        total, _, count = gradients(model, heads, batch)
+        gradient = back(total / jnp.maximum(count, 1.0))[0]
+        updates, moments = optimizer.update(gradient, moments, weights)
+        return optax.apply_updates(weights, updates), moments
+
+    weights = jnp.full((len(guesses), *groups[:2]), 1 / groups[1], jnp.float32)
+    state = optimizer.init(weights)
+    for _ in range(batches):
+        weights, state = step(model, guesses, weights, state, next(data))
+    return jax.jit(combine)(guesses, weights)
