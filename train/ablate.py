@@ -230,8 +230,13 @@ def make_trainer(
     return step
 
 
-def ablate(run: Run, chosen: dict[str, Variant], steps: int) -> dict[str, Any]:
-    """Trains all variants and returns their held-out metrics before and after."""
+def ablate(
+    run: Run, chosen: dict[str, Variant], steps: int, save: str | None = None
+) -> dict[str, Any]:
+    """Trains all variants and returns their held-out metrics before and after.
+
+    The heads of the variant called `save` are written to the run's directory.
+    """
     config = dataclasses.replace(run.config.optimizer, steps=steps)
     optimizer = make_optimizer(config)
     first = {
@@ -264,6 +269,9 @@ def ablate(run: Run, chosen: dict[str, Variant], steps: int) -> dict[str, Any]:
             label = f"{name}, on-policy" if on_policy else name
             found[label] = {"loss": float(loss[index]), **measure(heads[index])}
             print(label, json.dumps(found[label]), file=sys.stderr, flush=True)
+            if label == save:
+                state = run.state._replace(heads=heads[index], step=jnp.int32(steps))
+                run.export(state, None, "ablated.safetensors")
         found[f"seconds, {len(names)} variants"] = round(seconds, 1)
     return found
 
@@ -275,6 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", action="extend", nargs="+", default=[])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--only", nargs="+", help="names of variants")
+    parser.add_argument("--save", metavar="NAME", help="write this variant's heads")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args(arguments)
     try:
@@ -292,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
         "steps": options.steps,
         "global_batch": config.optimizer.global_batch,
         "seq_len": config.data.seq_len,
-        "variants": ablate(run, chosen, options.steps),
+        "variants": ablate(run, chosen, options.steps, options.save),
     }
     text = json.dumps(result, indent=1)
     print(text)
