@@ -5,14 +5,16 @@ Triton tiles have power-of-two sizes and dot operands of at least 16 rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels._common.dispatch import require_cuda
-from pallas_kernels._common.numerics import dot_precision
+from pallas_kernels._common.numerics import NEG_INF, dot_precision, finite_or_zero
 
 MIN_ROWS = 16
 
@@ -64,3 +66,53 @@ def dot(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
         precision=dot_precision(a.dtype),
         preferred_element_type=jnp.float32,
     )
+
+
+def require_launch(num_warps: int, num_stages: int) -> None:
+    """Checks what every kernel's settings have.
+
+    Raises:
+      ValueError: for a number of warps or stages that Triton does not take.
+    """
+    if num_warps not in (1, 2, 4, 8, 16):
+        raise ValueError(f"num_warps is {num_warps}; allowed: 1 2 4 8 16")
+    if num_stages < 1:
+        raise ValueError(f"num_stages is {num_stages}; it must be >= 1")
+
+
+type Softmax = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def softmax_start(rows: int, head_dim: int) -> Softmax:
+    """Running maximum, sum and accumulator of a tile of rows, float32."""
+    return (
+        jnp.full((rows,), NEG_INF, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros((rows, head_dim), jnp.float32),
+    )
+
+
+def softmax_step(
+    running: Softmax,
+    logits: Float[Array, "rows keys"],
+    load_values: Callable[[], Float[Array, "keys H"]],
+) -> Softmax:
+    """Takes in a tile of masked logits; values are loaded after the weights."""
+    top, total, acc = running
+    new_top = jnp.maximum(top, logits.max(1))
+    shift = finite_or_zero(new_top)
+    weights = jnp.exp(logits - shift[:, None])
+    fade = jnp.exp(top - shift)
+    values = load_values()
+    acc = acc * fade[:, None] + dot(weights.astype(values.dtype), values)
+    return new_top, total * fade + weights.sum(1), acc
+
+
+def softmax_end(
+    running: Softmax,
+) -> tuple[Float[Array, "rows H"], Float[Array, " rows"]]:
+    """Output and log-sum-exp; 0 and -inf for a row without keys."""
+    top, total, acc = running
+    empty = total == 0.0
+    total = jnp.where(empty, 1.0, total)
+    return acc / total[:, None], jnp.where(empty, NEG_INF, top + jnp.log(total))

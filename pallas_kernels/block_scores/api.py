@@ -87,14 +87,7 @@ def block_scores(
         mask_future_blocks=mask_future_blocks,
     )
 
-    def run(name: str) -> tuple[Array, Array | None]:
-        return _module(name)[0](*args, rule=rule, lse=return_lse)
-
-    scores, lse = dispatch(OP, implementation, run)
-    if not return_lse:
-        return scores
-    assert lse is not None
-    return scores, lse
+    return _serve(0, args, implementation, return_lse, rule=rule)
 
 
 def select_blocks(
@@ -167,14 +160,22 @@ def select_blocks(
         mask_future_blocks=mask_future_blocks,
     )
 
-    def run(name: str) -> tuple[Array, Array | None]:
-        return _module(name)[1](*args, rule=rule, budget=budget, lse=return_lse)
+    return _serve(1, args, implementation, return_lse, rule=rule, budget=budget)
 
-    lists, lse = dispatch(OP, implementation, run)
+
+def _serve(
+    which: int, args, implementation: Implementation | None, return_lse: bool, **more
+) -> Any:
+    """Calls one of the two functions of the implementation that takes the call."""
+
+    def run(name: str) -> tuple[Array, Array | None]:
+        return _module(name)[which](*args, lse=return_lse, **more)
+
+    result, lse = dispatch(OP, implementation, run)
     if not return_lse:
-        return lists
+        return result
     assert lse is not None
-    return lists, lse
+    return result, lse
 
 
 def _module(name: str) -> tuple[Any, Any]:

@@ -1,28 +1,38 @@
-"""Block scores on Mosaic GPU (Hopper: wgmma and TMA), the raw (Forecast) form.
+"""Block scores on Mosaic GPU (Hopper: wgmma and TMA).
 
-Algorithm: a thread block scores 128 tokens (64 a warpgroup) against the windows of 64
-blocks. The compressed keys are first laid out by block: a row holds the windows that
-touch the block side by side, so that one TMA copy a window offset brings the keys at
-that offset of 64 consecutive blocks. The products are then aligned by block, and
-pooling is a maximum in registers. Blocks in
-the future of the whole tile are filled without a product. Grid: (token tiles, block
-tiles, B * K); tiles are independent, two thread blocks a multiprocessor overlap copies
-with products.
+Three kernels, all with 128 tokens a thread block, 64 a warpgroup:
 
-Shared memory: 128 x H queries and one 64 x H tile an offset (5 for 32/16 windows and
-blocks of 64), 112 KiB for H = 128.
+* ``raw`` (Forecast) scores a tile of tokens against the windows of 64 blocks. The
+  compressed keys are first laid out by block: a row holds the windows that touch the
+  block side by side, so that one TMA copy a window offset brings the keys at that
+  offset of 64 consecutive blocks. The products are then aligned by block, and pooling
+  is a maximum in registers. Grid: (token tiles, block tiles, B * K).
+* ``lse``: the log-sum-exp of a head over the visible windows, an online softmax
+  without values over a ring of 128 windows a stage. Grid: (token tiles, N, B).
+* ``softmax`` (own queries), as ``raw``, but the heads of the group come through a ring
+  of query tiles; one sum over heads a window offset stays in registers, and masks and
+  pooling follow once at the end. Grid as ``raw``.
+
+Blocks in the future of the whole tile are filled without a product. The last two have
+a third warpgroup that issues copies.
+
+Shared memory for H = 128, 32/16 windows and blocks of 64: 112 KiB (raw), 161 KiB (lse),
+177 KiB (softmax).
 
 Measured on one H200 (jax 0.11.2, bfloat16, T = 131,072, M = 2,048, K = 2, H = 128,
-P = 96; median of 5): scores 2.43 ms ±2.3 % (Triton: 1.93), scores and choice 27.6 ms
-±0.2 %, nearly all of it XLA's top-k; Triton's choice is what a long prefill wants.
+P = 96; median of 5): Forecast scores 2.43 ms ±2.3 % (Triton: 1.93), scores and choice
+27.6 ms ±0.2 %, nearly all of it XLA's top-k; Triton's choice is what a long prefill
+wants.
 
-Limits: the raw form without log-sum-exp (the softmax form is Triton's or XLA's);
-bfloat16 or float16; H a multiple of 64 up to 256. The choice of blocks is XLA's top-k.
-Laying out the keys copies the layer's once, which
+Limits: bfloat16 or float16; H a multiple of 64, 128 at most with windows of 32/16. The
+choice of blocks is XLA's top-k. Laying out the keys copies the layer's once, which
 suits prefill, not decode.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,170 +43,446 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common.dispatch import in_32_bit
 from pallas_kernels._common.mosaic import (
+    LOWEST,
     SHARED_BYTES,
     WARPGROUP_ROWS,
+    fill_and_refill,
     operand_transforms,
     require_mosaic_sizes,
 )
-from pallas_kernels._common.numerics import NEG_INF, cdiv
+from pallas_kernels._common.numerics import LN_2, LOG2_E, NEG_INF, cdiv
 from pallas_kernels.block_scores.rule import Rule
+from pallas_kernels.block_scores.slabs import (
+    Chosen,
+    by_head,
+    by_token,
+    over_slabs,
+    slab_tokens,
+)
 from pallas_kernels.block_scores.xla import choose_xla
 
 COMPUTE = 2  # warpgroups
 TOKENS = COMPUTE * WARPGROUP_ROWS
 BLOCKS = 64
-# Scores of one slab of select_blocks: tokens x kv heads x blocks.
-SLAB_SCORES = 16 * 2**20
+QUERY_STAGES = 2  # of the ring of query tiles of the softmax kernel
 
 
-def _body(refs, scoped, *, rule: Rule, head_dim: int, kv_heads: int, sizes):
-    q_smem, k_smem, out_smem, q_ready, k_ready = scoped
-    rows_per_pair, tiles, windows = sizes
-    tile, block_tile, pair = (lax.axis_index(n) for n in ("tile", "block", "pair"))
-    wg = lax.axis_index("wg")
-    b = lax.div(pair, jnp.int32(kv_heads))
-    first = refs["start"][b] + tile * TOKENS
-    count = jnp.minimum(refs["count"][b], windows)
-    first_block = block_tile * BLOCKS
+class _Tile:
+    """Where a thread block of the scoring kernels stands."""
+
+    def __init__(self, refs, rule: Rule, kv_heads: int, windows: int):
+        self.rule = rule
+        names = ("tile", "block", "pair")
+        self.tile, block_tile, self.pair = (lax.axis_index(n) for n in names)
+        b = lax.div(self.pair, jnp.int32(kv_heads))
+        self.first = refs["start"][b] + self.tile * TOKENS
+        self.count = jnp.minimum(refs["count"][b], windows)
+        self.first_block = block_tile * BLOCKS
+        self.wg = lax.axis_index("wg")
+        self.reached = jnp.bool_(True)
+        if rule.mask_future_blocks:
+            start = self.first_block * rule.block_size
+            self.reached = start <= self.first + (TOKENS - 1)
+
     shape = (WARPGROUP_ROWS, BLOCKS)
-    reached = first_block * rule.block_size <= first + (TOKENS - 1)
-    if not rule.mask_future_blocks:
-        reached = jnp.bool_(True)
 
-    @pl.when(reached & (wg == 0))
-    def _fetch_keys():
-        for i in range(rule.before + rule.per_block):
-            row = pl.multiple_of(pair * rows_per_pair + first_block, 8)
+    def fetch_keys(self, keys_ref, k_smem, k_ready, head_dim: int, rows: int):
+        """Starts the copies of all window offsets."""
+        row = pl.multiple_of(self.pair * rows + self.first_block, 8)
+        for i in range(self.rule.offsets):
             plgpu.copy_gmem_to_smem(
-                refs["keys"].at[pl.ds(row, BLOCKS), pl.ds(i * head_dim, head_dim)],
+                keys_ref.at[pl.ds(row, BLOCKS), pl.ds(i * head_dim, head_dim)],
                 k_smem.at[i],
                 k_ready,
             )
 
-    def iota(dimension):
-        return plgpu.broadcasted_iota(
-            jnp.int32, shape, dimension, layout=plgpu.Layout.WGMMA
+    def places(self):
+        """Position of each row and block of each column."""
+
+        def iota(dimension):
+            return plgpu.broadcasted_iota(
+                jnp.int32, self.shape, dimension, layout=plgpu.Layout.WGMMA
+            )
+
+        position = self.first + self.wg * WARPGROUP_ROWS + iota(0)
+        return position, self.first_block + iota(1)
+
+    def filled(self, value: float):
+        """A tile of one value."""
+        tile = jnp.full(self.shape, value, jnp.float32)
+        return plgpu.layout_cast(tile, plgpu.Layout.WGMMA)
+
+    def seen(self, i: int, position, block):
+        """Whether a row sees its column's window at offset ``i``; if there is one."""
+        window = block * self.rule.per_block + (i - self.rule.before)
+        exists = (window >= 0) & (window < self.count)
+        return self.rule.visible(window, position) & exists, exists
+
+    def write(self, out_ref, out_smem, tiles: int):
+        """Writes the warpgroup's tile of scores."""
+        row = (self.pair * tiles + self.tile) * TOKENS + self.wg * WARPGROUP_ROWS
+        plgpu.copy_smem_to_gmem(
+            out_smem.at[self.wg],
+            out_ref.at[pl.ds(row, WARPGROUP_ROWS), pl.ds(self.first_block, BLOCKS)],
         )
+        plgpu.wait_smem_to_gmem(0)
 
-    part = out_smem.at[wg]
 
-    def start():
-        nothing = jnp.full(shape, NEG_INF, jnp.float32)
-        position = first + wg * WARPGROUP_ROWS + iota(0)
-        nothing = plgpu.layout_cast(nothing, plgpu.Layout.WGMMA)
-        return nothing, position, first_block + iota(1)
+def _product(q_ref, k_ref, columns: int):
+    """Rows of queries times a tile of keys, float32."""
+
+    def product(acc_ref):
+        plgpu.wgmma(acc_ref, q_ref, k_ref.transpose((1, 0)))
+        return acc_ref[...]
+
+    return pl.run_scoped(product, plgpu.ACC((WARPGROUP_ROWS, columns), jnp.float32))
+
+
+def _raw_body(refs, scoped, *, rule: Rule, head_dim: int, kv_heads: int, sizes):
+    q_smem, k_smem, out_smem, q_ready, k_ready = scoped
+    rows_per_pair, tiles, windows = sizes
+    at = _Tile(refs, rule, kv_heads, windows)
+    wg = at.wg
+
+    @pl.when(at.reached & (wg == 0))
+    def _fetch_keys():
+        at.fetch_keys(refs["keys"], k_smem, k_ready, head_dim, rows_per_pair)
 
     def finish(pooled, position, block):
-        part[...] = rule.force(pooled, block, position)
+        out_smem[wg] = rule.force(pooled, block, position)
         plgpu.commit_smem()
 
-    @pl.when(reached)
+    @pl.when(at.reached)
     def _score():
-        row = (pair * tiles + tile) * TOKENS + wg * WARPGROUP_ROWS
+        row = (at.pair * tiles + at.tile) * TOKENS + wg * WARPGROUP_ROWS
         rows = pl.ds(pl.multiple_of(row, 8), WARPGROUP_ROWS)
         plgpu.copy_gmem_to_smem(refs["query"].at[rows], q_smem.at[wg], q_ready.at[wg])
         plgpu.barrier_wait(q_ready.at[wg])
         plgpu.barrier_wait(k_ready)
-        pooled, position, block = start()
-        for i in range(rule.before + rule.per_block):
-
-            def product(acc_ref, i=i):
-                plgpu.wgmma(acc_ref, q_smem.at[wg], k_smem.at[i].transpose((1, 0)))
-                return acc_ref[...]
-
-            scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
-            window = block * rule.per_block + (i - rule.before)
-            seen = rule.visible(window, position) & (window >= 0) & (window < count)
-            pooled = jnp.maximum(pooled, jnp.where(seen, scores * rule.scale, NEG_INF))
+        position, block = at.places()
+        pooled = at.filled(NEG_INF)
+        for i in range(rule.offsets):
+            scores = _product(q_smem.at[wg], k_smem.at[i], BLOCKS) * rule.scale
+            seen, _ = at.seen(i, position, block)
+            pooled = jnp.maximum(pooled, jnp.where(seen, scores, NEG_INF))
         finish(pooled, position, block)
 
-    @pl.when(jnp.logical_not(reached))
+    @pl.when(jnp.logical_not(at.reached))
     def _fill():
-        finish(*start())
+        finish(at.filled(NEG_INF), *at.places())
 
-    row = (pair * tiles + tile) * TOKENS + wg * WARPGROUP_ROWS
-    plgpu.copy_smem_to_gmem(
-        part, refs["out"].at[pl.ds(row, WARPGROUP_ROWS), pl.ds(first_block, BLOCKS)]
-    )
-    plgpu.wait_smem_to_gmem(0)
+    at.write(refs["out"], out_smem, tiles)
 
 
-def _keys_by_block(compressed_keys, layer, rule: Rule, block_tiles: int):
-    """[B * K * rows, offsets * H]: for each block the keys of its windows."""
+def _softmax_body(
+    refs, scoped, *, rule: Rule, head_dim: int, kv_heads: int, groups: int, sizes
+):
+    q_smem, lse_smem, k_smem, out_smem, q_ready, q_done, k_ready = scoped
+    rows_per_pair, tiles, windows = sizes
+    at = _Tile(refs, rule, kv_heads, windows)
+    heads = jnp.where(at.reached, groups, 0)
+
+    @pl.when(at.wg == COMPUTE)
+    def _memory():
+        plgpu.set_max_registers(40, action="decrease")
+
+        @pl.when(at.reached)
+        def _fetch_keys():
+            at.fetch_keys(refs["keys"], k_smem, k_ready, head_dim, rows_per_pair)
+
+        def fetch(head, stage):
+            row = ((at.pair * groups + head) * tiles + at.tile) * TOKENS
+            for part in range(COMPUTE):
+                start = pl.multiple_of(row + part * WARPGROUP_ROWS, 8)
+                rows = pl.ds(start, WARPGROUP_ROWS)
+                plgpu.copy_gmem_to_smem(
+                    refs["query"].at[rows], q_smem.at[stage, part], q_ready.at[stage]
+                )
+                plgpu.copy_gmem_to_smem(
+                    refs["lse"].at[rows], lse_smem.at[stage, part], q_ready.at[stage]
+                )
+
+        fill_and_refill(fetch, heads, QUERY_STAGES, (q_done,))
+
+    @pl.when(at.wg < COMPUTE)
+    def _compute():
+        plgpu.set_max_registers(232, action="increase")
+
+        @pl.when(at.reached)
+        def _wait_for_keys():
+            plgpu.barrier_wait(k_ready)
+
+        def head_body(head, totals):
+            stage = lax.rem(head, jnp.int32(QUERY_STAGES))
+            plgpu.barrier_wait(q_ready.at[stage])
+            lse = plgpu.load(
+                lse_smem.at[stage, at.wg], layout=plgpu.Layout.WGMMA.reduce(1)
+            )
+            lse = jnp.where(lse == NEG_INF, 0.0, lse * LOG2_E)
+            shift = lax.broadcast_in_dim(lse, at.shape, [0])
+            totals = list(totals)
+            for i in range(rule.offsets):
+                logits = _product(q_smem.at[stage, at.wg], k_smem.at[i], BLOCKS)
+                totals[i] += jnp.exp2(logits * (rule.scale * LOG2_E) - shift)
+            plgpu.barrier_arrive(q_done.at[stage])
+            return tuple(totals)
+
+        totals = tuple(at.filled(0.0) for _ in range(rule.offsets))
+        totals = lax.fori_loop(0, heads, head_body, totals)
+        position, block = at.places()
+        pooled = at.filled(NEG_INF)
+        for i, total in enumerate(totals):
+            seen, exists = at.seen(i, position, block)
+            weight = jnp.where(seen, total, 0.0)
+            pooled = jnp.maximum(pooled, jnp.where(exists, weight, NEG_INF))
+        # A tile that was not reached lies in the future: the rule makes it -inf.
+        out_smem[at.wg] = rule.force(pooled, block, position)
+        plgpu.commit_smem()
+        at.write(refs["out"], out_smem, tiles)
+
+
+def _lse_body(refs, scoped, *, rule: Rule, stages: int, keys: int, sizes):
+    q_smem, k_smem, lse_smem, q_ready, k_ready, k_done = scoped
+    kv_heads, groups, tiles, windows = sizes
+    tile, head, b = (lax.axis_index(n) for n in ("tile", "head", "b"))
+    wg = lax.axis_index("wg")
+    pair = b * kv_heads + lax.div(head, jnp.int32(groups))
+    first = refs["start"][b] + tile * TOKENS
+    count = jnp.minimum(refs["count"][b], windows)
+    reach = rule.kernel_size - 1 if rule.softmax else 0
+    visible = jnp.maximum(first + (TOKENS - 1) - reach + rule.kernel_stride, 0)
+    visible = jnp.clip(lax.div(visible, jnp.int32(rule.kernel_stride)), 0, count)
+    steps = lax.div(visible + (keys - 1), jnp.int32(keys))
+
+    @pl.when(wg == COMPUTE)
+    def _memory():
+        plgpu.set_max_registers(40, action="decrease")
+
+        def fetch(step, stage):
+            # What lies beyond the windows arrives as zeros and is masked.
+            plgpu.copy_gmem_to_smem(
+                refs["keys"].at[pair, pl.ds(step * keys, keys)],
+                k_smem.at[stage],
+                k_ready.at[stage],
+            )
+
+        fill_and_refill(fetch, steps, stages, (k_done,))
+
+    @pl.when(wg < COMPUTE)
+    def _compute():
+        plgpu.set_max_registers(232, action="increase")
+        row = ((b * (kv_heads * groups) + head) * tiles + tile) * TOKENS
+        rows = pl.ds(
+            pl.multiple_of(row + wg * WARPGROUP_ROWS, WARPGROUP_ROWS), WARPGROUP_ROWS
+        )
+        plgpu.copy_gmem_to_smem(refs["query"].at[rows], q_smem.at[wg], q_ready.at[wg])
+        plgpu.barrier_wait(q_ready.at[wg])
+        shape = (WARPGROUP_ROWS, keys)
+        my_first = first + wg * WARPGROUP_ROWS
+
+        def iota(dimension):
+            return plgpu.broadcasted_iota(
+                jnp.int32, shape, dimension, layout=plgpu.Layout.WGMMA
+            )
+
+        def mask(logits, start):
+            window = start + iota(1)
+            seen = rule.visible(window, my_first + iota(0)) & (window < count)
+            return jnp.where(seen, logits, NEG_INF)
+
+        def step_body(step, carry):
+            top, total = carry
+            stage = lax.rem(step, jnp.int32(stages))
+            plgpu.barrier_wait(k_ready.at[stage])
+            logits = _product(q_smem.at[wg], k_smem.at[stage], keys)
+            plgpu.barrier_arrive(k_done.at[stage])
+            logits = logits * (rule.scale * LOG2_E)
+            last = step * keys + (keys - 1)
+            whole = (last < count) & (last * rule.kernel_stride + reach <= my_first)
+            logits = lax.cond(whole, lambda x, _: x, mask, logits, step * keys)
+            new_top = jnp.maximum(top, logits.max(axis=1))
+            weights = jnp.exp2(logits - lax.broadcast_in_dim(new_top, shape, [0]))
+            return new_top, total * jnp.exp2(top - new_top) + weights.sum(axis=1)
+
+        def filled(value):
+            rows = jnp.full((WARPGROUP_ROWS,), value, jnp.float32)
+            return plgpu.layout_cast(rows, plgpu.Layout.WGMMA.reduce(1))
+
+        start = (filled(LOWEST), filled(0.0))
+        top, total = lax.fori_loop(0, steps, step_body, start)
+        empty = total == 0.0
+        total = jnp.where(empty, 1.0, total)
+        lse_smem[wg] = jnp.where(empty, NEG_INF, top * LN_2 + jnp.log(total))
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(lse_smem.at[wg], refs["lse"].at[rows])
+        plgpu.wait_smem_to_gmem(0)
+
+
+class _Keys(NamedTuple):
+    """A layer's compressed keys in the two orders that the kernels read.
+
+    Attributes:
+      by_block: for each block the keys of its windows, one after the other.
+      by_window: the keys as they are, W rounded up to a multiple of 8.
+      windows: W.
+    """
+
+    by_block: Float[Array, "BKrows offsetsH"]
+    by_window: Float[Array, "BK padded H"]
+    windows: int
+
+
+def _lay_out(compressed_keys, layer, rule: Rule) -> _Keys:
+    """Takes the layer's keys out of the stack, in both orders."""
     keys = compressed_keys[layer]
-    batch, kv_heads = keys.shape[:2]
-    rows = block_tiles * BLOCKS
+    batch, kv_heads, windows, head_dim = keys.shape
+    padded = jnp.pad(keys, ((0, 0), (0, 0), (0, -windows % 8), (0, 0)))
+    padded = padded.reshape(batch * kv_heads, -1, head_dim)
+    rows = cdiv(rule.blocks, BLOCKS) * BLOCKS
     keys = keys[:, :, : rows * rule.per_block]
     after = rows * rule.per_block - keys.shape[2]
     keys = jnp.pad(keys, ((0, 0), (0, 0), (rule.before, after), (0, 0)))
-    parts = [
-        keys[:, :, i :: rule.per_block][:, :, :rows]
-        for i in range(rule.before + rule.per_block)
-    ]
-    return jnp.concatenate(parts, -1).reshape(batch * kv_heads * rows, -1)
+    parts = [keys[:, :, i :: rule.per_block][:, :, :rows] for i in range(rule.offsets)]
+    by_block = jnp.concatenate(parts, -1).reshape(batch * kv_heads * rows, -1)
+    return _Keys(by_block, padded, windows)
 
 
-def _check(query, rule: Rule) -> None:
-    """Refuses what the kernel does not serve."""
-    if rule.softmax:
-        raise NotImplementedError(
-            "mosaic_gpu scores the raw form only; the softmax form needs two passes "
-            "over the windows (triton and xla have it)"
-        )
+def _check(query, compressed_keys, rule: Rule) -> None:
+    """Refuses what the kernels do not serve."""
     if rule.scale <= 0:
         raise NotImplementedError(f"mosaic_gpu needs a positive scale: {rule.scale}")
     head_dim = query.shape[-1]
     require_mosaic_sizes(query.dtype, head_dim, 64)
-    offsets = rule.before + rule.per_block
-    needed = 2 * head_dim * (TOKENS + offsets * BLOCKS) + 4 * TOKENS * BLOCKS
+    if compressed_keys.shape[3] < 1:
+        raise NotImplementedError("mosaic_gpu needs at least one window")
+    stages = QUERY_STAGES if rule.softmax else 1
+    needed = 2 * head_dim * (stages * TOKENS + rule.offsets * BLOCKS)
+    needed += 4 * TOKENS * BLOCKS
     if rule.before > rule.per_block or needed > SHARED_BYTES - 4096:
         raise NotImplementedError(
-            f"mosaic_gpu has no room for {offsets} window offsets of head dim "
+            f"mosaic_gpu has no room for {rule.offsets} window offsets of head dim "
             f"{head_dim} in 227 KiB of shared memory"
         )
 
 
-def _call(query, keys, q_start, num_windows, windows, rule: Rule):
-    """Scores [B, K, T, M] of queries against keys by block."""
-    batch, length, kv_heads, head_dim = query.shape
-    tiles, block_tiles = cdiv(length, TOKENS), cdiv(rule.blocks, BLOCKS)
-    grow = ((0, 0), (0, 0), (0, tiles * TOKENS - length), (0, 0))
-    flat = jnp.pad(jnp.moveaxis(query, 2, 1), grow).reshape(-1, head_dim)
-    names = ("start", "count", "query", "keys", "out")
-    offsets = rule.before + rule.per_block
+def _lse(query, keys: _Keys, q_start, num_windows, rule: Rule):
+    """Log-sum-exp [B, K, G, padded T] of queries by head."""
+    batch, kv_heads, groups, padded, head_dim = query.shape
+    columns = 128 if head_dim <= 128 else 64
+    room = (SHARED_BYTES - 8192) // (2 * head_dim) - TOKENS
+    stages = min(4, room // columns)
+    tiles = padded // TOKENS
+    names = ("start", "count", "query", "keys", "lse")
 
-    def block_scores_mosaic_gpu(*refs):
+    def block_scores_lse_mosaic_gpu(*refs):
         tiled = operand_transforms()
         pl.run_scoped(
-            lambda *scoped: _body(
+            lambda *scoped: _lse_body(
                 dict(zip(names, refs, strict=True)),
                 scoped,
                 rule=rule,
-                head_dim=head_dim,
-                kv_heads=kv_heads,
-                sizes=(block_tiles * BLOCKS, tiles, windows),
+                stages=stages,
+                keys=columns,
+                sizes=(kv_heads, groups, tiles, keys.windows),
             ),
             plgpu.SMEM(
                 (COMPUTE, WARPGROUP_ROWS, head_dim), query.dtype, transforms=tiled
             ),
-            plgpu.SMEM((offsets, BLOCKS, head_dim), query.dtype, transforms=tiled),
-            plgpu.SMEM((COMPUTE, WARPGROUP_ROWS, BLOCKS), jnp.float32),
+            plgpu.SMEM((stages, columns, head_dim), query.dtype, transforms=tiled),
+            plgpu.SMEM((COMPUTE, WARPGROUP_ROWS), jnp.float32),
             plgpu.Barrier(num_barriers=COMPUTE),
-            plgpu.Barrier(num_arrivals=offsets),
+            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
             collective_axes="wg",
         )
 
-    rows = batch * kv_heads * tiles * TOKENS
+    lse = plgpu.kernel(
+        block_scores_lse_mosaic_gpu,
+        out_type=jax.ShapeDtypeStruct((query.size // head_dim,), jnp.float32),
+        grid=(tiles, kv_heads * groups, batch),
+        grid_names=("tile", "head", "b"),
+        num_threads=COMPUTE + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(
+        q_start,
+        num_windows,
+        query.reshape(-1, head_dim),
+        keys.by_window,
+    )
+    return lse.reshape(query.shape[:-1])
+
+
+def _call(query, keys: _Keys, q_start, num_windows, rule: Rule, lse: bool):
+    """Scores [B, K, T, M] and log-sum-exp [B, T, N] (None unless asked or needed)."""
+    batch, length, _, head_dim = query.shape
+    kv_heads = keys.by_window.shape[0] // batch
+    grouped = by_head(query, kv_heads, TOKENS)
+    groups, padded = grouped.shape[2:4]
+    tiles, block_tiles = padded // TOKENS, cdiv(rule.blocks, BLOCKS)
+    found = None
+    if lse or rule.softmax:
+        found = _lse(grouped, keys, q_start, num_windows, rule)
+    operands = {
+        "start": q_start,
+        "count": num_windows,
+        "query": grouped.reshape(-1, head_dim),
+        "keys": keys.by_block,
+    }
+    tiled = operand_transforms()
+    query_tile = (COMPUTE, WARPGROUP_ROWS, head_dim)
+    static = {
+        "rule": rule,
+        "head_dim": head_dim,
+        "kv_heads": kv_heads,
+        "sizes": (block_tiles * BLOCKS, tiles, keys.windows),
+    }
+    keys_and_scores = (
+        plgpu.SMEM((rule.offsets, BLOCKS, head_dim), query.dtype, transforms=tiled),
+        plgpu.SMEM((COMPUTE, WARPGROUP_ROWS, BLOCKS), jnp.float32),
+    )
+    if rule.softmax:
+        assert found is not None
+        operands["lse"] = found.reshape(-1)
+        body = functools.partial(_softmax_body, groups=groups, **static)
+        scratch = (
+            plgpu.SMEM((QUERY_STAGES, *query_tile), query.dtype, transforms=tiled),
+            plgpu.SMEM((QUERY_STAGES, COMPUTE, WARPGROUP_ROWS), jnp.float32),
+            *keys_and_scores,
+            plgpu.Barrier(num_arrivals=2 * COMPUTE, num_barriers=QUERY_STAGES),
+            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=QUERY_STAGES),
+            plgpu.Barrier(num_arrivals=rule.offsets),
+        )
+    else:
+        body = functools.partial(_raw_body, **static)
+        scratch = (
+            plgpu.SMEM(query_tile, query.dtype, transforms=tiled),
+            *keys_and_scores,
+            plgpu.Barrier(num_barriers=COMPUTE),
+            plgpu.Barrier(num_arrivals=rule.offsets),
+        )
+    names = (*operands, "out")
+
+    def block_scores_mosaic_gpu(*refs):
+        pl.run_scoped(
+            lambda *scoped: body(dict(zip(names, refs, strict=True)), scoped),
+            *scratch,
+            collective_axes="wg",
+        )
+
+    rows = batch * kv_heads * padded
     out = plgpu.kernel(
         block_scores_mosaic_gpu,
         out_type=jax.ShapeDtypeStruct((rows, block_tiles * BLOCKS), jnp.float32),
         grid=(tiles, block_tiles, batch * kv_heads),
         grid_names=("tile", "block", "pair"),
-        num_threads=COMPUTE,
+        num_threads=COMPUTE + 1 if rule.softmax else COMPUTE,
         thread_name="wg",
-    )(q_start, num_windows, flat, keys)
-    out = out.reshape(batch, kv_heads, tiles * TOKENS, block_tiles * BLOCKS)
-    return out[:, :, :length, : rule.blocks]
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(*operands.values())
+    out = out.reshape(batch, kv_heads, padded, block_tiles * BLOCKS)
+    out = out[:, :, :length, : rule.blocks]
+    return out, None if found is None else by_token(found, length)
 
 
 @in_32_bit
@@ -210,20 +496,15 @@ def block_scores_mosaic_gpu(
     rule: Rule,
     lse: bool = True,
 ) -> tuple[Float[Array, "B K T M"], Float[Array, "B T N"] | None]:
-    """Computes scores; the arguments are those of the reference.
+    """Computes scores and log-sum-exp; the arguments are those of the reference.
 
     Raises:
-      NotImplementedError: for the softmax form, the log-sum-exp, sizes or dtypes that
-        the kernel cannot tile, or without a Hopper device.
+      NotImplementedError: for sizes or dtypes that the kernels cannot tile, or without
+        a Hopper device.
     """
-    _check(query, rule)
-    if lse:
-        raise NotImplementedError(
-            "mosaic_gpu computes no log-sum-exp; triton and xla do"
-        )
-    windows = compressed_keys.shape[3]
-    keys = _keys_by_block(compressed_keys, layer, rule, cdiv(rule.blocks, BLOCKS))
-    return _call(query, keys, q_start, num_windows, windows, rule), None
+    _check(query, compressed_keys, rule)
+    keys = _lay_out(compressed_keys, layer, rule)
+    return _call(query, keys, q_start, num_windows, rule, lse)
 
 
 @in_32_bit
@@ -238,51 +519,34 @@ def select_blocks_mosaic_gpu(
     budget: int,
     lse: bool = False,
     slab: int | None = None,
-) -> tuple[Int[Array, "B K T P"], None]:
-    """Scores and chooses slab by slab.
+) -> Chosen:
+    """Scores and chooses slab by slab; the arguments not named are the reference's.
 
     Args:
-      query: as in the reference, like the following ones.
+      query: Forecast or own queries.
       compressed_keys: means of windows.
       q_start: first positions.
       num_windows: complete windows of rows.
       layer: index into the leading axis.
       rule: sizes and form.
       budget: how many blocks each query lists.
-      lse: refused when true.
+      lse: whether to return the log-sum-exp.
       slab: tokens scored at a time.
 
     Returns:
-      The lists, and None.
+      The lists, and the log-sum-exp (None in the raw form unless asked for).
 
     Raises:
       NotImplementedError: as ``block_scores_mosaic_gpu``.
     """
-    _check(query, rule)
-    if lse:
-        raise NotImplementedError(
-            "mosaic_gpu computes no log-sum-exp; triton and xla do"
-        )
-    batch, length, kv_heads, head_dim = query.shape
-    windows = compressed_keys.shape[3]
-    keys = _keys_by_block(compressed_keys, layer, rule, cdiv(rule.blocks, BLOCKS))
-    if slab is None:
-        slab = SLAB_SCORES // (batch * kv_heads * rule.blocks)
-    slab = TOKENS * max(1, slab // TOKENS)
+    _check(query, compressed_keys, rule)
+    keys = _lay_out(compressed_keys, layer, rule)
+    kv_heads = compressed_keys.shape[2]
 
     def one(query, start):
-        scores = _call(query, keys, start, num_windows, windows, rule)
+        scores, found = _call(query, keys, start, num_windows, rule, lse)
         position = start[:, None] + jnp.arange(query.shape[1])
-        return choose_xla(scores, position, rule, budget)
+        return choose_xla(scores, position, rule, budget), found
 
-    if length <= slab:
-        return one(query, q_start), None
-    slabs = cdiv(length, slab)
-    query = jnp.pad(query, ((0, 0), (0, slabs * slab - length), (0, 0), (0, 0)))
-    query = query.reshape(batch, slabs, slab, kv_heads, head_dim)
-    lists = lax.map(
-        lambda i: one(query[:, i], q_start + i * slab),
-        jnp.arange(slabs, dtype=jnp.int32),
-    )
-    lists = jnp.moveaxis(lists, 0, 2)
-    return lists.reshape(batch, kv_heads, -1, budget)[:, :, :length], None
+    size = slab_tokens(query.shape[0] * kv_heads * rule.blocks, TOKENS, slab)
+    return over_slabs(query, q_start, size, one)

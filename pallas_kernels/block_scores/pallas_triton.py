@@ -49,12 +49,17 @@ from pallas_kernels._common.triton import (
     MIN_ROWS,
     dot,
     next_power_of_two,
+    require_launch,
     require_triton_sizes,
 )
 from pallas_kernels.block_scores.rule import Rule
+from pallas_kernels.block_scores.slabs import (
+    by_head,
+    by_token,
+    over_slabs,
+    slab_tokens,
+)
 
-# Scores of one slab of select_blocks: tokens x kv heads x blocks.
-SLAB_SCORES = 16 * 2**20
 INT_MIN = -(2**31)
 
 
@@ -79,10 +84,7 @@ class Config:
             value = getattr(self, name)
             if value < MIN_ROWS or value & (value - 1):
                 raise ValueError(f"{name} is {value}; it must be a power of two >= 16")
-        if self.num_warps not in (1, 2, 4, 8, 16):
-            raise ValueError(f"num_warps is {self.num_warps}; allowed: 1 2 4 8 16")
-        if self.num_stages < 1:
-            raise ValueError(f"num_stages is {self.num_stages}; it must be >= 1")
+        require_launch(self.num_warps, self.num_stages)
 
 
 def config_for(groups: int, head_dim: int) -> Config:
@@ -282,14 +284,6 @@ def choose_triton(
     return out[:, :budget].reshape(*lead, budget)
 
 
-def _grouped(query, kv_heads: int, tile: int):
-    """[B, T, N, H] to [B, K, G, T rounded up to tiles, H]."""
-    batch, length, heads, head_dim = query.shape
-    query = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    query = jnp.transpose(query, (0, 2, 3, 1, 4))
-    return jnp.pad(query, ((0, 0), (0, 0), (0, 0), (0, -length % tile), (0, 0)))
-
-
 def _call(query, keys, q_start, num_windows, layer, *, rule, config, interpret, lse):
     """Scores [B, K, T, M] and log-sum-exp [B, T, N] (None unless asked or needed)."""
     batch, length, heads, head_dim = query.shape
@@ -304,7 +298,7 @@ def _call(query, keys, q_start, num_windows, layer, *, rule, config, interpret, 
     tokens = min(config.tokens, max(MIN_ROWS, next_power_of_two(length)))
     tile = min(config.blocks, max(MIN_ROWS, next_power_of_two(rule.blocks)))
     config = Config(tokens, tile, config.num_warps, config.num_stages)
-    grouped = _grouped(query, kv_heads, tokens)
+    grouped = by_head(query, kv_heads, tokens)
     padded = grouped.shape[3]
     block_tiles = cdiv(rule.blocks, tile)
     scalars = (layer.reshape(1), q_start, num_windows)
@@ -342,8 +336,7 @@ def _call(query, keys, q_start, num_windows, layer, *, rule, config, interpret, 
     )(*operands)
     scores = scores[:, :, :length, : rule.blocks]
     if found is not None:
-        found = jnp.transpose(found[..., :length], (0, 3, 1, 2))
-        found = found.reshape(batch, length, heads)
+        found = by_token(found, length)
     return scores, found
 
 
@@ -417,13 +410,10 @@ def select_blocks_triton(
     Raises:
       NotImplementedError: for sizes Triton cannot tile, or without a CUDA device.
     """
-    batch, length, heads, head_dim = query.shape
+    batch, _, heads, head_dim = query.shape
     kv_heads = compressed_keys.shape[2]
     require_triton_sizes(query.dtype, head_dim, 64, interpret)
     config = config or config_for(heads // kv_heads, head_dim)
-    if slab is None:
-        slab = SLAB_SCORES // (batch * kv_heads * rule.blocks)
-    slab = config.tokens * max(1, slab // config.tokens)
 
     def one(query, start):
         scores, found = _call(
@@ -443,19 +433,5 @@ def select_blocks_triton(
         lists = choose_triton(scores, own, budget=budget, interpret=interpret)
         return lists, found
 
-    if length <= slab:
-        return one(query, q_start)
-    slabs = cdiv(length, slab)
-    query = jnp.pad(query, ((0, 0), (0, slabs * slab - length), (0, 0), (0, 0)))
-    query = query.reshape(batch, slabs, slab, heads, head_dim)
-
-    def step(i):
-        return one(query[:, i], q_start + i * slab)
-
-    lists, found = lax.map(step, jnp.arange(slabs, dtype=jnp.int32))
-    lists = jnp.moveaxis(lists, 0, 2)
-    lists = lists.reshape(batch, kv_heads, slabs * slab, budget)[:, :, :length]
-    if found is not None:
-        found = jnp.moveaxis(found, 0, 1)
-        found = found.reshape(batch, slabs * slab, heads)[:, :length]
-    return lists, found
+    size = slab_tokens(batch * kv_heads * rule.blocks, config.tokens, slab)
+    return over_slabs(query, q_start, size, one)

@@ -80,6 +80,11 @@ class Rule:
         """Windows that start before a block and reach into it."""
         return self.kernel_size // self.kernel_stride - 1
 
+    @property
+    def offsets(self) -> int:
+        """Windows that touch a block."""
+        return self.before + self.per_block
+
     def visible(
         self, window: Int[Array, ...], position: Int[Array, ...]
     ) -> Bool[Array, ...]:

@@ -45,14 +45,17 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common.dispatch import in_32_bit, tuned_config
 from pallas_kernels._common.mosaic import (
-    LOWEST,
     SHARED_BYTES,
     WARPGROUP_ROWS,
+    bias_row,
+    fill_and_refill,
     operand_transforms,
-    require_mosaic_sizes,
+    require_attention_sizes,
+    softmax_start,
 )
 from pallas_kernels._common.numerics import LN_2, LOG2_E, NEG_INF, cdiv
 from pallas_kernels._common.triton import next_power_of_two
+from pallas_kernels.block_sparse_attention.rows import fold_queries, unfold_queries
 from pallas_kernels.block_sparse_attention.unions import tile_unions, values_are_finite
 from pallas_kernels.block_sparse_attention.xla import block_sparse_attention_xla
 
@@ -192,20 +195,7 @@ def _body(
                     v_ready.at[stage],
                 )
 
-        for stage in range(config.stages):
-
-            @pl.when(stage < steps)
-            def _fill(stage=stage):
-                fetch(jnp.int32(stage), stage)
-
-        def refill(step, carry):
-            stage = lax.rem(step, jnp.int32(config.stages))
-            plgpu.barrier_wait(k_done.at[stage])
-            plgpu.barrier_wait(v_done.at[stage])
-            fetch(step, stage)
-            return carry
-
-        lax.fori_loop(config.stages, jnp.maximum(steps, config.stages), refill, 0)
+        fill_and_refill(fetch, steps, config.stages, (k_done, v_done))
 
     @pl.when(wg < COMPUTE)
     def _compute():
@@ -218,7 +208,6 @@ def _body(
         group_rows = WARPGROUP_ROWS // mine
         my_first = first + wg * mine
         everyone = jnp.int32((1 << mine) - 1)
-        row_layout = plgpu.Layout.WGMMA.reduce(1)
         shape = (WARPGROUP_ROWS, config.keys)
 
         def take_turn():
@@ -263,16 +252,6 @@ def _body(
             assert limit is not None
             return jnp.where(column < limit, logits, NEG_INF)
 
-        top = plgpu.layout_cast(
-            jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32), row_layout
-        )
-        total = plgpu.layout_cast(
-            jnp.full((WARPGROUP_ROWS,), 0.0, jnp.float32), row_layout
-        )
-        acc = plgpu.layout_cast(
-            jnp.full((WARPGROUP_ROWS, head_dim), 0.0, jnp.float32), plgpu.Layout.WGMMA
-        )
-
         @pl.when(steps > 0)
         def _():
             plgpu.barrier_wait(k_ready.at[0])
@@ -291,10 +270,7 @@ def _body(
             logits = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
             logits = logits * refs["scale"]
             if bias_smem is not None:
-                bias = plgpu.load(
-                    bias_smem.at[stage], layout=plgpu.Layout.WGMMA.reduce(0)
-                )
-                logits = logits + lax.broadcast_in_dim(bias * LOG2_E, shape, [1])
+                logits = logits + bias_row(bias_smem.at[stage], shape)
             plgpu.barrier_arrive(k_done.at[stage])
             following = words_at(step + 1)
             unmasked = jnp.bool_(True)
@@ -339,7 +315,7 @@ def _body(
             plgpu.barrier_arrive(v_done.at[stage])
             return acc, new_top, total, following
 
-        carry = (acc, top, total, words_at(jnp.int32(0)))
+        carry = (*softmax_start(head_dim), words_at(jnp.int32(0)))
         acc, top, total, _ = lax.fori_loop(0, steps, step_body, carry)
         pl.when(wg == 0)(take_turn)
         empty = total == 0.0
@@ -392,15 +368,8 @@ def block_sparse_attention_mosaic_gpu(
     """
     head_dim = q.shape[-1]
     block = kv.shape[4]
-    require_mosaic_sizes(q.dtype, head_dim, block)
     groups = q.shape[2] // kv.shape[2]
-    if groups > WARPGROUP_ROWS:
-        raise NotImplementedError(
-            f"mosaic_gpu needs at most {WARPGROUP_ROWS} query heads a kv head, not "
-            f"{groups}"
-        )
-    if scale <= 0:
-        raise NotImplementedError(f"mosaic_gpu needs a positive scale, not {scale}")
+    require_attention_sizes(q.dtype, head_dim, block, groups, scale)
     listed = None if block_indices is None else block_indices.shape[-1]
     config = config or config_for(groups, head_dim, block, listed)
     if config.keys % block or config.shared_bytes(head_dim) > SHARED_BYTES - 4096:
@@ -425,18 +394,7 @@ def _call(q, kv, q_start, block_indices, layer, key_bias, *, scale, config):
     padded = max(ROWS // 16, next_power_of_two(groups))
     tokens = ROWS // padded
     tiles = cdiv(length, tokens)
-    query = q.reshape(batch, length, kv_heads, groups, head_dim)
-    query = jnp.moveaxis(query, 2, 1)
-    query = jnp.pad(
-        query,
-        (
-            (0, 0),
-            (0, 0),
-            (0, tiles * tokens - length),
-            (0, padded - groups),
-            (0, 0),
-        ),
-    ).reshape(-1, head_dim)
+    query = fold_queries(q, kv_heads, tiles * tokens, padded).reshape(-1, head_dim)
     operands = {
         "layer": layer.reshape(1),
         "start": q_start,
@@ -489,10 +447,7 @@ def _call(q, kv, q_start, block_indices, layer, key_bias, *, scale, config):
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*operands.values())
 
-    def restore(x):
-        tail = x.shape[1:]
-        x = x.reshape(batch, kv_heads, tiles * tokens, padded, *tail)
-        x = jnp.moveaxis(x[:, :, :length, :groups], 1, 2)
-        return x.reshape(batch, length, heads, *tail)
-
-    return restore(out), restore(lse)
+    return (
+        unfold_queries(out, q, kv_heads, tiles * tokens, padded),
+        unfold_queries(lse, q, kv_heads, tiles * tokens, padded),
+    )

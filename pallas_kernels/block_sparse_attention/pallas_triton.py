@@ -36,13 +36,18 @@ from pallas_kernels._common.dispatch import (
     silence_triton_deprecation,
     tuned_config,
 )
-from pallas_kernels._common.numerics import NEG_INF, cdiv, finite_or_zero
+from pallas_kernels._common.numerics import NEG_INF, cdiv
 from pallas_kernels._common.triton import (
     MIN_ROWS,
     dot,
     next_power_of_two,
+    require_launch,
     require_triton_sizes,
+    softmax_end,
+    softmax_start,
+    softmax_step,
 )
+from pallas_kernels.block_sparse_attention.rows import fold_queries, unfold_queries
 from pallas_kernels.block_sparse_attention.unions import tile_unions, values_are_finite
 from pallas_kernels.block_sparse_attention.xla import block_sparse_attention_xla
 
@@ -64,10 +69,7 @@ class Config:
     def __post_init__(self):
         if self.rows < MIN_ROWS or self.rows & (self.rows - 1):
             raise ValueError(f"rows is {self.rows}; it must be a power of two >= 16")
-        if self.num_warps not in (1, 2, 4, 8, 16):
-            raise ValueError(f"num_warps is {self.num_warps}; allowed: 1 2 4 8 16")
-        if self.num_stages < 1:
-            raise ValueError(f"num_stages is {self.num_stages}; it must be >= 1")
+        require_launch(self.num_warps, self.num_stages)
 
 
 def config_for(groups: int, head_dim: int, listed: int | None) -> Config:
@@ -107,8 +109,7 @@ def _kernel(
     else:
         steps = count_ref[b, k, tile]
 
-    def body(j, carry):
-        top, total, acc = carry
+    def body(j, running):
         m = j if blocks_ref is None else blocks_ref[b, k, tile, j]
 
         def load(which):
@@ -123,24 +124,12 @@ def _kernel(
             listed = (words_ref[b, k, tile, j] >> token) & 1
             allowed = allowed & (listed == 1)[:, None]
         logits = jnp.where(allowed, logits, NEG_INF)
-        new_top = jnp.maximum(top, logits.max(1))
-        shift = finite_or_zero(new_top)
-        weights = jnp.exp(logits - shift[:, None])
-        fade = jnp.exp(top - shift)
-        values = load(1)
-        acc = acc * fade[:, None] + dot(weights.astype(values.dtype), values)
-        return new_top, total * fade + weights.sum(1), acc
+        return softmax_step(running, logits, lambda: load(1))
 
-    carry = (
-        jnp.full((rows,), NEG_INF, jnp.float32),
-        jnp.zeros((rows,), jnp.float32),
-        jnp.zeros((rows, head_dim), jnp.float32),
-    )
-    top, total, acc = lax.fori_loop(0, steps, body, carry)
-    empty = total == 0.0
-    total = jnp.where(empty, 1.0, total)
-    out_ref[b, k, tile] = (acc / total[:, None]).astype(out_ref.dtype)
-    lse_ref[b, k, tile] = jnp.where(empty, NEG_INF, top + jnp.log(total))
+    start = softmax_start(rows, head_dim)
+    out, lse = softmax_end(lax.fori_loop(0, steps, body, start))
+    out_ref[b, k, tile] = out.astype(out_ref.dtype)
+    lse_ref[b, k, tile] = lse
 
 
 @in_32_bit
@@ -199,18 +188,8 @@ def _call(q, kv, q_start, block_indices, layer, key_bias, *, scale, config, inte
     rows = max(MIN_ROWS, tokens * padded)
     padded = rows // tokens
     tiles = cdiv(length, tokens)
-    query = q.reshape(batch, length, kv_heads, groups, head_dim)
-    query = jnp.moveaxis(query, 2, 1)
-    query = jnp.pad(
-        query,
-        (
-            (0, 0),
-            (0, 0),
-            (0, tiles * tokens - length),
-            (0, padded - groups),
-            (0, 0),
-        ),
-    ).reshape(batch, kv_heads, tiles, rows, head_dim)
+    query = fold_queries(q, kv_heads, tiles * tokens, padded)
+    query = query.reshape(batch, kv_heads, tiles, rows, head_dim)
     lists = (None, None, None)
     if block_indices is not None:
         lists = tile_unions(
@@ -246,10 +225,7 @@ def _call(q, kv, q_start, block_indices, layer, key_bias, *, scale, config, inte
         name="block_sparse_attention_triton",
     )(*(x for x in operands if x is not None))
 
-    def restore(x):
-        tail = x.shape[4:]
-        x = x.reshape(batch, kv_heads, tiles * tokens, padded, *tail)
-        x = jnp.moveaxis(x[:, :, :length, :groups], 1, 2)
-        return x.reshape(batch, length, heads, *tail)
-
-    return restore(out), restore(lse)
+    return (
+        unfold_queries(out, q, kv_heads, tiles * tokens, padded),
+        unfold_queries(lse, q, kv_heads, tiles * tokens, padded),
+    )

@@ -26,8 +26,8 @@ def compress_keys(
       keys: keys with their positions rotated in.
       kernel_size: keys of a window, a multiple of ``kernel_stride``.
       kernel_stride: keys from one window's start to the next.
-      implementation: "triton" or "xla"; None for the recorded choice of this device
-        kind. "mosaic_gpu" refuses: the XLA form is one pass over the keys already.
+      implementation: "mosaic_gpu", "triton" or "xla"; None for the recorded choice
+        of this device kind. A named implementation never falls back.
 
     Returns:
       The means in the dtype of ``keys``; W = (S - kernel_size) // kernel_stride + 1,
@@ -50,10 +50,9 @@ def compress_keys(
     def run(name: str) -> Float[Array, "B K W H"]:
         sizes = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
         if name == "mosaic_gpu":
-            raise NotImplementedError(
-                "mosaic_gpu has no compress_keys: XLA's form reads each key once and "
-                "is bound by memory bandwidth"
-            )
+            from pallas_kernels.compress_keys import pallas_mosaic_gpu as mosaic
+
+            return mosaic.compress_keys_mosaic_gpu(keys, **sizes)
         if name == "triton":
             from pallas_kernels.compress_keys.pallas_triton import compress_keys_triton
 

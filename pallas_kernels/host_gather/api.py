@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -15,6 +17,7 @@ def host_gather(
     blocks: Float[Array, " R *E"],
     indices: Int[Array, " J"],
     *,
+    skipped: Literal["zero", "undefined"] = "zero",
     programs: int | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, " J *E"]:
@@ -27,12 +30,14 @@ def host_gather(
     Args:
       blocks: rows of any shape, in ``pinned_host`` or device memory.
       indices: int32 rows to fetch, any order; negative entries are skipped.
+      skipped: what rows of skipped entries hold: zeros, or nothing defined, so that
+        nothing is written for them and the bytes moved follow the entries fetched.
       programs: persistent programs of the Pallas forms; recorded or default if None.
       implementation: "mosaic_gpu", "triton" or "xla"; None for the recorded choice
         of this device kind. A named implementation never falls back.
 
     Returns:
-      The rows in device memory, zeros where an entry was skipped.
+      The rows in device memory; where an entry was skipped, as ``skipped`` says.
 
     Raises:
       ValueError: on shapes, dtypes or settings other than the above.
@@ -46,23 +51,31 @@ def host_gather(
     validation.require_float("blocks", blocks)
     validation.require_shape("indices", indices, (None,), "J")
     validation.require_integer("indices", indices)
+    if skipped not in ("zero", "undefined"):
+        raise ValueError(f"skipped is {skipped!r}; allowed: 'zero', 'undefined'")
     if programs is not None:
         validation.require_positive("programs", programs)
     indices = indices.astype(jnp.int32)
     if indices.shape[0] == 0:
         return jnp.zeros((0, *blocks.shape[1:]), blocks.dtype)
 
+    zero_skipped = skipped == "zero"
+
     def run(name: str) -> Float[Array, " J *E"]:
         if name == "mosaic_gpu":
             from pallas_kernels.host_gather import pallas_mosaic_gpu as mosaic
 
             config = None if programs is None else mosaic.Config(programs=programs)
-            return mosaic.host_gather_mosaic_gpu(blocks, indices, config=config)
+            return mosaic.host_gather_mosaic_gpu(
+                blocks, indices, zero_skipped=zero_skipped, config=config
+            )
         if name == "triton":
             from pallas_kernels.host_gather import pallas_triton as triton
 
             config = None if programs is None else triton.Config(programs=programs)
-            return triton.host_gather_triton(blocks, indices, config=config)
+            return triton.host_gather_triton(
+                blocks, indices, zero_skipped=zero_skipped, config=config
+            )
         from pallas_kernels.host_gather.xla import host_gather_xla
 
         return host_gather_xla(blocks, indices)

@@ -11,7 +11,8 @@ call): 38.3, 41.0, 34.6, 39.7 and 40.3 GB/s with 8, 16, 32, 64 and 132 programs
 (spread up to 16 %); a slice and contiguous copy of as many bytes 34.0, launch and
 slice included.
 
-Limits: blocks of a multiple of 1,024 bytes.
+Limits: blocks of a multiple of 1,024 bytes. Offsets are 64-bit: the operand may be as
+large as memory.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from pallas_kernels._common.numerics import cdiv
 
 # Elements that one warpgroup holds in registers at a time: 64 or 128 each thread.
 PART_BYTES = 32 * 1024
+AHEAD = 4  # list entries that are read together
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def host_gather_mosaic_gpu(
     blocks: Float[Array, " R *E"],
     indices: Int[Array, " J"],
     *,
+    zero_skipped: bool = True,
     config: Config | None = None,
 ) -> Float[Array, " J *E"]:
     """Computes the result in device memory.
@@ -72,10 +75,11 @@ def host_gather_mosaic_gpu(
     Args:
       blocks: operand in pinned host or device memory.
       indices: listed rows, negative for none.
+      zero_skipped: write zeros where an entry was skipped, rather than nothing.
       config: settings; recorded or default ones if None.
 
     Returns:
-      The rows, zeros for negative indices.
+      The rows; zeros, or whatever was there, for negative indices.
 
     Raises:
       NotImplementedError: for blocks of an odd size, or without a Hopper device.
@@ -95,30 +99,37 @@ def host_gather_mosaic_gpu(
         config = Config(**found) if found else Config()
     programs = min(config.programs, count * parts)
 
+    units = count * parts
+
     def host_gather_mosaic_gpu(blocks_ref, indices_ref, out_ref):
         program = lax.axis_index("program")
 
-        def body(i, carry):
-            unit = program + i * programs
+        def copy(unit, row):
+            j, part = lax.div(unit, jnp.int32(parts)), lax.rem(unit, jnp.int32(parts))
+            columns = pl.ds(part * size, size)
 
-            @pl.when(unit < count * parts)
-            def _():
-                j, part = lax.div(unit, jnp.int32(parts)), lax.rem(unit, parts)
-                row = indices_ref[j]
-                columns = pl.ds(part * size, size)
+            @pl.when((unit < units) & (row >= 0))
+            def _copy():
+                source = jnp.minimum(row, rows - 1)
+                out_ref[j, columns] = blocks_ref[source, columns]
 
-                @pl.when(row >= 0)
-                def _copy():
-                    source = jnp.minimum(row, rows - 1)
-                    out_ref[j, columns] = blocks_ref[source, columns]
+            if zero_skipped:
 
-                @pl.when(row < 0)
+                @pl.when((unit < units) & (row < 0))
                 def _skip():
                     out_ref[j, columns] = jnp.zeros((size,), blocks.dtype)
 
+        def body(i, carry):
+            # Several list entries are read before the first is acted upon, so that a
+            # skipped one costs a part of a memory latency.
+            found = [program + (i * AHEAD + n) * programs for n in range(AHEAD)]
+            places = [lax.div(jnp.minimum(u, units - 1), parts) for u in found]
+            listed = [indices_ref[place] for place in places]
+            for unit, row in zip(found, listed, strict=True):
+                copy(unit, row)
             return carry
 
-        lax.fori_loop(0, cdiv(count * parts, programs), body, 0)
+        lax.fori_loop(0, cdiv(units, programs * AHEAD), body, 0)
 
     out = plgpu.kernel(
         host_gather_mosaic_gpu,

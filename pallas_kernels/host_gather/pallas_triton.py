@@ -7,7 +7,8 @@ Measured on one H200 (PCIe 5 x16, jax 0.11.2, 1,536 blocks of 32 KiB out of 2 Gi
 call): 43.9, 35.0, 44.4, 41.3 and 29.3 GB/s with 8, 16, 32, 64 and 132 programs
 (spread up to 11 %).
 
-Limits: blocks of a multiple of 256 bytes. The back end is deprecated in JAX; this file
+Limits: blocks of a multiple of 256 bytes. Offsets are 64-bit where the operand needs
+them. The back end is deprecated in JAX; this file
 can be deleted with it.
 """
 
@@ -61,6 +62,7 @@ def host_gather_triton(
     blocks: Float[Array, " R *E"],
     indices: Int[Array, " J"],
     *,
+    zero_skipped: bool = True,
     config: Config | None = None,
     interpret: bool = False,
 ) -> Float[Array, " J *E"]:
@@ -69,11 +71,12 @@ def host_gather_triton(
     Args:
       blocks: operand in pinned host or device memory.
       indices: listed rows, negative for none.
+      zero_skipped: write zeros where an entry was skipped, rather than nothing.
       config: settings; recorded or default ones if None.
       interpret: run in Pallas's interpreter, on any device.
 
     Returns:
-      The rows, zeros for negative indices.
+      The rows; zeros, or whatever was there, for negative indices.
 
     Raises:
       NotImplementedError: for blocks of an odd size, or without a CUDA device.
@@ -107,10 +110,16 @@ def host_gather_triton(
                 row = indices_ref[j]
                 columns = pl.ds(part * size, size)
                 # A masked load moves nothing for a skipped entry.
-                out_ref[j, columns] = plt.load(
+                wanted = jnp.full((size,), row >= 0)
+                part_of_row = plt.load(
                     blocks_ref.at[jnp.clip(row, 0, rows - 1), columns],
-                    mask=jnp.full((size,), row >= 0),
+                    mask=wanted,
                     other=0.0,
+                )
+                plt.store(
+                    out_ref.at[j, columns],
+                    part_of_row,
+                    mask=None if zero_skipped else wanted,
                 )
 
             return carry

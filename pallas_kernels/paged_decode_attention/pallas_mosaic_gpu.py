@@ -29,7 +29,10 @@ that fit in shared memory; G at most 64; positive scale.
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,16 +43,22 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common.dispatch import in_32_bit, tuned_config
 from pallas_kernels._common.mosaic import (
-    LOWEST,
     SHARED_BYTES,
     WARPGROUP_ROWS,
+    bias_row,
+    cluster_fence,
+    fill_and_refill,
+    load_from_member,
     operand_transforms,
-    require_mosaic_sizes,
+    require_attention_sizes,
+    softmax_start,
+    store_rows,
 )
 from pallas_kernels._common.numerics import LN_2, LOG2_E, NEG_INF, cdiv
 from pallas_kernels._common.splits import merge_splits
 
-COMPUTE, MEMORY = 0, 1  # warpgroups
+# A row of log-sum-exps: 64 of queries, padded to what a warpgroup loads.
+LSE_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -58,31 +67,55 @@ class Config:
 
     Attributes:
       splits: thread blocks that share the slots of one (row, kv head).
-      stages: stages of the shared-memory ring, at least 2.
+      stages: stages of the shared-memory ring, at least 2 a compute warpgroup.
+      cluster: thread blocks of a cluster, which merge their parts with one another:
+        1, 2, 4 or 8, and a divisor of ``splits``.
+      warpgroups: compute warpgroups of a thread block, 1 or 2; they take the slots in
+        turn.
     """
 
     splits: int
     stages: int = 2
+    cluster: int = 1
+    warpgroups: int = 1
 
     def __post_init__(self):
         if self.splits < 1:
             raise ValueError(f"splits is {self.splits}; it must be at least 1")
-        if self.stages < 2:
-            raise ValueError(f"stages is {self.stages}; it must be at least 2")
+        if self.warpgroups not in (1, 2):
+            raise ValueError(f"warpgroups is {self.warpgroups}; allowed: 1, 2")
+        if self.stages < 2 * self.warpgroups:
+            raise ValueError(
+                f"stages is {self.stages}; it must be at least {2 * self.warpgroups}, "
+                "two a compute warpgroup"
+            )
+        if self.cluster not in (1, 2, 4, 8) or self.splits % self.cluster:
+            raise ValueError(
+                f"cluster is {self.cluster}; allowed: 1, 2, 4, 8, dividing splits, "
+                f"{self.splits}"
+            )
 
     def shared_bytes(self, head_dim: int, block: int) -> int:
-        """Shared memory for queries, output and the ring, in bytes."""
-        return head_dim * (WARPGROUP_ROWS * 6 + 4 * self.stages * block)
+        """Shared memory for queries and the ring, in bytes.
+
+        Results take the place of the ring, which is at least as large.
+        """
+        return 2 * head_dim * (WARPGROUP_ROWS + 2 * self.stages * block)
 
 
 def default_config(
     batch: int, kv_heads: int, listed: int, head_dim: int, block: int
 ) -> Config:
-    """Two thread blocks on each of 132 multiprocessors, with the stages that fit."""
-    splits = max(1, min(cdiv(264, batch * kv_heads), cdiv(listed, 2)))
-    half = SHARED_BYTES // 2 - 4096
-    stages = (half // head_dim - WARPGROUP_ROWS * 6) // (4 * block)
-    return Config(splits=splits, stages=max(2, min(8, stages)))
+    """One cluster a (row, kv head) that fills most of 132 multiprocessors."""
+    pairs = batch * kv_heads
+    cluster = 8
+    while cluster > 1 and (cluster * pairs > 132 or 2 * cluster > listed):
+        cluster //= 2
+    # Few pairs: several clusters each, whose results XLA merges.
+    clusters = max(1, min(132 // (cluster * pairs), listed // (2 * cluster)))
+    room = (SHARED_BYTES - 4096) // (2 * head_dim) - WARPGROUP_ROWS
+    stages = max(2, min(6, room // (2 * block)))
+    return Config(cluster * clusters, stages, cluster, 2 if stages >= 4 else 1)
 
 
 def config_for(
@@ -96,17 +129,61 @@ def config_for(
     return default_config(batch, kv_heads, listed, head_dim, block)
 
 
-def _body(refs, scoped, *, config, head_dim, block, dtype, kv_heads, sizes, scale):
-    q_smem, k_smem, v_smem, out_smem, lse_smem, bias_smem = scoped[:6]
-    q_ready, k_ready, v_ready, k_done, v_done = scoped[6:]
-    per_split, listed, capacity, splits, batch, out_rows = sizes
+def _rows_of_a_worker(out_rows: int, head_dim: int, workers: int) -> int:
+    """Rows that each of the first ``out_rows // rows`` workers merges.
+
+    A warpgroup holds a multiple of 128 elements.
+    """
+    while out_rows % workers or (out_rows // workers) * head_dim % 128:
+        workers -= 1
+    return out_rows // workers
+
+
+class _Sizes(NamedTuple):
+    """What a trace fixes."""
+
+    config: Config
+    batch: int
+    kv_heads: int
+    head_dim: int
+    block: int
+    listed: int
+    capacity: int
+    out_rows: int
+    scale: float
+
+    @property
+    def per_split(self) -> int:
+        """Slots of a thread block."""
+        return cdiv(self.listed, self.config.splits)
+
+    @property
+    def clusters(self) -> int:
+        """Clusters that share the slots of a (row, kv head)."""
+        return self.config.splits // self.config.cluster
+
+    @property
+    def workers(self) -> int:
+        """Partial results of a cluster."""
+        return self.config.cluster * self.config.warpgroups
+
+
+def _body(refs, scoped, sizes: _Sizes):
+    """One thread block: a memory warpgroup and one or two that compute."""
+    q_smem, k_union, v_union, lse_smem, bias_smem = scoped[:5]
+    q_ready, k_ready, v_ready, k_done, v_done, arrived, read = scoped[5:]
+    k_smem, out_smem = k_union
+    v_smem, level_smem = v_union
+    config, block, head_dim = sizes.config, sizes.block, sizes.head_dim
+    dtype = q_smem.dtype
     sparse = "slots" in refs
-    split, k, b = (lax.axis_index(name) for name in ("split", "k", "b"))
-    wg = lax.axis_index("wg")
-    pair = b * kv_heads + k
-    base = (refs["layer"][0] * (batch * kv_heads) + pair) * capacity
-    first = split * per_split
-    last = jnp.minimum(first + per_split, listed)
+    part, k, b = (lax.axis_index(name) for name in ("part", "k", "b"))
+    member, wg = lax.axis_index("member"), lax.axis_index("wg")
+    pair = b * sizes.kv_heads + k
+    base = refs["layer"][0] * (sizes.batch * sizes.kv_heads) + pair
+    base = base * sizes.capacity
+    first = (part * config.cluster + member) * sizes.per_split
+    last = jnp.minimum(first + sizes.per_split, sizes.listed)
     if not sparse:
         used = jnp.maximum(refs["lengths"][b], 0) + (block - 1)
         last = jnp.minimum(last, lax.div(used, jnp.int32(block)))
@@ -115,16 +192,16 @@ def _body(refs, scoped, *, config, head_dim, block, dtype, kv_heads, sizes, scal
     def slot_at(step):
         if not sparse:
             return first + step
-        return jnp.clip(refs["slots"][pair, first + step], 0, capacity - 1)
+        return jnp.clip(refs["slots"][pair, first + step], 0, sizes.capacity - 1)
 
     def length_at(step):
-        # The loads of the step after the last one stay inside the list.
+        # The loads of the steps after the last one stay inside the list.
         if not sparse:
             return refs["lengths"][b] - (first + step) * block
-        j = jnp.minimum(first + step, listed - 1)
+        j = jnp.minimum(first + step, sizes.listed - 1)
         return jnp.where(refs["slots"][pair, j] < 0, 0, refs["lengths"][pair, j])
 
-    @pl.when(wg == MEMORY)
+    @pl.when(wg == config.warpgroups)
     def _memory():
         plgpu.set_max_registers(40, action="decrease")
 
@@ -145,30 +222,20 @@ def _body(refs, scoped, *, config, head_dim, block, dtype, kv_heads, sizes, scal
                 v_ready.at[stage],
             )
 
-        for stage in range(config.stages):
+        fill_and_refill(fetch, steps, config.stages, (k_done, v_done))
 
-            @pl.when(stage < steps)
-            def _fill(stage=stage):
-                fetch(jnp.int32(stage), stage)
-
-        def refill(step, carry):
-            stage = lax.rem(step, jnp.int32(config.stages))
-            plgpu.barrier_wait(k_done.at[stage])
-            plgpu.barrier_wait(v_done.at[stage])
-            fetch(step, stage)
-            return carry
-
-        lax.fori_loop(config.stages, jnp.maximum(steps, config.stages), refill, 0)
-
-    @pl.when(wg == COMPUTE)
+    @pl.when(wg < config.warpgroups)
     def _compute():
         plgpu.set_max_registers(232, action="increase")
         # Rows after those of this pair belong to the next one, or are zeros after
         # the last: nobody reads what becomes of them.
-        rows = pl.ds(pl.multiple_of(pair * out_rows, 8), WARPGROUP_ROWS)
-        plgpu.copy_gmem_to_smem(refs["q"].at[rows], q_smem, q_ready)
+        rows = pl.ds(pl.multiple_of(pair * sizes.out_rows, 8), WARPGROUP_ROWS)
+
+        @pl.when(wg == 0)
+        def _fetch_queries():
+            plgpu.copy_gmem_to_smem(refs["q"].at[rows], q_smem, q_ready)
+
         plgpu.barrier_wait(q_ready)
-        row_layout = plgpu.Layout.WGMMA.reduce(1)
         shape = (WARPGROUP_ROWS, block)
 
         def column(shape, dimension):
@@ -176,10 +243,11 @@ def _body(refs, scoped, *, config, head_dim, block, dtype, kv_heads, sizes, scal
                 jnp.int32, shape, dimension, layout=plgpu.Layout.WGMMA
             )
 
-        def step_body(step, carry):
+        def step_body(i, carry):
             acc, top, total, length = carry
+            step = i * config.warpgroups + wg
             stage = lax.rem(step, jnp.int32(config.stages))
-            following = length_at(step + 1)
+            following = length_at(step + config.warpgroups)
             plgpu.barrier_wait(k_ready.at[stage])
 
             def scores(acc_ref):
@@ -187,12 +255,9 @@ def _body(refs, scoped, *, config, head_dim, block, dtype, kv_heads, sizes, scal
                 return acc_ref[...]
 
             logits = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
-            logits = logits * (scale * LOG2_E)
+            logits = logits * (sizes.scale * LOG2_E)
             if bias_smem is not None:
-                bias = plgpu.load(
-                    bias_smem.at[stage], layout=plgpu.Layout.WGMMA.reduce(0)
-                )
-                logits = logits + lax.broadcast_in_dim(bias * LOG2_E, shape, [1])
+                logits = logits + bias_row(bias_smem.at[stage], shape)
             plgpu.barrier_arrive(k_done.at[stage])
             logits = lax.cond(
                 length >= block,
@@ -223,30 +288,83 @@ def _body(refs, scoped, *, config, head_dim, block, dtype, kv_heads, sizes, scal
             plgpu.barrier_arrive(v_done.at[stage])
             return acc, new_top, total, following
 
-        def filled(value, layout, *shape):
-            return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-        carry = (
-            filled(0.0, plgpu.Layout.WGMMA, WARPGROUP_ROWS, head_dim),
-            filled(LOWEST, row_layout, WARPGROUP_ROWS),
-            filled(0.0, row_layout, WARPGROUP_ROWS),
-            length_at(jnp.int32(0)),
+        mine = lax.div(
+            steps + (config.warpgroups - 1) - wg, jnp.int32(config.warpgroups)
         )
-        acc, top, total, _ = lax.fori_loop(0, steps, step_body, carry)
+        carry = (*softmax_start(head_dim), length_at(wg))
+        acc, top, total, _ = lax.fori_loop(0, mine, step_body, carry)
         empty = total == 0.0
         total = jnp.where(empty, 1.0, total)
-        out_smem[...] = acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])
-        lse_smem[...] = jnp.where(empty, NEG_INF, top * LN_2 + jnp.log(total))
+        acc = acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])
+        level = jnp.where(empty, NEG_INF, top + jnp.log2(total))
+        result = (pair * sizes.clusters + part) * sizes.out_rows
+        # From here on results lie where the ring was. Every copy into it has landed;
+        # the barrier is for products that other warps may still read for.
+        plgpu.barrier_arrive(read)
+        plgpu.barrier_wait(read)
+        wide, narrow = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+        levels = plgpu.layout_cast(lax.broadcast_in_dim(level, acc.shape, [0]), wide)
+        store_rows(acc, out_smem.at[wg], wide)
+        store_rows(levels, level_smem.at[wg], wide)
+        store_rows(level, lse_smem.at[wg, pl.ds(0, WARPGROUP_ROWS)], narrow)
         plgpu.commit_smem()
-        part = pair * splits + split
-        plgpu.copy_smem_to_gmem(
-            out_smem.at[pl.ds(0, out_rows)],
-            refs["out"].at[pl.ds(part * out_rows, out_rows)],
+        _merge(refs, (out_smem, level_smem, lse_smem), arrived, result, sizes)
+
+
+def _merge(refs, smem, arrived, result, sizes: _Sizes):
+    """Merges the parts of a cluster, each worker some rows, and writes them."""
+    out_smem, level_smem, lse_smem = smem
+    config, head_dim = sizes.config, sizes.head_dim
+    member, wg = lax.axis_index("member"), lax.axis_index("wg")
+    worker = member * config.warpgroups + wg
+    rows = _rows_of_a_worker(sizes.out_rows, head_dim, sizes.workers)
+    sources = [(m, w) for m in range(config.cluster) for w in range(config.warpgroups)]
+
+    def everyone():
+        """Waits for the cluster's warpgroups; what they wrote before is seen after."""
+        cluster_fence()
+        plgpu.barrier_arrive(arrived)
+        plgpu.barrier_wait(arrived)
+        cluster_fence()
+
+    def merged(levels, values):
+        top = functools.reduce(jnp.maximum, levels)
+        empty = top == NEG_INF
+        top = jnp.where(empty, 0.0, top)
+        weights = [jnp.exp2(x - top) for x in levels]
+        total = jnp.where(empty, 1.0, functools.reduce(operator.add, weights))
+        level = jnp.where(empty, NEG_INF, top + jnp.log2(total)) * LN_2
+        if values is None:
+            return level
+        out = [w * x for w, x in zip(weights, values, strict=True)]
+        return functools.reduce(operator.add, out) / total
+
+    if sizes.workers > 1:
+        everyone()
+
+    @pl.when(worker * rows < sizes.out_rows)
+    def _rows():
+        part = pl.ds(worker * rows, rows)
+
+        def load(ref, m, w):
+            return load_from_member(ref.at[w, part], (rows, head_dim), m)
+
+        out = merged(
+            [load(level_smem, m, w) for m, w in sources],
+            [load(out_smem, m, w) for m, w in sources],
         )
-        plgpu.copy_smem_to_gmem(
-            lse_smem, refs["lse"].at[pl.ds(part * WARPGROUP_ROWS, WARPGROUP_ROWS)]
-        )
-        plgpu.wait_smem_to_gmem(0)
+        place = refs["out"].at[pl.ds(result + worker * rows, rows)]
+        place[...] = out.astype(refs["out"].dtype)
+
+    @pl.when(worker == sizes.workers - 1)
+    def _lse():
+        levels = [load_from_member(lse_smem.at[w], (LSE_ROWS,), m) for m, w in sources]
+        place = lax.div(result, jnp.int32(sizes.out_rows)) * LSE_ROWS
+        refs["lse"][pl.ds(place, LSE_ROWS)] = merged(levels, None)
+
+    if config.cluster > 1:
+        # Nobody leaves while another may still read its shared memory.
+        everyone()
 
 
 @in_32_bit
@@ -285,20 +403,13 @@ def paged_decode_attention_mosaic_gpu(
     """
     batch, heads, head_dim = q.shape
     _, _, kv_heads, capacity, block, _, _ = kv.shape
-    require_mosaic_sizes(q.dtype, head_dim, block)
     groups = heads // kv_heads
-    if groups > WARPGROUP_ROWS:
-        raise NotImplementedError(
-            f"mosaic_gpu needs at most {WARPGROUP_ROWS} query heads a kv head, not "
-            f"{groups}"
-        )
+    require_attention_sizes(q.dtype, head_dim, block, groups, scale)
     if block % 64:
         # Clearing the values beyond a length loads them in the layout of wgmma.
         raise NotImplementedError(
             f"mosaic_gpu decodes blocks of 64 or 128 tokens, not {block}"
         )
-    if scale <= 0:
-        raise NotImplementedError(f"mosaic_gpu needs a positive scale, not {scale}")
     listed = capacity if slots is None else slots.shape[-1]
     if Config(1).shared_bytes(head_dim, block) > SHARED_BYTES - 4096:
         raise NotImplementedError(
@@ -311,7 +422,6 @@ def paged_decode_attention_mosaic_gpu(
             f"{config} does not fit blocks of {block} tokens and head dim {head_dim} "
             "in 227 KiB of shared memory"
         )
-    splits = min(config.splits, listed)
     out_rows = 8 * cdiv(groups, 8)
     query = q.reshape(batch, kv_heads, groups, head_dim)
     query = jnp.pad(query, ((0, 0), (0, 0), (0, out_rows - groups), (0, 0)))
@@ -333,63 +443,68 @@ def paged_decode_attention_mosaic_gpu(
     if key_bias is not None:
         operands["bias"] = key_bias.reshape(-1)
     names = (*operands, "out", "lse")
+    sizes = _Sizes(
+        config, batch, kv_heads, head_dim, block, listed, capacity, out_rows, scale
+    )
 
     def paged_decode_attention_mosaic_gpu(*refs):
         tiled = operand_transforms()
         ring = (config.stages, block, head_dim)
+        results = (config.warpgroups, WARPGROUP_ROWS, head_dim)
         bias = None
         if key_bias is not None:
             bias = plgpu.SMEM((config.stages, block), jnp.float32)
-        copies = 1 if key_bias is None else 2
+        per_stage = {"num_barriers": config.stages}
+        arrived = plgpu.Barrier(num_arrivals=config.warpgroups)
+        if config.cluster > 1:
+            arrived = plgpu.ClusterBarrier(
+                collective_axes=("member",), num_arrivals=config.warpgroups
+            )
+
+        def union():
+            return plgpu.RefUnion(
+                plgpu.SMEM(ring, q.dtype, transforms=tiled),
+                plgpu.SMEM(results, jnp.float32),
+            )
+
         pl.run_scoped(
-            lambda *scoped: _body(
-                dict(zip(names, refs, strict=True)),
-                scoped,
-                config=config,
-                head_dim=head_dim,
-                block=block,
-                dtype=q.dtype,
-                kv_heads=kv_heads,
-                sizes=(
-                    cdiv(listed, splits),
-                    listed,
-                    capacity,
-                    splits,
-                    batch,
-                    out_rows,
-                ),
-                scale=scale,
-            ),
+            lambda *scoped: _body(dict(zip(names, refs, strict=True)), scoped, sizes),
             plgpu.SMEM((WARPGROUP_ROWS, head_dim), q.dtype, transforms=tiled),
-            plgpu.SMEM(ring, q.dtype, transforms=tiled),
-            plgpu.SMEM(ring, q.dtype, transforms=tiled),
-            plgpu.SMEM((WARPGROUP_ROWS, head_dim), jnp.float32),
-            plgpu.SMEM((WARPGROUP_ROWS,), jnp.float32),
+            union(),
+            union(),
+            plgpu.SMEM((config.warpgroups, LSE_ROWS), jnp.float32),
             bias,
             plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
-            plgpu.Barrier(num_barriers=config.stages),
-            plgpu.Barrier(num_barriers=config.stages),
-            plgpu.Barrier(num_barriers=config.stages),
+            plgpu.Barrier(num_arrivals=1 if bias is None else 2, **per_stage),
+            plgpu.Barrier(**per_stage),
+            plgpu.Barrier(**per_stage),
+            plgpu.Barrier(**per_stage),
+            arrived,
+            plgpu.Barrier(num_arrivals=config.warpgroups),
             collective_axes="wg",
         )
 
-    parts = batch * kv_heads * splits
+    clusters = sizes.clusters
+    parts = batch * kv_heads * clusters
     out, lse = plgpu.kernel(
         paged_decode_attention_mosaic_gpu,
         out_type=(
-            jax.ShapeDtypeStruct((parts * out_rows, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((parts * WARPGROUP_ROWS,), jnp.float32),
+            jax.ShapeDtypeStruct(
+                (parts * out_rows, head_dim), q.dtype if clusters == 1 else jnp.float32
+            ),
+            jax.ShapeDtypeStruct((parts * LSE_ROWS,), jnp.float32),
         ),
-        grid=(splits, kv_heads, batch),
-        grid_names=("split", "k", "b"),
-        num_threads=2,
+        grid=(clusters, kv_heads, batch),
+        grid_names=("part", "k", "b"),
+        cluster=(config.cluster,),
+        cluster_names=("member",),
+        num_threads=config.warpgroups + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*operands.values())
-    out = out.reshape(batch, kv_heads, splits, out_rows, head_dim)[..., :groups, :]
-    lse = lse.reshape(batch, kv_heads, splits, WARPGROUP_ROWS)[..., :groups]
-    if splits > 1:
+    out = out.reshape(batch, kv_heads, clusters, out_rows, head_dim)[..., :groups, :]
+    lse = lse.reshape(batch, kv_heads, clusters, LSE_ROWS)[..., :groups]
+    if clusters > 1:
         out, lse = merge_splits(out, lse)
     out = out.reshape(batch, heads, head_dim).astype(q.dtype)
     return out, lse.reshape(batch, heads)

@@ -40,13 +40,17 @@ from pallas_kernels._common.dispatch import (
     silence_triton_deprecation,
     tuned_config,
 )
-from pallas_kernels._common.numerics import NEG_INF, cdiv, finite_or_zero
+from pallas_kernels._common.numerics import NEG_INF, cdiv
 from pallas_kernels._common.splits import merge_splits
 from pallas_kernels._common.triton import (
     MIN_ROWS,
     dot,
     next_power_of_two,
+    require_launch,
     require_triton_sizes,
+    softmax_end,
+    softmax_start,
+    softmax_step,
 )
 
 
@@ -67,10 +71,7 @@ class Config:
     def __post_init__(self):
         if self.splits < 1:
             raise ValueError(f"splits is {self.splits}; it must be at least 1")
-        if self.num_warps not in (1, 2, 4, 8, 16):
-            raise ValueError(f"num_warps is {self.num_warps}; allowed: 1 2 4 8 16")
-        if self.num_stages < 1:
-            raise ValueError(f"num_stages is {self.num_stages}; it must be >= 1")
+        require_launch(self.num_warps, self.num_stages)
 
 
 def default_config(batch: int, kv_heads: int, listed: int) -> Config:
@@ -123,8 +124,7 @@ def _kernel(
         # Slots after the row's last token hold nothing.
         last = jnp.minimum(last, cdiv(jnp.maximum(lengths_ref[b], 0), block))
 
-    def body(j, carry):
-        top, total, acc = carry
+    def body(j, running):
         if slots_ref is None:
             slot, length = j, lengths_ref[b] - j * block
         else:
@@ -143,29 +143,16 @@ def _kernel(
             at = bias_ref.at[layer, b, k, slot, :]
             logits = logits + plt.load(at, mask=valid, other=0.0)[None]
         logits = jnp.where(valid[None], logits, NEG_INF)
-        new_top = jnp.maximum(top, logits.max(1))
-        shift = finite_or_zero(new_top)
-        weights = jnp.exp(logits - shift[:, None])
-        fade = jnp.exp(top - shift)
-        values = load(1)
-        acc = acc * fade[:, None] + dot(weights.astype(values.dtype), values)
-        return new_top, total * fade + weights.sum(1), acc
+        return softmax_step(running, logits, lambda: load(1))
 
-    carry = (
-        jnp.full((rows,), NEG_INF, jnp.float32),
-        jnp.zeros((rows,), jnp.float32),
-        jnp.zeros((rows, head_dim), jnp.float32),
-    )
-    top, total, acc = lax.fori_loop(first, last, body, carry)
-    empty = total == 0.0
-    total = jnp.where(empty, 1.0, total)
+    start = softmax_start(rows, head_dim)
+    out, lse = softmax_end(lax.fori_loop(first, last, body, start))
     part = (pair * pl.num_programs(0) + split) * groups
     plt.store(
         out_ref.at[part * head_dim + element],
-        (acc / total[:, None]).astype(out_ref.dtype),
+        out.astype(out_ref.dtype),
         mask=real,
     )
-    lse = jnp.where(empty, NEG_INF, top + jnp.log(total))
     plt.store(lse_ref.at[part + row], lse, mask=row < groups)
 
 
