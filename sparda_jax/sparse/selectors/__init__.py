@@ -13,6 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
+from sparda_jax.sparse.block_scores import (
+    forecast_block_scores,
+    own_query_block_scores,
+)
 from sparda_jax.sparse.selection import (
     SelectionTile,
     budget_width,
@@ -25,6 +29,7 @@ from sparda_jax.sparse.selection import (
 )
 
 WindowScores = Callable[[SelectionTile, SparseConfig], Float[Array, "B K T W"]]
+BlockScores = Callable[[SelectionTile, SparseConfig], Float[Array, "B K T M"]]
 
 
 def _forecast_or_own_query(
@@ -33,6 +38,14 @@ def _forecast_or_own_query(
     if sparse.forecast_decode_only and not tile.decoding:
         return own_query_scores(tile, sparse)
     return forecast_scores(tile, sparse)
+
+
+def _forecast_or_own_query_blocks(
+    tile: SelectionTile, sparse: SparseConfig
+) -> Float[Array, "B K T M"]:
+    if sparse.forecast_decode_only:
+        return own_query_block_scores(tile, sparse)
+    return forecast_block_scores(tile, sparse)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +59,8 @@ class Selector:
       two_stage: NOSA's query-agnostic second stage follows: "never", "always" (the
         model must have a key bias) or "if_key_bias".
       summary: One line for help texts.
+      prefill: Faster form of `scores` for prefill tiles: pooled to blocks and forced.
+        None pools and forces what `scores` gives.
     """
 
     name: str
@@ -53,6 +68,7 @@ class Selector:
     summary: str
     needs_forecast: bool = False
     two_stage: str = "never"
+    prefill: BlockScores | None = None
 
     def check(self, config: ModelConfig, *, has_forecast: bool) -> None:
         """Raises ConfigError if the model cannot be used with this selector."""
@@ -93,9 +109,12 @@ class Selector:
         if self.scores is None or not self.lists_blocks(num_blocks, sparse):
             return None
         own = (tile.positions // sparse.block_size)[:, None]  # B 1 T
-        window_scores = self.scores(tile, sparse)
-        blocks = pool_to_blocks(window_scores, sparse.windows_per_block)
-        blocks = force_blocks(blocks, own, sparse)
+        if self.prefill is not None and not tile.decoding:
+            blocks = self.prefill(tile, sparse)
+        else:
+            window_scores = self.scores(tile, sparse)
+            blocks = pool_to_blocks(window_scores, sparse.windows_per_block)
+            blocks = force_blocks(blocks, own, sparse)
         if self.two_stage == "always" or (
             self.two_stage == "if_key_bias" and config.key_bias
         ):
@@ -111,13 +130,17 @@ class Selector:
 _BUILT_IN = (
     Selector("dense", None, "full causal attention"),
     Selector(
-        "infllm_v2", own_query_scores, "the query's own softmax scores over key means"
+        "infllm_v2",
+        own_query_scores,
+        "the query's own softmax scores over key means",
+        prefill=own_query_block_scores,
     ),
     Selector(
         "nosa",
         own_query_scores,
         "InfLLM-V2 scores, then NOSA's query-agnostic importance",
         two_stage="always",
+        prefill=own_query_block_scores,
     ),
     Selector(
         "sparda",
@@ -125,6 +148,7 @@ _BUILT_IN = (
         "the layer before forecasts the blocks (NOSA's second stage where it has one)",
         needs_forecast=True,
         two_stage="if_key_bias",
+        prefill=_forecast_or_own_query_blocks,
     ),
 )
 _REGISTRY = types.MappingProxyType({selector.name: selector for selector in _BUILT_IN})

@@ -6,6 +6,10 @@ import pytest
 
 from sparda_jax.config import RopeConfig, SparseConfig
 from sparda_jax.models.rope import Rope, apply_rope, rope_frequencies, rotation
+from sparda_jax.sparse.block_scores import (
+    forecast_block_scores,
+    own_query_block_scores,
+)
 from sparda_jax.sparse.compression import (
     CompressedKeys,
     append_windows,
@@ -197,6 +201,31 @@ def test_selection_lists(unit, windows, source, masked):
     suffix = "_fm" if masked and source == "fc" else ""
     expected = unit[f"{source}/sel_K8{suffix}"]
     np.testing.assert_array_equal(_lists(tile, sparse, scores), expected)
+    own = (tile.positions // sparse.block_size)[:, None]
+    fast = own_query_block_scores if source == "own" else forecast_block_scores
+    lists = top_blocks(fast(tile, sparse), own, tile.length, sparse)
+    np.testing.assert_array_equal(np.asarray(sorted_blocks(lists))[0], expected)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("source", ["own", "fc"])
+def test_block_scores_of_a_tile_equal_pooled_window_scores(
+    unit, windows, source, masked
+):
+    """The form that prefill runs against the readable one, in the middle of a row."""
+    import dataclasses
+
+    sparse = dataclasses.replace(UNIT, mask_future_blocks=masked)
+    where = slice(200, 290)
+    arrays = {"q": unit["own/q"]} if source == "own" else {"phi": unit["fc/phi"]}
+    arrays = {name: array[where] for name, array in arrays.items()}
+    tile = _tile(**arrays, windows=windows, positions=np.arange(640, 730), length=735)
+    own = (tile.positions // sparse.block_size)[:, None]
+    scores = own_query_scores if source == "own" else forecast_scores
+    want = force_blocks(pool_to_blocks(scores(tile, sparse), 4), own, sparse)
+    fast = own_query_block_scores if source == "own" else forecast_block_scores
+    got = np.asarray(fast(tile, sparse))
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-7)
 
 
 def test_decode_selection_equals_golden(unit, windows):

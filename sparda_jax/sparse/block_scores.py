@@ -1,0 +1,68 @@
+"""Block scores of a prefill tile without its window scores: the fast forms.
+
+`pallas_kernels.block_scores` walks over windows only up to the tile's last position and
+holds neither T×W nor logits of a whole row. The readable forms in `selection` say what
+comes out; tests hold the two together. Decode, one row of windows, uses those.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.block_scores.api import block_scores
+from sparda_jax.config import SparseConfig
+from sparda_jax.sparse.selection import SelectionTile
+
+
+def _scores(
+    query: Float[Array, "B T heads H"],
+    tile: SelectionTile,
+    sparse: SparseConfig,
+    *,
+    softmax: bool,
+) -> Float[Array, "B K T M"]:
+    windows = tile.windows.shape[2]
+    count = None
+    if not softmax:
+        # Only the raw form shows a query windows that end behind it (§10.2), so only
+        # there unfinished ones must be kept out.
+        complete = (tile.length - sparse.kernel_size) // sparse.kernel_stride + 1
+        count = jnp.clip(complete, 0, windows)
+    out = block_scores(
+        query,
+        tile.windows.astype(query.dtype),
+        q_start=tile.positions[:, 0],
+        num_windows=count,
+        blocks=windows // sparse.windows_per_block,
+        block_size=sparse.block_size,
+        kernel_size=sparse.kernel_size,
+        kernel_stride=sparse.kernel_stride,
+        init_blocks=sparse.init_blocks,
+        local_blocks=sparse.local_blocks + 1,
+        softmax=softmax,
+        mask_future_blocks=sparse.mask_future_blocks,
+        # The form that the goldens of whole models were checked with everywhere.
+        implementation="xla",
+    )
+    assert not isinstance(out, tuple)
+    return out
+
+
+def own_query_block_scores(
+    tile: SelectionTile, sparse: SparseConfig
+) -> Float[Array, "B K T M"]:
+    """`own_query_scores`, pooled and forced (§2.3, §2.4)."""
+    assert tile.q is not None
+    return _scores(tile.q, tile, sparse, softmax=True)
+
+
+def forecast_block_scores(
+    tile: SelectionTile, sparse: SparseConfig
+) -> Float[Array, "B K T M"]:
+    """`forecast_scores`, pooled and forced (§4.3, §2.4).
+
+    A window that starts at or before its query and ends behind it has a score here even
+    if future blocks are masked; it belongs to forced blocks alone, so the choice is the
+    same.
+    """
+    assert tile.phi is not None
+    return _scores(tile.phi, tile, sparse, softmax=False)
