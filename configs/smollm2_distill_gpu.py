@@ -30,12 +30,12 @@ def get_config() -> TrainConfig:
         loss=LossConfig(
             teacher="deployed",
             student="blocks",
-            target="members",
+            target="recall",
             mask_short_rows=True,
             floor=0.0,
         ),
         optimizer=OptimizerConfig(
-            lr=5e-5,
+            lr=2e-4,
             schedule="cosine",
             warmup_steps=10,
             final_fraction=0.05,

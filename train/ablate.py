@@ -27,7 +27,13 @@ from sparda_jax.checkpoint.errors import CheckpointError
 from sparda_jax.config import ConfigError, SparseConfig
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.models.forecast import project_forecast
-from train.config import LossConfig, load_config, with_overrides
+from train.config import (
+    LossConfig,
+    OptimizerConfig,
+    TrainConfig,
+    load_config,
+    with_overrides,
+)
 from train.loss import (
     Documents,
     attend_listed,
@@ -51,6 +57,7 @@ from train.step import (
     Settings,
     head_gradient,
     initial_heads,
+    learning_rate,
     make_optimizer,
     run_backbone,
 )
@@ -58,34 +65,38 @@ from train.step import (
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to train: first heads and loss."""
+    """One way to train: first heads, loss and learning rate."""
 
     init: str
     loss: LossConfig
+    optimizer: OptimizerConfig
 
 
-def variants(ours: LossConfig, init: str) -> dict[str, Variant]:
-    """The configuration's own way, the reference's, and one change at a time."""
+def variants(config: TrainConfig, steps: int) -> dict[str, Variant]:
+    """The configuration's own way, the reference's, and one change at a time.
+
+    Heads that begin far from their end take the reference's learning rate.
+    """
+    ours, own = config.loss, dataclasses.replace(config.optimizer, steps=steps)
+    fast = dataclasses.replace(own, lr=OptimizerConfig().lr)
     reference = LossConfig(tile=ours.tile)
     changes: dict[str, dict[str, Any]] = {
         "floor 0": {"floor": 0.0},
-        "mean alignment": {"align": "mean"},
         "short rows masked": {"mask_short_rows": True},
         "position weighting": {"position_weight": "context"},
         "student pooled": {"student": "blocks"},
         "deployed teacher": {"teacher": "deployed"},
     }
     found = {
-        "ours": Variant(init, ours),
-        "ours, from_query": Variant("from_query", ours),
-        "ours, kaiming": Variant("kaiming", ours),
-        "reference": Variant("from_query", reference),
-        "reference, kaiming": Variant("kaiming", reference),
-        "reference, regression": Variant("regression", reference),
+        "ours": Variant(config.init, ours, own),
+        "ours, from_query": Variant("from_query", ours, fast),
+        "ours, kaiming": Variant("kaiming", ours, fast),
+        "reference": Variant("from_query", reference, fast),
+        "reference, kaiming": Variant("kaiming", reference, fast),
     }
     for name, change in changes.items():
         loss = dataclasses.replace(reference, **change)
-        found[f"reference, {name}"] = Variant("from_query", loss)
+        found[f"reference, {name}"] = Variant("from_query", loss, fast)
     return found
 
 
@@ -195,7 +206,11 @@ def make_trainer(
     *,
     on_policy: bool,
 ) -> Callable:
-    """A jitted (model, heads [V, L, D, KH], moments, batch [A, B, T]) → the next."""
+    """A jitted (model, heads, moments, batch, rates) → the next heads and moments.
+
+    Heads are [V, L, D, KH], batches [A, B, T] and learning rates [V]; `optimizer` has
+    the rate 1.
+    """
     config, count = settings.config, len(losses)
 
     def gradients(model: Decoder, heads: Array, batch: Batch) -> tuple[Array, Array]:
@@ -220,11 +235,16 @@ def make_trainer(
         return jnp.swapaxes(mean, 0, 1), loss.T
 
     @jax.jit
-    def step(model: Decoder, heads: Array, moments: Any, batch: Batch):
+    def step(
+        model: Decoder, heads: Array, moments: Any, batch: Batch, rates: Array
+    ) -> tuple[Array, Any, Array]:
         parts = jax.lax.map(lambda part: gradients(model, heads, part), batch)
         gradient, loss = jax.tree.map(lambda x: x.mean(0), parts)
         updates, moments = jax.vmap(optimizer.update)(gradient, moments, heads)
-        return optax.apply_updates(heads, updates), moments, loss.mean(-1)
+        scale = rates[:, None, None, None]
+        updates = jax.tree.map(lambda x: x * scale, updates)
+        after: Any = optax.apply_updates(heads, updates)
+        return after, moments, loss.mean(-1)
 
     assert not config.key_bias, "variants are compared for models without a key bias"
     return step
@@ -237,8 +257,8 @@ def ablate(
 
     The heads of the variant called `save` are written to the run's directory.
     """
-    config = dataclasses.replace(run.config.optimizer, steps=steps)
-    optimizer = make_optimizer(config)
+    unit = dataclasses.replace(run.config.optimizer, lr=1.0, schedule="constant")
+    optimizer = make_optimizer(dataclasses.replace(unit, warmup_steps=0))
     first = {
         how: initial_heads(run.lm.model, how, run.config.seed)
         for how in ("from_query", "kaiming")
@@ -259,9 +279,11 @@ def ablate(
         heads = jnp.stack([jnp.array(first[chosen[name].init]) for name in names])
         moments = jax.vmap(optimizer.init)(heads)
         rows = run.batches()
+        rates = [learning_rate(chosen[name].optimizer) for name in names]
         begin, loss = time.monotonic(), None
-        for _ in range(steps):
-            heads, moments, loss = step(run.model, heads, moments, next(rows))
+        for number in range(steps):
+            now = jnp.asarray([rate(number) for rate in rates], jnp.float32)
+            heads, moments, loss = step(run.model, heads, moments, next(rows), now)
         assert loss is not None
         jax.block_until_ready(heads)
         seconds = time.monotonic() - begin
@@ -292,7 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    chosen = variants(config.loss, config.init)
+    chosen = variants(config, options.steps)
     names = options.only or list(chosen)
     chosen = {name: chosen[name] for name in names}
     result = {

@@ -71,9 +71,9 @@ class LossConfig(_Checked):
       align: How the fine teacher is brought to the deployed grid.
       student: Bins of the KL: "cells", the windows that start in a chosen block, or
         "blocks", pooled to one score a block exactly as inference pools.
-      target: What the KL pulls the student to, with student="blocks": "mass", how the
-        teacher's probability is spread, or "members", the blocks that it chose, all
-        alike: selection asks which blocks, not how much of each.
+      target: What the student is to match: "mass", how the teacher's probability is
+        spread (the KL), or, with student="blocks", "recall", which blocks the teacher
+        chose: the loss is then a smooth count of misplaced blocks (`recall_loss`).
       mask_short_rows: Leave out rows whose whole context fits the budget: inference
         never asks for a choice there.
       position_weight: "uniform", or "context": a row counts by the share of its context
@@ -87,7 +87,7 @@ class LossConfig(_Checked):
     teacher: Literal["fine", "deployed"] = "fine"
     align: Literal["max", "mean"] = "max"
     student: Literal["cells", "blocks"] = "cells"
-    target: Literal["mass", "members"] = "mass"
+    target: Literal["mass", "recall"] = "mass"
     mask_short_rows: bool = False
     position_weight: Literal["uniform", "context"] = "uniform"
     on_policy: bool = False

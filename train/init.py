@@ -8,10 +8,9 @@ adds nothing.
 
 A group of G query heads has one forecast. The group's choice sums their softmaxes, in
 which a head that is sure counts for more than one that is not; the mean of the heads
-ignores that. So each forecast is a weighted sum of its group's guesses, with a weight
-for each head and rotary frequency, and the weights are fitted by the loss of the run.
-These few numbers say much, and inputs of very different sizes cannot upset them as they
-upset Adam's steps of a whole matrix. From there training moves all of the matrix.
+ignores that. So each forecast is a weighted sum of its group's guesses, and the
+weights, G a group, are fitted by the loss of the run. From there training moves all of
+the matrix.
 """
 
 import functools
@@ -101,14 +100,10 @@ def predictors(
 
 
 def combine(
-    guesses: Float[Array, "L D K G H"], weights: Float[Array, "L K G H/2"]
+    guesses: Float[Array, "L D K G H"], weights: Float[Array, "L K G"]
 ) -> Float[Array, "L D KH"]:
-    """Heads that are weighted sums of their group's guesses.
-
-    A frequency's two channels lie half a head apart, and share a weight.
-    """
-    both = jnp.concatenate((weights, weights), axis=-1)
-    heads = jnp.einsum("ldkgh,lkgh->ldkh", guesses, both)
+    """Heads that are weighted sums of their group's guesses."""
+    heads = jnp.einsum("ldkgh,lkg->ldkh", guesses, weights)
     return heads.reshape(*heads.shape[:2], -1)
 
 
@@ -180,8 +175,7 @@ def regression_heads(
         updates, moments = optimizer.update(gradient, moments, weights)
         return optax.apply_updates(weights, updates), moments
 
-    shape = (len(guesses), *groups[:2], config.head_dim // 2)
-    weights = jnp.full(shape, 1 / groups[1], jnp.float32)
+    weights = jnp.full((len(guesses), *groups[:2]), 1 / groups[1], jnp.float32)
     state = optimizer.init(weights)
     for _ in range(batches):
         weights, state = step(model, guesses, weights, state, next(data))

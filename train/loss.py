@@ -42,6 +42,8 @@ _MASKED = -1e30
 # Four segments spend 5/8 of the full square where 1/2 is the least. Each one is
 # compiled for itself, which short rows are not worth.
 _SEGMENTS = 4
+# Of `recall_loss`: distance from the line, in spreads of a row, that counts as clear.
+_SOFTNESS = 0.1
 _SEGMENT_TOKENS = 1024
 # Bytes of one float32 score array of a tile. A CPU wants it in its cache.
 _SCORE_BYTES = {"cpu": 6 << 20}
@@ -490,6 +492,44 @@ def partition_kl(
     return jnp.where(p_sum > 0, kl / some + jnp.log(q_sum) - jnp.log(some), 0.0)
 
 
+def recall_loss(
+    scores: Float[Array, "*rows M"],
+    chosen: Bool[Array, "*rows M"],
+    optional: Bool[Array, "*rows #M"],
+) -> Float[Array, "*rows"]:
+    """A smooth count of misplaced blocks, over the number of chosen ones.
+
+    A student that picks as many blocks as the teacher draws its line between the last
+    one in and the first one out. Every block's distance from that line, in units of the
+    row's spread, passes through a sigmoid: 0 well on its side, 1 well on the wrong one.
+    Misplaced blocks count alike, however little attention they would get, and the scale
+    of the scores, which selection ignores, changes nothing. Rows without a choice give
+    0.
+
+    Args:
+      scores: Of blocks.
+      chosen: What the teacher picked among the optional ones.
+      optional: Blocks that may be picked.
+    """
+    count = jnp.sum(chosen, axis=-1, keepdims=True)
+    held = jnp.sum(optional, axis=-1, keepdims=True)
+    choice = (count > 0) & (held > count)
+    scores = jnp.where(optional, scores, 0.0)
+    mean = jnp.sum(scores, axis=-1, keepdims=True) / jnp.maximum(held, 1)
+    spread = jnp.where(optional, jnp.square(scores - mean), 0.0)
+    spread = jnp.sum(spread, axis=-1, keepdims=True) / jnp.maximum(held, 1)
+    spread = jnp.sqrt(jnp.where(choice, spread, 1.0) + 1e-6)
+    order = -jnp.sort(-jnp.where(optional, scores, _MASKED), axis=-1)
+    last = jnp.clip(count - 1, 0, scores.shape[-1] - 2)
+    line = jnp.take_along_axis(order, last, -1)
+    line += jnp.take_along_axis(order, last + 1, -1)
+    line = jnp.where(choice, line / 2, 0.0)
+    distance = (scores - line) / (_SOFTNESS * spread)
+    wrong = jax.nn.sigmoid(jnp.where(chosen, -distance, distance))
+    wrong = jnp.sum(jnp.where(optional & choice, wrong, 0.0), axis=-1)
+    return wrong / jnp.maximum(count[..., 0], 1)
+
+
 def row_weights(
     queries: Queries, *, sparse: SparseConfig, loss: LossConfig
 ) -> Float[Array, "B T"]:
@@ -524,10 +564,10 @@ def row_losses(
         own = own_block(queries, sparse)[..., None]
         past = jnp.arange(blocks) <= own
         target = jnp.where(past, pool_to_blocks(teacher.cells, per_block), 0.0)
-        if loss.target == "members":
-            past = optional_blocks(queries, blocks, sparse)
-            target = resolved.astype(jnp.float32)
         logits = jnp.maximum(pool_to_blocks(logits, per_block), _MASKED)
+        if loss.target == "recall":
+            optional = optional_blocks(queries, blocks, sparse)
+            return recall_loss(logits, resolved, optional & (logits > _MASKED))
         logits = jnp.where(past, logits, _MASKED)
         return partition_kl(target, logits, resolved, slots=slots, floor=loss.floor)
     exists = window_masks(queries, keys.whole, sparse)[0]
