@@ -295,6 +295,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         finally:
             log.close()
         path = run.export(run.state, evaluation, "forecast.safetensors")
+        checkpoints.wait()
         best = checkpoints.best_step
         if best is not None:
             held = checkpoints.restore(run.state, best)
