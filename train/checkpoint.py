@@ -127,6 +127,8 @@ class Checkpoints:
             )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(rules),
+            # Without it no metrics are written, and no checkpoint would be the best.
+            best_fn=lambda metrics: metrics[METRIC],
             cleanup_tmp_directories=True,
         )
         handlers = {
