@@ -7,6 +7,7 @@ import threading
 # Before JAX starts: float32 products must be float32 (some GPUs would take TF32).
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
+import jaxtyping
 from jaxtyping import install_import_hook
 
 install_import_hook(("sparda_jax", "pallas_kernels", "train"), "beartype.beartype")
@@ -74,3 +75,12 @@ def smollm2_path() -> pathlib.Path:
     from sparda_jax.checkpoint.fetch import fetch_default_model
 
     return fetch_default_model(progress=False)
+
+
+@pytest.fixture
+def without_type_checks():
+    """Lets wrong arguments reach the checks that users without beartype meet."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

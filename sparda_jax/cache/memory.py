@@ -9,21 +9,26 @@ works on a GPU works on a CPU. The other way round is not true, hence `cache.lin
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import (
+    AxisType,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from sparda_jax.config import ConfigError
 
 HOST_KIND = "pinned_host"
 
 
-def to_host(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def to_host(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """Moves an array to host memory, inside or outside of `jit`."""
     return jax.device_put(x, jax.memory.Space.Host)
 
 
-def to_device(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def to_device(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """Moves an array to device memory, inside or outside of `jit`."""
     return jax.device_put(x, jax.memory.Space.Device)
 
@@ -62,4 +67,8 @@ def host_zeros(shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "..."]:
 
 def host_shape(shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
     """The type of a host array, to lower programs without allocating it."""
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=host_sharding())
+    device = host_sharding().device_set
+    # Of a shape without values, only a named sharding makes the space part of the type.
+    mesh = jax.make_mesh((1,), ("one",), (AxisType.Auto,), devices=tuple(device))
+    sharding = NamedSharding(mesh, PartitionSpec(), memory_kind=HOST_KIND)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

@@ -1,6 +1,7 @@
 """The engine behind the public API: shapes, compilations, calls and their figures."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels._common.dispatch import Implementation
+from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.checkpoint.tokenizer import Tokenizer
 from sparda_jax.config import CacheConfig, ConfigError, ModelConfig, SparseConfig
 from sparda_jax.inference.generate import (
@@ -27,9 +29,11 @@ from sparda_jax.inference.generate import (
     stop_array,
 )
 from sparda_jax.inference.layer_store import LayerSettings
+from sparda_jax.inference.offload_stats import OffloadStats, offload_stats
 from sparda_jax.inference.policy import offload_settings
 from sparda_jax.inference.prefill import prefill
 from sparda_jax.inference.sampling import SamplingConfig, sampling_state
+from sparda_jax.inference.stepwise import advance_stepwise
 from sparda_jax.models.decoder import Decoder, logits
 from sparda_jax.models.rope import Rope, model_rope
 from sparda_jax.sparse.selectors import Selector
@@ -53,6 +57,7 @@ class GenerateStats:
       compile_seconds: Time spent compiling for this call; 0 when it was compiled.
       prefill_blocks, decode_blocks: KV blocks (attended, present), summed over tokens,
         kv heads and layers.
+      offload: What decode fetched from host memory; None for a resident cache.
     """
 
     prompt_tokens: int
@@ -64,6 +69,7 @@ class GenerateStats:
     compile_seconds: float
     prefill_blocks: tuple[float, float]
     decode_blocks: tuple[float, float]
+    offload: OffloadStats | None = None
 
     @property
     def prefill_tokens_per_second(self) -> float | None:
@@ -354,7 +360,7 @@ class _Run:
             held_capacity = conversation.state.cache.capacity
             capacity = max(self.shapes.capacity, held_capacity)
             self.shapes = dataclasses.replace(self.shapes, capacity=capacity)
-        self.cache = lm.cache
+        self.cache, self.policy = lm.cache, ""
         self.settings = dataclasses.replace(
             lm.settings, offload=offload_settings(self.cache, lm.selector)
         )
@@ -418,10 +424,25 @@ class _Run:
     def decode(self, steps: int) -> None:
         """Decodes up to `steps` more tokens."""
         request = self.request(steps, self.max_new)
+        offload = self.settings.offload
+        if offload is not None and offload.route == "steps":
+            begun = time.perf_counter()
+            self.state = advance_stepwise(
+                self.lm.model, self.state, request, settings=self.settings
+            )
+            jax.block_until_ready(self.state.done)
+            self.decode_seconds += time.perf_counter() - begun
+            return
         self.decode_seconds += self._call(advance_call, request)
 
     def whole(self) -> None:
         """Prompt and all tokens in one call."""
+        offload = self.settings.offload
+        if offload is not None and offload.route == "steps":
+            raise ConfigError(
+                "single_call=True is not allowed with CacheConfig.route='steps': that "
+                "route is a call a layer"
+            )
         prompt = pad_rows(self.rows, self.shapes.prompt)
         request = self.request(int(self.max_new[0]), self.max_new)
         tile = self.shapes.tile
@@ -436,6 +457,15 @@ class _Run:
         """Output tokens so far."""
         tokens, counts = np.asarray(self.state.tokens), np.asarray(self.state.generated)
         return [row[:count].tolist() for row, count in zip(tokens, counts, strict=True)]
+
+    def _offload_stats(self) -> OffloadStats | None:
+        cache, offload = self.state.cache, self.settings.offload
+        if offload is None or not isinstance(cache, OffloadCache):
+            return None
+        block_bytes = math.prod(cache.store.shape[4:]) * cache.store.dtype.itemsize
+        return offload_stats(
+            self.state.traffic, offload, block_bytes=block_bytes, policy=self.policy
+        )
 
     def output(self, *, split: bool) -> GenerateOutput:
         """The result after the last call."""
@@ -459,6 +489,7 @@ class _Run:
             compile_seconds=self.compile_seconds,
             prefill_blocks=blocks[0],
             decode_blocks=blocks[1],
+            offload=self._offload_stats(),
         )
         lengths = tuple(int(length) for length in np.asarray(state.lengths))
         return GenerateOutput(

@@ -22,7 +22,7 @@ from sparda_jax.inference.decode import decode_step
 from sparda_jax.inference.layer_store import LayerSettings, Traffic
 from sparda_jax.inference.prefill import padded_length, prefill
 from sparda_jax.inference.sampling import SamplingState, sample
-from sparda_jax.inference.stack import BlockCounts, Cache, block_counts
+from sparda_jax.inference.stack import BlockCounts, Cache, StackCarry, block_counts
 from sparda_jax.models.decoder import Decoder, logits
 from sparda_jax.models.rope import Rope
 
@@ -158,6 +158,35 @@ def begin(
     return _emit(state, logits(model, hidden), fresh & ~state.done, request)
 
 
+def after_step(
+    state: GenerateState,
+    carry: StackCarry,
+    scores: Float[Array, "B V"],
+    request: Request,
+    settings: LayerSettings,
+) -> GenerateState:
+    """The state after a decode step: counters, lengths and the sampled tokens.
+
+    Args:
+      state: Where generation stood.
+      carry: What the layers made of the step.
+      scores: Logits of the rows' last token.
+      request: Sampling and limits.
+      settings: The model and how to attend.
+    """
+    active = ~state.done
+    fed = active.astype(jnp.int32)
+    counts = block_counts(carry, state.lengths, fed, 1, settings)
+    state = state._replace(
+        cache=carry.cache,
+        lengths=state.lengths + fed,
+        decode_counts=state.decode_counts.plus(counts),
+    )
+    if carry.traffic is not None:
+        state = state._replace(traffic=state.traffic.plus(carry.traffic))
+    return _emit(state, scores, active, request)
+
+
 def advance(
     model: Decoder, state: GenerateState, request: Request, *, settings: LayerSettings
 ) -> GenerateState:
@@ -179,17 +208,8 @@ def advance(
             request.rope,
             settings,
         )
-        fed = active.astype(jnp.int32)
-        counts = block_counts(carry, state.lengths, fed, 1, settings)
-        state = state._replace(
-            cache=carry.cache,
-            lengths=state.lengths + fed,
-            decode_counts=state.decode_counts.plus(counts),
-        )
-        if carry.traffic is not None:
-            state = state._replace(traffic=state.traffic.plus(carry.traffic))
         scores = logits(model, carry.hidden[:, 0])
-        return number + 1, _emit(state, scores, active, request)
+        return number + 1, after_step(state, carry, scores, request, settings)
 
     return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
 

@@ -33,7 +33,7 @@ from sparda_jax.cache.slots import SlotTable, plan_slots, slot_of
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.models.rope import Rotation
 from sparda_jax.sparse.compression import append_windows
-from sparda_jax.sparse.selection import SelectionTile, own_query_scores
+from sparda_jax.sparse.selection import SelectionTile
 from sparda_jax.sparse.selectors import Selector
 
 
@@ -81,9 +81,13 @@ class LayerSettings:
     @property
     def own_query(self) -> Selector:
         """The selector with the layer's own queries in place of the forecast."""
-        return dataclasses.replace(
-            self.selector, scores=own_query_scores, needs_forecast=False
-        )
+        return self.selector.by_own_query()
+
+    @property
+    def chooser(self) -> Selector:
+        """Who has the last word: the own queries when a forecast is verified."""
+        verify = self.offload is not None and self.offload.verify
+        return self.own_query if verify else self.selector
 
 
 @jax.tree_util.register_dataclass
@@ -339,7 +343,7 @@ class ResidentStore(NamedTuple):
             tile,
             q.shape[1],
         )
-        blocks = settings.selector.select(seen, settings.config, settings.sparse)
+        blocks = settings.chooser.select(seen, settings.config, settings.sparse)
         return self._replace(blocks=blocks)
 
     def fetch(self, settings: LayerSettings) -> "ResidentStore":
@@ -422,6 +426,7 @@ class OffloadStore(NamedTuple):
       link: The way to the host.
       outlook: The next layer, if it is looked ahead for.
       token: The step's keys and values until they are in a slot.
+      wanted: What the layer's own queries choose, to verify the flight by, or None.
       traffic: What the layer's list cost.
     """
 
@@ -434,6 +439,7 @@ class OffloadStore(NamedTuple):
     traffic: Traffic
     outlook: Outlook | None = None
     token: TokenKV | None = None
+    wanted: Int[Array, "B K P"] | None = None
 
     def look_ahead(
         self,
@@ -501,8 +507,11 @@ class OffloadStore(NamedTuple):
     ) -> "OffloadStore":
         """Chooses this layer's blocks, unless the layer before did."""
         if self.flight is not None:
-            return self
-        blocks = self._select(settings.selector, q, phi, tile, settings)
+            if settings.offload is None or not settings.offload.verify:
+                return self
+            wanted = self._select(settings.own_query, q, None, tile, settings)
+            return self._replace(wanted=wanted)
+        blocks = self._select(settings.chooser, q, phi, tile, settings)
         if blocks is None:
             return self
         return self._list(blocks, tile, settings)
@@ -545,8 +554,8 @@ class OffloadStore(NamedTuple):
         result = self
         if self.flight is not None:
             result = result._arrive(offload)
-            if offload.verify:
-                result = result._verify(q, tile, settings)
+            if result.wanted is not None:
+                result = result._verify(result.wanted, tile, settings)
             elif offload.recall_every:
                 result = result._count_recall(q, tile, settings)
         return result._write_token(tile, settings)
@@ -573,18 +582,13 @@ class OffloadStore(NamedTuple):
         )
 
     def _verify(
-        self,
-        q: Float[Array, "B 1 N H"],
-        tile: TileState,
-        settings: LayerSettings,
+        self, wanted: Int[Array, "B K P"], tile: TileState, settings: LayerSettings
     ) -> "OffloadStore":
         """Replaces the forecast list by the own queries' and fetches what lacks."""
         forecast, offload = self.flight, settings.offload
         assert forecast is not None and offload is not None
-        blocks = self._select(settings.own_query, q, None, tile, settings)
-        assert blocks is not None
         before = self.traffic
-        result = self._list(blocks, tile, settings)._fetch_own(settings)
+        result = self._list(wanted, tile, settings)._fetch_own(settings)
         result = result._arrive(offload)
         assert result.flight is not None
         recalled, wanted = _overlap(
@@ -598,7 +602,7 @@ class OffloadStore(NamedTuple):
             recalled=before.recalled + recalled,
             wanted=before.wanted + wanted,
         )
-        return result._replace(traffic=traffic)
+        return result._replace(traffic=traffic, wanted=None)
 
     def _count_recall(
         self,

@@ -9,6 +9,8 @@ from before is streamed, and leaves for the host when its tiles are done: the de
 holds one layer's KV, the hidden states of the prompt and a tile's scratch.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -21,7 +23,14 @@ from sparda_jax.cache.offload import (
 )
 from sparda_jax.cache.resident import KVCache
 from sparda_jax.inference.layer_store import LayerSettings, ResidentStore, TileState
-from sparda_jax.inference.stack import Cache, StackCarry, Tokens, run_tile, start_stack
+from sparda_jax.inference.stack import (
+    Cache,
+    StackCarry,
+    Tokens,
+    next_head,
+    run_tile,
+    start_stack,
+)
 from sparda_jax.models.decoder import Decoder, DecoderLayer, run_layers
 from sparda_jax.models.rope import Rope, Rotation, rotation
 from sparda_jax.sparse.selection import budget_width
@@ -58,6 +67,8 @@ def prefill(
       end), the cache with the prompt in it and, with `capture`, the block lists
       [L, B, K, T, P].
     """
+    # A verified forecast gives what the own queries choose: ask them alone.
+    settings = dataclasses.replace(settings, selector=settings.chooser)
     width = tokens.shape[1]
     if not settings.sparse.mask_future_blocks:
         # The literal reference scores windows that reach past their query (§10.2), so
@@ -96,7 +107,7 @@ def prefill(
             tokens, layer_cache, last = loop
             first = tile * tile_size
             tokens, store = run_tile(
-                model,
+                next_head(model, layer_index, settings),
                 tokens,
                 ResidentStore(layer_cache, index),
                 layer,

@@ -4,12 +4,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sparda_jax.cache.offload import OffloadCache, OffloadLayer, flush_tails
 from sparda_jax.cache.resident import KVCache
 from sparda_jax.cache.slots import SlotTable
-from sparda_jax.inference.layer_step import decoder_layer, forecast_for_first_layer
+from sparda_jax.inference.layer_step import (
+    LayerOutput,
+    decoder_layer,
+    forecast_for_first_layer,
+)
 from sparda_jax.inference.layer_store import (
     Ahead,
     Flight,
@@ -121,7 +125,7 @@ def _causal_lists(
 
 
 def run_tile[Store: (ResidentStore, OffloadStore)](
-    model: Decoder,
+    next_head: Float[Array, "D KH"] | None,
     tokens: Tokens,
     store: Store,
     layer: DecoderLayer,
@@ -134,7 +138,7 @@ def run_tile[Store: (ResidentStore, OffloadStore)](
     """Runs one layer on the tokens first … first + size − 1.
 
     Args:
-      model: For the Forecast heads.
+      next_head: Forecast head that the next layer consumes, or None.
       tokens: What travels with the tokens, of the whole prompt or step.
       store: The layer's cache.
       layer: The layer's weights.
@@ -148,12 +152,6 @@ def run_tile[Store: (ResidentStore, OffloadStore)](
     def cut(x: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(x, first, size, axis=1)
 
-    def put(x: Array, piece: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(x, piece, first, axis=1)
-
-    next_head = None
-    if settings.selector.needs_forecast:
-        next_head = model.forecast_head(layer_index + 1)
     out = decoder_layer(
         layer,
         next_head,
@@ -163,6 +161,25 @@ def run_tile[Store: (ResidentStore, OffloadStore)](
         tile,
         settings,
     )
+    assert isinstance(out.store, type(store))
+    tokens = after_layer(tokens, out, layer_index, first, size, tile, settings)
+    return tokens, out.store
+
+
+def after_layer(
+    tokens: Tokens,
+    out: LayerOutput,
+    layer_index: int | Int[Array, ""],
+    first: int | Int[Array, ""],
+    size: int,
+    tile: TileState,
+    settings: LayerSettings,
+) -> Tokens:
+    """The tokens with a layer's output in them; arguments as those of `run_tile`."""
+
+    def put(x: Array, piece: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(x, piece, first, axis=1)
+
     attended, lists, blocks = tokens.attended, out.store.blocks, tokens.blocks
     if lists is not None:
         valid = jnp.arange(size) < tile.count[:, None]
@@ -174,14 +191,23 @@ def run_tile[Store: (ResidentStore, OffloadStore)](
             lists = _causal_lists(tile, shape, settings.sparse.block_size)
         at = (layer_index, 0, 0, first, 0)
         blocks = jax.lax.dynamic_update_slice(blocks, lists[None], at)
-    tokens = Tokens(
+    return Tokens(
         hidden=put(tokens.hidden, out.hidden),
-        phi=None if tokens.phi is None else put(tokens.phi, out.phi),
+        phi=(
+            None if tokens.phi is None or out.phi is None else put(tokens.phi, out.phi)
+        ),
         attended=attended,
         blocks=blocks,
     )
-    assert isinstance(out.store, type(store))
-    return tokens, out.store
+
+
+def next_head(
+    model: Decoder, layer_index: int | Int[Array, ""], settings: LayerSettings
+) -> Float[Array, "D KH"] | None:
+    """The Forecast head that a layer computes for the next one, or None."""
+    if not settings.selector.needs_forecast:
+        return None
+    return model.forecast_head(layer_index + 1)
 
 
 def layer_on_tile(
@@ -199,10 +225,11 @@ def layer_on_tile(
     An offloaded cache is opened for decode steps only; prefill has its own way.
     """
     cache, tokens = carry.cache, carry.tokens
+    head = next_head(model, layer_index, settings)
 
     def run[Store: (ResidentStore, OffloadStore)](store: Store) -> tuple[Tokens, Store]:
         return run_tile(
-            model, tokens, store, layer, layer_index, first, size, tile, settings
+            head, tokens, store, layer, layer_index, first, size, tile, settings
         )
 
     if isinstance(cache, KVCache):
@@ -210,7 +237,7 @@ def layer_on_tile(
         cache = cache.replace_layer(layer_index, resident.cache)
         return carry._replace(tokens=tokens, cache=cache)
     assert tile.decoding
-    outlook = _outlook(cache, layer_index, settings)
+    outlook = next_outlook(cache, layer_index, settings)
     link = Link(cache.store, cache.spare)
     if cache.first is not None and _is_first(layer_index):
         store = ResidentStore(cache.first, 0, outlook=outlook, link=link)
@@ -224,14 +251,14 @@ def layer_on_tile(
             own=own,
             place=place,
             index=index,
-            table=_table_at(own, place),
+            table=table_at(own, place),
             flight=carry.flight,
             link=link,
             traffic=Traffic.zero(),
             outlook=outlook,
         )
     )
-    own = opened.own._replace(table=_put_table(opened.own, opened.table, place))
+    own = opened.own._replace(table=put_table(opened.own, opened.table, place))
     cache = cache.replace_layer(index, own)
     assert carry.traffic is not None
     traffic = Traffic(
@@ -248,20 +275,22 @@ def _is_first(layer_index: int | Int[Array, ""]) -> bool:
     return isinstance(layer_index, int) and layer_index == 0
 
 
-def _table_at(layer: OffloadLayer, place: int | Int[Array, ""]) -> SlotTable:
+def table_at(layer: OffloadLayer, place: int | Int[Array, ""]) -> SlotTable:
+    """One layer's slots."""
     return SlotTable(layer.table.blocks[place], layer.table.used[place])
 
 
-def _put_table(
+def put_table(
     layer: OffloadLayer, table: SlotTable, place: int | Int[Array, ""]
 ) -> SlotTable:
+    """The tables of `layer` with one layer's replaced."""
     return SlotTable(
         layer.table.blocks.at[place].set(table.blocks),
         layer.table.used.at[place].set(table.used),
     )
 
 
-def _outlook(
+def next_outlook(
     cache: OffloadCache, layer_index: int | Int[Array, ""], settings: LayerSettings
 ) -> Outlook | None:
     """The next layer, if this one shall look ahead for it."""
@@ -279,11 +308,21 @@ def _outlook(
         exists = layer_index < last
         index = jnp.minimum(layer_index + 1, last) - cache.resident_layers
     layer, place = cache.place(index)
+    return outlook_on(layer, place, index, exists)
+
+
+def outlook_on(
+    layer: OffloadLayer,
+    place: int | Int[Array, ""],
+    index: int | Int[Array, ""],
+    exists: bool | Bool[Array, ""],
+) -> Outlook:
+    """A view of an offloaded layer, from the one before it."""
     importance = layer.importance
     ahead = Ahead(
         windows=layer.keys.windows[place],
         importance=None if importance is None else importance.windows[place][..., 0],
-        table=_table_at(layer, place),
+        table=table_at(layer, place),
         index=index,
         exists=exists,
     )
@@ -303,17 +342,18 @@ def _close(
     outlook = store.outlook
     if outlook is None:
         return carry._replace(tokens=tokens, cache=cache, flight=None)
-    index = outlook.ahead.index
+    index, table = layer_index + 1 - cache.resident_layers, outlook.ahead.table
+    if not isinstance(layer_index, int):
+        index = outlook.ahead.index
     layer, place = cache.place(index)
-    table = outlook.ahead.table
     if not isinstance(layer_index, int):
         # Behind the last layer the outlook is the layer itself, as it was before.
         table = jax.tree.map(
             lambda new, old: jnp.where(outlook.ahead.exists, new, old),
             table,
-            _table_at(layer, place),
+            table_at(layer, place),
         )
-    layer = layer._replace(table=_put_table(layer, table, place))
+    layer = layer._replace(table=put_table(layer, table, place))
     cache = cache.replace_layer(index, layer)
     return carry._replace(tokens=tokens, cache=cache, flight=outlook.flight)
 

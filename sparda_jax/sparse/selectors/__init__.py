@@ -87,6 +87,15 @@ class Selector:
                 "group)"
             )
 
+    def by_own_query(self) -> "Selector":
+        """The same selector with the layer's own queries in place of a forecast."""
+        return dataclasses.replace(
+            self,
+            scores=own_query_scores,
+            prefill=own_query_block_scores,
+            needs_forecast=False,
+        )
+
     def lists_blocks(self, num_blocks: int, sparse: SparseConfig) -> bool:
         """Whether `select` makes lists for a cache of that many blocks.
 

@@ -1,0 +1,437 @@
+"""Offloaded KV gives what resident KV gives, bit for bit.
+
+A whole conversation is one program here: a ragged prompt, decode steps in which rows
+end one after the other, a further turn and more steps. Logits of every step and the
+block lists of every layer are compared, as bits, with those of a resident cache.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparda_jax as sj
+from sparda_jax.cache.lint import lint_host_operands
+from sparda_jax.config import CacheConfig, ConfigError, SparseConfig
+from sparda_jax.inference.decode import decode_step
+from sparda_jax.inference.generate import Shapes, new_state
+from sparda_jax.inference.layer_store import LayerSettings
+from sparda_jax.inference.policy import offload_settings
+from sparda_jax.inference.prefill import prefill
+from sparda_jax.models.decoder import logits
+from sparda_jax.models.rope import model_rope
+from sparda_jax.sparse.selection import sorted_blocks
+from sparda_jax.sparse.selectors import get_selector
+
+SPARSE = SparseConfig(local_blocks=2, block_budget=6, query_blocks=2)
+WIDE = 10_000  # more slots than any cache here has blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One way to attend and to keep the cache."""
+
+    attention: str = "sparda"
+    nosa: bool = False
+    storage: str = "stacked"
+    slots: int | None = None
+    prefetch: str | None = None
+    layer0: str = "resident"
+    exactness: str = "forecast"
+    recall_every: int = 0
+    sparse: SparseConfig = SPARSE
+
+    @property
+    def cache(self) -> CacheConfig:
+        return CacheConfig(
+            kind="offload",
+            device_blocks=self.slots,
+            prefetch=self.prefetch,
+            layer0=self.layer0,
+            exactness=self.exactness,
+            recall_every=self.recall_every,
+        )
+
+    def __str__(self) -> str:
+        default = Case()
+        fields = dataclasses.fields(self)
+        named = {f.name: getattr(self, f.name) for f in fields if f.name != "sparse"}
+        changed = [
+            f"{name}={value}"
+            for name, value in named.items()
+            if value != getattr(default, name)
+        ]
+        extra = [] if self.sparse == SPARSE else ["sparse changed"]
+        return ", ".join([*changed, *extra]) or "defaults"
+
+
+@dataclasses.dataclass(frozen=True)
+class Talk:
+    """Lengths of a conversation: prompts, steps per row, a turn, steps per row."""
+
+    prompts: tuple[int, ...]
+    steps: tuple[int, ...]
+    turn: tuple[int, ...]
+    more: tuple[int, ...]
+
+    @property
+    def capacity(self) -> int:
+        """Room for it all, and for prefill to write whole tiles of any width."""
+        rows = zip(self.prompts, self.steps, self.turn, self.more, strict=True)
+        width = max(*self.prompts, *self.turn) + 128
+        longest = max(p + s + max(width, t + m) for p, s, t, m in rows)
+        return -(-longest // 64) * 64
+
+
+TALK = Talk((500, 3, 130), (150, 90, 70), (40, 130, 1), (70, 2, 66))
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def _prompt(model, kept, ids, lengths, count, rope, settings):
+    return prefill(
+        model, kept, ids, lengths, count, rope, settings, tile_size=128
+    ).cache
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "steps"))
+def _steps(model, kept, lengths, ends, rope, settings, steps):
+    """Logits and lists of every step while rows are active, and the counters."""
+    batch = lengths.shape[0]
+
+    def step(loop, number):
+        kept, lengths = loop
+        active = number < ends
+        token = (number * 7 + jnp.arange(batch) * 3) % 120 + 2
+        carry = decode_step(
+            model, kept, token, lengths, active, rope, settings, capture=True
+        )
+        scores = logits(model, carry.hidden[:, 0])
+        scores = jnp.where(active[:, None], scores, 0)
+        lists = sorted_blocks(carry.blocks[:, :, :, 0])
+        lists = jnp.where(active[:, None, None], lists, -1)
+        return (carry.cache, lengths + active), (scores, lists, carry.traffic)
+
+    return jax.lax.scan(step, (kept, lengths), jnp.arange(steps))
+
+
+def _settings(case: Case, model, offload: bool) -> LayerSettings:
+    selector = get_selector(case.attention)
+    if not offload and case.exactness == "verify":
+        # What verifying must give: the own queries' choice.
+        selector = LayerSettings(model.config, case.sparse, selector).own_query
+    how = offload_settings(case.cache, selector) if offload else None
+    return LayerSettings(model.config, case.sparse, selector, offload=how)
+
+
+def _run(case: Case, model, talk: Talk, offload: bool):
+    """Logits, lists and counters of both turns' steps."""
+    settings = _settings(case, model, offload)
+    batch = len(talk.prompts)
+    shapes = Shapes(prompt=0, new=1, capacity=talk.capacity, tile=128)
+    kept = new_state(model, settings, batch, shapes, case.cache).cache
+    rope = model_rope(settings.config, talk.capacity)
+    lengths, seen = jnp.zeros((batch,), jnp.int32), []
+    width = max(*talk.prompts, *talk.turn)
+    rng = np.random.default_rng(0)
+    for prompts, steps in ((talk.prompts, talk.steps), (talk.turn, talk.more)):
+        ids = jnp.asarray(rng.integers(2, 128, (batch, width)), jnp.int32)
+        count = jnp.asarray(prompts, jnp.int32)
+        kept = _prompt(model, kept, ids, lengths, count, rope, settings)
+        ends = jnp.asarray(steps, jnp.int32)
+        (kept, lengths), out = _steps(
+            model,
+            kept,
+            lengths + count,
+            ends,
+            rope,
+            settings,
+            max(*talk.steps, *talk.more),
+        )
+        seen.append(out)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def resident(deeper):
+    """What a resident cache gives; computed once for cases that differ in caching."""
+
+    @functools.cache
+    def run(attention, nosa, storage, exactness, sparse, talk):
+        case = Case(
+            attention=attention,
+            nosa=nosa,
+            storage=storage,
+            exactness=exactness,
+            sparse=sparse,
+        )
+        return _run(case, deeper(nosa, storage), talk, offload=False)
+
+    def of(case: Case, talk: Talk):
+        return run(
+            case.attention, case.nosa, case.storage, case.exactness, case.sparse, talk
+        )
+
+    return of
+
+
+def _check(case: Case, talk: Talk, deeper, resident):
+    expected = resident(case, talk)
+    got = _run(case, deeper(case.nosa, case.storage), talk, offload=True)
+    for turn, (want, have) in enumerate(zip(expected, got, strict=True)):
+        for name, a, b in zip(("logits", "lists"), want[:2], have[:2], strict=True):
+            a, b = np.asarray(a), np.asarray(b)
+            different = np.argwhere(a != b)
+            assert not len(different), f"turn {turn}: {name} differ at {different[0]}"
+    return got
+
+
+CASES = (
+    Case(),
+    Case(layer0="offload", slots=7),
+    Case(prefetch="none", slots=12),
+    Case(slots=WIDE, recall_every=4),
+    Case(exactness="verify"),
+    Case(attention="infllm_v2", layer0="offload"),
+    Case(nosa=True, storage="per_layer", layer0="offload", slots=7),
+    Case(attention="dense", slots=WIDE),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_conversation_equals_resident(case, deeper, resident):
+    got = _check(case, TALK, deeper, resident)
+    traffic = got[0][2]
+    everything = case.attention == "dense" or case.slots == WIDE
+    assert (int(traffic.fetched.sum()) == 0) == everything
+    if case.layer0 == "resident":
+        assert int(traffic.fetched[:, 0].sum()) == int(traffic.hits[:, 0].sum()) == 0
+    if case.exactness == "verify":
+        assert 0 < int(traffic.repaired.sum()) < int(traffic.fetched.sum())
+    if case.recall_every or case.exactness == "verify":
+        assert 0 < int(traffic.recalled.sum()) <= int(traffic.wanted.sum())
+
+
+SLOTS = (None, 7, 12, WIDE)
+MATRIX = [
+    Case(attention, nosa, storage, slots, prefetch, layer0)
+    for attention, nosa, prefetch in (
+        ("sparda", False, "lookahead"),
+        ("sparda", False, "none"),
+        ("sparda", True, "lookahead"),
+        ("sparda", True, "none"),
+        ("infllm_v2", False, None),
+        ("nosa", True, None),
+    )
+    for storage, layer0 in (("stacked", "resident"), ("per_layer", "offload"))
+    for slots in SLOTS
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MATRIX, ids=str)
+def test_matrix_equals_resident(case, deeper, resident):
+    _check(case, TALK, deeper, resident)
+
+
+LONG = (
+    Case(),
+    Case(storage="per_layer", exactness="verify", layer0="offload"),
+    Case(storage="per_layer", slots=7, layer0="offload"),
+    Case(attention="infllm_v2"),
+    Case(attention="nosa", nosa=True, slots=12),
+    Case(sparse=dataclasses.replace(SPARSE, dense_len=320)),
+    Case(sparse=dataclasses.replace(SPARSE, forecast_decode_only=True)),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_long_conversation_equals_resident(case, deeper, resident):
+    """1,000 tokens of prompt and 700 steps: blocks and windows begin and end."""
+    _check(case, Talk((1000,), (700,), (1,), (10,)), deeper, resident)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 31, 63, 64, 65, 127, 128, 384, 385, 1000])
+def test_every_prompt_length_equals_resident(length, deeper, resident):
+    talk = Talk((length,), (66,), (3,), (4,))
+    _check(Case(layer0="offload"), talk, deeper, resident)
+
+
+@pytest.mark.slow
+def test_large_ragged_batch_equals_resident(deeper, resident):
+    prompts = (1, 64, 65, 200, 511, 512, 900, 33)
+    steps = (130, 1, 64, 65, 3, 127, 128, 90)
+    talk = Talk(prompts, steps, (5, 64, 1, 1, 70, 2, 3, 128), (66,) * 8)
+    _check(Case(), talk, deeper, resident)
+
+
+def test_ended_rows_cost_no_transfers(deeper):
+    """Rows that have ended list nothing, so nothing is fetched for them."""
+    talk = dataclasses.replace(TALK, steps=(100, 20, 20))
+    got = _run(Case(layer0="offload"), deeper(False, "stacked"), talk, offload=True)
+    traffic = got[0][2]
+    asked = np.asarray(traffic.hits + traffic.fetched).sum(1)
+    # Two kv heads, three layers, at most six blocks; 500 tokens are eight blocks.
+    assert asked[50] <= 2 * 3 * 6
+    assert asked[10] > asked[50]
+
+
+@pytest.mark.parametrize("case", [Case(), Case(storage="per_layer", prefetch="none")])
+def test_no_host_computation_in_the_pipeline(case, deeper):
+    model = deeper(case.nosa, case.storage)
+    settings = _settings(case, model, offload=True)
+    shapes = Shapes(prompt=128, new=32, capacity=1024, tile=128)
+    state = new_state(model, settings, 2, shapes, case.cache)
+    from sparda_jax.inference.generate import Prompt, Request, run
+    from sparda_jax.inference.sampling import SamplingConfig, sampling_state
+
+    request = Request(
+        sampling=sampling_state(SamplingConfig(), 0, 2),
+        stops=jnp.full((16,), -1, jnp.int32),
+        max_new=jnp.full((2,), 8, jnp.int32),
+        steps=jnp.int32(8),
+        rope=model_rope(model.config, 1024),
+    )
+    prompt = Prompt(jnp.zeros((2, 128), jnp.int32), jnp.asarray([5, 100], jnp.int32))
+    call = functools.partial(run, settings=settings, tile_size=128)
+    traced = jax.jit(call).trace(model, state, prompt, request)
+    assert lint_host_operands(traced.jaxpr) == []
+    assert "host" in str(traced.jaxpr), "the store must be typed as a host array"
+
+
+# The public API.
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return sj.load(
+        "tiny",
+        attention="sparda",
+        forecast="from_query",
+        sparse=SPARSE,
+        storage="stacked",
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts(token_ids):
+    return [token_ids(length, seed=length) for length in (600, 3, 130)]
+
+
+HOT = {"temperature": 1.5, "ignore_eos": True, "max_new_tokens": 80}
+
+
+@pytest.fixture(scope="module")
+def expected(lm, prompts):
+    return sj.generate(lm, prompts, **HOT)
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        CacheConfig(kind="offload", route="slices"),
+        CacheConfig(kind="offload", route="steps"),
+        CacheConfig(kind="offload", route="steps", prefetch="none", layer0="offload"),
+    ],
+    ids=["slices", "steps", "steps, none, layer 0 offloaded"],
+)
+def test_generate_gives_the_same_tokens(lm, prompts, expected, token_ids, cache):
+    offloaded = sj.with_attention(lm, "sparda", cache=cache)
+    out = sj.generate(offloaded, prompts, **HOT)
+    assert out.tokens == expected.tokens
+    stats = out.stats.offload
+    assert stats is not None
+    assert stats.route == cache.route
+    assert 0 < stats.misses < stats.hits
+    assert stats.fetched_bytes == stats.misses * 64 * 2 * 16 * 4
+    assert expected.stats.offload is None
+
+
+def test_routes_leave_the_same_cache(lm, prompts):
+    """Keys and values of every generated token, in slots and host store."""
+    caches = []
+    for route in ("slices", "steps"):
+        cache = CacheConfig(kind="offload", route=route, device_blocks=7)
+        out = sj.generate(sj.with_attention(lm, "sparda", cache=cache), prompts, **HOT)
+        caches.append(out.conversation.state.cache)
+    first, second = caches
+    np.testing.assert_array_equal(np.asarray(first.store), np.asarray(second.store))
+    for a, b in zip(first.layers, second.layers, strict=True):
+        np.testing.assert_array_equal(a.table.blocks, b.table.blocks)
+        np.testing.assert_array_equal(a.slots, b.slots)
+
+
+def test_conversation_grows(lm, prompts, token_ids):
+    """A second turn that needs a larger cache, streamed, against a resident one."""
+    more = [token_ids(length, seed=9 + length) for length in (400, 900, 2)]
+    results = []
+    for cache in (CacheConfig(), CacheConfig(kind="offload")):
+        chosen = sj.with_attention(lm, "sparda", cache=cache)
+        first = sj.generate(chosen, prompts, **HOT)
+        stream = sj.stream(
+            chosen, more, conversation=first.conversation, prefill_chunk=256, **HOT
+        )
+        for _ in stream:
+            pass
+        results.append(stream.output.tokens)
+    assert results[0] == results[1]
+
+
+def test_lengths_share_a_program(lm, token_ids):
+    chosen = sj.with_attention(lm, "sparda", cache=CacheConfig(kind="offload"))
+    sj.generate(chosen, [token_ids(400)], max_new_tokens=20)
+    for length in (390, 420, 450):
+        out = sj.generate(chosen, [token_ids(length)], max_new_tokens=25)
+        assert out.stats.compile_seconds == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "swap"}, "CacheConfig.kind='swap'"),
+        ({"route": "warp"}, "CacheConfig.route='warp'"),
+        ({"prefetch": "yes"}, "CacheConfig.prefetch='yes'"),
+        ({"layer0": "disk"}, "CacheConfig.layer0='disk'"),
+        ({"exactness": "maybe"}, "CacheConfig.exactness='maybe'"),
+        ({"device_blocks": 0}, "CacheConfig.device_blocks=0"),
+        ({"recall_every": -1}, "CacheConfig.recall_every=-1"),
+        ({"host_limit": 0.5}, "CacheConfig.host_limit=0.5"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message, without_type_checks):
+    with pytest.raises(ConfigError, match=message):
+        CacheConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("attention", "settings", "message"),
+    [
+        ("sparda", {"device_blocks": 3}, "device_blocks=3.*at least 6"),
+        ("dense", {"device_blocks": 6}, "device_blocks=6.*at least 12"),
+        ("infllm_v2", {"prefetch": "lookahead"}, "only an attention that forecasts"),
+        ("infllm_v2", {"exactness": "verify"}, "verifies a forecast"),
+        ("sparda", {"route": "mosaic"}, "route='mosaic': .*needs a CUDA device"),
+        ("sparda", {"route": "triton"}, "route='triton': .*needs a CUDA device"),
+        ("sparda", {"route": "steps", "exactness": "verify"}, "fetches inside of it"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(lm, token_ids, attention, settings, message):
+    if jax.default_backend() != "cpu" and "CUDA" in message:
+        pytest.skip("there is a device")
+    cache = CacheConfig(kind="offload", **settings)
+    chosen = sj.with_attention(lm, attention, cache=cache)
+    with pytest.raises(ConfigError, match=message):
+        sj.generate(chosen, [token_ids(700)], max_new_tokens=4)
+
+
+def test_no_host_memory_kind_is_refused(lm, token_ids, monkeypatch):
+    from sparda_jax.cache import memory
+
+    monkeypatch.setattr(memory, "HOST_KIND", "tape")
+    chosen = sj.with_attention(lm, "sparda", cache=CacheConfig(kind="offload"))
+    with pytest.raises(ConfigError, match="needs the memory kind 'tape'"):
+        sj.generate(chosen, [token_ids(700)], max_new_tokens=4)
