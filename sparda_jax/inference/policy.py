@@ -3,6 +3,7 @@
 from sparda_jax.cache.fetch import resolve_route
 from sparda_jax.config import CacheConfig, ConfigError
 from sparda_jax.inference.layer_store import OffloadSettings
+from sparda_jax.runtime import warn_if_serial
 from sparda_jax.sparse.selectors import Selector
 
 
@@ -34,9 +35,12 @@ def offload_settings(cache: CacheConfig, selector: Selector) -> OffloadSettings 
             "CacheConfig.route='steps' is not allowed with exactness='verify': a layer "
             "is one program there, and verifying fetches inside of it"
         )
-    return OffloadSettings(
+    settings = OffloadSettings(
         route=route,
         lookahead=forecasts and cache.prefetch != "none",
         verify=cache.exactness == "verify",
         recall_every=cache.recall_every if forecasts else 0,
     )
+    if settings.aside:
+        warn_if_serial()
+    return settings

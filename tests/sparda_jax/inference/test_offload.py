@@ -42,6 +42,7 @@ class Case:
     layer0: str = "resident"
     exactness: str = "forecast"
     recall_every: int = 0
+    route: str = "auto"
     sparse: SparseConfig = SPARSE
 
     @property
@@ -53,6 +54,7 @@ class Case:
             layer0=self.layer0,
             exactness=self.exactness,
             recall_every=self.recall_every,
+            route=self.route,
         )
 
     def __str__(self) -> str:
@@ -267,6 +269,19 @@ def test_large_ragged_batch_equals_resident(deeper, resident):
     steps = (130, 1, 64, 65, 3, 127, 128, 90)
     talk = Talk(prompts, steps, (5, 64, 1, 1, 70, 2, 3, 128), (66,) * 8)
     _check(Case(), talk, deeper, resident)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prefetch", ["lookahead", "none"])
+@pytest.mark.parametrize("route", ["mosaic", "triton", "slices"])
+def test_routes_on_a_gpu(route, prefetch, deeper, resident):
+    """Kernels that read pinned memory; a GPU's GEMMs may differ between programs."""
+    case = Case(storage="per_layer", route=route, prefetch=prefetch)
+    expected = resident(case, TALK)
+    got = _run(case, deeper(False, "per_layer"), TALK, offload=True)
+    for want, have in zip(expected, got, strict=True):
+        np.testing.assert_allclose(have[0], want[0], atol=1e-3)
+        assert int(have[2].fetched.sum()) > 0
 
 
 def test_ended_rows_cost_no_transfers(deeper):

@@ -1,0 +1,324 @@
+"""Decode with offloaded KV: tokens/s beside a resident cache, at a model's full shape.
+
+Weights are random and the KV blocks are arbitrary bytes: neither changes what a step
+costs. Which blocks a step asks for does, so the choice is imposed: beside the scoring
+that the attention really does (and that is timed), a synthetic score makes a stated
+share of each list new at every step. Take the share from a trace of a real model:
+
+  python -m benchmarks.offload --trace                  # SmolLM2, a real document
+  python -m benchmarks.offload --context 131072 --batch 4 8 16 --miss 0.1
+
+Modes, all in one run: `resident` (own-query selection, KV on the device), `sparse` (own
+query, offloaded, each layer waits), `sparda-none` (Forecast, offloaded, each layer
+waits), `sparda` (Forecast, looking one layer ahead). Every figure is the median over
+timed chunks of steps, with the least and the most.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import statistics
+import time
+
+CHUNK = 8
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="minicpm4.1-8b", help="preset")
+    parser.add_argument(
+        "--context", type=int, default=131072, help="tokens a row holds"
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[8])
+    parser.add_argument(
+        "--mode",
+        nargs="+",
+        default=["resident", "sparse", "sparda-none", "sparda"],
+        choices=["resident", "resident-sparda", "sparse", "sparda-none", "sparda"],
+    )
+    parser.add_argument("--miss", type=float, default=0.1, help="new share of a list")
+    parser.add_argument("--steps", type=int, default=96, help="timed steps")
+    parser.add_argument("--route", default="auto")
+    parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
+    parser.add_argument("--limit", type=float, default=80, help="GB of device memory")
+    parser.add_argument("--profile", type=pathlib.Path, help="folder for a trace")
+    parser.add_argument("--json", type=pathlib.Path, help="also write figures here")
+    parser.add_argument(
+        "--trace", action="store_true", help="print SmolLM2's miss share, and stop"
+    )
+    parser.add_argument("--tokens", type=int, default=4000, help="prompt of --trace")
+    return parser
+
+
+def _trace(tokens: int) -> None:
+    """Misses of a real model over a real document, by attention."""
+    import sparda_jax as sj
+    from sparda_jax.evaluation.passkey import passkey_task
+
+    lm = sj.load("smollm2-135m", attention="sparda")
+    assert lm.tokenizer is not None
+    task = passkey_task(lm.tokenizer, tokens=tokens, depth=0.4, seed=0)
+    sparse = lm.sparse
+    scored = sparse.block_budget - sparse.forced_blocks
+    for attention in ("infllm_v2", "sparda"):
+        cache = sj.CacheConfig(kind="offload", recall_every=8)
+        chosen = sj.with_attention(lm, attention, cache=cache)
+        stats = sj.generate(
+            chosen, [list(task.ids)], max_new_tokens=257, ignore_eos=True
+        ).stats.offload
+        assert stats is not None and stats.hit_rate is not None
+        # The first step's list is in the slots from prefill: all misses are drift.
+        share = 1 - stats.hit_rate
+        print(
+            f"{attention}: {share:.3f} of a list of {sparse.block_budget} is new at a "
+            f"step, {share * sparse.block_budget / scored:.3f} of its {scored} scored "
+            f"blocks; recall of the own queries' choice {stats.recall}"
+        )
+
+
+def _random_decoder(config, forecast: bool):
+    """A decoder with random bfloat16 weights, made on the device."""
+    import jax
+    import jax.numpy as jnp
+
+    from sparda_jax.models.decoder import Decoder, DecoderLayer
+
+    width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    hidden, ffn = config.hidden_size, config.ffn_size
+    shapes = {
+        "attention_norm": (hidden,),
+        "qkv": (hidden, width),
+        "out": (config.num_heads * config.head_dim, hidden),
+        "mlp_norm": (hidden,),
+        "gate_up": (hidden, 2 * ffn),
+        "down": (ffn, hidden),
+    }
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def draw(key, shape):
+        if len(shape) == 1:
+            return jnp.ones(shape, jnp.bfloat16)
+        return jax.random.normal(key, shape, jnp.bfloat16) * 0.02
+
+    keys = iter(jax.random.split(jax.random.key(0), 8 * config.num_layers + 8))
+    layers = [
+        DecoderLayer({name: draw(next(keys), shape) for name, shape in shapes.items()})
+        for _ in range(config.num_layers)
+    ]
+    vocabulary = (config.vocab_size, hidden)
+    heads = None
+    if forecast:
+        shape = (hidden, config.num_kv_heads * config.head_dim)
+        heads = [draw(next(keys), shape) for _ in range(config.num_layers)]
+    return Decoder(
+        config,
+        embedding=draw(next(keys), vocabulary),
+        layers=layers,
+        final_norm=draw(next(keys), (hidden,)),
+        head=None if config.tie_embeddings else draw(next(keys), vocabulary),
+        forecast=heads,
+    )
+
+
+def _drifting(scores, rate: float):
+    """`scores`, computed and then replaced by ones whose top list drifts.
+
+    Block b of M stands at place (odd · b) mod M of a circle; a step moves the window of
+    best places on by `rate`. Rows and heads start at places of their own.
+    """
+    import jax.numpy as jnp
+
+    def drift(tile, sparse):
+        real = scores(tile, sparse)
+        per_block = sparse.windows_per_block
+        window = jnp.arange(tile.windows.shape[2])
+        block, part = window // per_block, window % per_block
+        count = tile.windows.shape[2] // per_block
+        batch, heads = tile.windows.shape[:2]
+        rows = jnp.arange(batch)[:, None, None, None] * 37
+        rows = rows + jnp.arange(heads)[None, :, None, None] * 11
+        moved = jnp.floor(rate * tile.positions).astype(jnp.int32)[:, None, :, None]
+        place = (block * 769 - moved - rows) % count
+        # A block's last window also counts for the next block: it must not.
+        value = jnp.where(part == per_block - 1, -1e9, -place.astype(jnp.float32))
+        # `real` decides nothing, but the compiler cannot know that.
+        return jnp.where(real > 1e30, real, jnp.where(real == -jnp.inf, real, value))
+
+    return drift
+
+
+def _selector(mode: str, rate: float):
+    from sparda_jax.sparse.selection import forecast_scores, own_query_scores
+    from sparda_jax.sparse.selectors import Selector
+
+    own = mode in ("resident", "sparse")
+    scores = _drifting(own_query_scores if own else forecast_scores, rate)
+    return Selector(mode, scores, "a drifting choice", needs_forecast=not own)
+
+
+def _state(model, settings, batch: int, context: int, new: int, cache):
+    """A state whose rows hold `context` tokens of arbitrary bytes."""
+    import jax.numpy as jnp
+
+    from sparda_jax.inference.generate import Shapes, new_state
+
+    block = settings.sparse.block_size
+    capacity = context + -(-new // block) * block
+    shapes = Shapes(prompt=0, new=new, capacity=capacity, tile=1024)
+    state = new_state(model, settings, batch, shapes, cache)
+    return state._replace(
+        lengths=jnp.full((batch,), context, jnp.int32),
+        pending=jnp.arange(batch, dtype=jnp.int32) + 5,
+        done=jnp.zeros((batch,), bool),
+    )
+
+
+def _measure(model, sparse, mode: str, batch: int, arguments) -> dict:
+    """One mode at one batch: seconds a step and what was fetched."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from sparda_jax.config import CacheConfig
+    from sparda_jax.inference.generate import Request, advance_call
+    from sparda_jax.inference.layer_store import LayerSettings
+    from sparda_jax.inference.policy import offload_settings
+    from sparda_jax.inference.sampling import SamplingConfig, sampling_state
+    from sparda_jax.models.rope import model_rope
+
+    selector = _selector(mode, arguments.miss * sparse.block_budget)
+    kind = "resident" if mode.startswith("resident") else "offload"
+    prefetch = {"sparda": "lookahead"}.get(mode, "none")
+    cache = CacheConfig(kind=kind, prefetch=prefetch, route=arguments.route)
+    settings = LayerSettings(
+        model.config, sparse, selector, offload=offload_settings(cache, selector)
+    )
+    new = arguments.steps + 4 * CHUNK
+    state = _state(model, settings, batch, arguments.context, new, cache)
+    request = Request(
+        sampling=sampling_state(SamplingConfig(), 0, batch),
+        stops=jnp.full((16,), -1, jnp.int32),
+        max_new=jnp.full((batch,), new, jnp.int32),
+        steps=jnp.int32(CHUNK),
+        rope=model_rope(model.config, arguments.context + new),
+    )
+    begun = time.perf_counter()
+    call = advance_call.lower(model, state, request, settings=settings).compile()
+    compile_seconds = time.perf_counter() - begun
+
+    def chunk(state):
+        begun = time.perf_counter()
+        state = call(model, state, request)
+        jax.block_until_ready(state.done)
+        return state, time.perf_counter() - begun
+
+    for _ in range(2):  # fills the slots and warms up
+        state, _ = chunk(state)
+    before = int(np.sum(np.asarray(state.traffic.fetched)))
+    seconds = []
+    for _ in range(arguments.steps // CHUNK):
+        state, taken = chunk(state)
+        seconds.append(taken / CHUNK)
+    timed = len(seconds) * CHUNK
+    fetched = (int(np.sum(np.asarray(state.traffic.fetched))) - before) / timed
+    if arguments.profile is not None:
+        with jax.profiler.trace(arguments.profile / f"{mode}-{batch}"):
+            state, _ = chunk(state)
+    config = model.config
+    itemsize = jnp.dtype(model.embedding[...].dtype).itemsize
+    block_bytes = sparse.block_size * 2 * config.head_dim * itemsize
+    listed = batch * config.num_kv_heads * config.num_layers * sparse.block_budget
+    return {
+        "mode": mode,
+        "batch": batch,
+        "step_ms": statistics.median(seconds) * 1e3,
+        "least_ms": min(seconds) * 1e3,
+        "most_ms": max(seconds) * 1e3,
+        "tokens_per_second": batch / statistics.median(seconds),
+        "steps": timed,
+        "compile_s": compile_seconds,
+        "fetched_mb": fetched * block_bytes / 1e6,
+        "fetched_share": fetched / listed,
+        "attended_gb": listed * block_bytes / 1e9,
+    }
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    arguments = _parser().parse_args()
+    from sparda_jax.runtime import configure_offload
+
+    configure_offload()
+    import jax
+
+    if arguments.trace:
+        _trace(arguments.tokens)
+        return
+    from sparda_jax.models.presets import get_preset
+    from sparda_jax.models.weights import num_parameters
+
+    preset = get_preset(arguments.model)
+    config = dataclasses.replace(
+        preset.model,
+        num_layers=arguments.layers or preset.model.num_layers,
+        max_context=max(preset.model.max_context, arguments.context * 2),
+    )
+    device = jax.devices()[0].device_kind
+    print(
+        f"{arguments.model}, {config.num_layers} layers, {arguments.context} tokens, "
+        f"budget {preset.sparse.block_budget}, miss {arguments.miss:.3f}, {device}, "
+        f"JAX {jax.__version__}",
+        flush=True,
+    )
+    model = _random_decoder(config, forecast=True)
+    rows = []
+    print(
+        f"{'mode':16} {'batch':>5} {'step, ms':>9} {'least':>7} {'most':>7} "
+        f"{'tokens/s':>9} {'fetched, MB':>11} {'of lists':>8} {'compile, s':>10}"
+    )
+    for batch in arguments.batch:
+        token_bytes = 2 * config.num_kv_heads * config.head_dim * 2 * config.num_layers
+        resident_gb = (
+            num_parameters(config) * 2 + batch * arguments.context * token_bytes
+        ) / 1e9
+        for mode in arguments.mode:
+            if mode.startswith("resident") and resident_gb > arguments.limit:
+                print(
+                    f"{mode:16} {batch:5} does not fit: {resident_gb:.0f} GB of "
+                    f"weights and KV, the limit is {arguments.limit:.0f} GB"
+                )
+                continue
+            try:
+                row = _measure(model, preset.sparse, mode, batch, arguments)
+            except Exception as error:  # one mode's failure must not hide the others
+                print(f"{mode:16} {batch:5} failed: {str(error)[:300]}", flush=True)
+                continue
+            rows.append(row)
+            print(
+                f"{mode:16} {batch:5} {row['step_ms']:9.2f} {row['least_ms']:7.2f} "
+                f"{row['most_ms']:7.2f} {row['tokens_per_second']:9.1f} "
+                f"{row['fetched_mb']:11.1f} {row['fetched_share']:8.3f} "
+                f"{row['compile_s']:10.1f}",
+                flush=True,
+            )
+    if arguments.json:
+        figures = {
+            "device": device,
+            "jax": jax.__version__,
+            "model": arguments.model,
+            "context": arguments.context,
+            "miss": arguments.miss,
+            "rows": rows,
+        }
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+    if not rows or not all(math.isfinite(row["step_ms"]) for row in rows):
+        raise SystemExit("nothing was measured")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Sums a JAX profile by stream and kernel: what overlapped with what.
+
+python -m benchmarks.profile_streams FOLDER      # a folder that --profile wrote
+"""
+
+import argparse
+import collections
+import gzip
+import json
+import pathlib
+import re
+
+
+def _events(folder: pathlib.Path):
+    for path in sorted(folder.rglob("*.trace.json.gz")):
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        names = {
+            (e["pid"], e.get("tid")): e["args"]["name"]
+            for e in events
+            if e.get("ph") == "M" and e["name"] in ("process_name", "thread_name")
+        }
+        for event in events:
+            stream = names.get((event.get("pid"), event.get("tid")), "")
+            if event.get("ph") == "X" and "Stream" in stream:
+                yield stream, event["name"], event["ts"], event.get("dur", 0.0)
+
+
+def _busy(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Spans merged into disjoint ones."""
+    merged: list[tuple[float, float]] = []
+    for begin, end in sorted(spans):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+def _shared(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> float:
+    """Time that lies in both."""
+    total, j = 0.0, 0
+    for begin, end in a:
+        while j < len(b) and b[j][1] <= begin:
+            j += 1
+        k = j
+        while k < len(b) and b[k][0] < end:
+            total += min(end, b[k][1]) - max(begin, b[k][0])
+            k += 1
+    return total
+
+
+def main() -> None:
+    """Prints a table by stream and by kernel, and the overlap of the fetch."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--most", type=int, default=24, help="kernels to list")
+    arguments = parser.parse_args()
+    events = list(_events(arguments.folder))
+    if not events:
+        raise SystemExit(f"{arguments.folder} holds no device events")
+    streams = collections.defaultdict(list)
+    kernels = collections.Counter()
+    counts = collections.Counter()
+    for stream, name, begin, duration in events:
+        streams[stream].append((begin, begin + duration))
+        short = re.sub(r"[._]\d+", "", name)[:60]
+        kernels[short] += duration
+        counts[short] += 1
+    first = min(begin for _, _, begin, _ in events)
+    last = max(begin + duration for _, _, begin, duration in events)
+    print(f"span {last - first:.0f} us")
+    for stream, spans in streams.items():
+        busy = sum(end - begin for begin, end in _busy(spans))
+        print(f"  {stream[:50]:50} {len(spans):6} events, busy {busy:9.0f} us")
+    for name, total in kernels.most_common(arguments.most):
+        each = total / counts[name]
+        print(f"  {name:60} {total:9.0f} us  x{counts[name]:<6} {each:8.1f} us")
+    fetch = _busy([(b, b + d) for _, n, b, d in events if "host_gather" in n])
+    rest = _busy([(b, b + d) for _, n, b, d in events if "host_gather" not in n])
+    if fetch:
+        total = sum(end - begin for begin, end in fetch)
+        hidden = _shared(fetch, rest)
+        print(
+            f"  fetch busy {total:.0f} us, {hidden:.0f} us of it beside other kernels "
+            f"({hidden / total:.0%})"
+        )
+
+
+if __name__ == "__main__":
+    main()
