@@ -1,8 +1,11 @@
 """Shared fixtures. Shapes and types of our functions are checked while tests run."""
 
+import functools
+import json
 import os
 import pathlib
 import threading
+from typing import NamedTuple
 
 # Before JAX starts: float32 products must be float32 (some GPUs would take TF32).
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
@@ -12,8 +15,14 @@ from jaxtyping import install_import_hook
 
 install_import_hook(("sparda_jax", "pallas_kernels", "train"), "beartype.beartype")
 
+import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+from sparda_jax.checkpoint.layout import CURRENT, future_name  # noqa: E402
+from sparda_jax.config import ModelConfig, RopeConfig, SparseConfig  # noqa: E402
+from sparda_jax.models.decoder import Decoder  # noqa: E402
+from sparda_jax.models.weights import build_decoder, forecast_heads  # noqa: E402
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 
@@ -67,6 +76,81 @@ def golden():
         return opened[name]
 
     return open_golden
+
+
+class GoldenModel(NamedTuple):
+    """A tiny model of the reference with its arrays.
+
+    `sparse` has this project's defaults: what the reference does otherwise is for the
+    test to set, which knows what it compares with.
+    """
+
+    arrays: Golden
+    config: ModelConfig
+    sparse: SparseConfig
+    decoder: Decoder
+
+
+def _golden_configs(raw: dict) -> tuple[ModelConfig, SparseConfig]:
+    sparse, scaling = raw["sparse_config"], raw.get("rope_scaling")
+    rope = RopeConfig(theta=raw["rope_theta"])
+    if scaling is not None:
+        rope = RopeConfig(
+            kind="longrope",
+            theta=raw["rope_theta"],
+            original_max=scaling["original_max_position_embeddings"],
+            longrope_max=raw["max_position_embeddings"],
+            short_factors=tuple(scaling["short_factor"]),
+            long_factors=tuple(scaling["long_factor"]),
+        )
+    minicpm, layers = raw["model_type"] == "minicpm", raw["num_hidden_layers"]
+    config = ModelConfig(
+        name=raw["model_type"],
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        ffn_size=raw["intermediate_size"],
+        num_layers=layers,
+        num_heads=raw["num_attention_heads"],
+        num_kv_heads=raw["num_key_value_heads"],
+        head_dim=16,
+        max_context=raw["max_position_embeddings"],
+        rms_norm_eps=raw["rms_norm_eps"],
+        rope=rope,
+        embed_scale=raw["scale_emb"] if minicpm else 1.0,
+        residual_scale=raw["scale_depth"] / layers**0.5 if minicpm else 1.0,
+        logits_divisor=raw["hidden_size"] / raw["dim_model_base"] if minicpm else 1.0,
+        key_bias=not minicpm,
+    )
+    local = sparse["window_size"] // sparse["block_size"]
+    return config, SparseConfig(
+        local_blocks=local,
+        block_budget=sparse["topk"] + local,
+        query_blocks=sparse.get("select_blocks", 0),
+    )
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden):
+    """`golden_model(name)`: the `GoldenModel` "minicpm" or "nosa", stacked."""
+
+    @functools.cache
+    def build(name: str) -> GoldenModel:
+        arrays = golden(f"{name}_tiny")
+        config, sparse = _golden_configs(json.loads(str(arrays["config_json"])))
+        weights = {
+            key[2:]: functools.partial(lambda key: arrays[key].astype(np.float32), key)
+            for key in arrays.keys()
+            if key.startswith("w/")
+        }
+        model = build_decoder(config, weights, dtype=jnp.float32, storage="stacked")
+        future = np.stack(
+            [weights[future_name(layer)]() for layer in range(config.num_layers - 1)]
+        )
+        heads = forecast_heads(config, future, weights[CURRENT](), jnp.float32)
+        model.set_forecast(heads)
+        return GoldenModel(arrays, config, sparse, model)
+
+    return build
 
 
 @pytest.fixture(scope="session")

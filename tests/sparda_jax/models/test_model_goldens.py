@@ -1,8 +1,6 @@
 """Whole tiny models against the reference: logits, hidden states, block lists."""
 
 import dataclasses
-import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +8,6 @@ import numpy as np
 import pytest
 
 from sparda_jax.cache.resident import init_cache
-from sparda_jax.checkpoint.layout import CURRENT, future_name
-from sparda_jax.config import ModelConfig, RopeConfig, SparseConfig
 from sparda_jax.inference.decode import decode_step
 from sparda_jax.inference.layer_store import LayerSettings, TileState
 from sparda_jax.inference.prefill import prefill
@@ -19,10 +15,6 @@ from sparda_jax.inference.stack import layer_on_tile, start_stack
 from sparda_jax.models.decoder import logits
 from sparda_jax.models.layers import rms_norm
 from sparda_jax.models.rope import model_rope, rotation
-from sparda_jax.models.weights import (
-    build_decoder,
-    forecast_heads,
-)
 from sparda_jax.sparse.selection import sorted_blocks
 from sparda_jax.sparse.selectors import get_selector
 
@@ -41,64 +33,12 @@ MODES = [
 ]
 
 
-def _configs(raw: dict) -> tuple[ModelConfig, SparseConfig]:
-    sparse = raw["sparse_config"]
-    local = sparse["window_size"] // sparse["block_size"]
-    scaling = raw.get("rope_scaling")
-    rope = RopeConfig(theta=raw["rope_theta"])
-    if scaling is not None:
-        rope = RopeConfig(
-            kind="longrope",
-            theta=raw["rope_theta"],
-            original_max=scaling["original_max_position_embeddings"],
-            longrope_max=raw["max_position_embeddings"],
-            short_factors=tuple(scaling["short_factor"]),
-            long_factors=tuple(scaling["long_factor"]),
-        )
-    minicpm = raw["model_type"] == "minicpm"
-    layers = raw["num_hidden_layers"]
-    config = ModelConfig(
-        name=raw["model_type"],
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        ffn_size=raw["intermediate_size"],
-        num_layers=layers,
-        num_heads=raw["num_attention_heads"],
-        num_kv_heads=raw["num_key_value_heads"],
-        head_dim=16,
-        max_context=raw["max_position_embeddings"],
-        rms_norm_eps=raw["rms_norm_eps"],
-        rope=rope,
-        embed_scale=raw["scale_emb"] if minicpm else 1.0,
-        residual_scale=raw["scale_depth"] / layers**0.5 if minicpm else 1.0,
-        logits_divisor=(raw["hidden_size"] / raw["dim_model_base"] if minicpm else 1.0),
-        key_bias=not minicpm,
-    )
-    return config, SparseConfig(
-        local_blocks=local,
-        block_budget=sparse["topk"] + local,
-        query_blocks=sparse.get("select_blocks", 0),
-        # The reference drops NOSA's bias where attention is dense; so do its goldens.
-        dense_key_bias=False,
-    )
-
-
 @pytest.fixture(scope="module", params=["minicpm_tiny", "nosa_tiny"])
-def tiny(request, golden):
+def tiny(request, golden_model):
     """(name, arrays, config, sparse, decoder) of a golden model."""
-    arrays = golden(request.param)
-    config, sparse = _configs(json.loads(str(arrays["config_json"])))
-    weights = {
-        key[2:]: functools.partial(lambda key: arrays[key].astype(np.float32), key)
-        for key in arrays.keys()
-        if key.startswith("w/")
-    }
-    model = build_decoder(config, weights, dtype=jnp.float32, storage="stacked")
-    future = np.stack(
-        [weights[future_name(layer)]() for layer in range(config.num_layers - 1)]
-    )
-    heads = forecast_heads(config, future, weights[CURRENT](), jnp.float32)
-    model.set_forecast(heads)
+    arrays, config, sparse, model = golden_model(request.param.removesuffix("_tiny"))
+    # The reference drops NOSA's bias where attention is dense; so do its goldens.
+    sparse = dataclasses.replace(sparse, dense_key_bias=False)
     return request.param, arrays, config, sparse, model
 
 
