@@ -9,6 +9,7 @@ were right and faster than XLA as the default order.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -59,7 +60,8 @@ def decode_cases(small: bool) -> Iterator[Case]:
     }
     for batch in (1,) if small else (1, 8, 16, 64):
         heads, kv_heads, head_dim, block, listed = 32, 2, 128, 64, 4 if small else 96
-        layers = 2 if small else 6
+        # What one call reads is many times the second-level cache.
+        layers = 2 if small else max(6, 32 // batch)
         q, kv, slots, lengths = decode.inputs(
             layers,
             batch,
@@ -82,25 +84,37 @@ def decode_cases(small: bool) -> Iterator[Case]:
                 q, lse = f(*args, scale=q.shape[-1] ** -0.5)
             return q, lse
 
-        pairs = batch * kv_heads
-        splits = sorted({min(listed, max(1, n // pairs)) for n in (132, 264, 528)})
-        warps_stages = ((2, 3), (4, 3), (4, 4))
         yield Case(
             {"B": batch, "K": kv_heads, "P": listed, "H": head_dim},
             (q, kv, slots, lengths),
             run,
             {
-                "triton": [
-                    triton.Config(s, *ws)
-                    for s, ws in itertools.product(splits, warps_stages)
-                ],
-                "mosaic_gpu": [
-                    mosaic.Config(s, stages)
-                    for s, stages in itertools.product(splits, (2, 4))
-                ],
+                "triton": list(_triton_decode_configs(batch * kv_heads, listed)),
+                "mosaic_gpu": list(_mosaic_decode_configs(batch * kv_heads, listed)),
             },
             links=layers,
         )
+
+
+def _triton_decode_configs(pairs: int, listed: int) -> Iterator[Any]:
+    from pallas_kernels.paged_decode_attention.pallas_triton import Config
+
+    splits = sorted({min(listed, max(1, n // pairs)) for n in (132, 264, 528)})
+    for s, stages in itertools.product(splits, (3, 4)):
+        yield Config(s, 4, stages)
+
+
+def _mosaic_decode_configs(pairs: int, listed: int) -> Iterator[Any]:
+    """Clusters that fill the device once or twice, with shallow and deep rings."""
+    from pallas_kernels.paged_decode_attention.pallas_mosaic_gpu import Config
+
+    rings = {132: ((6, 1), (3, 2), (3, 1)), 264: ((2, 1), (3, 1))}
+    for cluster, programs in itertools.product((1, 2, 4, 8), rings):
+        clusters = min(programs // (pairs * cluster), listed // cluster)
+        if clusters > 1 and cluster < min(8, 132 // pairs):
+            continue  # a larger cluster leaves less to merge
+        for stages, warpgroups in rings[programs] if clusters else ():
+            yield Config(clusters * cluster, stages, cluster, warpgroups)
 
 
 def prefill_cases(small: bool) -> Iterator[Case]:
@@ -143,10 +157,148 @@ def prefill_cases(small: bool) -> Iterator[Case]:
     )
 
 
+def scores_cases(small: bool) -> Iterator[Case]:
+    """Forecast and own queries of the 8B shape, scores and choice."""
+    from pallas_kernels.block_scores import pallas_triton as triton
+    from pallas_kernels.block_scores.api import select_blocks
+    from pallas_kernels.block_scores.rule import Rule
+
+    tokens, budget = (512, 4) if small else (16384, 96)
+    blocks, windows = tokens // 64, (tokens - 32) // 16 + 1
+    keys = jax.random.split(jax.random.key(2))
+    compressed = jax.random.normal(keys[0], (1, 2, windows, 128), jnp.bfloat16)
+    for heads in (2, 32):
+        query = jax.random.normal(keys[1], (1, tokens, heads, 128), jnp.bfloat16)
+        softmax = heads > 2
+
+        def run(name, config, query, compressed, softmax=softmax):
+            start = jnp.zeros((1,), jnp.int32)
+            if name == "triton" and config is not None:
+                scale = 128**-0.5 if softmax else 1.0
+                rule = Rule(blocks, 64, 32, 16, 1, 33, softmax, True, scale)
+                count = jnp.full((1,), windows, jnp.int32)
+                lists, _ = triton.select_blocks_triton(
+                    query,
+                    compressed[None],
+                    start,
+                    count,
+                    jnp.int32(0),
+                    rule=rule,
+                    budget=budget,
+                    config=config,
+                    lse=False,
+                )
+            else:
+                lists = select_blocks(
+                    query,
+                    compressed,
+                    q_start=start,
+                    blocks=blocks,
+                    budget=budget,
+                    softmax=softmax,
+                    implementation=name,
+                )
+            # Near ties fall either way: what is compared is how many blocks.
+            return (lists >= 0).sum(-1)
+
+        shapes = ((64, 64), (128, 64), (64, 128))
+        yield Case(
+            {"G": heads // 2, "H": 128},
+            (query, compressed),
+            run,
+            {
+                "triton": [
+                    triton.Config(*shape, warps) for shape in shapes for warps in (4, 8)
+                ],
+                "mosaic_gpu": [None],
+            },
+        )
+
+
+def compress_cases(small: bool) -> Iterator[Case]:
+    """Keys of one long row and of many."""
+    from pallas_kernels.compress_keys import pallas_mosaic_gpu as mosaic
+    from pallas_kernels.compress_keys.api import compress_keys
+
+    batch, length = (1, 512) if small else (16, 131072)
+    shape = (batch, 2, length, 128)
+    keys = jax.random.normal(jax.random.key(3), shape, jnp.bfloat16)
+
+    def run(name, config, keys):
+        if config is None:
+            return compress_keys(keys, implementation=name)
+        return mosaic.compress_keys_mosaic_gpu(
+            keys, kernel_size=32, kernel_stride=16, config=config
+        )
+
+    yield Case(
+        {"H": 128, "kernel_size": 32},
+        (keys,),
+        run,
+        {
+            "mosaic_gpu": [mosaic.Config(stages) for stages in (2, 4, 8)],
+            "triton": [None],
+        },
+    )
+
+
+def gather_cases(small: bool) -> Iterator[Case]:
+    """Blocks of 32 KiB out of pinned host memory."""
+    from pallas_kernels.host_gather import pallas_mosaic_gpu as mosaic
+    from pallas_kernels.host_gather import pallas_triton as triton
+    from pallas_kernels.host_gather.api import host_gather
+
+    rows, count = (64, 8) if small else (16384, 768)
+    host = jax.device_put(
+        jnp.ones((rows, 64, 2, 128), jnp.bfloat16),
+        jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host"),
+    )
+    index = jax.random.permutation(jax.random.key(0), rows)[:count].astype(jnp.int32)
+    functions = {
+        "mosaic_gpu": mosaic.host_gather_mosaic_gpu,
+        "triton": triton.host_gather_triton,
+    }
+
+    def run(name, config, host, index):
+        if config is None:
+            return host_gather(host, index, implementation=name)
+        return functions[name](host, index, config=config)
+
+    programs = (8, 16, 32, 64)
+    yield Case(
+        {},
+        (host, index),
+        run,
+        {
+            "mosaic_gpu": [mosaic.Config(n) for n in programs],
+            "triton": [triton.Config(n) for n in programs],
+        },
+    )
+
+
 CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
-    "paged_decode_attention": decode_cases,
+    "block_scores": scores_cases,
     "block_sparse_attention": prefill_cases,
+    "compress_keys": compress_cases,
+    "host_gather": gather_cases,
+    "paged_decode_attention": decode_cases,
 }
+
+
+def _compile_all(
+    case: Case, name: str, candidates: Sequence[Any]
+) -> list[tuple[Any, Any]]:
+    """Compiles every candidate, several at a time; an error stands for its result."""
+
+    def compiled(config):
+        try:
+            f = jax.jit(functools.partial(case.run, name, config))
+            return f.lower(*case.operands).compile()
+        except Exception as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
+        return list(zip(candidates, pool.map(compiled, candidates), strict=True))
 
 
 def tune(op: str, small: bool = False) -> dict[str, Any]:
@@ -163,18 +315,21 @@ def tune(op: str, small: bool = False) -> dict[str, Any]:
     numerics: dict[str, float] = {}
     faster: dict[str, bool] = {}
     for case in CASES[op](small):
-        baseline = functools.partial(case.run, "xla", None)
-        want = jax.jit(baseline)(*case.operands)
+        baseline = jax.jit(functools.partial(case.run, "xla", None))
+        baseline = baseline.lower(*case.operands).compile()
+        want = baseline(*case.operands)
         limit = measure(f"{case.when} xla", baseline, *case.operands, links=case.links)
         for name, candidates in case.configs.items():
             best = None
-            for config in candidates:
-                f = functools.partial(case.run, name, config)
+            for config, compiled in _compile_all(case, name, candidates):
                 title = f"{case.when} {name} {config}"
-                timing = measure(title, f, *case.operands, links=case.links)
+                if isinstance(compiled, Exception):
+                    print(f"{title} failed: {compiled}"[:300], flush=True)
+                    continue
+                timing = measure(title, compiled, *case.operands, links=case.links)
                 if timing.seconds is None:
                     continue
-                got = jax.jit(f)(*case.operands)
+                got = compiled(*case.operands)
                 error = max(
                     relative_error(x, y)
                     for x, y in zip(
@@ -197,7 +352,7 @@ def tune(op: str, small: bool = False) -> dict[str, Any]:
             configs.setdefault(name, []).append(
                 {
                     "when": case.when,
-                    "config": dataclasses.asdict(best[1]),
+                    "config": {} if best[1] is None else dataclasses.asdict(best[1]),
                     "milliseconds": round(best[0] * 1e3, 5),
                     "spread": round(best[2] or 0.0, 3),
                     "xla_milliseconds": limit.seconds and round(limit.seconds * 1e3, 5),

@@ -27,7 +27,8 @@ def main() -> None:
     if gpu:
         tokens, heads, kv_heads, head_dim = args.tokens or 131072, 32, 2, 128
         budget, local, dtype = 96, 33, jnp.bfloat16
-        raw_forms, softmax_forms = ("mosaic_gpu", "triton", "xla"), ("triton",)
+        raw_forms = ("mosaic_gpu", "triton", "xla")
+        softmax_forms = ("mosaic_gpu", "triton")
     else:
         tokens, heads, kv_heads, head_dim = args.tokens or 8192, 9, 3, 64
         budget, local, dtype = 16, 8, jnp.float32

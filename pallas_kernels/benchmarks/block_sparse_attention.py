@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._common.dispatch import Implementation, current_platform
-from pallas_kernels.benchmarks.harness import arguments, measure, report
+from pallas_kernels.benchmarks.harness import Timing, arguments, measure, report
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from pallas_kernels.block_sparse_attention.unions import tile_unions
 
@@ -72,25 +72,35 @@ def flex_attention(q, kv, lists, block):
 
     import torch  # pyrefly: ignore[missing-import]
     from torch.nn.attention.flex_attention import (  # pyrefly: ignore[missing-import]
-        create_block_mask,
+        BlockMask,
         flex_attention,
     )
 
     tokens, kv_heads = q.shape[1], kv.shape[1]
-    groups = q.shape[2] // kv_heads
-    member = torch.zeros(
-        (kv_heads, tokens // block, tokens // block), dtype=torch.bool, device="cuda"
-    )
+    groups, blocks = q.shape[2] // kv_heads, q.shape[1] // block
     # FlexAttention masks whole blocks of queries: every query block takes the list of
-    # its last token.
-    last = torch.from_dlpack(lists[0, :, block - 1 :: block]).long().clamp(min=0)
-    member.scatter_(2, last, True)
+    # its last token, the block of its own masked by position, the others whole.
+    last = torch.from_dlpack(lists[0, :, block - 1 :: block]).int()
+    own = torch.arange(blocks, device="cuda", dtype=torch.int32)[None, :, None]
+    earlier = torch.where((last < 0) | (last == own), blocks, last).sort(-1).values
+    count = (earlier < blocks).sum(-1).int()
+    full = torch.zeros(kv_heads, blocks, blocks, dtype=torch.int32, device="cuda")
+    full[..., : last.shape[-1]] = earlier.clamp(max=blocks - 1)
+    part = torch.zeros_like(full)
+    part[..., 0] = own[..., 0]
 
-    def mask(b, h, i, j):
-        return member[h // groups, i // block, j // block] & (j <= i)
+    def by_head(x):
+        return x.repeat_interleave(groups, 0)[None].contiguous()
 
-    size = (1, q.shape[2], tokens, tokens)
-    block_mask = create_block_mask(mask, *size, BLOCK_SIZE=block, _compile=True)
+    block_mask = BlockMask.from_kv_blocks(
+        by_head(torch.ones_like(count)),
+        by_head(part),
+        by_head(count),
+        by_head(full),
+        BLOCK_SIZE=block,
+        mask_mod=lambda b, h, i, j: j <= i,
+        seq_lengths=(tokens, tokens),
+    )
     query = torch.randn(1, q.shape[2], tokens, q.shape[3], device="cuda")
     query = query.bfloat16()
     key = torch.randn(1, kv_heads, tokens, q.shape[3], device="cuda").bfloat16()
@@ -99,7 +109,14 @@ def flex_attention(q, kv, lists, block):
     for _ in range(8):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        run(query, key, key, block_mask=block_mask, enable_gqa=True)
+        run(
+            query,
+            key,
+            key,
+            block_mask=block_mask,
+            enable_gqa=True,
+            kernel_options={"BLOCK_M": block, "BLOCK_N": block},
+        )
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end) / 1e3)
@@ -111,6 +128,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--flex", action="store_true", help="also time FlexAttention")
+    parser.add_argument("--drift", type=int, nargs="+", help="tokens that agree")
     args = parser.parse_args()
     gpu = current_platform() == "cuda" and not args.small
     forms: tuple[Implementation, ...]
@@ -127,6 +145,7 @@ def main() -> None:
     shape = (1, kv_heads, tokens // block, block, 2, head_dim)
     kv = jax.random.normal(keys[1], shape, dtype)
     start = jnp.zeros((1,), jnp.int32)
+    drifts = tuple(args.drift or drifts)
     timings = []
     for drift in drifts:
         lists = selector_lists(
@@ -158,7 +177,9 @@ def main() -> None:
         if gpu and args.flex and drift == drifts[0]:
             try:
                 seconds = flex_attention(q, kv, lists, block)
-                print(f"torch FlexAttention {seconds * 1e3:.2f} ms {note(seconds)}")
+                name = f"torch FlexAttention drift {drift}"
+                timings.append(Timing(name, seconds, note=note(seconds)))
+                print(f"{name} {seconds * 1e3:.2f} ms {note(seconds)}", flush=True)
             except Exception as error:
                 print(
                     f"torch FlexAttention failed: {type(error).__name__}: {error}"[:500]

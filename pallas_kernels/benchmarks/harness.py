@@ -1,8 +1,9 @@
 """Timing and reporting for the benchmarks.
 
-Short kernels are timed as a chain inside one compiled call (each link on another
-layer of a stack, so that nothing is served from cache), and the time of the chain is
-divided by its length: what is left of launch gaps is part of the figure.
+On a GPU the time of a call is the sum of its kernels' durations in a profile: launch
+gaps and the host are no part of it. Elsewhere it is the wall clock. Short kernels are
+timed as a chain inside one compiled call (each link on another layer of a stack, so
+that nothing is served from cache), and the time of the chain is divided by its length.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ class Timing:
 
     Attributes:
       name: what was timed.
-      seconds: median time of one call.
+      seconds: median time of one call, on the device where it is a GPU.
       spread: half the distance between the quartiles, over the median.
+      wall_seconds: median time by the wall clock, launches and gaps included.
       note: a figure derived from it, in words.
       error: why there is no time, if there is none.
     """
@@ -37,6 +39,7 @@ class Timing:
     name: str
     seconds: float | None
     spread: float | None = None
+    wall_seconds: float | None = None
     note: str = ""
     error: str = ""
 
@@ -53,7 +56,7 @@ def measure(
 
     Args:
       name: what is timed.
-      f: function of ``args``.
+      f: function of ``args``, compiled or not.
       *args: arrays.
       links: operations chained in one call of ``f``.
       repeats: timed calls.
@@ -63,13 +66,18 @@ def measure(
       The times, or the error, since one variant's failure must not lose the others.
     """
     try:
-        compiled = jax.jit(f).lower(*args).compile()
+        compiled = f
+        if not isinstance(f, jax.stages.Compiled):
+            compiled = jax.jit(f).lower(*args).compile()
         jax.block_until_ready(compiled(*args))
-        times = []
+        walls = []
         for _ in range(repeats):
             begin = time.perf_counter()
             jax.block_until_ready(compiled(*args))
-            times.append((time.perf_counter() - begin) / links)
+            walls.append((time.perf_counter() - begin) / links)
+        times = walls
+        if jax.default_backend() == "gpu":
+            times = [t / links for t in _device_times(compiled, args, repeats)] or walls
     except Exception as error:
         result = Timing(name, None, error=f"{type(error).__name__}: {error}"[:300])
         print(f"{name:44s} failed: {result.error}", flush=True)
@@ -79,25 +87,24 @@ def measure(
     if len(times) > 3:
         low, _, high = statistics.quantiles(times, n=4)
         spread = (high - low) / 2 / median
-    result = Timing(name, median, spread, note(median))
+    wall = statistics.median(walls)
+    result = Timing(name, median, spread, wall, note(median))
     print(
-        f"{name:44s} {median * 1e3:10.4f} ms  ±{spread:5.1%}  {result.note}", flush=True
+        f"{name:44s} {median * 1e3:10.4f} ms  ±{spread:5.1%}  "
+        f"(wall {wall * 1e3:.4f})  {result.note}",
+        flush=True,
     )
     return result
 
 
-def device_kernels(f: Callable[..., Any], *args: Any) -> dict[str, tuple[int, float]]:
-    """Kernels of one call of ``f`` on a GPU: name to (launches, seconds in all).
-
-    Read from a profile, so that launch gaps are not part of the figures. Empty where
-    the profile names no GPU stream.
-    """
-    compiled = jax.jit(f).lower(*args).compile()
-    jax.block_until_ready(compiled(*args))
+def _device_events(run: Callable[[], Any]) -> list[dict[str, Any]]:
+    """Events on GPU streams while ``run`` runs, in the order of their start."""
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            jax.block_until_ready(compiled(*args))
-        found: dict[str, tuple[int, float]] = {}
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0
+        with jax.profiler.trace(folder, profiler_options=options):
+            run()
+        found = []
         for path in Path(folder).rglob("*.trace.json.gz"):
             events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
             names = {
@@ -105,21 +112,76 @@ def device_kernels(f: Callable[..., Any], *args: Any) -> dict[str, tuple[int, fl
                 for e in events
                 if e.get("ph") == "M" and e["name"] in ("process_name", "thread_name")
             }
-            for e in events:
-                stream = names.get((e.get("pid"), e.get("tid")), "")
-                if e.get("ph") == "X" and "Stream" in stream:
-                    count, total = found.get(e["name"], (0, 0.0))
-                    found[e["name"]] = (count + 1, total + e.get("dur", 0.0) / 1e6)
+            found += [
+                e
+                for e in events
+                if e.get("ph") == "X"
+                and "Stream" in names.get((e.get("pid"), e.get("tid")), "")
+            ]
+    return sorted(found, key=lambda e: e["ts"])
+
+
+def _device_times(compiled: Callable[..., Any], args: Any, calls: int) -> list[float]:
+    """Seconds that the kernels of each call take; empty without a usable profile."""
+
+    def run():
+        for _ in range(calls):
+            jax.block_until_ready(compiled(*args))
+
+    events = _device_events(run)
+    if not events or len(events) % calls:
+        return []
+    each = len(events) // calls
+    return [
+        sum(e.get("dur", 0.0) for e in events[i * each : (i + 1) * each]) / 1e6
+        for i in range(calls)
+    ]
+
+
+def device_kernels(f: Callable[..., Any], *args: Any) -> dict[str, tuple[int, float]]:
+    """Kernels of one call of ``f`` on a GPU: name to (launches, seconds in all)."""
+    compiled = jax.jit(f).lower(*args).compile()
+    jax.block_until_ready(compiled(*args))
+    found: dict[str, tuple[int, float]] = {}
+    for e in _device_events(lambda: jax.block_until_ready(compiled(*args))):
+        count, total = found.get(e["name"], (0, 0.0))
+        found[e["name"]] = (count + 1, total + e.get("dur", 0.0) / 1e6)
     return found
 
 
 def copy_bandwidth(gib: float = 8.0) -> float:
-    """Bytes a second that a large device copy moves, reads and writes counted."""
+    """Bytes a second that a large device copy moves, reads and writes counted.
+
+    The better of a kernel that reads and writes every byte and the driver's own copy.
+    """
     x = jnp.ones((int(gib * 2**30) // 4,), jnp.float32)
-    # A jitted negation reads and writes every byte; an identity would be elided.
-    timing = measure("copy bandwidth", lambda x: -x, x)
+
+    def note(seconds):
+        return f"{2 * x.nbytes / seconds / 1e9:7.1f} GB/s"
+
+    # An identity would be elided.
+    timings = [
+        measure("copy bandwidth, kernel", lambda x: -x, x, note=note),
+        measure("copy bandwidth, memcpy", lambda x: jnp.array(x), x, note=note),
+    ]
+    seconds = [t.seconds for t in timings if t.seconds is not None]
+    return 2 * x.nbytes / min(seconds)
+
+
+def small_copy_bandwidth(size: int) -> float:
+    """Bytes a second of a device copy that moves ``size`` bytes, as short kernels do.
+
+    Half of them are read and half written, from and to other memory in every copy.
+    """
+    count = max(4, int(4e8 // size))
+    xs = jnp.ones((count, size // 8), jnp.float32)
+
+    def copies(xs):
+        return [-xs[i] for i in range(count)]
+
+    timing = measure(f"copy of {size / 1e6:.1f} MB", copies, xs, links=count)
     assert timing.seconds is not None, timing.error
-    return 2 * x.nbytes / timing.seconds
+    return size / timing.seconds
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

@@ -14,12 +14,12 @@ from jax import lax
 
 from pallas_kernels._common.dispatch import Implementation, current_platform
 from pallas_kernels.benchmarks.harness import (
-    Timing,
     arguments,
     copy_bandwidth,
     device_kernels,
     measure,
     report,
+    small_copy_bandwidth,
 )
 from pallas_kernels.paged_decode_attention.api import paged_decode_attention
 
@@ -56,25 +56,24 @@ def main() -> None:
         cases = [(1, 9, 3, 64, 64, 128, 16), (1, 9, 3, 64, 64, 32, 32)]
         forms = ("xla",)
     for batch, heads, kv_heads, head_dim, block, capacity, listed in cases:
-        one = (
-            batch
-            * kv_heads
-            * capacity
-            * block
-            * 2
-            * head_dim
-            * jnp.dtype(dtype).itemsize
-        )
-        layers = max(2, min(8, int(8e9 // one))) if gpu else 30
+        width = jnp.dtype(dtype).itemsize
+        size = batch * kv_heads * listed * block * 2 * head_dim * width
+        # Enough layers that what one call reads is many times the second-level cache.
+        layers = min(32, max(6, int(4e8 // size))) if gpu else 30
         q, kv, slots, lengths = inputs(
             layers, batch, heads, kv_heads, head_dim, block, capacity, listed, dtype
         )
-        size = batch * kv_heads * listed * block * 2 * head_dim * kv.dtype.itemsize
 
-        def note(seconds, size=size):
+        alike = small_copy_bandwidth(size) if gpu else None
+
+        def note(seconds, size=size, alike=alike):
             rate = size / seconds
-            share = "" if bandwidth is None else f" = {rate / bandwidth:.0%} of copy"
-            return f"{rate / 1e9:7.1f} GB/s{share}"
+            if bandwidth is None or alike is None:
+                return f"{rate / 1e9:7.1f} GB/s"
+            return (
+                f"{rate / 1e9:7.1f} GB/s = {rate / bandwidth:.0%} of a large copy, "
+                f"{rate / alike:.0%} of one of this size"
+            )
 
         for form in forms:
 
@@ -101,13 +100,8 @@ def main() -> None:
             operands = (q, kv, slots, lengths)
             timings.append(measure(name, chain, *operands, links=layers, note=note))
             if gpu and form != "xla" and timings[-1].seconds is not None:
-                kernels = device_kernels(chain, *operands)
-                seconds = sum(total for _, total in kernels.values()) / layers
-                print(f"  kernels alone {seconds * 1e6:.1f} us: {note(seconds)}")
-                for kernel, (count, total) in kernels.items():
+                for kernel, (count, total) in device_kernels(chain, *operands).items():
                     print(f"    {kernel[:60]} x{count}: {total / count * 1e6:.1f} us")
-                title = f"{name}, kernels alone"
-                timings.append(Timing(title, seconds, note=note(seconds)))
         contiguous = (layers, batch, listed * block, kv_heads, head_dim)
         part = kv[:, :, :, :listed].reshape(*kv.shape[:3], -1, 2, head_dim)
         part = jnp.moveaxis(part, 2, 3)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import in_ci
 
 from pallas_kernels import block_scores, select_blocks
 from pallas_kernels._common.lowering import cuda_lowering_text
@@ -26,7 +27,7 @@ from pallas_kernels.block_scores.reference import (
     choose_reference,
 )
 
-CI_SPECS = [s for s in ARG_SPECS if "ci" in s.tags]
+CI_SPECS = in_ci(ARG_SPECS)
 BY_NAME = {s.name: s for s in ARG_SPECS}
 QUICK = {"raw", "raw_ragged", "softmax_g4"}
 # Accumulated in float32 whatever the inputs; exp of a difference of logits.
@@ -130,15 +131,48 @@ def test_pallas_lowers_for_cuda(spec, implementation, x64):
 
     def f(a):
         return select_blocks(
-            **a, **rest, budget=spec.budget, implementation=implementation
+            **a,
+            **rest,
+            budget=spec.budget,
+            return_lse=True,
+            implementation=implementation,
         )
 
-    if implementation == "mosaic_gpu" and spec.softmax:
-        with pytest.raises(NotImplementedError, match="the raw form only"):
-            cuda_lowering_text(f, arrays, x64=x64)
-        return
     text = cuda_lowering_text(f, arrays, x64=x64)
     assert ("mosaic_gpu" if implementation == "mosaic_gpu" else "triton") in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton", "xla"])
+@pytest.mark.parametrize("softmax", [False, True], ids=["raw", "softmax"])
+def test_native_long_and_repeatable(softmax, implementation):
+    # Several tiles of tokens, blocks and windows, and a tail of each.
+    spec = ArgSpec("", 1, 1100, 8 if softmax else 2, 2, 128, 520, 131, start=(7000,))
+    spec = dataclasses.replace(spec, softmax=softmax, local=3, budget=40)
+    args = spec.make("bfloat16")
+    got = run(block_scores, args, return_lse=True, implementation=implementation)
+    for x, ref in zip(got, reference(args), strict=True):
+        assert relative_error(x, ref) <= 2e-5
+    again = run(block_scores, args, return_lse=True, implementation=implementation)
+    for x, y in zip(got, again, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
+@pytest.mark.parametrize("name", ["raw_ragged", "softmax_g16_layers"])
+def test_native_windows_that_do_not_exist_never_leak(name, implementation):
+    args = BY_NAME[name].make("bfloat16")
+    clean = run(block_scores, args, return_lse=True, implementation=implementation)
+    windows = args["compressed_keys"].shape[-2]
+    exists = np.arange(windows) < np.asarray(args["num_windows"])[:, None]
+    for poison in (np.nan, np.inf):
+        keys = args["compressed_keys"]
+        keys = jnp.where(exists[:, None, :, None], keys, poison)
+        dirty = args | {"compressed_keys": keys}
+        dirty = run(block_scores, dirty, return_lse=True, implementation=implementation)
+        for x, y in zip(dirty, clean, strict=True):
+            np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.gpu
@@ -147,13 +181,11 @@ def test_pallas_lowers_for_cuda(spec, implementation, x64):
 @pytest.mark.parametrize("spec", CI_SPECS, ids=lambda s: s.name)
 def test_native(spec, dtype, implementation):
     args = spec.make(dtype)
-    lse = implementation != "mosaic_gpu"
     try:
-        got = run(block_scores, args, return_lse=lse, implementation=implementation)
+        got = run(block_scores, args, return_lse=True, implementation=implementation)
     except NotImplementedError as refusal:
         pytest.skip(str(refusal))
-    got = got if lse else (got,)
-    for x, ref in zip(got, reference(args), strict=False):
+    for x, ref in zip(got, reference(args), strict=True):
         assert relative_error(x, ref) <= 2e-5
     lists = run(select_blocks, args, budget=spec.budget, implementation=implementation)
     want = choose_reference(np.asarray(got[0]), own_blocks(args), spec.budget)
@@ -262,7 +294,12 @@ def test_choose_triton_is_exact(data):
 
 @pytest.mark.parametrize("softmax", [False, True], ids=["raw", "softmax"])
 @pytest.mark.parametrize(
-    "implementation", ["xla", pytest.param("triton", marks=pytest.mark.gpu)]
+    "implementation",
+    [
+        "xla",
+        pytest.param("triton", marks=pytest.mark.gpu),
+        pytest.param("mosaic_gpu", marks=pytest.mark.gpu),
+    ],
 )
 def test_no_buffer_of_tokens_times_windows(softmax, implementation):
     tokens, heads = 131072, 32 if softmax else 2

@@ -8,6 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_cases import (
+    assert_attention_matches,
+    combinations,
+    in_ci,
+    refused_by_triton,
+    slow_but,
+)
 
 from pallas_kernels import block_sparse_attention, paged_decode_attention
 from pallas_kernels._common.lowering import cuda_lowering_text
@@ -25,29 +32,11 @@ from pallas_kernels.block_sparse_attention.reference import (
     block_sparse_attention_reference,
 )
 
-CI_SPECS = [s for s in ARG_SPECS if "ci" in s.tags]
+CI_SPECS = in_ci(ARG_SPECS)
 BY_NAME = {s.name: s for s in ARG_SPECS}
-# The rest of the specs and dtypes repeat the same code paths: with --runslow.
 QUICK = {"dense_g3_layers", "random_g4", "local_g16_layers_bias"}
-
-
 # What is slower to compile gets by with one.
 QUICKEST = {"local_g16_layers_bias"}
-
-
-def combinations(*dtypes, quick=QUICK):
-    """Spec x dtype, with what is not quick marked slow."""
-    return [
-        pytest.param(
-            spec,
-            dtype,
-            id=f"{spec.name}-{dtype}",
-            marks=() if spec.name in quick and dtype == dtypes[0] else pytest.mark.slow,
-        )
-        for spec in CI_SPECS
-        for dtype in dtypes
-    ]
-
 
 # Compiled whole, once for each set of shapes.
 COMPILED_REFERENCE = jax.jit(block_sparse_attention_reference, static_argnames="scale")
@@ -76,30 +65,20 @@ def compute(args, implementation="xla"):
     )(args)
 
 
-def refused_by_triton(spec, dtype):
-    """Whether a tile of keys is larger than Triton was seen to hold."""
-    return spec.block * spec.head_dim * jnp.dtype(dtype).itemsize > 32 * 1024
-
-
-def assert_matches(got, want, dtype):
-    for x, ref, name in zip(got, want, ("out", "lse"), strict=True):
-        error = relative_error(x, ref)
-        assert error <= tolerance(dtype), f"{name}: relative error {error:.2e}"
-
-
 @pytest.mark.parametrize(
-    ("spec", "dtype"), combinations("float32", "bfloat16", "float16")
+    ("spec", "dtype"),
+    combinations(ARG_SPECS, "float32", "bfloat16", "float16", quick=QUICK),
 )
 def test_xla_matches_reference(spec, dtype):
     args = spec.make(dtype)
     got = compute(args)
     assert got[0].dtype == jnp.dtype(dtype)
     assert got[1].dtype == jnp.float32
-    assert_matches(got, reference(args), dtype)
+    assert_attention_matches(got, reference(args), dtype)
 
 
 @pytest.mark.parametrize(
-    ("spec", "dtype"), combinations("bfloat16", "float32", quick=QUICKEST)
+    ("spec", "dtype"), combinations(ARG_SPECS, "bfloat16", "float32", quick=QUICKEST)
 )
 def test_triton_matches_reference_in_the_interpreter(spec, dtype):
     args = spec.make(dtype)
@@ -116,12 +95,14 @@ def test_triton_matches_reference_in_the_interpreter(spec, dtype):
             run(*operands)
         return
     got = jax.jit(run)(*operands)
-    assert_matches(got, reference(args), dtype)
+    assert_attention_matches(got, reference(args), dtype)
 
 
 @pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
 @pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu"])
-@pytest.mark.parametrize(("spec", "dtype"), combinations("bfloat16", quick=QUICKEST))
+@pytest.mark.parametrize(
+    ("spec", "dtype"), combinations(ARG_SPECS, "bfloat16", quick=QUICKEST)
+)
 def test_pallas_lowers_for_cuda(spec, dtype, implementation, x64):
     def f(a):
         return block_sparse_attention(
@@ -147,7 +128,7 @@ def test_native_matches_reference(spec, dtype, implementation):
         got = f(args)
     except NotImplementedError as refusal:
         pytest.skip(str(refusal))
-    assert_matches(got, reference(args), dtype)
+    assert_attention_matches(got, reference(args), dtype)
     for x, y in zip(got, f(args), strict=True):
         np.testing.assert_array_equal(x, y)
 
@@ -177,31 +158,22 @@ def test_native_long_sequence(implementation):
     spec = ArgSpec("", 1, 64, 16, 1, 128, 64, 1024, listed=96, start=(65_000,))
     args = spec.make(jnp.bfloat16)
     got = compute(args, implementation)
-    assert_matches(got, compute(args, "xla"), "bfloat16")
+    assert_attention_matches(got, compute(args, "xla"), "bfloat16")
 
 
 @pytest.mark.parametrize("listed", [None, 3])
-@pytest.mark.parametrize(
-    "tokens",
-    [
-        1,
-        17,
-        *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 15, 16, 63, 65, 200)),
-    ],
-)
+@pytest.mark.parametrize("tokens", slow_but({1, 17}, (1, 2, 15, 16, 17, 63, 65, 200)))
 def test_lengths(tokens, listed):
     spec = ArgSpec("", 1, tokens, 6, 2, 64, 32, 9, listed=listed, start=(40,))
     args = spec.make(jnp.float32, seed=tokens)
-    assert_matches(compute(args), reference(args), "float32")
+    assert_attention_matches(compute(args), reference(args), "float32")
 
 
-@pytest.mark.parametrize(
-    "groups", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4, 8, 16))]
-)
+@pytest.mark.parametrize("groups", slow_but({1}, (1, 3, 4, 8, 16)))
 def test_groups(groups):
     spec = ArgSpec("", 1, 50, 2 * groups, 2, 64, 16, 12, listed=5, start=(130,))
     args = spec.make(jnp.float32)
-    assert_matches(compute(args), reference(args), "float32")
+    assert_attention_matches(compute(args), reference(args), "float32")
 
 
 def test_every_block_listed_is_dense():

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import combinations, in_ci
 
 from pallas_kernels import compress_keys
 from pallas_kernels._common.lowering import cuda_lowering_text
 from pallas_kernels._common.tolerances import relative_error, tolerance
+from pallas_kernels.compress_keys.arg_specs import ARG_SPECS, ArgSpec
 from pallas_kernels.compress_keys.pallas_triton import compress_keys_triton
 from pallas_kernels.compress_keys.reference import compress_keys_reference
 
@@ -21,15 +23,23 @@ def keys(length, dtype="float32", head_dim=64, seed=0):
     return jnp.asarray(rng.standard_normal((2, 2, length, head_dim)), dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("sizes", [(32, 16), (16, 16), (64, 16), (2, 1)])
-def test_matches_reference(sizes, dtype):
-    x = keys(150, dtype)
-    size, stride = sizes
-    got = compress_keys(x, kernel_size=size, kernel_stride=stride)
-    want = compress_keys_reference(x, kernel_size=size, kernel_stride=stride)
-    assert got.dtype == x.dtype
-    assert relative_error(got, want) <= tolerance(dtype)
+CI_SPECS = in_ci(ARG_SPECS)
+specs = pytest.mark.parametrize("spec", CI_SPECS, ids=lambda s: s.name)
+
+
+def assert_matches(got, args, dtype):
+    want = compress_keys_reference(**args)
+    assert got.shape == want.shape
+    assert got.dtype == jnp.dtype(dtype)
+    if want.size:
+        assert relative_error(got, want) <= tolerance(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@specs
+def test_matches_reference(spec, dtype):
+    args = spec.make(dtype)
+    assert_matches(compress_keys(**args), args, dtype)
 
 
 @settings(max_examples=8, deadline=None)
@@ -44,35 +54,48 @@ def test_every_length(length):
         np.testing.assert_allclose(got[:, :, m], mean, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("length", [20, 32, 200])
-def test_triton_in_the_interpreter(length):
-    x = keys(length)
-    got = compress_keys_triton(x, kernel_size=32, kernel_stride=16, interpret=True)
-    want = compress_keys_reference(x, kernel_size=32, kernel_stride=16)
-    assert got.shape == want.shape
-    if want.size:
-        assert relative_error(got, want) <= tolerance("float32")
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    combinations(ARG_SPECS, "float32", quick={"minicpm", "too_short", "pairs"}),
+)
+def test_triton_in_the_interpreter(spec, dtype):
+    args = spec.make(dtype)
+    assert_matches(compress_keys_triton(**args, interpret=True), args, dtype)
 
 
-def test_triton_lowers_for_cuda():
+@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu"])
+@specs
+def test_pallas_lowers_for_cuda(spec, implementation, x64):
+    args = spec.make("bfloat16")
+    sizes = {name: args[name] for name in ("kernel_size", "kernel_stride")}
+
     def f(x):
-        return compress_keys(x, implementation="triton")
+        return compress_keys(x, **sizes, implementation=implementation)
 
-    assert "triton" in cuda_lowering_text(f, keys(100, "bfloat16"))
+    text = cuda_lowering_text(f, args["keys"], x64=x64)
+    name = "mosaic_gpu" if implementation == "mosaic_gpu" else "triton"
+    assert name in text or spec.name == "too_short"
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("implementation", ["triton", "xla"])
-def test_native(implementation):
-    x = keys(4100, "bfloat16", 128)
-    got = jax.jit(lambda x: compress_keys(x, implementation=implementation))(x)
-    want = compress_keys_reference(x, kernel_size=32, kernel_stride=16)
-    assert relative_error(got, want) <= tolerance("bfloat16")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton", "xla"])
+@pytest.mark.parametrize(
+    "spec", [*CI_SPECS, ArgSpec("long", 2, 2, 4100, 128)], ids=lambda s: s.name
+)
+def test_native(spec, implementation, dtype):
+    args = spec.make(dtype)
+    sizes = {name: args[name] for name in ("kernel_size", "kernel_stride")}
+    f = jax.jit(lambda x: compress_keys(x, **sizes, implementation=implementation))
+    got = f(args["keys"])
+    assert_matches(got, args, dtype)
+    np.testing.assert_array_equal(got, f(args["keys"]))
 
 
 def test_refusals():
-    with pytest.raises(NotImplementedError, match="bound by memory bandwidth"):
-        compress_keys(keys(64), implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="needs a head dim"):
+        compress_keys(keys(64, head_dim=40), implementation="mosaic_gpu")
     with pytest.raises(NotImplementedError, match="needs a head dim"):
         compress_keys(keys(64, head_dim=48), implementation="triton")
 

@@ -18,6 +18,7 @@ from pallas_kernels.block_sparse_attention import pallas_mosaic_gpu as sparse_mo
 from pallas_kernels.block_sparse_attention import pallas_triton as sparse_triton
 from pallas_kernels.block_sparse_attention import unions
 from pallas_kernels.block_sparse_attention.unions import tile_unions
+from pallas_kernels.compress_keys import pallas_mosaic_gpu as compress_mosaic
 from pallas_kernels.host_gather import pallas_mosaic_gpu as gather_mosaic
 from pallas_kernels.host_gather import pallas_triton as gather_triton
 from pallas_kernels.paged_decode_attention import pallas_mosaic_gpu as decode_mosaic
@@ -32,6 +33,7 @@ CONFIGS = {
     ("host_gather", "mosaic_gpu"): gather_mosaic.Config,
     ("host_gather", "triton"): gather_triton.Config,
     ("block_scores", "triton"): ScoresConfig,
+    ("compress_keys", "mosaic_gpu"): compress_mosaic.Config,
 }
 
 
@@ -103,6 +105,9 @@ def test_no_cuda_device_is_a_refusal():
         (lambda: sparse_triton.Config(rows=24), "rows is 24"),
         (lambda: decode_triton.Config(splits=0), "splits is 0"),
         (lambda: decode_mosaic.Config(splits=1, stages=1), "stages is 1"),
+        (lambda: decode_mosaic.Config(6, 4, 4), "cluster is 4"),
+        (lambda: decode_mosaic.Config(8, 4, 1, 3), "warpgroups is 3"),
+        (lambda: compress_mosaic.Config(stages=1), "stages is 1"),
         (lambda: gather_mosaic.Config(programs=0), "programs is 0"),
         (lambda: gather_triton.Config(part_bytes=100), "part_bytes is 100"),
         (lambda: ScoresConfig(tokens=8), "tokens is 8"),

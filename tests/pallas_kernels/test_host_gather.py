@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compute_on import compute_on
+from kernel_cases import in_ci
 
 from pallas_kernels import host_gather
 from pallas_kernels._common.lowering import cuda_lowering_text
@@ -13,7 +15,8 @@ from pallas_kernels.host_gather.arg_specs import ARG_SPECS
 from pallas_kernels.host_gather.pallas_triton import Config, host_gather_triton
 from pallas_kernels.host_gather.reference import host_gather_reference
 
-CI_SPECS = [s for s in ARG_SPECS if "ci" in s.tags]
+CI_SPECS = in_ci(ARG_SPECS)
+BY_NAME = {s.name: s for s in CI_SPECS}
 specs = pytest.mark.parametrize("spec", CI_SPECS, ids=lambda s: s.name)
 
 
@@ -71,6 +74,83 @@ def test_native_from_pinned_host_memory(spec, implementation, dtype):
     np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
 
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu"])
+def test_pallas_lowers_for_more_than_2_to_the_31_elements(implementation):
+    # A host store of 200 GiB.
+    blocks = jax.ShapeDtypeStruct((6_553_600, 64, 2, 128), jnp.bfloat16)
+
+    def f(blocks, indices):
+        return host_gather(blocks, indices, implementation=implementation)
+
+    indices = jax.ShapeDtypeStruct((3072,), jnp.int32)
+    assert implementation in cuda_lowering_text(f, blocks, indices)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "xla"])
+def test_undefined_rows_leave_the_others_right(implementation):
+    args = BY_NAME["skips"].make("float32")
+    want = host_gather_reference(**args)
+    if implementation == "xla":
+        got = host_gather(**args, skipped="undefined", implementation="xla")
+    else:
+        got = host_gather_triton(**args, zero_skipped=False, interpret=True)
+    fetched = np.asarray(args["indices"]) >= 0
+    assert not fetched.all()
+    np.testing.assert_array_equal(got[fetched], want[fetched])
+
+
+def reads_from_host(args, **settings):
+    """The gather as the fetch of a decode step runs it: on a stream of its own."""
+    blocks = to_host(args["blocks"])
+
+    def fetch(blocks, indices):
+        return host_gather(blocks, indices, **settings)
+
+    beside = compute_on(
+        fetch, compute_type="gpu_stream:1", out_memory_spaces=jax.memory.Space.Device
+    )
+    return jax.jit(beside)(blocks, args["indices"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("programs", [8, 16, 32])
+@pytest.mark.parametrize("skipped", ["zero", "undefined"])
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
+def test_native_on_a_stream_of_its_own(implementation, skipped, programs):
+    args = BY_NAME["skips"].make("bfloat16")
+    got = reads_from_host(
+        args, programs=programs, skipped=skipped, implementation=implementation
+    )
+    want = np.asarray(host_gather_reference(**args))
+    rows = np.asarray(args["indices"]) >= (0 if skipped == "undefined" else -1)
+    np.testing.assert_array_equal(np.asarray(got)[rows], want[rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
+def test_native_beyond_2_to_the_31_elements(implementation):
+    rows, shape = 140_000, (64, 2, 128)  # 2.3e9 elements, 4.3 GiB
+    number = jnp.arange(rows, dtype=jnp.int32) % 251
+    make = jax.jit(
+        lambda n: jnp.broadcast_to(
+            n.astype(jnp.bfloat16)[:, None, None, None], (rows, *shape)
+        ),
+        out_shardings=jax.sharding.SingleDeviceSharding(
+            jax.devices()[0], memory_kind="pinned_host"
+        ),
+    )
+    blocks = make(number)
+    indices = jnp.array([0, rows - 1, -1, 131_071, 131_072, 70_000], jnp.int32)
+    got = jax.jit(lambda b, i: host_gather(b, i, implementation=implementation))(
+        blocks, indices
+    )
+    want = np.where(np.asarray(indices) < 0, 0, np.asarray(indices) % 251)
+    np.testing.assert_array_equal(
+        np.asarray(got.astype(jnp.float32)).reshape(6, -1),
+        np.broadcast_to(want[:, None], (6, 16384)).astype(np.float32),
+    )
+
+
 def test_no_entry():
     blocks = jnp.ones((3, 16, 64))
     out = host_gather(blocks, jnp.zeros((0,), jnp.int32))
@@ -92,6 +172,7 @@ def test_refuses_without_a_device():
         ({"blocks": jnp.zeros((3, 4), jnp.int32)}, "blocks has dtype"),
         ({"indices": jnp.zeros((2, 2), jnp.int32)}, "indices has shape"),
         ({"indices": jnp.zeros((2,))}, "indices has dtype"),
+        ({"skipped": "nan"}, "skipped is 'nan'"),
         ({"programs": 0}, "programs is 0"),
         ({"programs": -4}, "programs is -4"),
     ],

@@ -1,5 +1,6 @@
 """Paged decode attention against its float32 definition, and its edges."""
 
+import dataclasses
 import functools
 import re
 
@@ -7,11 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_cases import (
+    assert_attention_matches,
+    combinations,
+    in_ci,
+    refused_by_triton,
+    slow_but,
+)
 
 from pallas_kernels import paged_decode_attention
 from pallas_kernels._common.lowering import cuda_lowering_text
 from pallas_kernels._common.tolerances import relative_error, tolerance
 from pallas_kernels._common.validation import with_layer_axis
+from pallas_kernels.paged_decode_attention import pallas_mosaic_gpu as mosaic
 from pallas_kernels.paged_decode_attention import pallas_triton as triton
 from pallas_kernels.paged_decode_attention.arg_specs import ARG_SPECS, ArgSpec
 from pallas_kernels.paged_decode_attention.pallas_triton import (
@@ -21,29 +30,11 @@ from pallas_kernels.paged_decode_attention.reference import (
     paged_decode_attention_reference,
 )
 
-CI_SPECS = [s for s in ARG_SPECS if "ci" in s.tags]
+CI_SPECS = in_ci(ARG_SPECS)
 BY_NAME = {s.name: s for s in ARG_SPECS}
-# The rest of the specs and dtypes repeat the same code paths: with --runslow.
 QUICK = {"dense_g3_layers", "dense_empty_row", "listed_g16_layers_bias"}
-
-
 # What is slower to compile gets by with one.
 QUICKEST = {"listed_g16_layers_bias"}
-
-
-def combinations(*dtypes, quick=QUICK):
-    """Spec x dtype, with what is not quick marked slow."""
-    return [
-        pytest.param(
-            spec,
-            dtype,
-            id=f"{spec.name}-{dtype}",
-            marks=() if spec.name in quick and dtype == dtypes[0] else pytest.mark.slow,
-        )
-        for spec in CI_SPECS
-        for dtype in dtypes
-    ]
-
 
 # Compiled whole, once for each set of shapes.
 COMPILED_REFERENCE = jax.jit(paged_decode_attention_reference, static_argnames="scale")
@@ -73,30 +64,20 @@ def compute(args, implementation="xla"):
     )(args)
 
 
-def refused_by_triton(spec, dtype):
-    """Whether a tile of keys is larger than Triton was seen to hold."""
-    return spec.block * spec.head_dim * jnp.dtype(dtype).itemsize > 32 * 1024
-
-
-def assert_matches(got, want, dtype):
-    for x, ref, name in zip(got, want, ("out", "lse"), strict=True):
-        error = relative_error(x, ref)
-        assert error <= tolerance(dtype), f"{name}: relative error {error:.2e}"
-
-
 @pytest.mark.parametrize(
-    ("spec", "dtype"), combinations("float32", "bfloat16", "float16")
+    ("spec", "dtype"),
+    combinations(ARG_SPECS, "float32", "bfloat16", "float16", quick=QUICK),
 )
 def test_xla_matches_reference(spec, dtype):
     args = spec.make(dtype)
     got = compute(args)
     assert got[0].dtype == jnp.dtype(dtype)
     assert got[1].dtype == jnp.float32
-    assert_matches(got, reference(args), dtype)
+    assert_attention_matches(got, reference(args), dtype)
 
 
 @pytest.mark.parametrize(
-    ("spec", "dtype"), combinations("bfloat16", "float32", quick=QUICKEST)
+    ("spec", "dtype"), combinations(ARG_SPECS, "bfloat16", "float32", quick=QUICKEST)
 )
 def test_triton_matches_reference_in_the_interpreter(spec, dtype):
     args = spec.make(dtype)
@@ -113,7 +94,7 @@ def test_triton_matches_reference_in_the_interpreter(spec, dtype):
             run(*operands)
         return
     got = jax.jit(run)(*operands)
-    assert_matches(got, reference(args), dtype)
+    assert_attention_matches(got, reference(args), dtype)
 
 
 def test_triton_with_one_split_and_with_many():
@@ -133,12 +114,14 @@ def test_triton_with_one_split_and_with_many():
             config=triton.Config(splits=splits),
             interpret=True,
         )
-        assert_matches(got, reference(args), "float32")
+        assert_attention_matches(got, reference(args), "float32")
 
 
 @pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
 @pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu"])
-@pytest.mark.parametrize(("spec", "dtype"), combinations("bfloat16", quick=QUICKEST))
+@pytest.mark.parametrize(
+    ("spec", "dtype"), combinations(ARG_SPECS, "bfloat16", quick=QUICKEST)
+)
 def test_pallas_lowers_for_cuda(spec, dtype, implementation, x64):
     args = spec.make(dtype)
 
@@ -172,9 +155,72 @@ def test_native_matches_reference(spec, dtype, implementation):
         got = f(args)
     except NotImplementedError as refusal:
         pytest.skip(str(refusal))
-    assert_matches(got, reference(args), dtype)
+    assert_attention_matches(got, reference(args), dtype)
     for x, y in zip(got, f(args), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+MOSAIC_CONFIGS = [
+    mosaic.Config(1, 2),
+    mosaic.Config(1, 3, 1, 2),
+    mosaic.Config(3, 3),
+    mosaic.Config(2, 2, 2),
+    mosaic.Config(8, 2, 8),
+    mosaic.Config(8, 3, 8, 2),
+    mosaic.Config(8, 6, 4),
+]
+configs = pytest.mark.parametrize(
+    "config",
+    MOSAIC_CONFIGS,
+    ids=lambda c: f"{c.splits}_{c.stages}_{c.cluster}_{c.warpgroups}",
+)
+
+
+def mosaic_with(config, args, return_text=False):
+    kv, bias, layer = with_layer_axis(
+        args["kv"], args.get("key_bias"), args.get("layer"), args["q"].shape[1]
+    )
+    names = ("slots", "slot_lengths", "lengths")
+    operands = (args["q"], kv, *map(args.get, names), layer, bias)
+    f = functools.partial(
+        mosaic.paged_decode_attention_mosaic_gpu,
+        scale=args["q"].shape[-1] ** -0.5,
+        config=config,
+    )
+    if return_text:
+        return cuda_lowering_text(f, *operands)
+    return jax.jit(f)(*operands)
+
+
+def test_mosaic_merges_within_a_cluster_without_another_kernel():
+    args = BY_NAME["listed_g16_layers_bias"].make("bfloat16")
+    text = mosaic_with(mosaic.Config(8, 3, 8, 2), args, return_text=True)
+    assert text.count("mosaic_gpu_v2") == 1
+    assert "exponential" not in text
+    text = mosaic_with(mosaic.Config(8, 2, 4), args, return_text=True)
+    assert "exponential" in text, "two clusters a pair are merged by XLA"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["listed_g16_layers_bias", "dense_g3_layers"])
+@configs
+def test_native_mosaic_with_every_config(config, name):
+    args = BY_NAME[name].make("bfloat16")
+    got = mosaic_with(config, args)
+    assert_attention_matches(got, reference(args), "bfloat16")
+    for x, y in zip(got, mosaic_with(config, args), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.gpu
+def test_native_mosaic_many_slots():
+    # Every stage of the ring is used again and again, the lists are ragged.
+    spec = ArgSpec("", 8, 32, 2, 128, 64, 128, listed=96, padding=0.1)
+    args = dataclasses.replace(spec, lengths=(8000, 5000, 64, 1)).make("bfloat16")
+    want = reference(args)
+    for config in (mosaic.Config(8, 2, 8, 2), mosaic.Config(8, 3, 8), mosaic.Config(1)):
+        for _ in range(5):
+            assert_attention_matches(mosaic_with(config, args), want, "bfloat16")
 
 
 @pytest.mark.gpu
@@ -188,9 +234,7 @@ def test_native_never_leaks_what_is_not_listed(implementation):
             np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize(
-    "groups", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4, 8, 16))]
-)
+@pytest.mark.parametrize("groups", slow_but({3}, (1, 3, 4, 8, 16)))
 def test_ragged_tails(groups):
     spec = ArgSpec("", 1, 2 * groups, 2, 64, 32, 7)
     args = spec.make(jnp.float32)
@@ -198,7 +242,7 @@ def test_ragged_tails(groups):
     for length in (1, 2, 31, 32, 33, 127, 200):
         args["lengths"] = jnp.array([length], jnp.int32)
         got, row = f(args), reference(args)
-        assert_matches(got, row, "float32")
+        assert_attention_matches(got, row, "float32")
 
 
 def test_identity_list_is_dense():
