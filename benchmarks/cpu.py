@@ -2,6 +2,11 @@
 
     python -m benchmarks.cpu                       ours alone
     python -m benchmarks.cpu --peer-python PYTHON  beside transformers + torch
+    python -m benchmarks.cpu --parts context       one part; all by default
+
+Parts: `peer` has 2,048 tokens, dense beside the peer and infllm_v2; `context` has
+infllm_v2 at 1,024 and 8,064 tokens, and dense at 8,064; `start` times `sparda generate`
+to its first token, without and with compiled code kept from before.
 
 The peer runs in a process of its own, so that the two never share a thread pool, and
 may be another interpreter (`pip install "sparda-jax[bench]"` puts it into this one).
@@ -24,6 +29,7 @@ THREADS = 2
 PROMPT = 2048
 SHORT, LONG = 1024, 8064
 NEW = 33
+PARTS = ("peer", "context", "start")
 
 _PEER = """
 import json, sys, time
@@ -74,10 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
     parser.add_argument(
-        "--cold-start",
-        action="store_true",
-        help="also time `sparda generate` to its first token, without and with "
-        "compiled code kept from before",
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to run"
     )
     return parser
 
@@ -93,12 +96,15 @@ def _show(
     )
 
 
-def _ours(repeats: int) -> dict[str, list[float]]:
+def _ours(repeats: int, parts: list[str]) -> dict[str, list[float]]:
     import numpy as np
 
     import sparda_jax as sj
     from sparda_jax.evaluation.passkey import python_manual
 
+    results: dict[str, list[float]] = {}
+    if not {"peer", "context"} & set(parts):
+        return results
     lm = sj.load("smollm2-135m", dtype="float32")
     assert lm.tokenizer is not None
     text = python_manual()[:60_000]
@@ -106,7 +112,6 @@ def _ours(repeats: int) -> dict[str, list[float]]:
     if len(ids) < LONG:
         raise SystemExit(f"the manual gave {len(ids)} tokens, {LONG} are needed")
     sparse = sj.with_attention(lm, "infllm_v2")
-    results: dict[str, list[float]] = {}
 
     def timed(name: str, lm: sj.LanguageModel, length: int, runs: int) -> None:
         prefill, decode = [], []
@@ -123,11 +128,14 @@ def _ours(repeats: int) -> dict[str, list[float]]:
         _show(f"{name}, prefill", prefill)
         _show(f"{name}, decode, a token", decode, 1e3, "ms")
 
-    timed(f"dense, {PROMPT} tokens", lm, PROMPT, repeats)
-    timed(f"infllm_v2, {PROMPT} tokens", sparse, PROMPT, repeats)
-    few = max(1, repeats // 2)
-    timed(f"infllm_v2, {SHORT} tokens", sparse, SHORT, few)
-    timed(f"infllm_v2, {LONG} tokens", sparse, LONG, few)
+    if "peer" in parts:
+        timed(f"dense, {PROMPT} tokens", lm, PROMPT, repeats)
+        timed(f"infllm_v2, {PROMPT} tokens", sparse, PROMPT, repeats)
+    if "context" in parts:
+        few = max(1, repeats // 2)
+        timed(f"infllm_v2, {SHORT} tokens", sparse, SHORT, repeats)
+        timed(f"infllm_v2, {LONG} tokens", sparse, LONG, few)
+        timed(f"dense, {LONG} tokens", lm, LONG, few)
     return results
 
 
@@ -206,33 +214,26 @@ def main() -> None:
     device = platform.processor() or platform.machine()
     print(f"JAX {jax.__version__}, {device}, {THREADS} threads, float32, SmolLM2-135M")
     figures: dict[str, object] = {"jax": jax.__version__}
-    ours = _ours(arguments.repeats)
+    ours = _ours(arguments.repeats, arguments.parts)
     figures["ours"] = ours
     ratios: list[tuple[str, list[float], list[float], float]] = []
-    if arguments.peer_python:
+    if arguments.peer_python and "peer" in arguments.parts:
         peer = _peer(arguments.peer_python, arguments.repeats)
         figures["peer"] = peer
         print(peer["versions"])
         _show(f"peer, dense, {PROMPT} tokens, prefill", peer["prefill"])
         _show(f"peer, dense, {PROMPT} tokens, decode", peer["decode"], 1e3, "ms")
-        name = f"dense, {PROMPT} tokens"
-        ratios += [
-            (
-                "prefill, ours / transformers",
-                ours[f"{name} prefill"],
-                peer["prefill"],
-                1.3,
-            ),
-            (
-                "decode, ours / transformers",
-                ours[f"{name} decode"],
-                peer["decode"],
-                1.0,
-            ),
-        ]
-    long, short = (ours[f"infllm_v2, {n} tokens decode"] for n in (LONG, SHORT))
-    ratios.append((f"sparse decode at {LONG} / at {SHORT}", long, short, 1.3))
-    if arguments.cold_start:
+        for half, aim in (("prefill", 1.3), ("decode", 1.0)):
+            mine = ours[f"dense, {PROMPT} tokens {half}"]
+            ratios.append((f"{half}, ours / transformers", mine, peer[half], aim))
+    if "context" in arguments.parts:
+        long, short = (ours[f"infllm_v2, {n} tokens decode"] for n in (LONG, SHORT))
+        ratios.append((f"sparse decode at {LONG} / at {SHORT}", long, short, 1.3))
+        sparse, dense = (
+            ours[f"{name}, {LONG} tokens prefill"] for name in ("infllm_v2", "dense")
+        )
+        ratios.append((f"prefill of {LONG}, infllm_v2 / dense", sparse, dense, 1.0))
+    if "start" in arguments.parts:
         figures["start"] = _cold_start(max(1, arguments.repeats // 2))
     print()
     figures["ratios"] = dict(_ratio(*row) for row in ratios)
