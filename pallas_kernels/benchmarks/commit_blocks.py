@@ -1,0 +1,51 @@
+"""Committing staged blocks into slots: microseconds by implementation and misses."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels._common.dispatch import Implementation, current_platform
+from pallas_kernels.benchmarks.harness import arguments, measure, report
+from pallas_kernels.commit_blocks.api import commit_blocks
+
+
+def main() -> None:
+    """Runs the benchmark from the command line."""
+    args = arguments(__doc__).parse_args()
+    gpu = current_platform() == "cuda" and not args.small
+    rows, dtype = (3072, jnp.bfloat16) if gpu else (96, jnp.float32)
+    block = (64, 2, 128)
+    slots = jnp.ones((rows, *block), dtype)
+    staged = jnp.full((rows, *block), 2, dtype)
+    order = jax.random.permutation(jax.random.key(0), rows).astype(jnp.int32)
+    chance = jax.random.uniform(jax.random.key(1), (rows,))
+    forms: tuple[Implementation, ...] = ("triton", "xla") if gpu else ("xla",)
+    timings = []
+    for share in (0.0, 0.1, 1.0):
+        indices = jnp.where(chance < share, order, -1)
+        size = 2 * int(jnp.sum(indices >= 0)) * slots.nbytes // rows
+
+        def note(seconds, size=size):
+            return f"{size / seconds / 1e9:7.1f} GB/s read and written"
+
+        for form in forms:
+
+            def run(slots, staged, indices, form: Implementation = form):
+                # A loop carries the slots, as decode does: they are updated in place.
+                return jax.lax.fori_loop(
+                    0,
+                    8,
+                    lambda _, s: commit_blocks(s, staged, indices, implementation=form),
+                    slots,
+                )
+
+            name = f"{form}, {share:.0%} of {rows} entries"
+            timings.append(
+                measure(name, run, slots, staged, indices, links=8, note=note)
+            )
+    report("commit_blocks", timings, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The command line's options for the KV cache, and what it prints of it."""
+
+import argparse
+from typing import get_args
+
+from sparda_jax.config import CacheConfig, CacheKind, Prefetch, Route
+from sparda_jax.inference.offload_stats import OffloadStats
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that `cache_config` reads."""
+    group = parser.add_argument_group("KV cache")
+    group.add_argument(
+        "--cache",
+        choices=get_args(CacheKind),
+        default="resident",
+        help="where KV lives: on the device, in host memory with the blocks in use on "
+        "the device, or whichever fits and pays",
+    )
+    group.add_argument(
+        "--device-blocks",
+        metavar="C",
+        type=int,
+        help="device slots per layer and kv head (offload; default: the block budget)",
+    )
+    group.add_argument(
+        "--prefetch",
+        choices=get_args(Prefetch),
+        help="offload: fetch the next layer's blocks while this one computes "
+        "(lookahead), wait for them (none), or decide by measurement (auto); default: "
+        "lookahead for sparda, none otherwise",
+    )
+    group.add_argument(
+        "--layer0",
+        choices=("resident", "offload"),
+        default="resident",
+        help="where layer 0's KV lives, for which nothing can look ahead",
+    )
+    group.add_argument(
+        "--route",
+        choices=get_args(Route),
+        default="auto",
+        help="how blocks are fetched; auto takes what is recorded for the device",
+    )
+    group.add_argument(
+        "--exactness",
+        choices=("forecast", "verify"),
+        default="forecast",
+        help="verify: the layer's own queries have the last word, and blocks that the "
+        "forecast missed are fetched",
+    )
+    group.add_argument(
+        "--recall-every",
+        metavar="N",
+        type=int,
+        default=0,
+        help="compare the forecast with the own queries' choice every N steps "
+        "(for --stats); 0 never",
+    )
+
+
+def cache_config(arguments: argparse.Namespace) -> CacheConfig:
+    """The `CacheConfig` that the options ask for."""
+    return CacheConfig(
+        kind=arguments.cache,
+        device_blocks=arguments.device_blocks,
+        prefetch=arguments.prefetch,
+        layer0=arguments.layer0,
+        route=arguments.route,
+        exactness=arguments.exactness,
+        recall_every=arguments.recall_every,
+    )
+
+
+def cache_lines(stats: OffloadStats) -> list[str]:
+    """What `--stats` says of an offloaded cache: totals, then a line per layer."""
+    how = "one layer ahead" if stats.lookahead else "on demand"
+    rate = stats.hit_rate
+    lines = [
+        f"offload  route {stats.route}, {how}"
+        + (f" ({stats.policy})" if stats.policy else ""),
+        f"         {stats.hits} hits, {stats.misses} misses"
+        + ("" if rate is None else f" ({rate:.1%} hits)")
+        + f", {stats.fetched_bytes / 1e6:.1f} MB fetched"
+        + (f", {stats.repaired} repaired" if stats.repaired else ""),
+    ]
+    if stats.recall is not None:
+        lines.append(
+            f"         the forecast found {stats.recall:.1%} of the blocks that the "
+            "layers' own queries choose by score (sampled steps)"
+        )
+    lines.append("layer      hits  misses       MB  repaired  recall")
+    rows = zip(
+        stats.hits_by_layer,
+        stats.misses_by_layer,
+        stats.repaired_by_layer,
+        stats.recall_by_layer,
+        strict=True,
+    )
+    for layer, (hits, misses, repaired, recall) in enumerate(rows):
+        if hits + misses == 0:
+            lines.append(f"{layer:5}         –       –        –         –       –")
+            continue
+        megabytes = misses * stats.block_bytes / 1e6
+        share = "–" if recall is None else f"{recall:.1%}"
+        lines.append(
+            f"{layer:5} {hits:9} {misses:7} {megabytes:8.2f} {repaired:9} {share:>7}"
+        )
+    return lines
