@@ -105,15 +105,14 @@ def _triton_decode_configs(pairs: int, listed: int) -> Iterator[Any]:
 
 
 def _mosaic_decode_configs(pairs: int, listed: int) -> Iterator[Any]:
-    """Clusters that fill the device once or twice, with shallow and deep rings."""
+    """Splits merged by XLA or in a cluster, with shallow and deep rings."""
     from pallas_kernels.paged_decode_attention.pallas_mosaic_gpu import Config
 
-    rings = {132: ((6, 1), (3, 2), (3, 1)), 264: ((2, 1), (3, 1))}
-    for cluster, programs in itertools.product((1, 2, 4, 8), rings):
+    for cluster, programs in itertools.product((1, 2, 4, 8), (132, 264)):
         clusters = min(programs // (pairs * cluster), listed // cluster)
-        if clusters > 1 and cluster < min(8, 132 // pairs):
-            continue  # a larger cluster leaves less to merge
-        for stages, warpgroups in rings[programs] if clusters else ():
+        if cluster > 1 and clusters > 1:
+            continue  # no cluster leaves XLA as much to merge
+        for stages, warpgroups in ((2, 1), (6, 2)) if clusters else ():
             yield Config(clusters * cluster, stages, cluster, warpgroups)
 
 

@@ -4,8 +4,8 @@ Algorithm: a thread block sums the keys of 64 consecutive windows, one key of ev
 window a step. Seen as rows of ``kernel_stride`` keys, those are one column of 64 rows,
 which one TMA copy brings into a ring of shared-memory stages; a second warpgroup adds
 them up in registers. Windows overlap: the second read of a key is served by L2. What
-lies beyond the last key arrives as zeros, and what lies beyond the last window is not
-written. Grid: (window tiles, B * K).
+lies beyond the last key arrives as zeros; the result has whole tiles, of which the
+windows that exist are cut out. Grid: (window tiles, B * K).
 
 Shared memory: ``stages`` + 1 tiles of 64 x H, 80 KiB for H = 128 in bfloat16.
 
@@ -129,6 +129,11 @@ def compress_keys_mosaic_gpu(
     strides = keys[:, :, : rows * kernel_stride].reshape(
         batch * kv_heads, rows, kernel_stride * head_dim
     )
+    tiles = cdiv(windows, WINDOWS)
+    if kernel_stride == 1:
+        # A copy of whole rows is one contiguous piece, which nothing cuts at the end.
+        after = tiles * WINDOWS + kernel_size - rows
+        strides = jnp.pad(strides, ((0, 0), (0, max(0, after)), (0, 0)))
 
     def compress_keys_mosaic_gpu(*refs):
         tile = (WINDOWS, head_dim)
@@ -150,14 +155,14 @@ def compress_keys_mosaic_gpu(
     out = plgpu.kernel(
         compress_keys_mosaic_gpu,
         out_type=jax.ShapeDtypeStruct(
-            (batch * kv_heads, windows, head_dim), keys.dtype
+            (batch * kv_heads, tiles * WINDOWS, head_dim), keys.dtype
         ),
-        grid=(cdiv(windows, WINDOWS), batch * kv_heads),
+        grid=(tiles, batch * kv_heads),
         grid_names=("tile", "pair"),
         num_threads=2,
         thread_name="wg",
     )(strides)
-    return out.reshape(batch, kv_heads, windows, head_dim)
+    return out[:, :windows].reshape(batch, kv_heads, windows, head_dim)
 
 
 __all__ = ["Config", "compress_keys_mosaic_gpu"]

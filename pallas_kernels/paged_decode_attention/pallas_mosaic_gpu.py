@@ -1,23 +1,34 @@
 """Paged decode attention on Mosaic GPU (Hopper: TMA, wgmma and clusters).
 
-Algorithm: the slots of a (row, kv head) are split over the thread blocks of a cluster.
-A warpgroup issues one TMA copy for the keys and one for the values of a slot into its
-own ring of shared-memory stages, runs the online softmax with all G query heads as
-rows of the matrix instruction (64 rows, the rest padding: the kernel waits for memory,
-not for tensor cores), and refills a stage as soon as it has read it. Then the blocks
-of the cluster merge: each leaves its normalised part and its log-sum-exps in its own
-shared memory, and after a barrier each reads some rows of all the others' and writes
-the result. No second kernel and no atomic operation is needed, and the order of the
-sum is fixed. Only where a batch of one or two leaves more than one cluster to a (row,
-kv head) does XLA merge what the clusters give. Grid: (clusters, K, B).
+Algorithm: the slots of a (row, kv head) are split over thread blocks. In each, the last
+warpgroup reads slot numbers and issues one TMA copy for the keys and one for the values
+of a slot into a ring of shared-memory stages; one or two others take the slots in turn
+and run the online softmax with all G query heads as rows of the matrix instruction (64
+rows, the rest padding: the kernel waits for memory, not for tensor cores). Each leaves
+its normalised part and its log-sum-exps in shared memory, where the ring was; after a
+barrier each reads some rows of all of them and writes the merged result. With
+``Config.cluster`` that spans the thread blocks of a cluster, in a fixed order and
+without atomic operations; what several clusters give, XLA merges. Grid: (clusters, K,
+B).
 
 Only a partial slot is masked. Its values beyond the length are zeroed in shared
 memory, for they meet weights of 0 and might be NaN.
 
 Shared memory: 64 x H queries and per stage 2 x block x H: for H = 128, blocks of 64
-and 2 stages 80 KiB, so that two thread blocks share a multiprocessor.
+and 6 stages 208 KiB.
 
-MEASURED
+Measured on one H200 (jax 0.11.2, bfloat16, 32/2 heads, H = 128, 96 slots of 64), by
+the durations of all kernels in a profile, beside a large device copy in the same run
+(4,308 GB/s, reads and writes counted):
+
+* batch 64, no splits: 102.7 us ±0.2 % with two compute warpgroups, 3,919 GB/s, 91 %;
+  104.6 us with one. Two splits merged in a cluster: 107.1 us.
+* batch 8, one cluster of 8 a (row, kv head): 32.2 to 33.1 us, 36 %, whatever the
+  stages, more than twice what the bytes need; splits merged by XLA took 23.8 us in an
+  earlier run. Clusters of 4 at batch 16 did no better (48 to 61 us in a variant
+  without memory warpgroup). The likely cause, not shown: large thread blocks of a
+  cluster must share a group of multiprocessors, so that not all clusters run at once.
+  Hence the default is no cluster.
 
 Limits: bfloat16 or float16; H a multiple of 64 up to 256; blocks of 64 or 128 tokens
 that fit in shared memory; G at most 64; positive scale.
@@ -43,6 +54,7 @@ from pallas_kernels._common.mosaic import (
     WARPGROUP_ROWS,
     bias_row,
     cluster_fence,
+    fill_and_refill,
     load_from_member,
     operand_transforms,
     require_attention_sizes,
@@ -62,10 +74,11 @@ class Config:
 
     Attributes:
       splits: thread blocks that share the slots of one (row, kv head).
-      stages: stages of a warpgroup's ring, at least 2.
+      stages: stages of the shared-memory ring, at least 2 a compute warpgroup.
       cluster: thread blocks of a cluster, which merge their parts with one another:
         1, 2, 4 or 8, and a divisor of ``splits``.
-      warpgroups: warpgroups of a thread block, 1 or 2; they take the slots in turn.
+      warpgroups: compute warpgroups of a thread block, 1 or 2; they take the slots in
+        turn.
     """
 
     splits: int
@@ -78,8 +91,11 @@ class Config:
             raise ValueError(f"splits is {self.splits}; it must be at least 1")
         if self.warpgroups not in (1, 2):
             raise ValueError(f"warpgroups is {self.warpgroups}; allowed: 1, 2")
-        if self.stages < 2:
-            raise ValueError(f"stages is {self.stages}; it must be at least 2")
+        if self.stages < 2 * self.warpgroups:
+            raise ValueError(
+                f"stages is {self.stages}; it must be at least {2 * self.warpgroups}, "
+                "two a compute warpgroup"
+            )
         if self.cluster not in (1, 2, 4, 8) or self.splits % self.cluster:
             raise ValueError(
                 f"cluster is {self.cluster}; allowed: 1, 2, 4, 8, dividing splits, "
@@ -87,28 +103,24 @@ class Config:
             )
 
     def shared_bytes(self, head_dim: int, block: int) -> int:
-        """Shared memory for queries and the rings, in bytes.
+        """Shared memory for queries and the ring, in bytes.
 
-        Results take the place of the rings, which are at least as large.
+        Results take the place of the ring, which is at least as large.
         """
-        keys = self.warpgroups * self.stages * block
-        return 2 * head_dim * (WARPGROUP_ROWS + 2 * keys)
+        return 2 * head_dim * (WARPGROUP_ROWS + 2 * self.stages * block)
 
 
 def default_config(
     batch: int, kv_heads: int, listed: int, head_dim: int, block: int
 ) -> Config:
-    """One cluster a (row, kv head), about one thread block a multiprocessor."""
+    """Two thread blocks for each of 132 multiprocessors, or one a (row, kv head)."""
     pairs = batch * kv_heads
-    cluster = 8
-    while cluster > 1 and (cluster * pairs > 132 or 2 * cluster > listed):
-        cluster //= 2
-    # Few pairs: several clusters each, whose results XLA merges.
-    clusters = max(1, min(132 // (cluster * pairs), listed // (2 * cluster)))
-    # Two thread blocks fit on a multiprocessor, so that clusters find their places.
-    room = (SHARED_BYTES // 2 - 2048) // (2 * head_dim) - WARPGROUP_ROWS
+    room = (SHARED_BYTES - 4096) // (2 * head_dim) - WARPGROUP_ROWS
     stages = max(2, min(6, room // (2 * block)))
-    return Config(cluster * clusters, stages, cluster)
+    if pairs >= 128 and stages >= 4:
+        return Config(1, stages, warpgroups=2)
+    splits = max(1, min(cdiv(264, pairs), cdiv(listed, 2)))
+    return Config(splits, min(stages, 3))
 
 
 def config_for(
@@ -162,9 +174,9 @@ class _Sizes(NamedTuple):
 
 
 def _body(refs, scoped, sizes: _Sizes):
-    """One thread block: warpgroups that fetch their slots and attend to them."""
+    """One thread block: a memory warpgroup and one or two that compute."""
     q_smem, k_union, v_union, lse_smem, bias_smem = scoped[:5]
-    q_ready, k_ready, v_ready, read, both, arrived = scoped[5:]
+    q_ready, k_ready, v_ready, k_done, v_done, arrived, read = scoped[5:]
     k_smem, out_smem = k_union
     v_smem, level_smem = v_union
     config, block, head_dim = sizes.config, sizes.block, sizes.head_dim
@@ -180,135 +192,128 @@ def _body(refs, scoped, sizes: _Sizes):
     if not sparse:
         used = jnp.maximum(refs["lengths"][b], 0) + (block - 1)
         last = jnp.minimum(last, lax.div(used, jnp.int32(block)))
-    # The warpgroups take the slots in turn: these are this one's.
-    steps = jnp.maximum(last - first + (config.warpgroups - 1) - wg, 0)
-    steps = lax.div(steps, jnp.int32(config.warpgroups))
-    ring = wg * config.stages
+    steps = jnp.maximum(last - first, 0)
 
-    def place_at(step):
-        """Index into the list; the loads of steps after the last one stay inside."""
-        j = first + step * config.warpgroups + wg
-        return jnp.minimum(j, sizes.listed - 1)
-
-    def row_at(step):
-        """First row of the slot's block among all blocks."""
-        slot = place_at(step)
-        if sparse:
-            slot = jnp.clip(refs["slots"][pair, slot], 0, sizes.capacity - 1)
-        return (base + slot) * block
+    def slot_at(step):
+        if not sparse:
+            return first + step
+        return jnp.clip(refs["slots"][pair, first + step], 0, sizes.capacity - 1)
 
     def length_at(step):
-        j = place_at(step)
+        # The loads of the steps after the last one stay inside the list.
         if not sparse:
-            return refs["lengths"][b] - j * block
+            return refs["lengths"][b] - (first + step) * block
+        j = jnp.minimum(first + step, sizes.listed - 1)
         return jnp.where(refs["slots"][pair, j] < 0, 0, refs["lengths"][pair, j])
 
-    def fetch(row, stage):
-        rows = pl.ds(pl.multiple_of(row, block), block)
-        plgpu.copy_gmem_to_smem(
-            refs["kv"].at[rows, pl.ds(0, head_dim)], k_smem.at[stage], k_ready.at[stage]
-        )
-        if bias_smem is not None:
+    @pl.when(wg == config.warpgroups)
+    def _memory():
+        plgpu.set_max_registers(40, action="decrease")
+
+        def fetch(step, stage):
+            rows = pl.ds((base + slot_at(step)) * block, block)
             plgpu.copy_gmem_to_smem(
-                refs["bias"].at[rows], bias_smem.at[stage], k_ready.at[stage]
+                refs["kv"].at[rows, pl.ds(0, head_dim)],
+                k_smem.at[stage],
+                k_ready.at[stage],
             )
-        plgpu.copy_gmem_to_smem(
-            refs["kv"].at[rows, pl.ds(head_dim, head_dim)],
-            v_smem.at[stage],
-            v_ready.at[stage],
+            if bias_smem is not None:
+                plgpu.copy_gmem_to_smem(
+                    refs["bias"].at[rows], bias_smem.at[stage], k_ready.at[stage]
+                )
+            plgpu.copy_gmem_to_smem(
+                refs["kv"].at[rows, pl.ds(head_dim, head_dim)],
+                v_smem.at[stage],
+                v_ready.at[stage],
+            )
+
+        fill_and_refill(fetch, steps, config.stages, (k_done, v_done))
+
+    @pl.when(wg < config.warpgroups)
+    def _compute():
+        plgpu.set_max_registers(232, action="increase")
+        # Rows after those of this pair belong to the next one, or are zeros after
+        # the last: nobody reads what becomes of them.
+        rows = pl.ds(pl.multiple_of(pair * sizes.out_rows, 8), WARPGROUP_ROWS)
+
+        @pl.when(wg == 0)
+        def _fetch_queries():
+            plgpu.copy_gmem_to_smem(refs["q"].at[rows], q_smem, q_ready)
+
+        plgpu.barrier_wait(q_ready)
+        shape = (WARPGROUP_ROWS, block)
+
+        def column(shape, dimension):
+            return plgpu.broadcasted_iota(
+                jnp.int32, shape, dimension, layout=plgpu.Layout.WGMMA
+            )
+
+        def step_body(i, carry):
+            acc, top, total, length = carry
+            step = i * config.warpgroups + wg
+            stage = lax.rem(step, jnp.int32(config.stages))
+            following = length_at(step + config.warpgroups)
+            plgpu.barrier_wait(k_ready.at[stage])
+
+            def scores(acc_ref):
+                plgpu.wgmma(acc_ref, q_smem, k_smem.at[stage].transpose((1, 0)))
+                return acc_ref[...]
+
+            logits = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
+            logits = logits * (sizes.scale * LOG2_E)
+            if bias_smem is not None:
+                logits = logits + bias_row(bias_smem.at[stage], shape)
+            plgpu.barrier_arrive(k_done.at[stage])
+            logits = lax.cond(
+                length >= block,
+                lambda x, _: x,
+                lambda x, n: jnp.where(column(shape, 1) < n, x, NEG_INF),
+                logits,
+                length,
+            )
+            new_top = jnp.maximum(top, logits.max(axis=1))
+            fade = jnp.exp2(top - new_top)
+            weights = jnp.exp2(logits - lax.broadcast_in_dim(new_top, shape, [0]))
+            acc = acc * lax.broadcast_in_dim(fade, acc.shape, [0])
+            total = total * fade + weights.sum(axis=1)
+            plgpu.barrier_wait(v_ready.at[stage])
+
+            @pl.when(length < block)
+            def _clear_beyond_the_length():
+                part = v_smem.at[stage]
+                tile = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+                kept = column((block, head_dim), 0) < length
+                part[...] = jnp.where(kept, tile, jnp.zeros_like(tile))
+                plgpu.commit_smem()
+
+            def values(acc_ref):
+                plgpu.wgmma(acc_ref, weights.astype(dtype), v_smem.at[stage])
+
+            acc = pl.run_state(values)(plgpu.ACC.init(acc))
+            plgpu.barrier_arrive(v_done.at[stage])
+            return acc, new_top, total, following
+
+        mine = lax.div(
+            steps + (config.warpgroups - 1) - wg, jnp.int32(config.warpgroups)
         )
-
-    for i in range(config.stages):
-
-        @pl.when(i < steps)
-        def _fill(i=i):
-            fetch(row_at(i), ring + i)
-
-    # Rows after those of this pair belong to the next one, or are zeros after the
-    # last: nobody reads what becomes of them.
-    rows = pl.ds(pl.multiple_of(pair * sizes.out_rows, 8), WARPGROUP_ROWS)
-
-    @pl.when(wg == 0)
-    def _fetch_queries():
-        plgpu.copy_gmem_to_smem(refs["q"].at[rows], q_smem, q_ready)
-
-    plgpu.barrier_wait(q_ready)
-    shape = (WARPGROUP_ROWS, block)
-
-    def column(shape, dimension):
-        return plgpu.broadcasted_iota(
-            jnp.int32, shape, dimension, layout=plgpu.Layout.WGMMA
-        )
-
-    def step_body(step, carry):
-        acc, top, total, length = carry
-        stage = ring + lax.rem(step, jnp.int32(config.stages))
-        following = length_at(step + 1)
-        refill = row_at(step + config.stages)
-        plgpu.barrier_wait(k_ready.at[stage])
-
-        def scores(acc_ref):
-            plgpu.wgmma(acc_ref, q_smem, k_smem.at[stage].transpose((1, 0)))
-            return acc_ref[...]
-
-        logits = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
-        logits = logits * (sizes.scale * LOG2_E)
-        if bias_smem is not None:
-            logits = logits + bias_row(bias_smem.at[stage], shape)
-        logits = lax.cond(
-            length >= block,
-            lambda x, _: x,
-            lambda x, n: jnp.where(column(shape, 1) < n, x, NEG_INF),
-            logits,
-            length,
-        )
-        new_top = jnp.maximum(top, logits.max(axis=1))
-        fade = jnp.exp2(top - new_top)
-        weights = jnp.exp2(logits - lax.broadcast_in_dim(new_top, shape, [0]))
-        acc = acc * lax.broadcast_in_dim(fade, acc.shape, [0])
-        total = total * fade + weights.sum(axis=1)
-        plgpu.barrier_wait(v_ready.at[stage])
-
-        @pl.when(length < block)
-        def _clear_beyond_the_length():
-            part = v_smem.at[stage]
-            tile = plgpu.load(part, layout=plgpu.Layout.WGMMA)
-            kept = column((block, head_dim), 0) < length
-            part[...] = jnp.where(kept, tile, jnp.zeros_like(tile))
-            plgpu.commit_smem()
-
-        def values(acc_ref):
-            plgpu.wgmma(acc_ref, weights.astype(dtype), v_smem.at[stage])
-
-        acc = pl.run_state(values)(plgpu.ACC.init(acc))
-        # The stage is free when all four warps have read it.
-        plgpu.barrier_arrive(read.at[wg])
-        plgpu.barrier_wait(read.at[wg])
-
-        @pl.when(step + config.stages < steps)
-        def _refill():
-            fetch(refill, stage)
-
-        return acc, new_top, total, following
-
-    carry = (*softmax_start(head_dim), length_at(0))
-    acc, top, total, _ = lax.fori_loop(0, steps, step_body, carry)
-    empty = total == 0.0
-    total = jnp.where(empty, 1.0, total)
-    acc = acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])
-    level = jnp.where(empty, NEG_INF, top + jnp.log2(total))
-    result = (pair * sizes.clusters + part) * sizes.out_rows
-    if config.warpgroups > 1:
-        # Results lie where the rings were, from here on.
-        plgpu.barrier_arrive(both)
-        plgpu.barrier_wait(both)
-    wide, narrow = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
-    levels = plgpu.layout_cast(lax.broadcast_in_dim(level, acc.shape, [0]), wide)
-    store_rows(acc, out_smem.at[wg], wide)
-    store_rows(levels, level_smem.at[wg], wide)
-    store_rows(level, lse_smem.at[wg, pl.ds(0, WARPGROUP_ROWS)], narrow)
-    plgpu.commit_smem()
-    _merge(refs, (out_smem, level_smem, lse_smem), arrived, result, sizes)
+        carry = (*softmax_start(head_dim), length_at(wg))
+        acc, top, total, _ = lax.fori_loop(0, mine, step_body, carry)
+        empty = total == 0.0
+        total = jnp.where(empty, 1.0, total)
+        acc = acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])
+        level = jnp.where(empty, NEG_INF, top + jnp.log2(total))
+        result = (pair * sizes.clusters + part) * sizes.out_rows
+        # From here on results lie where the ring was. Every copy into it has landed;
+        # the barrier is for products that other warps may still read for.
+        plgpu.barrier_arrive(read)
+        plgpu.barrier_wait(read)
+        wide, narrow = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+        levels = plgpu.layout_cast(lax.broadcast_in_dim(level, acc.shape, [0]), wide)
+        store_rows(acc, out_smem.at[wg], wide)
+        store_rows(levels, level_smem.at[wg], wide)
+        store_rows(level, lse_smem.at[wg, pl.ds(0, WARPGROUP_ROWS)], narrow)
+        plgpu.commit_smem()
+        _merge(refs, (out_smem, level_smem, lse_smem), arrived, result, sizes)
 
 
 def _merge(refs, smem, arrived, result, sizes: _Sizes):
@@ -450,12 +455,12 @@ def paged_decode_attention_mosaic_gpu(
 
     def paged_decode_attention_mosaic_gpu(*refs):
         tiled = operand_transforms()
-        stages = config.warpgroups * config.stages
-        ring = (stages, block, head_dim)
+        ring = (config.stages, block, head_dim)
         results = (config.warpgroups, WARPGROUP_ROWS, head_dim)
         bias = None
         if key_bias is not None:
-            bias = plgpu.SMEM((stages, block), jnp.float32)
+            bias = plgpu.SMEM((config.stages, block), jnp.float32)
+        per_stage = {"num_barriers": config.stages}
         arrived = plgpu.Barrier(num_arrivals=config.warpgroups)
         if config.cluster > 1:
             arrived = plgpu.ClusterBarrier(
@@ -476,11 +481,12 @@ def paged_decode_attention_mosaic_gpu(
             plgpu.SMEM((config.warpgroups, LSE_ROWS), jnp.float32),
             bias,
             plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=1 if bias is None else 2, num_barriers=stages),
-            plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_barriers=config.warpgroups),
-            plgpu.Barrier(num_arrivals=config.warpgroups),
+            plgpu.Barrier(num_arrivals=1 if bias is None else 2, **per_stage),
+            plgpu.Barrier(**per_stage),
+            plgpu.Barrier(**per_stage),
+            plgpu.Barrier(**per_stage),
             arrived,
+            plgpu.Barrier(num_arrivals=config.warpgroups),
             collective_axes="wg",
         )
 
@@ -498,7 +504,7 @@ def paged_decode_attention_mosaic_gpu(
         grid_names=("part", "k", "b"),
         cluster=(config.cluster,),
         cluster_names=("member",),
-        num_threads=config.warpgroups,
+        num_threads=config.warpgroups + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*operands.values())

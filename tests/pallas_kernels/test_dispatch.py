@@ -105,6 +105,7 @@ def test_no_cuda_device_is_a_refusal():
         (lambda: sparse_triton.Config(rows=24), "rows is 24"),
         (lambda: decode_triton.Config(splits=0), "splits is 0"),
         (lambda: decode_mosaic.Config(splits=1, stages=1), "stages is 1"),
+        (lambda: decode_mosaic.Config(8, 3, 8, 2), "stages is 3"),
         (lambda: decode_mosaic.Config(6, 4, 4), "cluster is 4"),
         (lambda: decode_mosaic.Config(8, 4, 1, 3), "warpgroups is 3"),
         (lambda: compress_mosaic.Config(stages=1), "stages is 1"),

@@ -162,11 +162,11 @@ def test_native_matches_reference(spec, dtype, implementation):
 
 MOSAIC_CONFIGS = [
     mosaic.Config(1, 2),
-    mosaic.Config(1, 3, 1, 2),
+    mosaic.Config(1, 6, 1, 2),
     mosaic.Config(3, 3),
     mosaic.Config(2, 2, 2),
     mosaic.Config(8, 2, 8),
-    mosaic.Config(8, 3, 8, 2),
+    mosaic.Config(8, 4, 8, 2),
     mosaic.Config(8, 6, 4),
 ]
 configs = pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def mosaic_with(config, args, return_text=False):
 
 def test_mosaic_merges_within_a_cluster_without_another_kernel():
     args = BY_NAME["listed_g16_layers_bias"].make("bfloat16")
-    text = mosaic_with(mosaic.Config(8, 3, 8, 2), args, return_text=True)
+    text = mosaic_with(mosaic.Config(8, 4, 8, 2), args, return_text=True)
     assert text.count("mosaic_gpu_v2") == 1
     assert "exponential" not in text
     text = mosaic_with(mosaic.Config(8, 2, 4), args, return_text=True)
@@ -218,7 +218,7 @@ def test_native_mosaic_many_slots():
     spec = ArgSpec("", 8, 32, 2, 128, 64, 128, listed=96, padding=0.1)
     args = dataclasses.replace(spec, lengths=(8000, 5000, 64, 1)).make("bfloat16")
     want = reference(args)
-    for config in (mosaic.Config(8, 2, 8, 2), mosaic.Config(8, 3, 8), mosaic.Config(1)):
+    for config in (mosaic.Config(8, 4, 8, 2), mosaic.Config(8, 3, 8), mosaic.Config(1)):
         for _ in range(5):
             assert_attention_matches(mosaic_with(config, args), want, "bfloat16")
 
