@@ -20,9 +20,9 @@ Shared memory for H = 128, 32/16 windows and blocks of 64: 112 KiB (raw), 161 Ki
 177 KiB (softmax).
 
 Measured on one H200 (jax 0.11.2, bfloat16, T = 131,072, M = 2,048, K = 2, H = 128,
-P = 96; median of 5): Forecast scores 2.43 ms ±2.3 % (Triton: 1.93), scores and choice
-27.6 ms ±0.2 %, nearly all of it XLA's top-k; Triton's choice is what a long prefill
-wants.
+P = 96; durations in a profile, spread at most 0.1 %): Forecast scores 1.96 ms (Triton:
+1.58), scores and choice 26.7 ms (6.31), nearly all of it XLA's top-k. Own queries of
+32 heads: scores 23.9 ms (Triton: 62.0), scores and choice 50.7 ms (64.5).
 
 Limits: bfloat16 or float16; H a multiple of 64, 128 at most with windows of 32/16. The
 choice of blocks is XLA's top-k. Laying out the keys copies the layer's once, which

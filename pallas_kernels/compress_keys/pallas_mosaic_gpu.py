@@ -9,6 +9,11 @@ windows that exist are cut out. Grid: (window tiles, B * K).
 
 Shared memory: ``stages`` + 1 tiles of 64 x H, 80 KiB for H = 128 in bfloat16.
 
+Not the default anywhere: XLA's form is faster. One H200, 16 rows of 131,072 keys, H =
+128, bfloat16, durations in a profile: XLA 0.32 ms (3,548 GB/s), Triton 0.55 ms. A first
+version of this kernel took 0.49 ms and wrote past its result; this one was compiled for
+the device and has not run there yet.
+
 Limits: H a multiple of 16 up to 256. When S is no multiple of the stride, the keys
 are copied once without their tail.
 """

@@ -7,9 +7,9 @@ other multiprocessors to whatever runs beside the fetch. A Mosaic kernel is a cu
 call, which stays out of CUDA graphs and can therefore overlap with them.
 
 Measured on one H200 (PCIe 5 x16, jax 0.11.2, 1,536 blocks of 32 KiB out of 2 GiB, one
-call): 38.3, 41.0, 34.6, 39.7 and 40.3 GB/s with 8, 16, 32, 64 and 132 programs
-(spread up to 16 %); a slice and contiguous copy of as many bytes 34.0, launch and
-slice included.
+call, durations in a profile, spread at most 0.3 %): 51.0 to 51.2 GB/s with 8, 16, 32,
+64 or 132 programs; a slice and contiguous copy of as many bytes 51.2. By the wall
+clock a single call gave 36 to 43 GB/s, launch included.
 
 Limits: blocks of a multiple of 1,024 bytes. Offsets are 64-bit: the operand may be as
 large as memory.

@@ -9,15 +9,12 @@ Tiles: queries [max(16, G rounded up to a power of two), H], a slot's keys and v
 [block, H] each. Loads of tokens beyond a slot's length are masked: they move no bytes
 and bring no NaN.
 
-Measured on one H200 (jax 0.11.2, bfloat16, 32/2 heads, H = 128, 96 slots of 64), time
-of this kernel alone from a profile, with the rate as a share of a device copy measured
-in the same run (3,626 GB/s, reads and writes counted):
-
-* batch 1: 5.0 us; batch 8: 18.6 us, 75 %; batch 16: 31.3 us, 89 %;
-  batch 64: 96.7 us, 115 % (a copy also writes).
-
-The merge in XLA adds 3.5 to 5 us in two or three launches: with it 59 % at
-batch 8, 81 % at 16, 110 % at 64. At batch 8 start-up, about 5 us, is what bounds it.
+Measured on one H200 (jax 0.11.2, bfloat16, 32/2 heads, H = 128, 96 slots of 64) by the
+durations of all kernels in a profile, the merge among them, beside a large device copy
+(4,308 GB/s, reads and writes counted): batch 8 19.7 us, 59 %; batch 16 31.8 us, 73 %;
+batch 64 101.0 us, 92 %; spread at most 0.6 %. With more splits than recorded, batch 8
+takes 20.9 us (16) or 28.5 us (33). What bounds the small batches is the fixed part:
+start and merge take 7 to 8 us, and batch 8 reads 50 MB, 12 us at the speed of batch 64.
 
 Limits: H and block powers of two (16-256 and 16-128) with tiles of block x H of at
 most 32 KiB. The back end is deprecated in
