@@ -1,7 +1,8 @@
-"""The `sparda` command: generate, models, demo."""
+"""The `sparda` command: generate, models, train, demo."""
 
 import argparse
 import dataclasses
+import importlib.metadata
 import os
 import pathlib
 import sys
@@ -13,6 +14,8 @@ from tqdm import tqdm
 import sparda_jax as sj
 from sparda_jax.checkpoint.errors import CheckpointError
 from sparda_jax.checkpoint.fetch import cache_directory
+from sparda_jax.cli_cache import add_cache_options, cache_config, cache_lines
+from sparda_jax.cli_plan import add_plan_parser
 from sparda_jax.config import ConfigError, SparseConfig
 from sparda_jax.evaluation.passkey import passkey_task, question_prompt
 from sparda_jax.inference.engine import GenerateStats, LanguageModel
@@ -32,6 +35,9 @@ examples:
   sparda generate --prompt-file book.txt --question "Who is the narrator?" \\
                   --attention infllm_v2 --block-budget 16 --stats
       ask about a long document, reading 16 KV blocks per token
+  sparda generate --prompt-file book.txt --question "Who is the narrator?" \\
+                  --attention sparda --cache offload --stats
+      the same with the KV cache in host memory, fetched one layer ahead
   sparda generate --model ./my-model --attention sparda --forecast heads.safetensors
       SparDA with trained Forecast heads on your own safetensors directory
 """
@@ -60,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     _add_model_options(generate)
+    add_cache_options(generate)
     source = generate.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
     source.add_argument(
@@ -124,12 +131,21 @@ def _parser() -> argparse.ArgumentParser:
         "--stats", action="store_true", help="print speed and KV blocks afterwards"
     )
 
+    add_plan_parser(commands, _Help)
+
     models = commands.add_parser(
         "models",
         help="list the models and attentions that are known by name",
         description="List the models and attentions that are known by name.",
     )
     models.set_defaults(run=_models)
+
+    # Only listed here: `main` hands its arguments over as they are.
+    commands.add_parser(
+        "train",
+        add_help=False,
+        help="distil Forecast heads (sparda train --help; needs sparda-jax[train])",
+    )
 
     demo = commands.add_parser(
         "demo",
@@ -176,7 +192,10 @@ def _add_model_options(
     group.add_argument(
         "--forecast",
         metavar="F",
-        help="Forecast weights for sparda: a file, or 'from_query' (training-free)",
+        help=(
+            "Forecast weights for sparda: a file, or 'from_query' (training-free); "
+            "SmolLM2's are built in"
+        ),
     )
     group.add_argument(
         "--block-budget", metavar="P", type=int, help="KV blocks read per token"
@@ -296,7 +315,8 @@ def _prefill_bar(total: int) -> tqdm:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    lm = _load(arguments, arguments.attention)
+    cache = cache_config(arguments)
+    lm = dataclasses.replace(_load(arguments, arguments.attention), cache=cache)
     ids = _prompt_ids(lm, arguments)
     with _prefill_bar(len(ids)) as bar:
         stream = sj.stream(
@@ -355,6 +375,10 @@ def _print_stats(stats: GenerateStats, lm: LanguageModel) -> None:
     for name, tokens, rate, share in rows:
         _note(f"{name:8} {tokens:>14} {rate:>18}   {share}")
     _note(f"{'compile':8} {stats.compile_seconds:12.1f} s")
+    if stats.policy:
+        _note(f"policy   {stats.policy}")
+    if stats.offload is not None:
+        _note("\n".join(cache_lines(stats.offload)))
 
 
 def _models(arguments: argparse.Namespace) -> None:
@@ -374,8 +398,11 @@ def _models(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    arguments.forecast = arguments.forecast or "from_query"
     lm = _load(arguments, "dense")
+    if lm.model.forecast is None:
+        # Nothing trained for this model: SparDA without training.
+        arguments.forecast = "from_query"
+        lm = sj.with_attention(lm, "dense", forecast="from_query")
     if lm.tokenizer is None or not lm.tokenizer.has_chat_template:
         raise ConfigError(
             f"demo needs a model with a chat template: {lm.config.name!r} has none"
@@ -425,12 +452,35 @@ def _demo(arguments: argparse.Namespace) -> None:
         )
 
 
+def _train(argv: Sequence[str]) -> int:
+    """Hands over to the trainer, which this package does not import.
+
+    The trainer is found by its entry point, as any package above this one may be.
+    """
+    found = importlib.metadata.entry_points(group="sparda.commands", name="train")
+    problem = "the trainer is not installed"
+    for entry in found:
+        try:
+            run: Callable[[list[str]], int] = entry.load()
+        except ImportError as error:
+            problem = f"a package is missing ({error.name})"
+            break
+        return run(list(argv))
+    _note(f"sparda: train: {problem}: pip install 'sparda-jax[train]'")
+    return 2
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status.
 
     Bad input ends in one line on standard error and status 2, never in a traceback.
     """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["train"]:
+        return _train(argv[1:])
     arguments = _parser().parse_args(argv)
+    # Before JAX starts: on a GPU a fetch overlaps with compute only under these flags.
+    sj.configure_offload()
     run: Callable[[argparse.Namespace], None] = arguments.run
     try:
         run(arguments)

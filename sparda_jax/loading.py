@@ -16,6 +16,7 @@ from sparda_jax.checkpoint.forecast import load_forecast
 from sparda_jax.checkpoint.layout import CURRENT, future_name
 from sparda_jax.checkpoint.source import CheckpointSource, open_checkpoint
 from sparda_jax.config import CacheConfig, ConfigError, ModelConfig, SparseConfig
+from sparda_jax.forecasts import published_forecast
 from sparda_jax.inference.engine import LanguageModel
 from sparda_jax.models.decoder import Decoder, Storage
 from sparda_jax.models.presets import PRESETS, Preset, get_preset
@@ -114,7 +115,9 @@ def load(
       attention: "dense", "infllm_v2", "nosa", "sparda", or a `Selector`.
       sparse: Block selection; None takes the checkpoint's own, else the preset's.
       forecast: Forecast weights for "sparda": a file, or "from_query" for the
-        training-free heads. None takes those that the checkpoint itself holds.
+        training-free heads. None takes those that the checkpoint itself holds, else
+        those that this package publishes for exactly these base weights
+        (`sparda_jax.forecasts`).
       dtype: Type of weights and cache; None is float32 on a CPU, bfloat16 elsewhere.
       storage: "per_layer" (fast decode) or "stacked" (constant compile time).
       implementation: Attention kernels: "xla", "triton", "mosaic_gpu"; None takes the
@@ -145,6 +148,7 @@ def load(
         source = _open(name)
         config, sparse = source.config, sparse or _default_sparse(source)
         tensors = source.tensors
+    forecast = _default_forecast(selector, sparse, source, forecast)
     _check_early(selector, config, source, forecast)
     decoder = build_decoder(
         config, tensors, dtype=dtype, storage=storage, on_layer=on_layer
@@ -160,6 +164,27 @@ def load(
         implementation=implementation,
         cache=cache or CacheConfig(),
     )
+
+
+def _default_forecast(
+    selector: Selector,
+    sparse: SparseConfig,
+    source: CheckpointSource | None,
+    forecast: str | os.PathLike | None,
+) -> str | os.PathLike | None:
+    """Published heads where nothing else is named and the checkpoint has none.
+
+    They fit one geometry. With another one they are left out, unless the selector needs
+    heads: then loading them says which field differs.
+    """
+    if forecast is not None or source is None or CURRENT in source.tensors:
+        return forecast
+    published = published_forecast(source.fingerprint)
+    if published is None:
+        return None
+    if selector.needs_forecast or published.fits(sparse):
+        return published.path
+    return None
 
 
 def _check_early(

@@ -77,6 +77,18 @@ def test_prepared_corpora_round_trip(tmp_path, monkeypatch):
     assert documents(again) == documents(corpus)
 
 
+def test_joined_rows_run_through_documents():
+    corpus = _corpus()
+    data = dataclasses.replace(DATA, packing="joined", held_out=0.0)
+    rows = PackedRows(corpus, data, 64, held_out=False)
+    assert len(rows) == corpus.num_tokens // 256
+    seen = [rows[index] for index in range(len(rows))]
+    tokens = np.concatenate([row["tokens"] for row in seen])
+    np.testing.assert_array_equal(tokens, corpus.tokens[0][: len(tokens)])
+    assert all(np.all(row["start"] == 0) for row in seen)
+    assert all(np.all(row["end"] == 256) for row in seen)
+
+
 @pytest.mark.parametrize("packing", ["documents", "long"])
 def test_rows_hold_every_token_once(packing):
     corpus = _corpus()

@@ -19,6 +19,7 @@ from train.loss import (
     forecast_logits,
     layer_keys,
     partition_kl,
+    recall_loss,
     teacher_cells,
 )
 
@@ -265,6 +266,40 @@ def test_on_policy_routes_as_inference_selects(layer1):
     np.testing.assert_array_equal(
         sorted_blocks(out.routing), sorted_blocks(jnp.asarray(expected))
     )
+
+
+def test_recall_loss_counts_misplaced_blocks():
+    chosen = jnp.asarray([[True, True, False, False, False]] * 4)
+    optional = jnp.asarray(
+        [[True, True, True, True, False]] * 3 + [[True] * 2 + [False] * 3]
+    )
+    scores = jnp.asarray(
+        [
+            [9.0, 8.0, 1.0, 0.0, 99.0],  # as the teacher
+            [9.0, 1.0, 8.0, 0.0, 99.0],  # one in, one out
+            [0.0, 1.0, 8.0, 9.0, 99.0],  # the other way round
+            [9.0, 8.0, 1.0, 0.0, 0.0],  # nothing to choose
+        ]
+    )
+    loss = recall_loss(scores, chosen, optional)
+    np.testing.assert_allclose(loss, [0.0, 1.0, 2.0, 0.0], atol=0.01)
+    # Selection knows no scale, and neither does the loss.
+    np.testing.assert_allclose(
+        recall_loss(3 * scores, chosen, optional), loss, atol=1e-4
+    )
+
+    def total(scores):
+        return recall_loss(scores, chosen, optional).sum()
+
+    close = scores + jnp.asarray([0.0, 0.0, 6.5, 0.0, 0.0])
+    slope = jax.grad(total)(close)
+    assert np.all(np.isfinite(slope)) and np.all(slope[3] == 0)
+    assert slope[0, 1] < 0 < slope[0, 2]
+    # A real gradient: small steps along it agree with finite differences.
+    way = jax.random.normal(jax.random.key(0), close.shape)
+    step = 1e-2
+    rise = (total(close + step * way) - total(close - step * way)) / (2 * step)
+    np.testing.assert_allclose(rise, jnp.sum(slope * way), rtol=2e-2)
 
 
 def test_floor_of_zero_keeps_the_gradient_of_impossible_bins():

@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import numpy as np
 import pytest
 
 import sparda_jax
+from sparda_jax.checkpoint.forecast import load_forecast
+from sparda_jax.checkpoint.hf import read_safetensors
 from sparda_jax.config import ConfigError, SparseConfig
+from sparda_jax.models.presets import get_preset
 from sparda_jax.models.weights import random_tensors
 from train import run as run_module
 from train.config import (
@@ -20,7 +24,7 @@ from train.config import (
     TrainConfig,
 )
 from train.main import main
-from train.metrics import read_log
+from train.metrics import RunLog, read_log
 from train.run import TrainingError, train
 from train.text import Corpus, save_corpus
 
@@ -92,11 +96,57 @@ def test_a_run_leaves_everything_behind(finished):
         assert len(line["layers"]["recall"]) == 3
     kept = sorted(int(x.name) for x in (out / "checkpoints").iterdir())
     assert kept == [4, 6]
+    # The last one has the only evaluation after training, so it is the best one.
+    last, best = (
+        load_forecast(
+            out / f"forecast{which}.safetensors",
+            config=get_preset("tiny").model,
+            fingerprint=None,
+            sparse=None,
+        )
+        for which in ("", "-best")
+    )
+    np.testing.assert_array_equal(last.future, best.future)
     lm = sparda_jax.load(
         "tiny", attention="sparda", forecast=out / "forecast.safetensors"
     )
     heads = np.stack([lm.model.forecast_head(i) for i in range(3)])
     np.testing.assert_array_equal(heads, result.state.heads)
+
+
+def test_the_best_checkpoint_is_kept_and_exported(shards, tmp_path):
+    """Held-out recall falls at a rate that is far too high: an early one is best."""
+    config = _config(
+        shards,
+        tmp_path,
+        optimizer=OptimizerConfig(lr=0.5, steps=4, global_batch=2, micro_batch=2),
+        eval=EvalConfig(every=1, batches=2, mass=False),
+        checkpoint=CheckpointConfig(every=1, keep_last=1),
+        export_dtype="bfloat16",
+    )
+    train(config, progress=False)
+    lines = [x for x in read_log(tmp_path / "log.jsonl") if x["kind"] == "eval"]
+    recall = {x["step"]: x["recall"] for x in lines if x["step"]}
+    best = max(recall, key=lambda step: (recall[step], step))
+    kept = sorted(int(x.name) for x in (tmp_path / "checkpoints").iterdir())
+    assert kept == sorted({best, 4})
+    tensors, metadata = read_safetensors(tmp_path / "forecast-best.safetensors")
+    assert json.loads(metadata["extra"])["step"] == best
+    assert all(load().dtype.name == "bfloat16" for load in tensors.values())
+
+
+def test_tensorboard_files_hold_the_log(finished, shards, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboardX")
+    log = RunLog(tmp_path, start=-1, steps=2, tensorboard=True, progress=False)
+    log.write(1, "train", {"loss": 0.25, "layers": [1.0]})
+    log.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    content = file.read_bytes()
+    assert b"train/loss" in content and b"layers" not in content
+    assert np.float32(0.25).tobytes() in content
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ConfigError, match="needs the package tensorboardX"):
+        RunLog(tmp_path, start=-1, steps=2, tensorboard=True, progress=False)
 
 
 def test_loss_falls_and_recall_rises(shards, tmp_path):

@@ -1,0 +1,51 @@
+"""Forecast weights that the package publishes, by the hash of their base model.
+
+Each fits one base model and one geometry of the selection. README.md beside the files
+is their model card. Trained by `python -m train.main`.
+"""
+
+import dataclasses
+import pathlib
+import types
+
+from sparda_jax.config import SparseConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A file of Forecast weights.
+
+    Attributes:
+      file: Its name in this folder.
+      kernel_size, kernel_stride, block_size: The geometry that it was trained for.
+    """
+
+    file: str
+    kernel_size: int
+    kernel_stride: int
+    block_size: int
+
+    @property
+    def path(self) -> pathlib.Path:
+        """Where it is."""
+        return pathlib.Path(__file__).parent / self.file
+
+    def fits(self, sparse: SparseConfig) -> bool:
+        """Whether a selection scores the averages that it was trained for."""
+        asked = (sparse.kernel_size, sparse.kernel_stride, sparse.block_size)
+        return asked == (self.kernel_size, self.kernel_stride, self.block_size)
+
+
+PUBLISHED = types.MappingProxyType(
+    {
+        # SmolLM2-135M-Instruct, Q4_1.
+        "68c407998cb0b48743775dcb452bf59362f8a5dfb86b98db3ebc02cec204bd61": Published(
+            "smollm2-135m.safetensors", kernel_size=8, kernel_stride=4, block_size=64
+        ),
+    }
+)
+
+
+def published_forecast(fingerprint: str | None) -> Published | None:
+    """The published weights for a base model; None if there are none."""
+    return None if fingerprint is None else PUBLISHED.get(fingerprint)
