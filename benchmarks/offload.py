@@ -81,7 +81,7 @@ def _trace(tokens: int) -> None:
         )
 
 
-def _random_decoder(config, forecast: bool):
+def _random_decoder(config):
     """A decoder with random bfloat16 weights, made on the device."""
     import jax
     import jax.numpy as jnp
@@ -111,10 +111,8 @@ def _random_decoder(config, forecast: bool):
         for _ in range(config.num_layers)
     ]
     vocabulary = (config.vocab_size, hidden)
-    heads = None
-    if forecast:
-        shape = (hidden, config.num_kv_heads * config.head_dim)
-        heads = [draw(next(keys), shape) for _ in range(config.num_layers)]
+    shape = (hidden, config.num_kv_heads * config.head_dim)
+    heads: list[jax.Array] = [draw(next(keys), shape) for _ in range(config.num_layers)]
     return Decoder(
         config,
         embedding=draw(next(keys), vocabulary),
@@ -192,9 +190,11 @@ def _measure(model, sparse, mode: str, batch: int, arguments) -> dict:
     from sparda_jax.models.rope import model_rope
 
     selector = _selector(mode, arguments.miss * sparse.block_budget)
-    kind = "resident" if mode.startswith("resident") else "offload"
-    prefetch = {"sparda": "lookahead"}.get(mode, "none")
-    cache = CacheConfig(kind=kind, prefetch=prefetch, route=arguments.route)
+    cache = CacheConfig(
+        kind="resident" if mode.startswith("resident") else "offload",
+        prefetch="lookahead" if mode == "sparda" else "none",
+        route=arguments.route,
+    )
     settings = LayerSettings(
         model.config, sparse, selector, offload=offload_settings(cache, selector)
     )
@@ -275,7 +275,7 @@ def main() -> None:
         f"JAX {jax.__version__}",
         flush=True,
     )
-    model = _random_decoder(config, forecast=True)
+    model = _random_decoder(config)
     rows = []
     print(
         f"{'mode':16} {'batch':>5} {'step, ms':>9} {'least':>7} {'most':>7} "

@@ -24,9 +24,13 @@ from sparda_jax.inference.engine import (
     generate,
     stream,
 )
+from sparda_jax.inference.measure import measure_rates
+from sparda_jax.inference.offload_stats import OffloadStats
+from sparda_jax.inference.planner import Plan, Rates, plan, recorded_rates
 from sparda_jax.loading import load, with_attention
 from sparda_jax.models.forecast import Forecast
 from sparda_jax.models.presets import PRESETS
+from sparda_jax.runtime import configure_offload
 from sparda_jax.sparse.selectors import Selector, selector_names
 
 __all__ = [
@@ -39,14 +43,21 @@ __all__ = [
     "LanguageModel",
     "ModelConfig",
     "PRESETS",
+    "OffloadStats",
+    "Plan",
+    "Rates",
     "RopeConfig",
     "Selector",
     "SparseConfig",
     "Stream",
     "StreamEvent",
+    "configure_offload",
     "forward",
     "generate",
     "load",
+    "measure_rates",
+    "plan",
+    "recorded_rates",
     "selector_names",
     "stream",
     "with_attention",

@@ -77,8 +77,7 @@ def cache_lines(stats: OffloadStats) -> list[str]:
     how = "one layer ahead" if stats.lookahead else "on demand"
     rate = stats.hit_rate
     lines = [
-        f"offload  route {stats.route}, {how}"
-        + (f" ({stats.policy})" if stats.policy else ""),
+        f"offload  route {stats.route}, {how}",
         f"         {stats.hits} hits, {stats.misses} misses"
         + ("" if rate is None else f" ({rate:.1%} hits)")
         + f", {stats.fetched_bytes / 1e6:.1f} MB fetched"

@@ -26,11 +26,11 @@ def configure_offload() -> None:
     changes nothing.
 
     Warns:
-      RuntimeWarning: If JAX has started already, so that it is too late.
+      RuntimeWarning: If JAX has started on a GPU already, so that it is too late.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if _FLAG not in flags:
-        if _started():
+        if _started() and jax.default_backend() == "gpu":
             warnings.warn(
                 "configure_offload() is too late: JAX has started. Call it before "
                 f"anything is computed, or set XLA_FLAGS={COMMAND_BUFFERS}",

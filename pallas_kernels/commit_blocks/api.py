@@ -16,6 +16,7 @@ def commit_blocks(
     staged: Float[Array, " J *E"],
     indices: Int[Array, " J"],
     *,
+    count: Int[Array, ""] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, " R *E"]:
     """Writes staged blocks to the listed rows of a device array, in place under `jit`.
@@ -30,6 +31,7 @@ def commit_blocks(
         updates it in place.
       staged: as many blocks as there are entries, in the dtype of ``slots``.
       indices: int32 row of each staged block, no row twice; negative ones are skipped.
+      count: int32 scalar: only the first so many entries are looked at.
       implementation: "triton" or "xla"; None for the recorded choice of this device
         kind. A named implementation never falls back.
 
@@ -52,6 +54,10 @@ def commit_blocks(
     validation.require_shape("staged", staged, expected, "J, then as slots")
     validation.require_dtype("staged", staged, slots.dtype)
     indices = indices.astype(jnp.int32)
+    if count is not None:
+        validation.require_shape("count", count, (), "")
+        validation.require_integer("count", count)
+        count = count.astype(jnp.int32)
     if indices.shape[0] == 0:
         return slots
 
@@ -63,9 +69,13 @@ def commit_blocks(
         if name == "triton":
             from pallas_kernels.commit_blocks import pallas_triton
 
-            return pallas_triton.commit_blocks_triton(slots, staged, indices)
+            return pallas_triton.commit_blocks_triton(slots, staged, indices, count)
         from pallas_kernels.commit_blocks.xla import commit_blocks_xla
 
-        return commit_blocks_xla(slots, staged, indices)
+        listed = indices
+        if count is not None:
+            entry = jnp.arange(indices.shape[0], dtype=jnp.int32)
+            listed = jnp.where(entry < count, indices, -1)
+        return commit_blocks_xla(slots, staged, listed)
 
     return dispatch(OP, implementation, run)

@@ -17,6 +17,7 @@ def host_gather(
     blocks: Float[Array, " R *E"],
     indices: Int[Array, " J"],
     *,
+    count: Int[Array, ""] | None = None,
     skipped: Literal["zero", "undefined"] = "zero",
     programs: int | None = None,
     implementation: Implementation | None = None,
@@ -30,6 +31,9 @@ def host_gather(
     Args:
       blocks: rows of any shape, in ``pinned_host`` or device memory.
       indices: int32 rows to fetch, any order; negative entries are skipped.
+      count: int32 scalar: only the first so many entries are looked at, so that a list
+        whose entries to fetch come first costs nothing for the rest. Needs
+        ``skipped="undefined"``.
       skipped: what rows of skipped entries hold: zeros, or nothing defined, so that
         nothing is written for them and the bytes moved follow the entries fetched.
       programs: persistent programs of the Pallas forms; recorded or default if None.
@@ -53,6 +57,15 @@ def host_gather(
     validation.require_integer("indices", indices)
     if skipped not in ("zero", "undefined"):
         raise ValueError(f"skipped is {skipped!r}; allowed: 'zero', 'undefined'")
+    if count is not None:
+        if skipped != "undefined":
+            raise ValueError(
+                f"skipped is {skipped!r} with a count; entries behind it are not "
+                "looked at: allowed: 'undefined'"
+            )
+        validation.require_shape("count", count, (), "")
+        validation.require_integer("count", count)
+        count = count.astype(jnp.int32)
     if programs is not None:
         validation.require_positive("programs", programs)
     indices = indices.astype(jnp.int32)
@@ -67,17 +80,20 @@ def host_gather(
 
             config = None if programs is None else mosaic.Config(programs=programs)
             return mosaic.host_gather_mosaic_gpu(
-                blocks, indices, zero_skipped=zero_skipped, config=config
+                blocks, indices, count, zero_skipped=zero_skipped, config=config
             )
         if name == "triton":
             from pallas_kernels.host_gather import pallas_triton as triton
 
             config = None if programs is None else triton.Config(programs=programs)
             return triton.host_gather_triton(
-                blocks, indices, zero_skipped=zero_skipped, config=config
+                blocks, indices, count, zero_skipped=zero_skipped, config=config
             )
         from pallas_kernels.host_gather.xla import host_gather_xla
 
+        if count is not None:
+            listed = jnp.arange(indices.shape[0], dtype=jnp.int32) < count
+            return host_gather_xla(blocks, jnp.where(listed, indices, -1))
         return host_gather_xla(blocks, indices)
 
     return dispatch(OP, implementation, run)

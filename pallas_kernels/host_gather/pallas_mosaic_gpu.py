@@ -27,7 +27,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common.dispatch import in_32_bit, require_cuda, tuned_config
-from pallas_kernels._common.numerics import cdiv
 
 # Elements that one warpgroup holds in registers at a time: 64 or 128 each thread.
 PART_BYTES = 32 * 1024
@@ -66,6 +65,7 @@ def part_size(elements: int, itemsize: int) -> int:
 def host_gather_mosaic_gpu(
     blocks: Float[Array, " R *E"],
     indices: Int[Array, " J"],
+    count: Int[Array, ""] | None = None,
     *,
     zero_skipped: bool = True,
     config: Config | None = None,
@@ -75,6 +75,7 @@ def host_gather_mosaic_gpu(
     Args:
       blocks: operand in pinned host or device memory.
       indices: listed rows, negative for none.
+      count: entries that are looked at; all if None.
       zero_skipped: write zeros where an entry was skipped, rather than nothing.
       config: settings; recorded or default ones if None.
 
@@ -93,16 +94,21 @@ def host_gather_mosaic_gpu(
             f"mosaic_gpu needs blocks of a multiple of 1024 bytes, not {elements} "
             f"elements of {blocks.dtype}"
         )
-    count, parts = indices.shape[0], elements // size
+    listed, parts = indices.shape[0], elements // size
     if config is None:
         found = tuned_config("host_gather", "mosaic_gpu", {"parts": parts})
         config = Config(**found) if found else Config()
-    programs = min(config.programs, count * parts)
+    programs = min(config.programs, listed * parts)
 
-    units = count * parts
+    most = listed * parts
+    if count is None:
+        count = jnp.int32(listed)
 
-    def host_gather_mosaic_gpu(blocks_ref, indices_ref, out_ref):
+    step = programs * AHEAD
+
+    def host_gather_mosaic_gpu(blocks_ref, indices_ref, count_ref, out_ref):
         program = lax.axis_index("program")
+        units = jnp.minimum(count_ref[0], listed) * parts
 
         def copy(unit, row):
             j, part = lax.div(unit, jnp.int32(parts)), lax.rem(unit, jnp.int32(parts))
@@ -123,18 +129,18 @@ def host_gather_mosaic_gpu(
             # Several list entries are read before the first is acted upon, so that a
             # skipped one costs a part of a memory latency.
             found = [program + (i * AHEAD + n) * programs for n in range(AHEAD)]
-            places = [lax.div(jnp.minimum(u, units - 1), parts) for u in found]
+            places = [lax.div(jnp.minimum(u, most - 1), parts) for u in found]
             listed = [indices_ref[place] for place in places]
             for unit, row in zip(found, listed, strict=True):
                 copy(unit, row)
             return carry
 
-        lax.fori_loop(0, cdiv(units, programs * AHEAD), body, 0)
+        lax.fori_loop(0, lax.div(units + step - 1, step), body, 0)
 
     out = plgpu.kernel(
         host_gather_mosaic_gpu,
-        out_type=jax.ShapeDtypeStruct((count, elements), blocks.dtype),
+        out_type=jax.ShapeDtypeStruct((listed, elements), blocks.dtype),
         grid=(programs,),
         grid_names=("program",),
-    )(blocks.reshape(rows, elements), indices)
-    return out.reshape(count, *shape)
+    )(blocks.reshape(rows, elements), indices, count.reshape(1))
+    return out.reshape(listed, *shape)

@@ -29,7 +29,6 @@ from pallas_kernels._common.dispatch import (
     silence_triton_deprecation,
     tuned_config,
 )
-from pallas_kernels._common.numerics import cdiv
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class Config:
 def host_gather_triton(
     blocks: Float[Array, " R *E"],
     indices: Int[Array, " J"],
+    count: Int[Array, ""] | None = None,
     *,
     zero_skipped: bool = True,
     config: Config | None = None,
@@ -71,6 +71,7 @@ def host_gather_triton(
     Args:
       blocks: operand in pinned host or device memory.
       indices: listed rows, negative for none.
+      count: entries that are looked at; all if None.
       zero_skipped: write zeros where an entry was skipped, rather than nothing.
       config: settings; recorded or default ones if None.
       interpret: run in Pallas's interpreter, on any device.
@@ -95,16 +96,19 @@ def host_gather_triton(
             f"triton needs blocks of a multiple of 256 bytes, not {elements} elements "
             f"of {blocks.dtype}"
         )
-    count, parts = indices.shape[0], elements // size
-    programs = min(config.programs, count * parts)
+    listed, parts = indices.shape[0], elements // size
+    programs = min(config.programs, listed * parts)
+    if count is None:
+        count = jnp.int32(listed)
 
-    def kernel(blocks_ref, indices_ref, out_ref):
+    def kernel(blocks_ref, indices_ref, count_ref, out_ref):
         program = pl.program_id(0)
+        units = jnp.minimum(count_ref[0], listed) * parts
 
         def body(i, carry):
             unit = program + i * programs
 
-            @pl.when(unit < count * parts)
+            @pl.when(unit < units)
             def _():
                 j, part = lax.div(unit, jnp.int32(parts)), lax.rem(unit, parts)
                 row = indices_ref[j]
@@ -124,15 +128,15 @@ def host_gather_triton(
 
             return carry
 
-        lax.fori_loop(0, cdiv(count * parts, programs), body, 0)
+        lax.fori_loop(0, lax.div(units + programs - 1, programs), body, 0)
 
     silence_triton_deprecation()
     out = pl.pallas_call(
         kernel,
         grid=(programs,),
-        out_shape=jax.ShapeDtypeStruct((count, elements), blocks.dtype),
+        out_shape=jax.ShapeDtypeStruct((listed, elements), blocks.dtype),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=2),
         interpret=interpret,
         name="host_gather_triton",
-    )(blocks.reshape(rows, elements), indices)
-    return out.reshape(count, *shape)
+    )(blocks.reshape(rows, elements), indices, count.reshape(1))
+    return out.reshape(listed, *shape)

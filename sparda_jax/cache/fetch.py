@@ -27,7 +27,6 @@ from importlib import resources
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental.compute_on import compute_on
 from jaxtyping import Array, Float, Int
@@ -76,6 +75,7 @@ def resolve_route(route: Route) -> FetchRoute:
 def fetch_blocks(
     store: Float[Array, "R block 2 H"],
     rows: Int[Array, " J"],
+    count: Int[Array, ""],
     into: Float[Array, "J block 2 H"] | None,
     route: FetchRoute,
     *,
@@ -85,7 +85,8 @@ def fetch_blocks(
 
     Args:
       store: All blocks, in host memory.
-      rows: Block of each entry; negative ones are skipped.
+      rows: Block of each entry.
+      count: How many entries count; those behind are skipped.
       into: Staging area to reuse (`slices`); its contents are lost.
       route: How; `steps` has no place inside a program.
       aside: Run beside the compute that follows, on a stream of its own (`mosaic`,
@@ -96,31 +97,34 @@ def fetch_blocks(
     """
     if route == "slices":
         assert into is not None
-        return _fetch_slices(store, rows, into)
+        return _fetch_slices(store, rows, count, into)
     if route == "steps":
         raise ConfigError("route 'steps' fetches outside of jitted programs")
     implementation = "mosaic_gpu" if route == "mosaic" else "triton"
 
-    def gather(store: Array, rows: Array) -> Array:
-        return host_gather(store, rows, implementation=implementation)
+    def gather(store: Array, rows: Array, count: Array) -> Array:
+        return host_gather(
+            store,
+            rows,
+            count=count,
+            skipped="undefined",
+            implementation=implementation,
+        )
 
     if not aside:
-        return gather(store, rows)
+        return gather(store, rows, count)
     space = jax.memory.Space.Device
     beside: Any = compute_on(gather, compute_type=_STREAM, out_memory_spaces=space)
-    return beside(store, rows)
+    return beside(store, rows, count)
 
 
 def _fetch_slices(
     store: Float[Array, "R block 2 H"],
     rows: Int[Array, " J"],
+    count: Int[Array, ""],
     into: Float[Array, "J block 2 H"],
 ) -> Float[Array, "J block 2 H"]:
-    order = jnp.argsort(rows < 0, stable=True)
-    count = jnp.sum(rows >= 0, dtype=jnp.int32)
-
-    def body(i: Array, staged: Array) -> Array:
-        entry = order[i]
+    def body(entry: Array, staged: Array) -> Array:
         block = to_device(lax.dynamic_slice_in_dim(store, rows[entry], 1, 0))
         return lax.dynamic_update_slice_in_dim(staged, block, entry, 0)
 
@@ -131,10 +135,11 @@ def commit_staged(
     slots: Float[Array, "R block 2 H"],
     staged: Float[Array, "J block 2 H"],
     where: Int[Array, " J"],
+    count: Int[Array, ""],
 ) -> Float[Array, "R block 2 H"]:
-    """Puts staged blocks into their slots, in place; negative entries are skipped.
+    """Puts the first `count` staged blocks into their slots, in place.
 
     A fetch never writes to slots itself: the running layer may still read them, and
     XLA would then copy them all.
     """
-    return commit_blocks(slots, staged, where)
+    return commit_blocks(slots, staged, where, count=count)

@@ -29,8 +29,17 @@ from sparda_jax.inference.generate import (
     stop_array,
 )
 from sparda_jax.inference.layer_store import LayerSettings
+from sparda_jax.inference.limits import refuse_what_cannot_fit, why_not
 from sparda_jax.inference.offload_stats import OffloadStats, offload_stats
-from sparda_jax.inference.policy import offload_settings
+from sparda_jax.inference.policy import (
+    PROBE_TIMED,
+    PROBE_WARM,
+    Probe,
+    fetch_rate,
+    hidden_share,
+    offload_settings,
+    on_demand,
+)
 from sparda_jax.inference.prefill import prefill
 from sparda_jax.inference.sampling import SamplingConfig, sampling_state
 from sparda_jax.inference.stepwise import advance_stepwise
@@ -58,6 +67,7 @@ class GenerateStats:
       prefill_blocks, decode_blocks: KV blocks (attended, present), summed over tokens,
         kv heads and layers.
       offload: What decode fetched from host memory; None for a resident cache.
+      policy: What `auto` settings of the cache decided, and why; empty without them.
     """
 
     prompt_tokens: int
@@ -70,6 +80,7 @@ class GenerateStats:
     prefill_blocks: tuple[float, float]
     decode_blocks: tuple[float, float]
     offload: OffloadStats | None = None
+    policy: str = ""
 
     @property
     def prefill_tokens_per_second(self) -> float | None:
@@ -360,13 +371,25 @@ class _Run:
             held_capacity = conversation.state.cache.capacity
             capacity = max(self.shapes.capacity, held_capacity)
             self.shapes = dataclasses.replace(self.shapes, capacity=capacity)
-        self.cache, self.policy = lm.cache, ""
+        self.policy: list[str] = []
+        self.cache = self._cache_kind(conversation)
         self.settings = dataclasses.replace(
             lm.settings, offload=offload_settings(self.cache, lm.selector)
         )
+        self._decide_prefetch()
         self.compile_seconds = 0.0
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
+        refuse_what_cannot_fit(
+            self.settings,
+            self.cache,
+            batch,
+            self.shapes,
+            dtype=lm.model.embedding[...].dtype,
+            storage=lm.model.storage,
+            forecast=lm.model.forecast is not None,
+            held=None if conversation is None else conversation.state,
+        )
         if conversation is None:
             self.state = new_state(
                 lm.model, self.settings, batch, self.shapes, self.cache
@@ -375,6 +398,92 @@ class _Run:
             self.state = next_turn(
                 conversation.state, self.shapes, self.settings, self.cache
             )
+
+    def _cache_kind(self, conversation: Conversation | None) -> CacheConfig:
+        """The cache's configuration with `kind="auto"` decided."""
+        lm, cache = self.lm, self.lm.cache
+        if cache.kind != "auto":
+            return cache
+        if conversation is not None:
+            held = isinstance(conversation.state.cache, OffloadCache)
+            kind = "offload" if held else "resident"
+            self.policy.append(f"{kind}: as the conversation began")
+            return dataclasses.replace(cache, kind=kind)
+        resident = dataclasses.replace(cache, kind="resident")
+        reason = why_not(
+            lm.settings,
+            resident,
+            self.batch,
+            self.shapes,
+            dtype=lm.model.embedding[...].dtype,
+            storage=lm.model.storage,
+            forecast=lm.model.forecast is not None,
+        )
+        if reason is None:
+            self.policy.append("resident: it fits, and needs no transfers")
+            return resident
+        self.policy.append(f"offload: {reason}")
+        return dataclasses.replace(cache, kind="offload")
+
+    def _decide_prefetch(self) -> None:
+        """Settles `prefetch="auto"`, or leaves it to the first steps (`_probe`)."""
+        offload = self.settings.offload
+        self._undecided = False
+        if self.cache.prefetch != "auto" or offload is None:
+            return
+        if not offload.lookahead:
+            self.policy.append("on demand: this attention makes no forecast")
+            return
+        known = self.lm._compiled.get(("policy", self.batch, self.shapes))
+        if known is None:
+            self._undecided = True
+        else:
+            self._settle(known)
+
+    def _settle(self, probe: Probe) -> None:
+        self.policy.append(probe.reason())
+        offload = self.settings.offload
+        assert offload is not None
+        if not probe.look_ahead:
+            self.settings = dataclasses.replace(
+                self.settings, offload=on_demand(offload)
+            )
+
+    def _probe(self, steps: int) -> int:
+        """Decodes the first steps on demand and decides; returns the steps left."""
+        offload, ahead = self.settings.offload, self.settings
+        assert offload is not None
+        self.settings = dataclasses.replace(ahead, offload=on_demand(offload))
+        warm = min(steps, PROBE_WARM)
+        self._decode(warm)
+        timed = min(steps - warm, PROBE_TIMED)
+        before = (self.decode_seconds, self._fetched(), self._longest())
+        self._decode(timed)
+        seconds = self.decode_seconds - before[0]
+        done = self._longest() - before[2]
+        if done < PROBE_TIMED // 2:
+            return steps - warm - timed  # too little to judge by: the next call may
+        cache = self.state.cache
+        assert isinstance(cache, OffloadCache)
+        block, head_dim = cache.store.shape[4], cache.store.shape[6]
+        block_bytes = math.prod(cache.store.shape[4:]) * cache.store.dtype.itemsize
+        probe = Probe(
+            step_seconds=seconds / done,
+            missed_bytes=(self._fetched() - before[1]) * block_bytes / done,
+            fetch_rate=fetch_rate(offload.route, block, head_dim, cache.store.dtype),
+            hidden=hidden_share(offload.route),
+        )
+        self.lm._compiled[("policy", self.batch, self.shapes)] = probe
+        self._undecided = False
+        self.settings = ahead
+        self._settle(probe)
+        return steps - warm - timed
+
+    def _fetched(self) -> int:
+        return int(np.sum(np.asarray(self.state.traffic.fetched)))
+
+    def _longest(self) -> int:
+        return int(np.max(np.asarray(self.state.generated)))
 
     def request(self, steps: int, max_new: Array) -> Request:
         """Sampling and limits of one call."""
@@ -391,11 +500,16 @@ class _Run:
     ) -> float:
         """Runs a jitted part on the state; returns its seconds without compilation."""
         lm = self.lm
-        key = (function, self.batch, self.shapes, self.settings)
+        settings = self.settings
+        if function is begin_call and settings.offload is not None:
+            # Prefill is the same program whether decode looks ahead or not.
+            offload = on_demand(settings.offload)
+            settings = dataclasses.replace(settings, offload=offload)
+        key = (function, self.batch, self.shapes, settings)
         if key not in lm._compiled:
             begun = time.perf_counter()
             lowered = function.lower(
-                lm.model, self.state, *arguments, settings=self.settings, **static
+                lm.model, self.state, *arguments, settings=settings, **static
             )
             lm._compiled[key] = lowered.compile()
             self.compile_seconds += time.perf_counter() - begun
@@ -423,6 +537,12 @@ class _Run:
 
     def decode(self, steps: int) -> None:
         """Decodes up to `steps` more tokens."""
+        if self._undecided:
+            steps = self._probe(steps)
+        if steps > 0:
+            self._decode(steps)
+
+    def _decode(self, steps: int) -> None:
         request = self.request(steps, self.max_new)
         offload = self.settings.offload
         if offload is not None and offload.route == "steps":
@@ -437,6 +557,11 @@ class _Run:
 
     def whole(self) -> None:
         """Prompt and all tokens in one call."""
+        if self._undecided:
+            raise ConfigError(
+                "single_call=True is not allowed with CacheConfig.prefetch='auto', "
+                "which measures the first steps: use 'lookahead' or 'none'"
+            )
         offload = self.settings.offload
         if offload is not None and offload.route == "steps":
             raise ConfigError(
@@ -463,9 +588,7 @@ class _Run:
         if offload is None or not isinstance(cache, OffloadCache):
             return None
         block_bytes = math.prod(cache.store.shape[4:]) * cache.store.dtype.itemsize
-        return offload_stats(
-            self.state.traffic, offload, block_bytes=block_bytes, policy=self.policy
-        )
+        return offload_stats(self.state.traffic, offload, block_bytes=block_bytes)
 
     def output(self, *, split: bool) -> GenerateOutput:
         """The result after the last call."""
@@ -490,6 +613,7 @@ class _Run:
             prefill_blocks=blocks[0],
             decode_blocks=blocks[1],
             offload=self._offload_stats(),
+            policy="; ".join(self.policy),
         )
         lengths = tuple(int(length) for length in np.asarray(state.lengths))
         return GenerateOutput(

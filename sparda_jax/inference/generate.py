@@ -327,7 +327,9 @@ def new_state(
     if offload is None:
         kv: Cache = init_cache(settings.config, settings.sparse, **kind)
     else:
-        areas = 0 if offload.route != "slices" else 2 if offload.lookahead else 1
+        # Fetches that overlap need two areas; what `auto` decides shall not matter.
+        two = offload.lookahead or cache.prefetch == "auto"
+        areas = 0 if offload.route != "slices" else 2 if two else 1
         kv = init_offload(
             settings.config,
             settings.sparse,

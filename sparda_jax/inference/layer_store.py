@@ -16,6 +16,7 @@ one.
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -29,7 +30,7 @@ from pallas_kernels.paged_decode_attention.api import paged_decode_attention
 from sparda_jax.cache.fetch import FetchRoute, commit_staged, fetch_blocks
 from sparda_jax.cache.offload import OffloadLayer
 from sparda_jax.cache.resident import LayerCache, append_tokens
-from sparda_jax.cache.slots import SlotTable, plan_slots, slot_of
+from sparda_jax.cache.slots import SlotTable, marked_first, plan_slots, slot_of
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.models.rope import Rotation
 from sparda_jax.sparse.compression import append_windows
@@ -171,7 +172,9 @@ class Flight(NamedTuple):
     Attributes:
       blocks: The list [B, K, P].
       slots: Where each of them lies or will [B, K, P]; −1 for padding.
-      rows: Host row to fetch into each entry's place [B*K*P]; −1 for none.
+      rows: Host rows to fetch, those of missing blocks first, then −1 [B*K*P].
+      places: The layer's slot that each of them goes to [B*K*P].
+      count: How many blocks are missing.
       hits: Listed blocks that were in a slot already.
       staged: The fetched blocks [B*K*P, block, 2, H], or None before the fetch.
     """
@@ -179,6 +182,8 @@ class Flight(NamedTuple):
     blocks: Int[Array, "B K P"]
     slots: Int[Array, "B K P"]
     rows: Int[Array, " J"]
+    places: Int[Array, " J"]
+    count: Int[Array, ""]
     hits: Int[Array, ""]
     staged: Float[Array, "J block 2 H"] | None
 
@@ -281,7 +286,9 @@ class Link(NamedTuple):
             *rest, into = spare
             spare = tuple(rest)
         flat = self.store.reshape(-1, *self.store.shape[4:])
-        staged = fetch_blocks(flat, flight.rows, into, offload.route, aside=aside)
+        staged = fetch_blocks(
+            flat, flight.rows, flight.count, into, offload.route, aside=aside
+        )
         return flight._replace(staged=staged), self._replace(spare=spare)
 
     def give_back(self, staged: Array, offload: OffloadSettings) -> "Link":
@@ -448,7 +455,13 @@ class OffloadStore(NamedTuple):
         settings: LayerSettings,
     ) -> "OffloadStore":
         """Looks ahead for the next layer."""
-        return _look_ahead(self, phi, tile, settings)
+        result = _look_ahead(self, phi, tile, settings)
+        if result.outlook is None or self.own.slots.shape[0] == 1:
+            return result
+        # Both layers lie in one stack: what is read of it comes before what is written,
+        # or XLA would keep a copy of the stack.
+        own, outlook = lax.optimization_barrier((result.own, result.outlook))
+        return result._replace(own=own, outlook=outlook)
 
     def append(
         self, new: TokenKV, tile: TileState, settings: LayerSettings
@@ -564,15 +577,13 @@ class OffloadStore(NamedTuple):
         """The flight's blocks in their slots; its staging area is free again."""
         flight, slots = self.flight, self.own.slots
         assert flight is not None and flight.staged is not None
-        _, batch, heads, count, *block = slots.shape
-        row = jnp.arange(batch * heads, dtype=jnp.int32) + self.place * batch * heads
-        where = row[:, None] * count + flight.slots.reshape(batch * heads, -1)
-        where = jnp.where(flight.rows >= 0, where.reshape(-1), -1)
-        flat = commit_staged(slots.reshape(-1, *block), flight.staged, where)
-        fetched = jnp.sum(flight.rows >= 0, dtype=jnp.int32)
+        flat = slots.reshape(-1, *slots.shape[4:])
+        before = self.place * math.prod(slots.shape[1:4])
+        places = flight.places + before
+        flat = commit_staged(flat, flight.staged, places, flight.count)
         traffic = self.traffic._replace(
             hits=self.traffic.hits + flight.hits,
-            fetched=self.traffic.fetched + fetched,
+            fetched=self.traffic.fetched + flight.count,
         )
         return self._replace(
             own=self.own._replace(slots=flat.reshape(slots.shape)),
@@ -726,9 +737,9 @@ def _fence[S: (ResidentStore, OffloadStore)](
     flight = outlook.flight
     if flight is None:
         return store, x
-    moving = (flight.rows, flight.staged)
-    x, (rows, staged) = lax.optimization_barrier((x, moving))
-    flight = flight._replace(rows=rows, staged=staged)
+    moving = (flight.rows, flight.count, flight.staged)
+    x, (rows, count, staged) = lax.optimization_barrier((x, moving))
+    flight = flight._replace(rows=rows, count=count, staged=staged)
     return store._replace(outlook=outlook._replace(flight=flight)), x
 
 
@@ -761,9 +772,16 @@ def _depart(
     # A tail block that begins with this token has nothing to fetch.
     come = plan.missing & (blocks < own)
     base = (jnp.arange(batch)[:, None] + index * batch) * heads + jnp.arange(heads)
-    rows = jnp.where(come, base[..., None] * capacity + blocks, -1)
+    rows = base[..., None] * capacity + blocks
+    head = jnp.arange(batch * heads).reshape(batch, heads, 1)
+    places = head * table.blocks.shape[-1] + plan.slots
+
+    def flat(x: Array) -> Array:
+        return x.reshape(batch * heads, -1)
+
+    (rows, places), count = marked_first(flat(come), flat(rows), flat(places))
     hits = jnp.sum((blocks >= 0) & ~plan.missing, dtype=jnp.int32)
-    flight = Flight(blocks, plan.slots, rows.reshape(-1).astype(jnp.int32), hits, None)
+    flight = Flight(blocks, plan.slots, rows, places, count, hits, None)
     return flight, plan.table
 
 

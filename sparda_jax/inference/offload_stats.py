@@ -15,7 +15,6 @@ class OffloadStats:
     Attributes:
       route: How blocks were fetched.
       lookahead: Whether the layer before started the fetch.
-      policy: Why it was done so, where that was decided by measurement.
       block_bytes: K and V of one block and kv head.
       hits_by_layer: Listed blocks that were in a device slot.
       misses_by_layer: Listed blocks that came from the host.
@@ -27,7 +26,6 @@ class OffloadStats:
 
     route: FetchRoute
     lookahead: bool
-    policy: str
     block_bytes: int
     hits_by_layer: tuple[int, ...]
     misses_by_layer: tuple[int, ...]
@@ -75,7 +73,7 @@ class OffloadStats:
 
 
 def offload_stats(
-    traffic: Traffic, offload: OffloadSettings, *, block_bytes: int, policy: str
+    traffic: Traffic, offload: OffloadSettings, *, block_bytes: int
 ) -> OffloadStats:
     """The statistics of a call from its counters."""
 
@@ -85,7 +83,6 @@ def offload_stats(
     return OffloadStats(
         route=offload.route,
         lookahead=offload.lookahead,
-        policy=policy,
         block_bytes=block_bytes,
         hits_by_layer=layers(traffic.hits),
         misses_by_layer=layers(traffic.fetched),

@@ -1,14 +1,36 @@
-"""From a `CacheConfig` to how one request is run."""
+"""From a `CacheConfig` to how one request is run, `auto` decided by measurement.
 
-from sparda_jax.cache.fetch import resolve_route
+Prefetch can cost more than it hides, and offload is never faster than a resident cache
+that fits. So `kind="auto"` takes a resident cache where the planner says that it fits;
+and `prefetch="auto"` decodes the first steps on demand, takes their time and the bytes
+that they missed, and looks ahead from then on if what the device is known to hide of a
+fetch is worth it.
+"""
+
+import dataclasses
+import functools
+
+from jax.typing import DTypeLike
+
+from pallas_kernels._common.dispatch import current_device_kind
+from sparda_jax.cache.fetch import FetchRoute, recorded_routes, resolve_route
 from sparda_jax.config import CacheConfig, ConfigError
 from sparda_jax.inference.layer_store import OffloadSettings
+from sparda_jax.inference.measure import measure_fetch
 from sparda_jax.runtime import warn_if_serial
 from sparda_jax.sparse.selectors import Selector
+
+# Steps that `prefetch="auto"` decodes on demand: to warm up, and to measure.
+PROBE_WARM, PROBE_TIMED = 4, 8
+# Looking ahead must save this share of a step: scoring and staging are not free.
+_WORTH = 0.03
 
 
 def offload_settings(cache: CacheConfig, selector: Selector) -> OffloadSettings | None:
     """How an offloaded cache is decoded; None for a resident one.
+
+    With `prefetch="auto"` these are the settings that look ahead; `on_demand` gives
+    the others, which share the cache's form.
 
     Raises:
       ConfigError: If the attention cannot do what the configuration asks for, or the
@@ -44,3 +66,67 @@ def offload_settings(cache: CacheConfig, selector: Selector) -> OffloadSettings 
     if settings.aside:
         warn_if_serial()
     return settings
+
+
+def on_demand(offload: OffloadSettings) -> OffloadSettings:
+    """The same without looking ahead."""
+    return dataclasses.replace(offload, lookahead=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """What the first steps showed, on demand.
+
+    Attributes:
+      step_seconds: Time of one step.
+      missed_bytes: Bytes that one step fetched.
+      fetch_rate: Bytes a second of the fetch route, measured apart.
+      hidden: Share of a fetch that the device is recorded to hide behind compute.
+    """
+
+    step_seconds: float
+    missed_bytes: float
+    fetch_rate: float
+    hidden: float
+
+    @property
+    def fetch_seconds(self) -> float:
+        """A step's time on the link, at most the step."""
+        return min(self.missed_bytes / self.fetch_rate, self.step_seconds)
+
+    @property
+    def saved_seconds(self) -> float:
+        """What looking ahead would hide: no more than there is compute."""
+        compute = self.step_seconds - self.fetch_seconds
+        return min(self.hidden * self.fetch_seconds, compute)
+
+    @property
+    def look_ahead(self) -> bool:
+        """Whether that is worth it."""
+        return self.saved_seconds > _WORTH * self.step_seconds
+
+    def reason(self) -> str:
+        """The decision in words, with its figures."""
+        choice = "one layer ahead" if self.look_ahead else "on demand"
+        return (
+            f"{choice}: of {self.step_seconds * 1e3:.2f} ms a step on demand, "
+            f"{self.missed_bytes / 1e6:.2f} MB missed take "
+            f"{self.fetch_seconds * 1e3:.2f} ms at {self.fetch_rate / 1e9:.1f} GB/s; "
+            f"looking ahead would hide {self.saved_seconds * 1e3:.2f} ms of them"
+        )
+
+
+def hidden_share(route: FetchRoute) -> float:
+    """Share of a fetch that runs beside compute on this device, as recorded; else 0."""
+    record = recorded_routes().get(current_device_kind(), {})
+    return record.get("hidden_percent", {}).get(route, 0) / 100
+
+
+@functools.cache
+def fetch_rate(
+    route: FetchRoute, block_size: int, head_dim: int, dtype: DTypeLike
+) -> float:
+    """Bytes a second of the fetch route on this device, measured once a process."""
+    return measure_fetch(
+        route, block_size=block_size, head_dim=head_dim, dtype=dtype
+    ).rate

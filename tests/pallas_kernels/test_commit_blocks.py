@@ -44,7 +44,7 @@ def test_triton_in_the_interpreter(spec, programs):
 @specs
 def test_triton_lowers_for_cuda(spec, x64):
     def f(a):
-        return commit_blocks(**a, implementation="triton")
+        return commit_blocks(**a, count=jnp.int32(3), implementation="triton")
 
     assert "triton" in cuda_lowering_text(f, spec.make("bfloat16"), x64=x64)
 
@@ -56,6 +56,15 @@ def test_native(spec, implementation):
     args = spec.make("bfloat16")
     got = jax.jit(lambda a: commit_blocks(**a, implementation=implementation))(args)
     _same(got, commit_blocks_reference(**args))
+
+
+def test_entries_behind_the_count_are_not_looked_at():
+    args = CI_SPECS[0].make("bfloat16")
+    first = dict(args, indices=args["indices"].at[4:].set(-1))
+    want = commit_blocks_reference(**first)
+    got = commit_blocks(**args, count=jnp.int32(4), implementation="xla")
+    _same(got, want)
+    _same(commit_blocks_triton(**args, count=jnp.int32(4), interpret=True), want)
 
 
 def test_in_place():

@@ -173,6 +173,7 @@ def test_refuses_without_a_device():
         ({"indices": jnp.zeros((2, 2), jnp.int32)}, "indices has shape"),
         ({"indices": jnp.zeros((2,))}, "indices has dtype"),
         ({"skipped": "nan"}, "skipped is 'nan'"),
+        ({"count": jnp.int32(3)}, "skipped is 'zero' with a count"),
         ({"programs": 0}, "programs is 0"),
         ({"programs": -4}, "programs is -4"),
     ],
@@ -181,3 +182,41 @@ def test_bad_arguments(change, message, without_type_checks):
     args = CI_SPECS[0].make("float32") | change
     with pytest.raises(ValueError, match=re.escape(message)):
         host_gather(**args)
+
+
+def test_entries_behind_the_count_are_not_looked_at():
+    args = CI_SPECS[0].make("bfloat16")
+    want = np.asarray(host_gather_reference(**args).astype(jnp.float32))[:4]
+    options = {"count": jnp.int32(4), "skipped": "undefined"}
+    got = host_gather(**args, **options, implementation="xla")
+    np.testing.assert_array_equal(got[:4].astype(jnp.float32), want)
+    got = host_gather_triton(
+        **args, count=jnp.int32(4), zero_skipped=False, interpret=True
+    )
+    np.testing.assert_array_equal(got[:4].astype(jnp.float32), want)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu"])
+def test_a_count_lowers_for_cuda(implementation):
+    def f(a, count):
+        return host_gather(
+            **a, count=count, skipped="undefined", implementation=implementation
+        )
+
+    text = cuda_lowering_text(f, CI_SPECS[0].make("bfloat16"), jnp.int32(3))
+    assert implementation in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
+@pytest.mark.parametrize("count", [0, 1, 7, 10])
+def test_a_count_natively(implementation, count):
+    args = CI_SPECS[0].make("bfloat16")
+    want = np.asarray(host_gather_reference(**args).astype(jnp.float32))
+    args["blocks"] = to_host(args["blocks"])
+    options = {"skipped": "undefined", "implementation": implementation}
+    got = jax.jit(lambda a, n: host_gather(**a, count=n, **options))(
+        args, jnp.int32(count)
+    )
+    got = np.asarray(got.astype(jnp.float32))
+    np.testing.assert_array_equal(got[:count], want[:count])

@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+
 from sparda_jax.cache.memory import host_shape
 from sparda_jax.config import CacheConfig
 from sparda_jax.inference.generate import (

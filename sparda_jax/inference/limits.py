@@ -1,0 +1,293 @@
+"""Refuses a request that cannot fit, before anything is allocated for it."""
+
+import dataclasses
+import functools
+import gc
+import os
+import pathlib
+from collections.abc import Callable
+
+import jax
+from jax.typing import DTypeLike
+
+from sparda_jax.config import CacheConfig, ConfigError
+from sparda_jax.inference.generate import GenerateState, Shapes
+from sparda_jax.inference.layer_store import LayerSettings
+from sparda_jax.inference.memory_plan import GIB, MemoryPlan, memory_plan
+from sparda_jax.models.decoder import Storage
+
+_MOST_SEQUENCES = 4096
+_POOL = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+_POOL_GIB = 64
+_CGROUP = (
+    pathlib.Path("/sys/fs/cgroup/memory.max"),
+    pathlib.Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """Bytes that may be used, and who says so."""
+
+    size: int
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.source} ({gib(self.size)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryLimits:
+    """What a request must fit in; None is not known.
+
+    Attributes:
+      device: For weights, cache and scratch.
+      host: For the host store.
+      both: For both together, where they are the same memory (a CPU).
+    """
+
+    device: Limit | None = None
+    host: Limit | None = None
+    both: Limit | None = None
+
+
+def gib(size: int) -> str:
+    """Bytes as a short text; GiB are 2^30."""
+    for unit, scale in (("TiB", 2**40), ("GiB", GIB), ("MiB", 2**20)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size / 1024:.1f} KiB"
+
+
+@functools.cache
+def physical_memory() -> Limit | None:
+    """The machine's memory, or what a container may use of it; None if not told."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+    found = Limit(total, "this machine's memory")
+    for path in _CGROUP:
+        try:
+            text = path.read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit() and int(text) < found.size:
+            found = Limit(int(text), "this container's memory")
+    return found
+
+
+def _pinned_pool() -> Limit:
+    """The pool of pinned host memory that JAX makes for a GPU."""
+    text = os.environ.get(_POOL, "")
+    size = int(text) if text.isdigit() else _POOL_GIB
+    return Limit(size * GIB, f"{_POOL}={text or _POOL_GIB}")
+
+
+def memory_limits(cache: CacheConfig) -> MemoryLimits:
+    """The limits of a cache on the default device.
+
+    `device_limit` and `host_limit` of the configuration come first. Else the device
+    says what it has, and the host's share is JAX's pool of pinned memory or the
+    machine's memory, whichever is smaller.
+    """
+    device = host = both = None
+    stats = jax.devices()[0].memory_stats() or {}
+    physical = physical_memory()
+    if "bytes_limit" in stats:
+        device = Limit(int(stats["bytes_limit"]), "the device's memory")
+        pools = [_pinned_pool(), *([physical] if physical else [])]
+        host = min(pools, key=lambda limit: limit.size)
+    else:
+        both = physical
+    if cache.device_limit is not None:
+        name = f"CacheConfig.device_limit={cache.device_limit}"
+        device = Limit(cache.device_limit, name)
+    if cache.host_limit is not None:
+        host = Limit(cache.host_limit, f"CacheConfig.host_limit={cache.host_limit}")
+    return MemoryLimits(device, host, both)
+
+
+def _largest(plan: MemoryPlan, count: int = 4) -> str:
+    parts = sorted(plan.parts(), key=lambda part: -part[1])[:count]
+    return ", ".join(f"{name} {gib(size)}" for name, size in parts)
+
+
+def shortfall(plan: MemoryPlan, limits: MemoryLimits) -> str | None:
+    """Why a request does not fit, or None if it does."""
+    request = f"batch {plan.batch} with room for {plan.capacity:,} tokens each"
+    ways = ["fewer sequences at a time", "shorter prompts or fewer new tokens"]
+    if plan.kind == "offload":
+        ways.append("fewer CacheConfig.device_blocks")
+    else:
+        ways.append("CacheConfig(kind='offload')")
+    needs = (
+        ("device memory", plan.device, limits.device, _largest(plan), ways),
+        (
+            "host memory",
+            plan.host,
+            limits.host,
+            "the host store of all KV blocks",
+            [*ways[:2], "CacheConfig(kind='resident')"],
+        ),
+        (
+            "memory",
+            plan.device + plan.host,
+            limits.both,
+            _largest(plan) + (f", host store {gib(plan.host)}" if plan.host else ""),
+            ways[:2],
+        ),
+    )
+    for what, need, limit, parts, ways in needs:
+        if limit is not None and need > limit.size:
+            return (
+                f"{request} needs {gib(need)} of {what}, and {limit} is the limit; "
+                f"largest parts: {parts}. Ways out: {', '.join(ways)}"
+            )
+    return None
+
+
+def largest_batch(fits: Callable[[int], bool]) -> int:
+    """The largest batch that fits, of those up to 4,096; 0 if none does.
+
+    Args:
+      fits: Whether a batch fits. Larger ones must not fit where smaller ones do not.
+    """
+    if not fits(1):
+        return 0
+    low = 1
+    while low < _MOST_SEQUENCES and fits(min(2 * low, _MOST_SEQUENCES)):
+        low = min(2 * low, _MOST_SEQUENCES)
+    high = min(2 * low, _MOST_SEQUENCES + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+@functools.lru_cache(256)
+def _refusal(
+    settings: LayerSettings,
+    cache: CacheConfig,
+    batch: int,
+    shapes: Shapes,
+    held_capacity: int | None,
+    dtype: DTypeLike,
+    storage: Storage,
+    forecast: bool,
+    limits: MemoryLimits,
+) -> tuple[str | None, MemoryPlan]:
+    def of(batch: int, shapes: Shapes = shapes) -> MemoryPlan:
+        return memory_plan(
+            settings,
+            cache,
+            batch=batch,
+            shapes=shapes,
+            dtype=dtype,
+            storage=storage,
+            forecast=forecast,
+        )
+
+    plan = of(batch)
+    reason = shortfall(plan, limits)
+    if reason is not None:
+        most = largest_batch(lambda size: shortfall(of(size), limits) is None)
+        reason += f" (of {plan.kind} sequences like these, {most or 'none'} fit)"
+    if reason is None and held_capacity is not None:
+        # A cache that grows is there twice for a moment.
+        small = dataclasses.replace(shapes, capacity=held_capacity)
+        held = of(batch, small)
+        cached = held.persistent - held.weights - held.forecast_heads
+        both = dataclasses.replace(
+            plan,
+            tile_scratch=max(
+                plan.tile_scratch, cached - plan.kv_scratch - plan.prompt_states
+            ),
+            host=plan.host + held.host,
+        )
+        reason = shortfall(both, limits)
+        if reason is not None:
+            reason = f"while the conversation's cache grows, {reason}"
+    return reason, plan
+
+
+def refuse_what_cannot_fit(
+    settings: LayerSettings,
+    cache: CacheConfig,
+    batch: int,
+    shapes: Shapes,
+    *,
+    dtype: DTypeLike,
+    storage: Storage,
+    forecast: bool,
+    held: GenerateState | None = None,
+) -> None:
+    """Raises before a request allocates, if it cannot fit.
+
+    The plan and the limits are kept by shapes: a further call costs microseconds.
+
+    Args:
+      settings: How the request runs.
+      cache: Where its KV lives, with its limits.
+      batch: Sequences.
+      shapes: Sizes of the request.
+      dtype: Type of weights and cache.
+      storage: How the layers are stored.
+      forecast: Whether the model holds Forecast heads.
+      held: State of the conversation that goes on.
+
+    Raises:
+      ConfigError: If device or host memory are too small; names need, limit, the
+        largest parts and what to change.
+    """
+    limits = memory_limits(cache)
+    capacity = None
+    if held is not None and held.cache.capacity < shapes.capacity:
+        capacity = held.cache.capacity
+    reason, plan = _refusal(
+        settings, cache, batch, shapes, capacity, dtype, storage, forecast, limits
+    )
+    if reason is not None:
+        raise ConfigError(reason)
+    if cache.device_limit is None and limits.device is not None:
+        _refuse_beside_others(plan, limits.device, held=held is not None)
+
+
+def why_not(
+    settings: LayerSettings,
+    cache: CacheConfig,
+    batch: int,
+    shapes: Shapes,
+    *,
+    dtype: DTypeLike,
+    storage: Storage,
+    forecast: bool,
+) -> str | None:
+    """Why a request does not fit, or None; arguments as `refuse_what_cannot_fit`."""
+    limits = memory_limits(cache)
+    return _refusal(
+        settings, cache, batch, shapes, None, dtype, storage, forecast, limits
+    )[0]
+
+
+def _refuse_beside_others(plan: MemoryPlan, limit: Limit, *, held: bool) -> None:
+    """Refuses what fits the device alone, but not beside the arrays on it."""
+    ours = plan.weights + plan.forecast_heads
+    if held:
+        ours = plan.persistent
+
+    def others() -> int:
+        stats = jax.devices()[0].memory_stats() or {}
+        return max(0, int(stats.get("bytes_in_use", 0)) - ours)
+
+    if plan.device + others() <= limit.size:
+        return
+    gc.collect()  # an earlier cache may only wait for this
+    if plan.device + others() > limit.size:
+        raise ConfigError(
+            f"batch {plan.batch} with room for {plan.capacity:,} tokens each needs "
+            f"{gib(plan.device)} of device memory beside {gib(others())} that other "
+            f"arrays hold, and {limit} is the limit; largest parts: {_largest(plan)}. "
+            "Ways out: drop earlier outputs (their conversation keeps its cache), "
+            "fewer sequences at a time, CacheConfig(kind='offload')"
+        )

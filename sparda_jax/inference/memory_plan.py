@@ -1,0 +1,449 @@
+"""How many bytes a request needs, by part, before anything is allocated.
+
+What stays from one call to the next (weights, caches, generation state) is counted on
+the abstract arrays that the code itself makes, so it is exact and cannot drift. What a
+call needs for itself is estimated from the shapes that live at its widest point; the
+estimate is that of the XLA forms in the model's own type, compared in the tests with
+what XLA's buffer assignment says. Pallas kernels need less.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from pallas_kernels.block_sparse_attention.xla import (
+    DENSE_KEYS,
+    DENSE_QUERIES,
+    SPARSE_KEYS,
+    SPARSE_QUERIES_MIN,
+    SPARSE_ROWS,
+)
+from pallas_kernels.paged_decode_attention.xla import CHUNK_KEYS, GATHER_KEYS
+from sparda_jax.cache.offload import OffloadCache
+from sparda_jax.config import CacheConfig, ModelConfig
+from sparda_jax.inference.generate import GenerateState, Shapes, new_state
+from sparda_jax.inference.layer_store import LayerSettings
+from sparda_jax.inference.prefill import padded_length
+from sparda_jax.models.decoder import Decoder, DecoderLayer, Storage
+from sparda_jax.sparse.selection import own_query_scores
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one request.
+
+    Attributes:
+      kind: Where the KV lives.
+      batch, capacity: Sequences, and tokens that each can hold.
+      weights: The model without Forecast heads.
+      forecast_heads: The heads, where the model has them.
+      kv: KV of the resident layers: all, or layer 0, or none.
+      slots: Device slots of the offloaded layers.
+      slot_tables: What lies in them.
+      compressed_keys: Of all layers, for all blocks.
+      key_bias: NOSA's bias a token and its window means.
+      staging: Where fetched blocks arrive.
+      generation: Tokens, lengths, tokens seen, counters.
+      layer_copy: One layer's weights, which a scan takes out of the stack.
+      kv_scratch: One layer's whole KV, while an offloaded layer prefills.
+      prompt_states: Hidden states, forecasts and rotations of the prompt.
+      tile_scratch: What one prefill tile needs at its widest point.
+      decode_scratch: What one decode step needs.
+      host: The host store.
+    """
+
+    kind: str
+    batch: int
+    capacity: int
+    weights: int
+    forecast_heads: int
+    kv: int
+    slots: int
+    slot_tables: int
+    compressed_keys: int
+    key_bias: int
+    staging: int
+    generation: int
+    layer_copy: int
+    kv_scratch: int
+    prompt_states: int
+    tile_scratch: int
+    decode_scratch: int
+    host: int
+
+    @property
+    def persistent(self) -> int:
+        """Device bytes that stay from call to call."""
+        return sum(
+            (
+                self.weights,
+                self.forecast_heads,
+                self.kv,
+                self.slots,
+                self.slot_tables,
+                self.compressed_keys,
+                self.key_bias,
+                self.staging,
+                self.generation,
+            )
+        )
+
+    @property
+    def prefill_peak(self) -> int:
+        """Most device bytes while the prompt runs."""
+        scratch = self.kv_scratch + self.prompt_states + self.tile_scratch
+        return self.persistent + self.layer_copy + scratch
+
+    @property
+    def decode_peak(self) -> int:
+        """Most device bytes while tokens are decoded."""
+        return self.persistent + self.layer_copy + self.decode_scratch
+
+    @property
+    def device(self) -> int:
+        """Most device bytes at any time."""
+        return max(self.prefill_peak, self.decode_peak)
+
+    def parts(self) -> list[tuple[str, int]]:
+        """Names and bytes of the device's parts at its widest point; none is 0."""
+        prefill = self.prefill_peak >= self.decode_peak
+        kv = "KV of layer 0" if self.kind == "offload" else "KV"
+        named = [
+            ("weights", self.weights),
+            ("Forecast heads", self.forecast_heads),
+            (kv, self.kv),
+            ("KV slots", self.slots),
+            ("slot tables", self.slot_tables),
+            ("compressed keys", self.compressed_keys),
+            ("key bias", self.key_bias),
+            ("staging", self.staging),
+            ("generation state", self.generation),
+            ("copy of one layer's weights", self.layer_copy),
+        ]
+        if prefill:
+            named += [
+                ("prefill: one layer's KV", self.kv_scratch),
+                ("prefill: prompt states", self.prompt_states),
+                ("prefill: tile scratch", self.tile_scratch),
+            ]
+        else:
+            named += [("decode scratch", self.decode_scratch)]
+        return [(name, size) for name, size in named if size]
+
+
+def abstract_decoder(
+    config: ModelConfig, dtype: DTypeLike, *, storage: Storage, forecast: bool
+) -> Decoder:
+    """A decoder of shapes without values."""
+    hidden, ffn = config.hidden_size, config.ffn_size
+    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    width = (heads + 2 * kv_heads) * dim
+    shapes = {
+        "attention_norm": (hidden,),
+        "qkv": (hidden, width),
+        "out": (heads * dim, hidden),
+        "mlp_norm": (hidden,),
+        "gate_up": (hidden, 2 * ffn),
+        "down": (ffn, hidden),
+    }
+    if config.attention_bias:
+        shapes["qkv_bias"] = (width,)
+    if config.qk_norm:
+        shapes |= {"q_norm": (dim,), "k_norm": (dim,)}
+    if config.key_bias:
+        shapes["key_bias_scale"] = (kv_heads,)
+        shapes["key_bias_delta"] = (kv_heads * dim, kv_heads)
+
+    def make() -> Decoder:
+        layers = [
+            DecoderLayer({name: jnp.zeros(s, dtype) for name, s in shapes.items()})
+            for _ in range(config.num_layers)
+        ]
+        table = (config.vocab_size, hidden)
+        heads_of = [jnp.zeros((hidden, kv_heads * dim), dtype) for _ in layers]
+        return Decoder(
+            config,
+            embedding=jnp.zeros(table, dtype),
+            layers=layers,
+            final_norm=jnp.zeros((hidden,), dtype),
+            head=None if config.tie_embeddings else jnp.zeros(table, dtype),
+            forecast=heads_of if forecast else None,
+            storage=storage,
+        )
+
+    return jax.eval_shape(make)
+
+
+def abstract_state(
+    model: Decoder,
+    settings: LayerSettings,
+    cache: CacheConfig,
+    batch: int,
+    shapes: Shapes,
+) -> tuple[GenerateState, jax.ShapeDtypeStruct | None]:
+    """A generation state of shapes, and its host store, which the state then lacks.
+
+    Args:
+      model: A decoder, of values or of shapes.
+      settings: How to attend.
+      cache: Where the KV lives.
+      batch: B.
+      shapes: Sizes.
+    """
+    found: list[jax.ShapeDtypeStruct] = []
+
+    def make(model: Decoder) -> GenerateState:
+        state = new_state(model, settings, batch, shapes, cache, abstract=True)
+        if not isinstance(state.cache, OffloadCache):
+            return state
+        # The store is no array here, and must not leave the traced function as one.
+        store = state.cache.store
+        assert isinstance(store, jax.ShapeDtypeStruct)
+        found.append(store)
+        kept = state.cache._replace(store=None)  # pyrefly: ignore[bad-argument-type]
+        return state._replace(cache=kept)
+
+    state = jax.eval_shape(make, model)
+    return state, found[0] if found else None
+
+
+def tree_bytes(tree: object) -> int:
+    """Bytes of all arrays of a tree, of values or of shapes."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """Bytes of the generation state by part."""
+
+    kv: int
+    slots: int
+    slot_tables: int
+    compressed_keys: int
+    key_bias: int
+    staging: int
+    generation: int
+    host: int
+
+
+@functools.lru_cache(256)
+def _state_bytes(
+    settings: LayerSettings, cache: CacheConfig, batch: int, shapes: Shapes, dtype: str
+) -> _State:
+    # Stacked and per-layer storage hold the same bytes; fewer arrays are fewer to
+    # trace.
+    model = _abstract_stack(settings.config, dtype)
+    state, store = abstract_state(model, settings, cache, batch, shapes)
+    kv = slots = tables = spare = ()
+    if isinstance(state.cache, OffloadCache):
+        first = state.cache.first
+        layers = (*state.cache.layers, *(() if first is None else (first,)))
+        kv = () if first is None else (first.kv,)
+        slots = tuple(layer.slots for layer in state.cache.layers)
+        tables = tuple(layer.table for layer in state.cache.layers)
+        spare = state.cache.spare
+    else:
+        layers = state.cache.layers
+        kv = tuple(layer.kv for layer in layers)
+    rest = [part for part in state if part is not state.cache]
+    return _State(
+        kv=tree_bytes(kv),
+        slots=tree_bytes(slots),
+        slot_tables=tree_bytes(tables),
+        compressed_keys=tree_bytes([layer.keys for layer in layers]),
+        key_bias=tree_bytes([(x.key_bias, x.importance) for x in layers]),
+        staging=tree_bytes(spare),
+        generation=tree_bytes(rest),
+        host=tree_bytes(store),
+    )
+
+
+def _affine(
+    settings: LayerSettings, cache: CacheConfig, batch: int, shapes: Shapes, dtype: str
+) -> _State:
+    """`_state_bytes`, traced for one and two sequences only: every array has an axis
+    of sequences or does not know how many there are."""
+    one = dataclasses.astuple(_state_bytes(settings, cache, 1, shapes, dtype))
+    two = dataclasses.astuple(_state_bytes(settings, cache, 2, shapes, dtype))
+    return _State(*(a + (batch - 1) * (b - a) for a, b in zip(one, two, strict=True)))
+
+
+@functools.lru_cache(64)
+def _abstract_stack(config: ModelConfig, dtype: str) -> Decoder:
+    return abstract_decoder(config, dtype, storage="stacked", forecast=True)
+
+
+@functools.lru_cache(64)
+def _weight_bytes(config: ModelConfig, dtype: str) -> tuple[int, int, int]:
+    """Bytes of the base model, of all Forecast heads, and of one layer."""
+    model = _abstract_stack(config, dtype)
+    heads, layers = tree_bytes(model.forecast), tree_bytes(model.layers)
+    return tree_bytes(model) - heads, heads, layers // config.num_layers
+
+
+def _tile_scratch(
+    settings: LayerSettings, batch: int, shapes: Shapes, width: int, size: int
+) -> int:
+    """What a prefill tile needs at its widest point.
+
+    Args:
+      settings: How to attend.
+      batch: B.
+      shapes: Sizes.
+      width: P.
+      size: Bytes of a number of the model.
+    """
+    config, sparse = settings.config, settings.sparse
+    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    tile, group = shapes.tile, config.group_size
+    if not sparse.mask_future_blocks:
+        tile = shapes.prompt
+    blocks = shapes.capacity // sparse.block_size
+    windows = blocks * sparse.windows_per_block
+    lists = settings.selector.lists_blocks(blocks, sparse)
+    rows = batch * tile
+    hidden, q = rows * config.hidden_size * size, rows * heads * dim * size
+    kv = 2 * rows * kv_heads * dim * size
+    forecast = rows * kv_heads * dim * size if settings.selector.needs_forecast else 0
+
+    # Attention: a few tokens of every row against a chunk of keys, in float32.
+    tokens, keys, held = DENSE_QUERIES, DENSE_KEYS, 0
+    if lists:
+        tokens, keys = max(SPARSE_QUERIES_MIN, SPARSE_ROWS // group), SPARSE_KEYS
+        held = 2 * rows * kv_heads * width * 4
+    count = -(-tile // min(tokens, tile))
+    tokens = -(-tile // count)
+    keys = max(1, min(blocks, keys // sparse.block_size)) * sparse.block_size
+    logits = 2 * batch * tokens * heads * keys * 4
+    chunk = 2 * batch * kv_heads * keys * dim * size
+    accumulator = batch * tokens * heads * dim * 4
+    outputs = q if count > 1 else 0
+    attend = hidden + q + outputs + held + logits + chunk + accumulator
+
+    # Choosing: float32 scores of all windows, the masked ones beside them.
+    choose = 0
+    if lists:
+        own = settings.selector.scores is own_query_scores
+        own |= sparse.forecast_decode_only
+        per_token = heads if own else kv_heads
+        scores = 2 * rows * per_token * windows * 4
+        pooled = rows * kv_heads * blocks * 4
+        choose = hidden + q + kv + forecast + scores + pooled
+
+    # The MLP: its input, gate and up, and their product.
+    mlp = 2 * hidden + 3 * rows * config.ffn_size * size
+    return max(attend, choose, mlp)
+
+
+def _decode_scratch(
+    settings: LayerSettings,
+    batch: int,
+    shapes: Shapes,
+    width: int,
+    size: int,
+    staging_area: int,
+) -> int:
+    """What one decode step needs."""
+    config, sparse = settings.config, settings.sparse
+    block, dim = sparse.block_size, config.head_dim
+    blocks = shapes.capacity // block
+    lists = settings.selector.lists_blocks(blocks, sparse)
+    per_head = batch * config.num_kv_heads
+    gathered = min(
+        width if lists else blocks, (GATHER_KEYS if lists else CHUNK_KEYS) // block
+    )
+    attend = 2 * per_head * max(1, gathered) * block * dim * size
+    own = settings.selector.scores is own_query_scores
+    per_token = config.num_heads if own else config.num_kv_heads
+    choose = (
+        2 * batch * per_token * blocks * sparse.windows_per_block * 4 if lists else 0
+    )
+    mlp = batch * (3 * config.ffn_size + 2 * config.hidden_size) * size
+    # Float32 logits, once as the head gives them and once as sampling sorts them.
+    head = 4 * batch * config.vocab_size * 4
+    ahead = 0
+    offload = settings.offload
+    if offload is not None and offload.lookahead and lists:
+        ahead = staging_area
+    return ahead + max(attend, choose, mlp, head)
+
+
+def memory_plan(
+    settings: LayerSettings,
+    cache: CacheConfig,
+    *,
+    batch: int,
+    shapes: Shapes,
+    dtype: DTypeLike,
+    storage: Storage = "per_layer",
+    forecast: bool | None = None,
+) -> MemoryPlan:
+    """The bytes of a request.
+
+    Args:
+      settings: Model, block selection, how to attend, and how an offloaded cache is
+        decoded; without the last the cache is resident.
+      cache: Slots and where layer 0 lives.
+      batch: Sequences.
+      shapes: Bucketed sizes, of `plan_shapes`.
+      dtype: Type of weights and cache.
+      storage: How the layers are stored.
+      forecast: Whether the model holds Forecast heads; None: where they are needed.
+
+    Raises:
+      ConfigError: If the slots cannot hold a block list.
+    """
+    config, sparse = settings.config, settings.sparse
+    name = jnp.dtype(dtype).name
+    size = jnp.dtype(dtype).itemsize
+    state = _affine(settings, cache, batch, shapes, name)
+    base, heads, layer = _weight_bytes(config, name)
+    if forecast is None:
+        forecast = settings.selector.needs_forecast
+    blocks = shapes.capacity // sparse.block_size
+    width = settings.selector.list_width(blocks, sparse)
+    block_bytes = sparse.block_size * 2 * config.head_dim * size
+    area = batch * config.num_kv_heads * width * block_bytes
+    staging, offload = state.staging, settings.offload
+    if offload is not None and offload.route != "slices":
+        # The kernels and NumPy bring their own: what lands, and what is under way.
+        staging = area * (2 if offload.lookahead else 1)
+    padded = padded_length(shapes.prompt, shapes.tile)
+    rows = batch * padded
+    forecasts = config.num_kv_heads if settings.selector.needs_forecast else 0
+    states = rows * (config.hidden_size + forecasts * config.head_dim) * size
+    rotation = rows * config.head_dim * 4
+    copy = 0
+    if storage == "stacked":
+        copy = layer + (heads // config.num_layers if forecasts else 0)
+    scratch = 0
+    if offload is not None:
+        scratch = batch * config.num_kv_heads * blocks * block_bytes
+    return MemoryPlan(
+        kind="resident" if offload is None else "offload",
+        batch=batch,
+        capacity=shapes.capacity,
+        weights=base,
+        forecast_heads=heads if forecast else 0,
+        kv=state.kv,
+        slots=state.slots,
+        slot_tables=state.slot_tables,
+        compressed_keys=state.compressed_keys,
+        key_bias=state.key_bias,
+        staging=staging,
+        generation=state.generation,
+        layer_copy=copy,
+        kv_scratch=scratch,
+        prompt_states=states + rotation,
+        tile_scratch=_tile_scratch(settings, batch, shapes, width, size),
+        decode_scratch=_decode_scratch(settings, batch, shapes, width, size, area),
+        host=state.host,
+    )

@@ -1,0 +1,550 @@
+"""Plans a deployment: what fits, how fast decode can be, and whether offload pays.
+
+Memory is that of `memory_plan`. Speed is a bound, not a measurement: a step moves its
+device bytes at the device's bandwidth, computes at its peak, and fetches its misses at
+the rate of the fetch route. With look-ahead a step takes as long as the slowest of the
+three; without, the fetch comes on top. How many listed blocks are not in a slot is an
+input: it depends on model and text.
+"""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from pallas_kernels._common.dispatch import tuned_record
+from sparda_jax.cache.fetch import FetchRoute, recorded_routes
+from sparda_jax.config import (
+    CacheConfig,
+    ConfigError,
+    ModelConfig,
+    SparseConfig,
+    require,
+)
+from sparda_jax.inference.generate import Shapes, plan_shapes
+from sparda_jax.inference.layer_store import LayerSettings, OffloadSettings
+from sparda_jax.inference.limits import (
+    Limit,
+    MemoryLimits,
+    largest_batch,
+    shortfall,
+)
+from sparda_jax.inference.memory_plan import GIB, MemoryPlan, memory_plan
+from sparda_jax.models.presets import get_preset
+from sparda_jax.models.weights import num_parameters
+from sparda_jax.sparse.selection import own_query_scores
+from sparda_jax.sparse.selectors import Selector, get_selector
+
+# Nobody has published how many listed blocks miss; our experiments on a GPU took this.
+ASSUMED_MISS = 0.10
+# What an accelerator's engine takes; see `engine.LanguageModel.tile_size`.
+_TILE = 1024
+_LONGEST = 2**21
+
+# Dense bf16 peak of the vendor's data sheet, FLOP/s. A bound that decode seldom meets.
+_PEAKS = (("NVIDIA H200", 989e12), ("NVIDIA H100", 989e12), ("NVIDIA A100", 312e12))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What a machine moves and computes.
+
+    Attributes:
+      memory: Device bytes a second, reads and writes counted.
+      fetch: Bytes a second of blocks fetched from host memory by `route`.
+      link: Bytes a second of one large copy to the device; None if not known.
+      peak: FLOP/s of a matrix product; None leaves compute out of the bound.
+      route: How blocks are fetched.
+      source: Where the figures come from.
+    """
+
+    memory: float
+    fetch: float
+    link: float | None = None
+    peak: float | None = None
+    route: FetchRoute = "slices"
+    source: str = "given"
+
+    def __post_init__(self) -> None:
+        for field in ("memory", "fetch", "link", "peak"):
+            value = getattr(self, field)
+            if value is not None:
+                require(value > 0, f"Rates.{field}", value, "above 0")
+
+
+def recorded_rates(device_kind: str) -> Rates | None:
+    """The figures that the project measured on a device kind, or None."""
+    routes = recorded_routes().get(device_kind, {})
+    copy = tuned_record("paged_decode_attention", device_kind)
+    memory = copy.get("copy_gigabytes_per_second")
+    fetch = routes.get(routes.get("route", ""))
+    if memory is None or fetch is None:
+        return None
+    peak = next((p for name, p in _PEAKS if device_kind.startswith(name)), None)
+    link = routes.get("link")
+    return Rates(
+        memory=memory * 1e9,
+        fetch=fetch * 1e9,
+        link=None if link is None else link * 1e9,
+        peak=peak,
+        route=routes["route"],
+        source=f"recorded for {device_kind}, JAX {routes['jax']}",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """The bound of one decode step, in seconds.
+
+    Attributes:
+      memory: Device bytes over bandwidth.
+      compute: FLOPs over peak; 0 where the peak is not known.
+      fetch: Missed bytes over the route's rate; 0 for a resident cache.
+      hidden: The part of `fetch` that can run beside the rest.
+    """
+
+    memory: float
+    compute: float
+    fetch: float
+    hidden: float
+
+    @property
+    def seconds(self) -> float:
+        """The whole step."""
+        device = max(self.memory, self.compute)
+        return max(device, self.hidden) + self.fetch - self.hidden
+
+    @property
+    def bound_by(self) -> str:
+        """What the step waits for most."""
+        costs = {
+            "memory": self.memory,
+            "compute": self.compute,
+            "fetch": self.fetch,
+        }
+        return max(costs, key=lambda name: costs[name])
+
+
+@functools.lru_cache(64)
+def _parameters(config: ModelConfig) -> int:
+    return num_parameters(config)
+
+
+def step_time(
+    settings: LayerSettings,
+    cache: CacheConfig,
+    rates: Rates,
+    *,
+    batch: int,
+    capacity: int,
+    context: int,
+    dtype: DTypeLike,
+    miss: float,
+) -> StepTime:
+    """The bound of a decode step whose rows hold `context` tokens.
+
+    Args:
+      settings: How the request runs.
+      cache: Where layer 0 lives.
+      rates: The machine.
+      batch: Sequences.
+      capacity: Tokens of room in each.
+      context: Tokens held by each.
+      dtype: Type of weights and cache.
+      miss: Share of listed blocks that no slot holds.
+    """
+    config, sparse, selector = settings.config, settings.sparse, settings.selector
+    size, block = jnp.dtype(dtype).itemsize, sparse.block_size
+    held = -(-context // block)
+    room = capacity // block
+    lists = selector.lists_blocks(room, sparse)
+    attended = min(held, selector.list_width(room, sparse)) if lists else held
+    heads = batch * config.num_kv_heads * config.num_layers
+    block_bytes = block * 2 * config.head_dim * size
+
+    parameters = _parameters(config)
+    if not config.tie_embeddings:
+        parameters -= config.vocab_size * config.hidden_size
+    if selector.needs_forecast:
+        kv_width = config.num_kv_heads * config.head_dim
+        parameters += config.num_layers * config.hidden_size * kv_width
+    moved = parameters * size + heads * attended * block_bytes
+    flops = 2 * parameters * batch
+    per_key = 4 * config.group_size * config.head_dim
+    flops += heads * attended * block * per_key
+    if lists:
+        windows = held * sparse.windows_per_block
+        moved += heads * windows * config.head_dim * size
+        queries = config.group_size if selector.scores is own_query_scores else 1
+        flops += 2 * heads * windows * queries * config.head_dim
+
+    fetch = hidden = 0.0
+    offload = settings.offload
+    if (
+        offload is not None
+        and cache.slots(room, selector.list_width(room, sparse)) < room
+    ):
+        away = config.num_layers - (1 if cache.layer0 == "resident" else 0)
+        # A row's own block is always in its slot.
+        missed = miss * (attended - 1) * batch * config.num_kv_heads * block_bytes
+        fetch = away * missed / rates.fetch
+        # Fetched blocks are written, read and written again on their way to a slot.
+        moved += 3 * away * missed
+        if offload.lookahead:
+            # Nobody looks ahead for layer 0.
+            hidden = (config.num_layers - 1) * missed / rates.fetch
+    return StepTime(
+        memory=moved / rates.memory,
+        compute=0.0 if rates.peak is None else flops / rates.peak,
+        fetch=fetch,
+        hidden=hidden,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One way to run a batch: what it needs and how fast it can be.
+
+    Attributes:
+      memory: Bytes by part.
+      step: The bound of a decode step.
+      fits: Whether it fits the limits.
+    """
+
+    memory: MemoryPlan
+    step: StepTime
+    fits: bool
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return self.memory.batch
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Output tokens of all sequences."""
+        return self.batch / self.step.seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `sparda plan` shows; see `plan`.
+
+    Attributes:
+      model: The model.
+      sparse: Block selection.
+      attention: How blocks are chosen.
+      context, prompt, chunk: Tokens in all, of the prompt, and of one prefill call.
+      dtype: Type of weights and cache.
+      limits: Device and host memory.
+      rates: The machine.
+      miss: Share of listed blocks that is fetched.
+      lookahead: Whether fetches run beside compute.
+      batch: The batch that was asked for, or 1.
+      resident, offload: That batch in either way.
+      resident_best, offload_best: The largest batch that fits; None if not even one.
+      offload_alone: `offload_best` if every fetch were waited for.
+      break_even: Largest miss share at which offload still gives more tokens a second
+        at this context; None if it does at none.
+      pays_from: Smallest context (of those tried, in steps of a factor of 1.5) from
+        which offload gives more tokens a second; None if none does.
+      notes: What to know about the figures.
+    """
+
+    model: ModelConfig
+    sparse: SparseConfig
+    attention: str
+    context: int
+    prompt: int
+    chunk: int
+    dtype: str
+    limits: MemoryLimits
+    rates: Rates
+    miss: float
+    lookahead: bool
+    batch: int
+    resident: Option
+    offload: Option
+    resident_best: Option | None
+    offload_best: Option | None
+    offload_alone: Option | None
+    break_even: float | None
+    pays_from: int | None
+    notes: tuple[str, ...]
+
+    @property
+    def offload_pays(self) -> bool:
+        """Whether offload gives more tokens a second at this context."""
+        return _pays(self.resident_best, self.offload_best)
+
+    @property
+    def verdict(self) -> str:
+        """Whether to offload, and why."""
+        resident, offload = self.resident_best, self.offload_best
+        if resident is None and offload is None:
+            return (
+                "does not fit: not even one sequence, resident or offloaded "
+                f"({shortfall(self.offload.memory, self.limits)})"
+            )
+        if offload is None:
+            return "do not offload: it does not fit in host memory, and resident does"
+        many = f"{offload.batch} sequences, {offload.tokens_per_second:,.0f} tokens/s"
+        if resident is None:
+            return f"offload: not even one sequence fits resident; offloaded, {many}"
+        ratio = offload.tokens_per_second / resident.tokens_per_second
+        beside = f"resident {resident.batch}, {resident.tokens_per_second:,.0f}"
+        if ratio > 1:
+            text = f"offload: {ratio:.2f}x the tokens/s ({many}; {beside})"
+            if self.batch <= resident.batch:
+                text += (
+                    f". At batch {self.batch} do not offload: it fits resident, where "
+                    "no step waits for a fetch"
+                )
+            return text
+        text = f"do not offload: {ratio:.2f}x the tokens/s ({many}; {beside})"
+        if resident.batch < self.batch <= offload.batch:
+            text += f". Only if {self.batch} sequences must run at a time: they fit"
+        return text
+
+
+def _pays(resident: Option | None, offload: Option | None) -> bool:
+    if offload is None:
+        return False
+    if resident is None:
+        return True
+    return offload.tokens_per_second > resident.tokens_per_second
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planner:
+    """Everything but the context, the batch and the kind of cache."""
+
+    config: ModelConfig
+    sparse: SparseConfig
+    selector: Selector
+    cache: CacheConfig
+    rates: Rates
+    limits: MemoryLimits
+    miss: float
+    dtype: str
+    max_new: int
+    chunk: int | None
+
+    def settings(self, kind: str, *, lookahead: bool = True) -> LayerSettings:
+        offload = None
+        if kind == "offload":
+            ahead = self.selector.needs_forecast and self.cache.prefetch != "none"
+            offload = OffloadSettings(self.rates.route, ahead and lookahead)
+        return LayerSettings(self.config, self.sparse, self.selector, offload=offload)
+
+    def shapes(self, context: int) -> Shapes:
+        prompt = context - self.max_new
+        piece = min(prompt, self.chunk or prompt)
+        return plan_shapes(
+            piece,
+            farthest_start=(prompt - 1) // piece * piece,
+            longest=prompt,
+            max_new=self.max_new,
+            tile_size=_TILE,
+            block_size=self.sparse.block_size,
+        )
+
+    def option(
+        self, kind: str, context: int, batch: int, *, lookahead: bool = True
+    ) -> Option:
+        settings = self.settings(kind, lookahead=lookahead)
+        shapes = self.shapes(context)
+        memory = memory_plan(
+            settings, self.cache, batch=batch, shapes=shapes, dtype=self.dtype
+        )
+        step = step_time(
+            settings,
+            self.cache,
+            self.rates,
+            batch=batch,
+            capacity=shapes.capacity,
+            context=context,
+            dtype=self.dtype,
+            miss=self.miss,
+        )
+        return Option(memory, step, shortfall(memory, self.limits) is None)
+
+    def largest(self, kind: str, context: int) -> Option | None:
+        option = functools.partial(self.option, kind, context)
+        batch = largest_batch(lambda size: option(size).fits)
+        return option(batch) if batch else None
+
+    def pays(self, context: int) -> bool:
+        resident = self.largest("resident", context)
+        return _pays(resident, self.largest("offload", context))
+
+    def pays_from(self) -> int | None:
+        """The smallest context at which offload is ahead."""
+        block = self.sparse.block_size
+        size = self.sparse.block_budget * block
+        while size <= _LONGEST:
+            for context in (size, size * 3 // 2):
+                if context > self.max_new and self.pays(context):
+                    return context
+            size *= 2
+        return None
+
+    def break_even(self, context: int) -> float | None:
+        """The largest miss share at which offload is ahead, to a thousandth."""
+
+        def ahead(thousandths: int) -> bool:
+            miss = thousandths / 1000
+            return dataclasses.replace(self, miss=miss).pays(context)
+
+        low, high = -1, 1001
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if ahead(middle) else (low, middle)
+        return None if low < 0 else low / 1000
+
+
+def _whole(field: str, value: object, least: int) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    require(ok, field, value, f"an integer of at least {least}")
+
+
+def _size(field: str, value: float) -> None:
+    require(0 < value < 2**30, field, value, "a number of GiB above 0")
+
+
+def plan(
+    model: str | ModelConfig,
+    *,
+    context: int,
+    hbm_gib: float,
+    host_gib: float,
+    rates: Rates,
+    batch: int = 1,
+    attention: str | Selector = "sparda",
+    sparse: SparseConfig | None = None,
+    cache: CacheConfig | None = None,
+    miss: float = ASSUMED_MISS,
+    dtype: DTypeLike = "bfloat16",
+    max_new_tokens: int = 256,
+    prefill_chunk: int | None = 8192,
+) -> Plan:
+    """What fits in a machine's memory, how fast decode can be, whether offload pays.
+
+    No weights are needed, and nothing is allocated.
+
+    Args:
+      model: A preset's name, or a shape.
+      context: Tokens of each sequence, prompt and output together. May be longer than
+        the model's own: this is a plan, and says so in its notes.
+      hbm_gib: Device memory, GiB.
+      host_gib: Host memory for the KV store, GiB.
+      rates: The machine: `recorded_rates`, `measure_rates` or figures of your own.
+      batch: The batch to look at beside the largest one.
+      attention: How blocks are chosen.
+      sparse: Block selection; None takes the preset's.
+      cache: Slots, look-ahead and where layer 0 lives; its kind does not matter.
+      miss: Share of listed blocks that is not in a slot, 0 to 1. An assumption; a
+        run's `stats.offload.hit_rate` is 1 minus the real one.
+      dtype: Type of weights and cache.
+      max_new_tokens: Output tokens of each sequence.
+      prefill_chunk: Tokens of one prefill call, as `stream` takes it; None is the
+        whole prompt at once, as `generate` does it.
+
+    Raises:
+      ConfigError: If an argument is not allowed.
+    """
+    preset = get_preset(model) if isinstance(model, str) else None
+    config = preset.model if preset is not None else model
+    assert isinstance(config, ModelConfig)
+    if sparse is None:
+        sparse = SparseConfig() if preset is None else preset.sparse
+    selector = get_selector(attention)
+    selector.check(config, has_forecast=True)
+    cache = CacheConfig() if cache is None else cache
+    _whole("max_new_tokens", max_new_tokens, 1)
+    _whole("context", context, max_new_tokens + 1)
+    require(context <= _LONGEST, "context", context, f"at most {_LONGEST}")
+    _whole("batch", batch, 1)
+    if prefill_chunk is not None:
+        _whole("prefill_chunk", prefill_chunk, 1)
+    _size("hbm_gib", hbm_gib)
+    _size("host_gib", host_gib)
+    require(0 <= miss <= 1, "miss", miss, "a share from 0 to 1")
+    if cache.prefetch == "lookahead" and not selector.needs_forecast:
+        raise ConfigError(
+            f"CacheConfig.prefetch='lookahead' is not allowed with "
+            f"attention={selector.name!r}: only an attention that forecasts can look "
+            "ahead (sparda)"
+        )
+    planner = _Planner(
+        config=config,
+        sparse=sparse,
+        selector=selector,
+        cache=cache,
+        rates=rates,
+        limits=MemoryLimits(
+            device=Limit(round(hbm_gib * GIB), f"{hbm_gib:g} GiB of device memory"),
+            host=Limit(round(host_gib * GIB), f"{host_gib:g} GiB of host memory"),
+        ),
+        miss=miss,
+        dtype=jnp.dtype(dtype).name,
+        max_new=max_new_tokens,
+        # Rows that switch to dense attention by length cannot be cut into pieces.
+        chunk=prefill_chunk if sparse.dense_len <= 0 else None,
+    )
+    best = planner.largest("offload", context)
+    alone = None
+    if best is not None:
+        alone = planner.option("offload", context, best.batch, lookahead=False)
+    offload = planner.settings("offload").offload
+    assert offload is not None
+    return Plan(
+        model=config,
+        sparse=sparse,
+        attention=selector.name,
+        context=context,
+        prompt=context - max_new_tokens,
+        chunk=min(context - max_new_tokens, planner.chunk or context),
+        dtype=planner.dtype,
+        limits=planner.limits,
+        rates=rates,
+        miss=miss,
+        lookahead=offload.lookahead,
+        batch=batch,
+        resident=planner.option("resident", context, batch),
+        offload=planner.option("offload", context, batch),
+        resident_best=planner.largest("resident", context),
+        offload_best=best,
+        offload_alone=alone,
+        break_even=planner.break_even(context),
+        pays_from=planner.pays_from(),
+        notes=_notes(planner, context),
+    )
+
+
+def _notes(planner: _Planner, context: int) -> tuple[str, ...]:
+    config, notes = planner.config, []
+    if context > config.max_context:
+        notes.append(
+            f"{context:,} tokens are more than the {config.max_context:,} that model "
+            f"{config.name!r} takes as it is: a run needs a checkpoint with extended "
+            "rotary frequencies (LongRoPE lists)"
+        )
+    capacity = planner.shapes(context).capacity
+    if capacity > context:
+        notes.append(
+            f"lengths are bucketed: the cache has room for {capacity:,} tokens a "
+            "sequence"
+        )
+    notes.append(
+        f"misses: {planner.miss:.0%} of the listed blocks, an input; measure yours "
+        "with sparda generate --cache offload --stats"
+    )
+    notes.append(
+        "step times are bounds from bandwidths, for sequences at full length; no "
+        "measurement"
+    )
+    if planner.rates.peak is None:
+        notes.append("compute is left out of the bounds: the peak is not known")
+    return tuple(notes)

@@ -1,0 +1,131 @@
+"""What `auto` decides, and that it says why."""
+
+import dataclasses
+
+import pytest
+
+import sparda_jax as sj
+from sparda_jax.config import CacheConfig
+from sparda_jax.inference.policy import Probe
+
+SPARSE = sj.SparseConfig(local_blocks=2, block_budget=6)
+# 10 ms a step, 100 MB missed at 20 GB/s: half of the step is the fetch.
+HEAVY = Probe(0.010, 100e6, 20e9, hidden=0.8)
+
+
+def test_a_heavy_fetch_is_looked_ahead_for():
+    assert HEAVY.look_ahead
+    assert HEAVY.saved_seconds == pytest.approx(0.004)
+    assert "one layer ahead" in HEAVY.reason()
+    assert "100.00 MB missed take 5.00 ms at 20.0 GB/s" in HEAVY.reason()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"missed_bytes": 1e6},  # nothing much to hide
+        {"hidden": 0.0},  # a device on which nothing overlaps
+        {"missed_bytes": 400e6},  # all link: no compute to hide behind
+    ],
+)
+def test_what_is_not_worth_it_stays_on_demand(change):
+    probe = dataclasses.replace(HEAVY, **change)
+    assert not probe.look_ahead
+    assert "on demand" in probe.reason()
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return sj.load(
+        "tiny",
+        attention="sparda",
+        forecast="from_query",
+        sparse=SPARSE,
+        storage="stacked",
+    )
+
+
+def test_measured_prefetch_gives_the_same_tokens(lm, token_ids):
+    """On a CPU nothing overlaps, so the first steps decide for on demand."""
+    settings = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 1.5}
+    prompt = [token_ids(700)]
+    expected = sj.generate(lm, prompt, **settings)
+    cache = CacheConfig(kind="offload", prefetch="auto", route="slices")
+    chosen = sj.with_attention(lm, "sparda", cache=cache)
+    first = sj.generate(chosen, prompt, **settings)
+    assert first.tokens == expected.tokens
+    assert "on demand: of" in first.stats.policy
+    assert not first.stats.offload.lookahead
+    # The decision is kept: nothing is probed or compiled again.
+    again = sj.generate(chosen, prompt, **settings)
+    assert again.tokens == expected.tokens
+    assert again.stats.compile_seconds == 0
+    assert again.stats.policy == first.stats.policy
+
+
+def test_resident_where_it_fits_and_offload_where_not(lm, token_ids):
+    settings = {"max_new_tokens": 8, "ignore_eos": True}
+    prompt = [token_ids(700)]
+    cache = CacheConfig(kind="auto")
+    fits = sj.generate(sj.with_attention(lm, "sparda", cache=cache), prompt, **settings)
+    assert fits.stats.policy.startswith("resident: it fits")
+    assert fits.stats.offload is None
+
+    small = _limit_between(lm)
+    cache = dataclasses.replace(cache, device_limit=small)
+    chosen = sj.with_attention(lm, "sparda", cache=cache)
+    moved = sj.generate(chosen, prompt, **settings)
+    assert moved.tokens == fits.tokens
+    assert moved.stats.policy.startswith("offload: ")
+    assert moved.stats.offload is not None
+
+
+def _limit_between(lm) -> int:
+    """A device limit that offload meets and a resident cache does not."""
+    from sparda_jax.inference.engine import _Run
+    from sparda_jax.inference.memory_plan import memory_plan
+    from sparda_jax.inference.sampling import SamplingConfig
+
+    plans = []
+    for kind in ("resident", "offload"):
+        chosen = sj.with_attention(lm, "sparda", cache=CacheConfig(kind=kind))
+        run = _Run(
+            chosen,
+            [list(range(2, 102)) * 7],
+            max_new_tokens=8,
+            sampling=SamplingConfig(),
+            seed=0,
+            stop_ids=(),
+            ignore_eos=True,
+            conversation=None,
+            max_context=None,
+            prefill_chunk=None,
+        )
+        plan = memory_plan(
+            run.settings,
+            run.cache,
+            batch=1,
+            shapes=run.shapes,
+            dtype="float32",
+            storage="stacked",
+            forecast=True,
+        )
+        plans.append(plan.device)
+    resident, offload = plans
+    if offload >= resident:
+        pytest.skip("at this size offload needs no less than a resident cache")
+    return (offload + resident) // 2
+
+
+def test_auto_without_a_forecast(lm, token_ids):
+    cache = CacheConfig(kind="offload", prefetch="auto")
+    chosen = sj.with_attention(lm, "infllm_v2", cache=cache)
+    out = sj.generate(chosen, [token_ids(700)], max_new_tokens=4)
+    assert "makes no forecast" in out.stats.policy
+
+
+def test_one_dispatch_cannot_measure(lm, token_ids):
+    cache = CacheConfig(kind="offload", prefetch="auto", route="slices")
+    chosen = sj.with_attention(lm, "sparda", cache=cache)
+    with pytest.raises(sj.ConfigError, match="prefetch='auto'"):
+        sj.generate(chosen, [token_ids(900)], max_new_tokens=4, single_call=True)

@@ -1,0 +1,115 @@
+"""`sparda plan`: a table to read, help that teaches, one line for bad input."""
+
+import re
+
+import pytest
+
+from sparda_jax.cli import main
+
+MODEL = ("--model", "minicpm4.1-8b", "--context", "131072")
+MACHINE = ("--hbm", "80", "--host", "512")
+H200 = ("--device-kind", "NVIDIA H200")
+
+
+def _run(capsys, *arguments):
+    status = main(["plan", *arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("examples:", "how to read it:", "GiB are 2^30 bytes", "--measure"):
+        assert word in text
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "whether to offload" in capsys.readouterr().out
+
+
+def test_table(capsys):
+    status, out, err = _run(capsys, *MODEL, *MACHINE, *H200)
+    assert (status, err) == (0, "")
+    rows = {}
+    for line in out.splitlines():
+        name, *cells = re.split(r"\s{2,}", line.strip())
+        rows[name] = cells
+    assert rows["weights"][0] == "15.2 GiB"
+    assert rows["KV"] == ["4.0 GiB", "–", rows["KV"][2], "–"]
+    assert rows["KV slots"][0] == "–"
+    assert rows["host store"][:2] == ["–", "3.9 GiB"]
+    assert rows["batch"][:2] == ["1", "1"]
+    assert int(rows["batch"][3]) > int(rows["batch"][2]) > 1
+    assert rows["fits"] == ["yes"] * 4
+    for word in (
+        "verdict: ",
+        "offload starts to pay at ",
+        "assumed: 10.0% of listed blocks",
+        "recorded for NVIDIA H200",
+        "memory 3,626 GB/s, fetch 45.0 GB/s (link 53.7)",
+        "LongRoPE",
+        "without look-ahead",
+    ):
+        assert word in out
+
+
+def test_rates_that_are_given(capsys):
+    given = ("--link", "25", "--bandwidth", "1500", "--miss", "0.02")
+    status, out, _ = _run(capsys, *MODEL, *MACHINE, *given)
+    assert status == 0
+    assert "memory 1,500 GB/s, fetch 25.0 GB/s; given" in out
+    status, out, _ = _run(capsys, *MODEL, *MACHINE, *H200, "--link", "25")
+    assert "fetch 25.0 GB/s" in out
+    assert "with what was given" in out
+
+
+def test_options_reach_the_plan(capsys):
+    options = (
+        *("--attention", "infllm_v2", "--block-budget", "64", "--batch", "9999"),
+        *("--device-blocks", "128", "--layer0", "offload", "--prefill-chunk", "0"),
+    )
+    status, out, _ = _run(capsys, *MODEL, *MACHINE, *H200, *options)
+    assert status == 0
+    assert "64 of 2,048 blocks a token" in out
+    assert "130,816 a prefill call" in out
+    assert "9,999" in out
+    assert "KV of layer 0" not in out
+    assert "without look-ahead" not in out
+    assert re.search(r"fits +no +no +yes +yes", out)
+
+
+def test_measure(capsys):
+    arguments = ("--model", "tiny", "--context", "2048", "--hbm", "1", "--host", "1")
+    status, out, _ = _run(capsys, *arguments, "--measure", "--dtype", "float32")
+    assert status == 0
+    assert "measured on cpu, JAX" in out
+    assert "fetch, slices, 8 KiB" in out
+    assert "medians of 7 calls" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ((*MODEL, *MACHINE), "no rates are recorded for device kind 'cpu'"),
+        ((*MODEL, *MACHINE, "--link", "20"), "give --link and --bandwidth"),
+        ((*MODEL, *MACHINE, "--device-kind", "Abacus"), "kind 'Abacus'"),
+        ((*MODEL, *MACHINE, *H200, "--measure"), "leave out --device-kind"),
+        ((*MODEL, *MACHINE, *H200, "--link", "-1"), "--link=-1.0"),
+        ((*MODEL, *MACHINE, *H200, "--miss", "2"), "miss=2.0"),
+        ((*MODEL, *MACHINE, *H200, "--dtype", "int4"), "--dtype='int4'"),
+        ((*MODEL, *MACHINE, *H200, "--attention", "magic"), "attention='magic'"),
+        ((*MODEL, *MACHINE, *H200, "--block-budget", "3"), "forced blocks"),
+        ((*MODEL, *MACHINE, *H200, "--device-blocks", "3"), "device_blocks=3"),
+        ((*MODEL, "--hbm", "0", "--host", "1", *H200), "hbm_gib=0.0"),
+        (("--model", "gpt", "--context", "9", *MACHINE, *H200), "model='gpt'"),
+        ((*MODEL, *MACHINE, "--measure", "--route", "mosaic"), "route='mosaic'"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, arguments, named):
+    status, out, err = _run(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("sparda: ")
+    assert named in err
