@@ -1,6 +1,7 @@
 """The `sparda` command: help that teaches, one line for bad input, real output."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -141,3 +142,27 @@ def test_generate_answers_and_reports(capsys, smollm2_path):
     assert "Paris" in out
     assert "tokens/s" in err
     assert "attention dense" in err
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_offload_answers_as_resident_does(capsys, tmp_path, smollm2_path):
+    """SmolLM2 over 4,000 tokens: the same text, with what it fetched in figures."""
+    from sparda_jax.evaluation.passkey import python_manual
+
+    document = tmp_path / "manual.txt"
+    document.write_text(python_manual()[:15_500], encoding="utf-8")
+    command = ("generate", "--prompt-file", str(document), "--attention", "sparda")
+    command += ("--question", "What does assert do?", "--max-new-tokens", "24")
+    texts = {}
+    for cache in ("resident", "offload"):
+        status, out, err = _run(capsys, *command, "--cache", cache, "--stats", OFF)
+        assert status == 0
+        texts[cache] = out
+    assert texts["offload"] == texts["resident"] != ""
+    figures = re.search(r"(\d+) hits, (\d+) misses .* (\d+\.\d) MB fetched", err)
+    assert figures is not None, err
+    hits, misses, megabytes = map(float, figures.groups())
+    assert 0 < misses < hits
+    # 64 tokens of K and V, 64 wide, in float32.
+    assert megabytes == pytest.approx(misses * 64 * 2 * 64 * 4 / 1e6, abs=0.1)
