@@ -48,7 +48,7 @@ def test_table(capsys):
         "offload starts to pay at ",
         "assumed: 10.0% of listed blocks",
         "recorded for NVIDIA H200",
-        "memory 3,626 GB/s, fetch 45.0 GB/s (link 53.7)",
+        "memory 4,308 GB/s, fetch 45.0 GB/s (link 53.7)",
         "LongRoPE",
         "without look-ahead",
     ):

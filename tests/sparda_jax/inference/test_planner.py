@@ -492,7 +492,7 @@ def test_measured_rates_are_of_this_machine():
 
 def test_recorded_rates():
     found = recorded_rates("NVIDIA H200")
-    assert (found.memory, found.fetch, found.link) == (3626e9, 45e9, 53.7e9)
+    assert (found.memory, found.fetch, found.link) == (4308e9, 45e9, 53.7e9)
     assert recorded_rates("cpu") is None
     assert recorded_rates("NVIDIA T4") is None
 
