@@ -1,6 +1,7 @@
 """What `auto` decides, and that it says why."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -65,56 +66,37 @@ def test_measured_prefetch_gives_the_same_tokens(lm, token_ids):
 
 def test_resident_where_it_fits_and_offload_where_not(lm, token_ids):
     settings = {"max_new_tokens": 8, "ignore_eos": True}
-    prompt = [token_ids(700)]
-    cache = CacheConfig(kind="auto")
+    prompt = [token_ids(2500)]
+    cache = CacheConfig(kind="auto", layer0="offload")
     fits = sj.generate(sj.with_attention(lm, "sparda", cache=cache), prompt, **settings)
     assert fits.stats.policy.startswith("resident: it fits")
     assert fits.stats.offload is None
 
-    small = _limit_between(lm)
-    cache = dataclasses.replace(cache, device_limit=small)
-    chosen = sj.with_attention(lm, "sparda", cache=cache)
+    small = dataclasses.replace(cache, device_limit=_limit_between(lm, prompt))
+    chosen = sj.with_attention(lm, "sparda", cache=small)
     moved = sj.generate(chosen, prompt, **settings)
     assert moved.tokens == fits.tokens
     assert moved.stats.policy.startswith("offload: ")
     assert moved.stats.offload is not None
 
 
-def _limit_between(lm) -> int:
+def _limit_between(lm, prompt) -> int:
     """A device limit that offload meets and a resident cache does not."""
-    from sparda_jax.inference.engine import _Run
-    from sparda_jax.inference.memory_plan import memory_plan
-    from sparda_jax.inference.sampling import SamplingConfig
-
-    plans = []
+    sizes = []
     for kind in ("resident", "offload"):
-        chosen = sj.with_attention(lm, "sparda", cache=CacheConfig(kind=kind))
-        run = _Run(
-            chosen,
-            [list(range(2, 102)) * 7],
-            max_new_tokens=8,
-            sampling=SamplingConfig(),
-            seed=0,
-            stop_ids=(),
-            ignore_eos=True,
-            conversation=None,
-            max_context=None,
-            prefill_chunk=None,
+        cache = CacheConfig(kind=kind, layer0="offload", device_limit=1)
+        chosen = sj.with_attention(lm, "sparda", cache=cache)
+        with pytest.raises(sj.ConfigError) as refused:
+            sj.generate(chosen, prompt, max_new_tokens=8)
+        need = re.search(
+            r"needs ([\d.]+) (KiB|MiB) of device memory", str(refused.value)
         )
-        plan = memory_plan(
-            run.settings,
-            run.cache,
-            batch=1,
-            shapes=run.shapes,
-            dtype="float32",
-            storage="stacked",
-            forecast=True,
-        )
-        plans.append(plan.device)
-    resident, offload = plans
-    if offload >= resident:
-        pytest.skip("at this size offload needs no less than a resident cache")
-    return (offload + resident) // 2
+        assert need is not None, str(refused.value)
+        scale = {"KiB": 2**10, "MiB": 2**20}[need.group(2)]
+        sizes.append(float(need.group(1)) * scale)
+    resident, offload = sizes
+    assert offload < 0.9 * resident
+    return int((offload + resident) / 2)
 
 
 def test_auto_without_a_forecast(lm, token_ids):
