@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from pallas_kernels._common.dispatch import current_platform
+from pallas_kernels.block_scores.xla import CPU_TOKENS, CPU_WINDOWS, TILE_LOGITS
 from pallas_kernels.block_sparse_attention.xla import (
     DENSE_KEYS,
     DENSE_QUERIES,
@@ -30,6 +32,7 @@ from sparda_jax.inference.generate import GenerateState, Shapes, new_state
 from sparda_jax.inference.layer_store import LayerSettings
 from sparda_jax.inference.prefill import padded_length
 from sparda_jax.models.decoder import Decoder, DecoderLayer, Storage
+from sparda_jax.sparse.block_scores import own_query_block_scores
 from sparda_jax.sparse.selection import own_query_scores
 
 GIB = 2**30
@@ -328,19 +331,48 @@ def _tile_scratch(
     outputs = q if count > 1 else 0
     attend = hidden + q + outputs + held + logits + chunk + accumulator
 
-    # Choosing: float32 scores of all windows, the masked ones beside them.
     choose = 0
     if lists:
-        own = settings.selector.scores is own_query_scores
-        own |= sparse.forecast_decode_only
-        per_token = heads if own else kv_heads
-        scores = 2 * rows * per_token * windows * 4
-        pooled = rows * kv_heads * blocks * 4
-        choose = hidden + q + kv + forecast + scores + pooled
+        choose = hidden + q + kv + forecast
+        choose += _choice_scratch(settings, batch, tile, windows, blocks, size)
 
     # The MLP: its input, gate and up, and their product.
     mlp = 2 * hidden + 3 * rows * config.ffn_size * size
     return max(attend, choose, mlp)
+
+
+def _choice_scratch(
+    settings: LayerSettings, batch: int, tile: int, windows: int, blocks: int, size: int
+) -> int:
+    """What choosing a prefill tile's blocks needs beside its queries.
+
+    Args:
+      settings: How to attend.
+      batch: B.
+      tile: T.
+      windows: W.
+      blocks: M.
+      size: Bytes of a number of the model.
+    """
+    config, selector = settings.config, settings.selector
+    own = own_query_scores, own_query_block_scores
+    softmax = settings.sparse.forecast_decode_only or bool(
+        {selector.scores, selector.prefill} & set(own)
+    )
+    heads = config.num_heads if softmax else config.num_kv_heads
+    pooled = batch * tile * config.num_kv_heads * blocks * 4
+    if selector.prefill is None:
+        # Float32 scores of all windows, the masked ones beside them.
+        return 2 * batch * tile * heads * windows * 4 + pooled
+    # A few tokens against a chunk of windows; the softmax form keeps all chunks.
+    tokens, span = max(1, TILE_LOGITS // (batch * heads * windows)), windows
+    if current_platform() == "cpu":
+        tokens, span = min(tokens, CPU_TOKENS), min(windows, CPU_WINDOWS)
+    tokens = min(tokens, tile)
+    tokens = -(-tile // -(-tile // tokens))
+    logits = batch * tokens * heads * (span + (windows if softmax else span)) * 4
+    queries = batch * tile * heads * config.head_dim * size if tokens < tile else 0
+    return queries + logits + pooled
 
 
 def _decode_scratch(
