@@ -15,6 +15,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook(("sparda_jax", "pallas_kernels", "train"), "beartype.beartype")
 
+import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -168,3 +169,17 @@ def without_type_checks():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_code_is_dropped():
+    """Every compiled program holds memory maps, of which a process has only so many."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _slow_tests_drop_their_compiled_code(request: pytest.FixtureRequest):
+    yield
+    if request.node.get_closest_marker("slow") is not None:
+        jax.clear_caches()
