@@ -13,7 +13,7 @@ import warnings
 import jax
 
 COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT"
-_HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 _FLAG = "--xla_gpu_enable_command_buffer"
 
 
@@ -39,7 +39,7 @@ def configure_offload() -> None:
             )
         os.environ["XLA_FLAGS"] = f"{flags} {COMMAND_BUFFERS}".strip()
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    os.environ.setdefault(_HOST_LIMIT, str(max(1, int(total * 0.9 / 2**30))))
+    os.environ.setdefault(HOST_LIMIT, str(max(1, int(total * 0.9 / 2**30))))
 
 
 def _started() -> bool:

@@ -15,9 +15,9 @@ from sparda_jax.inference.generate import GenerateState, Shapes
 from sparda_jax.inference.layer_store import LayerSettings
 from sparda_jax.inference.memory_plan import GIB, MemoryPlan, memory_plan
 from sparda_jax.models.decoder import Storage
+from sparda_jax.runtime import HOST_LIMIT
 
 _MOST_SEQUENCES = 4096
-_POOL = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 _POOL_GIB = 64
 _CGROUP = (
     pathlib.Path("/sys/fs/cgroup/memory.max"),
@@ -79,9 +79,9 @@ def physical_memory() -> Limit | None:
 
 def _pinned_pool() -> Limit:
     """The pool of pinned host memory that JAX makes for a GPU."""
-    text = os.environ.get(_POOL, "")
+    text = os.environ.get(HOST_LIMIT, "")
     size = int(text) if text.isdigit() else _POOL_GIB
-    return Limit(size * GIB, f"{_POOL}={text or _POOL_GIB}")
+    return Limit(size * GIB, f"{HOST_LIMIT}={text or _POOL_GIB}")
 
 
 def memory_limits(cache: CacheConfig) -> MemoryLimits:

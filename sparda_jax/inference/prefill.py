@@ -27,6 +27,7 @@ from sparda_jax.inference.stack import (
     Cache,
     StackCarry,
     Tokens,
+    is_first,
     next_head,
     run_tile,
     start_stack,
@@ -141,7 +142,7 @@ def prefill(
         carry, scratch = loop
         cache = carry.cache
         assert isinstance(cache, OffloadCache)
-        if cache.first is not None and isinstance(layer_index, int) and not layer_index:
+        if cache.first is not None and is_first(layer_index):
             store = ResidentStore(cache.first, 0)
             tokens, store, _ = run_tiles(carry.tokens, store, None, layer, layer_index)
             cache = cache._replace(first=store.cache)

@@ -239,7 +239,7 @@ def layer_on_tile(
     assert tile.decoding
     outlook = next_outlook(cache, layer_index, settings)
     link = Link(cache.store, cache.spare)
-    if cache.first is not None and _is_first(layer_index):
+    if cache.first is not None and is_first(layer_index):
         store = ResidentStore(cache.first, 0, outlook=outlook, link=link)
         tokens, store = run(store)
         cache = cache._replace(first=store.cache)
@@ -271,7 +271,8 @@ def layer_on_tile(
     return _close(carry, tokens, cache, opened, layer_index)
 
 
-def _is_first(layer_index: int | Int[Array, ""]) -> bool:
+def is_first(layer_index: int | Int[Array, ""]) -> bool:
+    """Whether a layer is known to be layer 0 while the program is traced."""
     return isinstance(layer_index, int) and layer_index == 0
 
 
