@@ -11,10 +11,13 @@ share of each list new at every step. Take the share from a trace of a real mode
 Modes, all in one run: `resident` (own-query selection, KV on the device), `sparse` (own
 query, offloaded, each layer waits), `sparda-none` (Forecast, offloaded, each layer
 waits), `sparda` (Forecast, looking one layer ahead). Every figure is the median over
-timed chunks of steps, with the least and the most.
+timed chunks of steps, with the least and the most. `bound` is the least step time that
+the bandwidths measured in the same run allow (`inference.planner.step_time`), `reached`
+the bound over the median.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -176,18 +179,11 @@ def _state(model, settings, batch: int, context: int, new: int, cache):
     )
 
 
-def _measure(model, sparse, mode: str, batch: int, arguments) -> dict:
-    """One mode at one batch: seconds a step and what was fetched."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
+def _settings(config, sparse, mode: str, arguments):
+    """A mode's cache and how its layers run."""
     from sparda_jax.config import CacheConfig
-    from sparda_jax.inference.generate import Request, advance_call
     from sparda_jax.inference.layer_store import LayerSettings
     from sparda_jax.inference.policy import offload_settings
-    from sparda_jax.inference.sampling import SamplingConfig, sampling_state
-    from sparda_jax.models.rope import model_rope
 
     selector = _selector(mode, arguments.miss * sparse.block_budget)
     cache = CacheConfig(
@@ -195,21 +191,58 @@ def _measure(model, sparse, mode: str, batch: int, arguments) -> dict:
         prefetch="lookahead" if mode == "sparda" else "none",
         route=arguments.route,
     )
-    settings = LayerSettings(
-        model.config, sparse, selector, offload=offload_settings(cache, selector)
-    )
-    new = arguments.steps + 4 * CHUNK
-    state = _state(model, settings, batch, arguments.context, new, cache)
-    request = Request(
+    offload = offload_settings(cache, selector)
+    return cache, LayerSettings(config, sparse, selector, offload=offload)
+
+
+def _request(config, batch: int, context: int, new: int):
+    import jax.numpy as jnp
+
+    from sparda_jax.inference.generate import Request
+    from sparda_jax.inference.sampling import SamplingConfig, sampling_state
+    from sparda_jax.models.rope import model_rope
+
+    return Request(
         sampling=sampling_state(SamplingConfig(), 0, batch),
         stops=jnp.full((16,), -1, jnp.int32),
         max_new=jnp.full((batch,), new, jnp.int32),
         steps=jnp.int32(CHUNK),
-        rope=model_rope(model.config, arguments.context + new),
+        rope=model_rope(config, context + new),
     )
-    begun = time.perf_counter()
-    call = advance_call.lower(model, state, request, settings=settings).compile()
-    compile_seconds = time.perf_counter() - begun
+
+
+def _compile(model, state, request, settings: list) -> list:
+    """One program a mode, and the seconds that each took.
+
+    The first one alone: the products' kernels are chosen by timing them, and what it
+    chose serves the others, which are compiled side by side.
+    """
+    from sparda_jax.inference.generate import advance_call
+
+    lowered = [advance_call.lower(model, state, request, settings=s) for s in settings]
+
+    def compiled(program):
+        begun = time.perf_counter()
+        return program.compile(), time.perf_counter() - begun
+
+    first = compiled(lowered[0])
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        return [first, *pool.map(compiled, lowered[1:])]
+
+
+def _time(call, model, state, request, mode: str, arguments) -> tuple:
+    """Seconds a step by chunk, blocks fetched a step, and the state behind them."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    batch = state.lengths.shape[0]
+    # Modes of one kind follow each other on one state: rows begin anew.
+    state = state._replace(
+        lengths=jnp.full((batch,), arguments.context, jnp.int32),
+        generated=jnp.zeros((batch,), jnp.int32),
+        done=jnp.zeros((batch,), bool),
+    )
 
     def chunk(state):
         begun = time.perf_counter()
@@ -224,28 +257,77 @@ def _measure(model, sparse, mode: str, batch: int, arguments) -> dict:
     for _ in range(arguments.steps // CHUNK):
         state, taken = chunk(state)
         seconds.append(taken / CHUNK)
-    timed = len(seconds) * CHUNK
-    fetched = (int(np.sum(np.asarray(state.traffic.fetched))) - before) / timed
+    fetched = int(np.sum(np.asarray(state.traffic.fetched))) - before
     if arguments.profile is not None:
         with jax.profiler.trace(arguments.profile / f"{mode}-{batch}"):
             state, _ = chunk(state)
-    config = model.config
-    itemsize = jnp.dtype(model.embedding[...].dtype).itemsize
-    block_bytes = sparse.block_size * 2 * config.head_dim * itemsize
+    return seconds, fetched / (len(seconds) * CHUNK), state
+
+
+def _row(mode, cache, settings, seconds, fetched, capacity, rates, arguments, batch):
+    """The figures of one mode."""
+    import jax.numpy as jnp
+
+    from sparda_jax.inference.planner import step_time
+
+    config, sparse = settings.config, settings.sparse
+    block_bytes = sparse.block_size * 2 * config.head_dim * 2
     listed = batch * config.num_kv_heads * config.num_layers * sparse.block_budget
+    median = statistics.median(seconds)
+    bound = step_time(
+        settings,
+        cache,
+        rates,
+        batch=batch,
+        capacity=capacity,
+        context=arguments.context,
+        dtype=jnp.bfloat16,
+        miss=fetched / listed,
+    )
     return {
         "mode": mode,
         "batch": batch,
-        "step_ms": statistics.median(seconds) * 1e3,
+        "step_ms": median * 1e3,
         "least_ms": min(seconds) * 1e3,
         "most_ms": max(seconds) * 1e3,
-        "tokens_per_second": batch / statistics.median(seconds),
-        "steps": timed,
-        "compile_s": compile_seconds,
+        "tokens_per_second": batch / median,
+        "steps": len(seconds) * CHUNK,
         "fetched_mb": fetched * block_bytes / 1e6,
         "fetched_share": fetched / listed,
         "attended_gb": listed * block_bytes / 1e9,
+        "bound_ms": bound.seconds * 1e3,
+        "bound_by": bound.bound_by,
+        "bound_share": bound.seconds / median,
     }
+
+
+def _measure(model, sparse, batch: int, modes: list, arguments, rates):
+    """Yields the figures of every mode at one batch; resident ones come first."""
+    import jax
+
+    config, context = model.config, arguments.context
+    new = arguments.steps + 4 * CHUNK
+    request = _request(config, batch, context, new)
+    for resident in (True, False):
+        group = [mode for mode in modes if mode.startswith("resident") == resident]
+        if not group:
+            continue
+        ways = [_settings(config, sparse, mode, arguments) for mode in group]
+        state = _state(model, ways[0][1], batch, context, new, ways[0][0])
+        capacity = state.cache.capacity
+        programs = _compile(model, state, request, [how for _, how in ways])
+        for mode, (cache, how), (call, compiling) in zip(
+            group, ways, programs, strict=True
+        ):
+            seconds, fetched, state = _time(
+                call, model, state, request, mode, arguments
+            )
+            row = _row(
+                mode, cache, how, seconds, fetched, capacity, rates, arguments, batch
+            )
+            yield row | {"compile_s": compiling}
+        del state, programs
+        jax.clear_caches()
 
 
 def main() -> None:
@@ -259,6 +341,7 @@ def main() -> None:
     if arguments.trace:
         _trace(arguments.tokens)
         return
+    from sparda_jax.inference.measure import measure_rates
     from sparda_jax.models.presets import get_preset
     from sparda_jax.models.weights import num_parameters
 
@@ -275,47 +358,56 @@ def main() -> None:
         f"JAX {jax.__version__}",
         flush=True,
     )
+    rates = measure_rates(route=arguments.route).rates
+    print(
+        f"link {(rates.link or 0) / 1e9:.1f} GB/s, listed blocks "
+        f"{rates.fetch / 1e9:.1f} GB/s, device memory {rates.memory / 1e9:.0f} GB/s",
+        flush=True,
+    )
     model = _random_decoder(config)
-    rows = []
+    rows: list[dict] = []
+    figures = {
+        "device": device,
+        "jax": jax.__version__,
+        "model": arguments.model,
+        "context": arguments.context,
+        "miss": arguments.miss,
+        "rates": dataclasses.asdict(rates),
+        "rows": rows,
+    }
     print(
         f"{'mode':16} {'batch':>5} {'step, ms':>9} {'least':>7} {'most':>7} "
-        f"{'tokens/s':>9} {'fetched, MB':>11} {'of lists':>8} {'compile, s':>10}"
+        f"{'tokens/s':>9} {'fetched, MB':>11} {'of lists':>8} {'bound, ms':>9} "
+        f"{'reached':>7} {'compile, s':>10}"
     )
     for batch in arguments.batch:
         token_bytes = 2 * config.num_kv_heads * config.head_dim * 2 * config.num_layers
         resident_gb = (
             num_parameters(config) * 2 + batch * arguments.context * token_bytes
         ) / 1e9
-        for mode in arguments.mode:
-            if mode.startswith("resident") and resident_gb > arguments.limit:
-                print(
-                    f"{mode:16} {batch:5} does not fit: {resident_gb:.0f} GB of "
-                    f"weights and KV, the limit is {arguments.limit:.0f} GB"
-                )
-                continue
-            try:
-                row = _measure(model, preset.sparse, mode, batch, arguments)
-            except Exception as error:  # one mode's failure must not hide the others
-                print(f"{mode:16} {batch:5} failed: {str(error)[:300]}", flush=True)
-                continue
-            rows.append(row)
+        modes = list(arguments.mode)
+        if resident_gb > arguments.limit:
+            modes = [mode for mode in modes if not mode.startswith("resident")]
             print(
-                f"{mode:16} {batch:5} {row['step_ms']:9.2f} {row['least_ms']:7.2f} "
-                f"{row['most_ms']:7.2f} {row['tokens_per_second']:9.1f} "
-                f"{row['fetched_mb']:11.1f} {row['fetched_share']:8.3f} "
-                f"{row['compile_s']:10.1f}",
-                flush=True,
+                f"resident {batch:12} does not fit: {resident_gb:.0f} GB of weights "
+                f"and KV, the limit is {arguments.limit:.0f} GB"
             )
-    if arguments.json:
-        figures = {
-            "device": device,
-            "jax": jax.__version__,
-            "model": arguments.model,
-            "context": arguments.context,
-            "miss": arguments.miss,
-            "rows": rows,
-        }
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+        try:
+            measured = _measure(model, preset.sparse, batch, modes, arguments, rates)
+            for row in measured:
+                rows.append(row)
+                print(
+                    f"{row['mode']:16} {batch:5} {row['step_ms']:9.2f} "
+                    f"{row['least_ms']:7.2f} {row['most_ms']:7.2f} "
+                    f"{row['tokens_per_second']:9.1f} {row['fetched_mb']:11.1f} "
+                    f"{row['fetched_share']:8.3f} {row['bound_ms']:9.2f} "
+                    f"{row['bound_share']:7.0%} {row['compile_s']:10.1f}",
+                    flush=True,
+                )
+                if arguments.json:
+                    arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+        except Exception as error:  # one batch's failure must not hide the others
+            print(f"batch {batch} failed: {str(error)[:300]}", flush=True)
     if not rows or not all(math.isfinite(row["step_ms"]) for row in rows):
         raise SystemExit("nothing was measured")
 

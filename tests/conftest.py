@@ -9,6 +9,11 @@ from typing import NamedTuple
 
 # Before JAX starts: float32 products must be float32 (some GPUs would take TF32).
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+# What `configure_offload` sets, which cannot be called before the hook below: without
+# it a GPU runs offloaded tests serially, and says so by a warning.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT"
+)
 
 import jaxtyping
 from jaxtyping import install_import_hook

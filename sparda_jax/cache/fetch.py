@@ -16,8 +16,8 @@ are not skipped and nothing else, so that bytes follow misses and not the budget
 `auto` takes the fastest one that `routes.json` records for the device kind; a device
 without a record gets `slices`, never an unrecorded kernel.
 
-The order that makes a fetch overlap on a GPU is the caller's: start it behind an
-optimisation barrier, run the layer, join behind another one, and keep to the flags of
+The order that makes a fetch overlap on a GPU is the caller's: join the fetch before and
+start the next one behind one optimisation barrier a layer, and keep to the flags of
 `sparda_jax.runtime`.
 """
 

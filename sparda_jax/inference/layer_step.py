@@ -137,11 +137,11 @@ def decoder_layer(
       settings: The model and how to attend.
     """
     middle = layer_before_fetch(layer, next_head, h, phi, store, tile, settings)
-    # The fences are the order that XLA's scheduler must keep: a fetch beside compute
-    # starts before the layer's attention and MLP and is joined after them. Without
-    # them it puts start and done side by side, and nothing overlaps.
+    # The fence is the order that XLA's scheduler must keep: what the layer before sent
+    # for is joined here, then the next layer's fetch starts, then this layer goes on.
+    # Joined so late, a fetch runs beside the rest of its layer and beside the
+    # projections and the scores of this one. Without the fence XLA puts start and done
+    # side by side, and nothing overlaps.
     store, q = middle.store.fence(middle.q, settings)
     middle = middle._replace(q=q, store=store.fetch(settings))
-    out = layer_after_fetch(layer, middle, tile, settings)
-    store, hidden = out.store.fence(out.hidden, settings)
-    return out._replace(hidden=hidden, store=store)
+    return layer_after_fetch(layer, middle, tile, settings)

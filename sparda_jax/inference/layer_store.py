@@ -6,8 +6,9 @@ order in which it calls them:
   look_ahead   score the next layer's compressed keys with the forecast for it
   append       extend the compressed keys by the tile's tokens
   plan         choose the blocks of this layer, if nobody looked ahead for it
-  fetch        start the copies that look_ahead or plan found missing, between two
-               calls of fence, which keeps it beside the layer's compute
+  fence        what comes behind it waits for this layer's blocks, if they were sent for
+               by the layer before; it keeps the next fetch beside the layer's compute
+  fetch        start the copies that look_ahead or plan found missing
   land         put what was fetched for this layer, and the new token, into slots
   attend       attention over the chosen blocks
 
@@ -730,17 +731,31 @@ def _start_outlook[S: (ResidentStore, OffloadStore)](
 def _fence[S: (ResidentStore, OffloadStore)](
     store: S, x: Array, settings: LayerSettings
 ) -> tuple[S, Array]:
-    """Orders a fetch beside compute: what uses `x` comes behind what made it."""
+    """Orders fetches beside compute.
+
+    What uses `x` afterwards comes behind what made it, behind the arrival of this
+    layer's blocks, and behind the start of the next layer's fetch.
+    """
     offload, outlook = settings.offload, store.outlook
-    if offload is None or not offload.aside or outlook is None:
+    if offload is None or not offload.aside:
         return store, x
-    flight = outlook.flight
-    if flight is None:
+    leaving = None if outlook is None else outlook.flight
+    arriving = store.flight if isinstance(store, OffloadStore) else None
+    moving = (
+        None if arriving is None else arriving.staged,
+        None if leaving is None else (leaving.rows, leaving.count),
+    )
+    if moving[0] is None and moving[1] is None:
         return store, x
-    moving = (flight.rows, flight.count, flight.staged)
-    x, (rows, count, staged) = lax.optimization_barrier((x, moving))
-    flight = flight._replace(rows=rows, count=count, staged=staged)
-    return store._replace(outlook=outlook._replace(flight=flight)), x
+    x, (staged, listed) = lax.optimization_barrier((x, moving))
+    if leaving is not None:
+        rows, count = listed
+        flight = leaving._replace(rows=rows, count=count)
+        assert outlook is not None
+        store = store._replace(outlook=outlook._replace(flight=flight))
+    if arriving is not None and isinstance(store, OffloadStore):
+        store = store._replace(flight=arriving._replace(staged=staged))
+    return store, x
 
 
 def _depart(
