@@ -221,10 +221,9 @@ def _layer_weights(model: Decoder) -> list[DecoderLayer]:
 
 def _staged(flight: Flight, store: np.ndarray) -> Flight:
     """The flight with its missing blocks on their way to the device."""
-    rows = np.asarray(flight.rows)
+    rows, count = np.asarray(flight.rows), int(flight.count)
     blocks = np.empty((len(rows), *store.shape[1:]), store.dtype)
-    missing = rows >= 0
-    blocks[missing] = store[rows[missing]]
+    blocks[:count] = store[rows[:count]]
     return flight._replace(staged=jax.device_put(blocks))
 
 
