@@ -193,6 +193,7 @@ def layer_metrics(
         sparse=sparse,
         loss=settings.loss,
         with_gradient=False,
+        kernels=settings.teacher_kernels,
     )
     deployed = LossConfig(teacher="deployed")
     batch, tokens, heads, _ = view.q.shape

@@ -17,6 +17,7 @@ from train.loss import (
     Queries,
     distillation_loss,
     forecast_logits,
+    kernel_cells,
     layer_keys,
     partition_kl,
     recall_loss,
@@ -24,7 +25,8 @@ from train.loss import (
 )
 
 distill_layer = jax.jit(
-    train.loss.distill_layer, static_argnames=("sparse", "loss", "with_gradient")
+    train.loss.distill_layer,
+    static_argnames=("sparse", "loss", "with_gradient", "kernels"),
 )
 
 MINICPM = SparseConfig(local_blocks=2, block_budget=8, query_blocks=0)
@@ -116,6 +118,43 @@ def test_layer_loss_and_lists_equal_reference(golden, layer1, variant, tile):
     np.testing.assert_array_equal(
         sorted_blocks(out.routing[0]), arrays[f"minicpm/{variant}/topk_idx"][1]
     )
+
+
+def test_kernel_makes_the_same_teacher(golden, layer1):
+    """Block scores of windows of 2 keys are the fine teacher, tile by tile."""
+    q, k, phi = layer1
+    documents, rows = Documents.whole_rows(1, 700), jnp.arange(256, 512)
+    queries = _queries(q, phi, documents, rows)
+
+    @jax.jit
+    def score(k, queries):
+        keys = _keys(k, documents, LossConfig())
+        cells = teacher_cells(queries, keys, sparse=LITERAL, loss=LossConfig())
+        return cells, kernel_cells(queries, keys, sparse=LITERAL, kernels=("xla",))
+
+    expected, cells = score(k, queries)
+    assert float(expected.max()) > 0.1
+    np.testing.assert_allclose(cells, expected, atol=1e-6)
+    outs = [
+        distill_layer(
+            q,
+            k,
+            phi,
+            documents,
+            sparse=LITERAL,
+            loss=LossConfig(tile=352),
+            with_gradient=True,
+            kernels=kernels,
+        )
+        for kernels in ((), ("xla",))
+    ]
+    reference = golden("distill_tiny")["minicpm/k2s1max/loss"][1]
+    for out in outs:
+        assert abs(out.total / out.weight - reference) < 2e-6
+    np.testing.assert_array_equal(
+        sorted_blocks(outs[0].routing), sorted_blocks(outs[1].routing)
+    )
+    np.testing.assert_allclose(outs[0].d_phi, outs[1].d_phi, atol=1e-6)
 
 
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)
