@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import statistics
 import sys
@@ -36,6 +35,7 @@ from sparda_jax.models.decoder import Decoder, DecoderLayer
 from sparda_jax.models.presets import get_preset
 from train.config import LossConfig, OptimizerConfig
 from train.loss import Documents
+from train.metrics import keep_json
 from train.step import (
     Batch,
     LayerView,
@@ -100,10 +100,7 @@ class Report:
         seconds = time.perf_counter() - self._begin
         told = ", ".join(f"{key} {value}" for key, value in values.items())
         print(f"[{seconds:7.1f} s] {phase} {told}", file=sys.stderr, flush=True)
-        if self._out is not None:
-            temporary = self._out.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self.values, indent=1))
-            os.replace(temporary, self._out)
+        keep_json(self._out, self.values)
 
 
 def _compiled(report: Report, name: str, jitted: Any, *args: Any) -> Callable:

@@ -348,6 +348,17 @@ def read_log(path: str | pathlib.Path) -> list[dict[str, Any]]:
     return lines
 
 
+def keep_json(path: pathlib.Path | None, values: Any) -> None:
+    """Writes figures that are known so far, whole or not at all; None writes nothing.
+
+    For commands that measure for long: a run that is cut off still tells something.
+    """
+    if path is not None:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(values, indent=1))
+        os.replace(temporary, path)
+
+
 def plot_curves(log: str | pathlib.Path, out: str | pathlib.Path) -> None:
     """A PNG of loss and held-out metrics over steps, and recall and mass by layer."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
