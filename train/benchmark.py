@@ -2,25 +2,40 @@
 
 Both run the same layers on the same tokens in the same process. The forward pass is
 causal attention without selection, without the head; the step makes the teacher, the
-loss, all gradients and the optimizer's update as well.
+loss, all gradients and the optimizer's update as well. On a GPU the forward pass
+attends by cuDNN, and the step by the kernels that are recorded for the device, or
+named.
+
+    python -m train.benchmark --model minicpm4.1-8b --seq-len 32768 --layers 4 \
+        --implementation mosaic_gpu --run-length 64 --out result.json
+
+Every phase is reported as it ends, on stderr, and what is known so far is written to
+`--out`: a run that is cut off still tells something.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
+import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_kernels._common.dispatch import candidates
+from pallas_kernels.block_sparse_attention import api as attention_op
 from sparda_jax.config import ModelConfig
 from sparda_jax.models.decoder import Decoder, DecoderLayer
 from sparda_jax.models.presets import get_preset
 from train.config import LossConfig, OptimizerConfig
 from train.loss import Documents
+from train.metrics import keep_json
 from train.step import (
     Batch,
     LayerView,
@@ -49,16 +64,21 @@ def random_decoder(config: ModelConfig, dtype: jnp.dtype) -> Decoder:
         "down": (ffn, hidden),
     }
 
-    def draw(seed: int, *shape: int) -> Array:
-        if len(shape) < 3 and shape[-1] == hidden and shape[0] == layers:
-            return jnp.ones(shape, dtype)
-        return 0.02 * jax.random.normal(jax.random.key(seed), shape, dtype)
+    def draw(key: Array, shape: tuple[int, ...]) -> Array:
+        return (0.02 * jax.random.normal(key, shape)).astype(dtype)
 
-    stacked = {
-        name: draw(seed, layers, *shape)
-        for seed, (name, shape) in enumerate(shapes.items())
-    }
-    table = draw(len(shapes), config.vocab_size, hidden)
+    @functools.partial(jax.jit, static_argnames="shape")
+    def stack(seed: int, shape: tuple[int, ...]) -> Array:
+        if len(shape) == 1:
+            return jnp.ones((layers, *shape), dtype)
+        # Layer by layer: the generator's intermediates are several times as large.
+        keys = jax.random.split(jax.random.key(seed), layers)
+        return jax.lax.map(lambda key: draw(key, shape), keys)
+
+    stacked: dict[str, Array] = {}
+    for seed, (name, shape) in enumerate(shapes.items()):
+        stacked[name] = stack(seed, shape)
+    table = draw(jax.random.key(len(shapes)), (config.vocab_size, hidden))
     norm = jnp.ones((hidden,), dtype)
     first = DecoderLayer({name: x[:1] for name, x in stacked.items()})
     model = Decoder(config, table, [first], norm, None)
@@ -66,19 +86,80 @@ def random_decoder(config: ModelConfig, dtype: jnp.dtype) -> Decoder:
     return model
 
 
-def _median_seconds(run: Callable[[], object], repeats: int) -> float:
-    jax.block_until_ready(run())
+class Report:
+    """What is known so far: told on stderr and kept in a file."""
+
+    def __init__(self, out: pathlib.Path | None):
+        """Opens a report; `out` may be None."""
+        self.values: dict[str, Any] = {}
+        self._out, self._begin = out, time.perf_counter()
+
+    def add(self, phase: str, **values: Any) -> None:
+        """Ends a phase."""
+        self.values.update(values)
+        seconds = time.perf_counter() - self._begin
+        told = ", ".join(f"{key} {value}" for key, value in values.items())
+        print(f"[{seconds:7.1f} s] {phase} {told}", file=sys.stderr, flush=True)
+        keep_json(self._out, self.values)
+
+
+def _compiled(report: Report, name: str, jitted: Any, *args: Any) -> Callable:
+    """Compiles ahead of time; tells the time that took and the memory of a run."""
+    begin = time.perf_counter()
+    lowered = jitted.lower(*args)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    report.add(
+        f"{name} compiled:",
+        **{
+            f"{name}_trace_s": round(traced - begin, 2),
+            f"{name}_compile_s": round(time.perf_counter() - traced, 2),
+            f"{name}_temporaries_gb": round(memory.temp_size_in_bytes / 1e9, 3),
+        },
+    )
+    return compiled
+
+
+def _timed(
+    report: Report, name: str, run: Callable[[], object], repeats: int, flops: float
+) -> float:
+    """Median seconds of `repeats` runs after one more."""
     times = []
-    for _ in range(repeats):
+    for number in range(repeats + 1):
         begin = time.perf_counter()
         jax.block_until_ready(run())
         times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+        if number == 0:
+            report.add(f"{name} ran once:", **{f"{name}_first_s": round(times[0], 4)})
+    median = statistics.median(times[1:])
+    report.add(
+        f"{name} timed:",
+        **{
+            f"{name}_s": round(median, 4),
+            f"{name}_least_s": round(min(times[1:]), 4),
+            f"{name}_most_s": round(max(times[1:]), 4),
+        },
+        **({f"{name}_tflops": round(flops / median / 1e12, 1)} if flops else {}),
+    )
+    return median
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Entry point; prints one JSON object."""
-    parser = argparse.ArgumentParser("python -m train.benchmark", description=__doc__)
+def dense_flops(config: ModelConfig, batch: int, tokens: int) -> float:
+    """Of the forward pass: products with weights, and causal attention."""
+    queries = config.num_heads * config.head_dim
+    keys = config.num_kv_heads * config.head_dim
+    weights = config.hidden_size * (2 * queries + 2 * keys + 3 * config.ffn_size)
+    attention = 2 * queries * tokens  # scores and values, half of the square
+    return 2.0 * batch * tokens * config.num_layers * (weights + attention)
+
+
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m train.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--model", default="smollm2-135m", help="preset, random weights"
     )
@@ -87,59 +168,115 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the preset's")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--attention", choices=("blocks", "masked"), default="blocks")
-    parser.add_argument("--implementation")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--implementation", choices=("mosaic_gpu", "triton", "xla"))
+    parser.add_argument(
+        "--dense",
+        choices=("cudnn", "own"),
+        help="attention of the forward pass; cudnn on a GPU",
+    )
+    parser.add_argument(
+        "--teacher",
+        choices=("kernel", "tiles"),
+        default="kernel",
+        help="kernel: where there is one for the device",
+    )
+    parser.add_argument(
+        "--run-length",
+        type=int,
+        default=1,
+        help="every token is repeated so often, so that neighbours choose alike, as in "
+        "text; with 1 every token of these random weights chooses for itself",
+    )
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file, kept up to date")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; prints one JSON object."""
+    options = _arguments(arguments)
     preset = get_preset(options.model)
     config = preset.model
     if options.layers:
         config = dataclasses.replace(config, num_layers=options.layers)
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    model = random_decoder(config, jnp.dtype(dtype))
+    cpu = jax.default_backend() == "cpu"
+    dense_by = options.dense or ("own" if cpu else "cudnn")
     settings = Settings(
         config,
         preset.sparse,
         LossConfig(mask_short_rows=True),
         options.implementation,
         masked_attention=options.attention == "masked",
+        whole_rows=options.teacher == "kernel",
     )
-    shape = (1, options.batch, options.seq_len)
-    tokens = jax.random.randint(jax.random.key(0), shape, 0, config.vocab_size)
-    rows = Documents.whole_rows(*shape[1:])
-    batch = Batch(tokens, Documents(rows.start[None], rows.end[None]))
-    optimizer = make_optimizer(OptimizerConfig())
+    count = options.batch * options.seq_len
+    report = Report(options.out)
+    report.add(
+        "started:",
+        device=jax.devices()[0].device_kind,
+        jax=jax.__version__,
+        model=options.model,
+        layers=config.num_layers,
+        seq_len=options.seq_len,
+        tokens=count,
+        run_length=options.run_length,
+        attention=options.attention,
+        dense=dense_by,
+        implementation=options.implementation,
+        attention_kernels=candidates(attention_op.OP, options.implementation),
+        teacher_kernels=settings.teacher_kernels or "tiles",
+    )
+    dtype = jnp.float32 if cpu else jnp.bfloat16
+    model = random_decoder(config, jnp.dtype(dtype))
     heads = initial_heads(model, "from_query", 0)
-    step = make_step(model, settings, optimizer, make_mesh(1))
-    state = [initial_state(jnp.array(heads), optimizer)]
+    jax.block_until_ready((jax.tree.leaves(model), heads))
+    report.add("weights made", dtype=str(jnp.dtype(dtype)))
 
-    def one_step() -> Array:
-        state[0], metrics = step(model, state[0], batch)
-        return metrics.loss
-
+    shape = (1, options.batch, -(-options.seq_len // options.run_length))
+    tokens = jax.random.randint(jax.random.key(0), shape, 0, config.vocab_size)
+    tokens = jnp.repeat(tokens, options.run_length, axis=-1)[..., : options.seq_len]
+    rows = Documents.whole_rows(options.batch, options.seq_len)
+    batch = Batch(tokens, Documents(rows.start[None], rows.end[None]))
     plain = dataclasses.replace(settings, masked_attention=False)
 
     def all_blocks(view: LayerView) -> tuple[Array, tuple[()]]:
-        return attend(view, None, plain), ()
+        if dense_by == "own" or view.key_bias is not None:
+            return attend(view, None, plain), ()
+        attended = jax.nn.dot_product_attention(
+            view.q, view.k, view.v, is_causal=True, implementation="cudnn"
+        )
+        return attended, ()
 
     @jax.jit
     def forward(model: Decoder, heads: Array, batch: Batch) -> Array:
         row = jax.tree.map(lambda x: x[0], batch)
         return run_backbone(model, heads, row, plain, all_blocks)[0]
 
-    dense = _median_seconds(lambda: forward(model, heads, batch), options.repeats)
-    trained = _median_seconds(one_step, options.repeats)
-    count = options.batch * options.seq_len
-    result = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "model": options.model,
-        "layers": config.num_layers,
-        "tokens": count,
-        "dense_forward_s": round(dense, 4),
-        "step_s": round(trained, 4),
-        "step_tokens_per_s": round(count / trained, 1),
-        "ratio": round(trained / dense, 3),
-    }
-    print(json.dumps(result))
+    run = _compiled(report, "dense_forward", forward, model, heads, batch)
+    flops = dense_flops(config, options.batch, options.seq_len)
+    dense = _timed(
+        report,
+        "dense_forward",
+        lambda: run(model, heads, batch),
+        options.repeats,
+        flops,
+    )
+
+    optimizer = make_optimizer(OptimizerConfig())
+    state = [initial_state(jnp.array(heads), optimizer)]
+    jitted = make_step(model, settings, optimizer, make_mesh(1))
+    step = _compiled(report, "step", jitted, model, state[0], batch)
+
+    def one_step() -> Array:
+        state[0], metrics = step(model, state[0], batch)
+        return metrics.loss
+
+    trained = _timed(report, "step", one_step, options.repeats, 0.0)
+    report.add(
+        "done:",
+        step_tokens_per_s=round(count / trained, 1),
+        ratio=round(trained / dense, 3),
+    )
+    print(json.dumps(report.values))
 
 
 if __name__ == "__main__":

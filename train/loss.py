@@ -14,6 +14,10 @@ queries of the first quarter of a row meet the keys of the first quarter only.
 Several documents may share a row. Each starts at a block boundary; windows, blocks and
 attention then stay inside a document exactly as if it stood alone (`Documents`).
 
+A fine teacher of whole rows can come from the kernel of own-query block scores instead
+(`kernel_cells`): then not even a tile's scores of the heads are written, and tiles are
+a hundred times as large, which is what a GPU wants.
+
 Beyond the reference: everything is float32, the student in log space, with its rest bin
 by a masked log-sum-exp (§8.20); queries are tiled (§8.23); options of `LossConfig`.
 """
@@ -21,12 +25,13 @@ by a masked log-sum-exp (§8.20); queries are tiled (§8.23); options of `LossCo
 import dataclasses
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.block_scores.api import block_scores
 from sparda_jax.config import SparseConfig
 from sparda_jax.sparse.compression import compress_keys
 from sparda_jax.sparse.selection import (
@@ -42,6 +47,8 @@ _MASKED = -1e30
 # Four segments spend 5/8 of the full square where 1/2 is the least. Each one is
 # compiled for itself, which short rows are not worth.
 _SEGMENTS = 4
+# Where a kernel makes the teacher, tiles are large and there is little to save.
+_KERNEL_SEGMENTS = 2
 # Of `recall_loss`: distance from the line, in spreads of a row, that counts as clear.
 _SOFTNESS = 0.1
 _SEGMENT_TOKENS = 1024
@@ -49,6 +56,12 @@ _SEGMENT_TOKENS = 1024
 _SCORE_BYTES = {"cpu": 6 << 20}
 _GPU_SCORE_BYTES = 256 << 20
 _SMALLEST_TILE, _LARGEST_TILE = 16, 512
+# A kernel pools the fine grid to so many keys, the geometry that it is tuned for, and
+# writes one score for each, which bounds the tile in the place of [N, tile, S].
+_KERNEL_POOL = 4
+_LARGEST_KERNEL_TILE = 4096
+
+Kernels = tuple[Literal["mosaic_gpu", "triton", "xla"], ...]
 
 
 class Documents(NamedTuple):
@@ -336,6 +349,59 @@ def teacher_cells(
     return jnp.where(exists[:, None], cells, 0.0)
 
 
+def kernel_cells(
+    queries: Queries, keys: LayerKeys, *, sparse: SparseConfig, kernels: Kernels
+) -> Float[Array, "B K T W"] | None:
+    """`teacher_cells` of the fine grid, by the kernel of own-query block scores.
+
+    That kernel sums softmaxes over a group and takes the maximum over the windows that
+    touch a block. Windows of 2 keys every key are the fine grid, and a block of 4 keys
+    is touched by its own 4 and the one before: the maximum over a cell's blocks is that
+    over its 17 keys. The kernel wants a window to be finished, the teacher that it has
+    begun: one position more. No score of a head is written to memory.
+
+    Rows must be whole documents.
+
+    Args:
+      queries: The tile.
+      keys: What it is scored against.
+      sparse: Block geometry.
+      kernels: Implementations, the first one that takes the call.
+
+    Returns:
+      The cells; None if no kernel takes the call.
+    """
+    grid, dtype = keys.grid, queries.q.dtype
+    batch, _, length, _ = grid.shape
+    # The last token of a document starts no fine key.
+    held = jnp.minimum(queries.end[:, 0] - 1, length)
+    for name in kernels:
+        try:
+            pooled = block_scores(
+                queries.q,
+                grid.astype(dtype),
+                q_start=jnp.full((batch,), queries.token[0] + 1, jnp.int32),
+                num_windows=held.astype(jnp.int32),
+                blocks=length // _KERNEL_POOL,
+                block_size=_KERNEL_POOL,
+                kernel_size=2,
+                kernel_stride=1,
+                init_blocks=0,
+                local_blocks=0,
+                softmax=True,
+                implementation=name,
+            )
+        except NotImplementedError:
+            continue
+        assert not isinstance(pooled, tuple)
+        per_cell = sparse.kernel_stride // _KERNEL_POOL
+        cells = pooled.reshape(*pooled.shape[:3], -1, per_cell).max(-1)
+        exists = window_masks(queries, keys.whole, sparse)[0]
+        # Blocks that a query cannot see come as −∞.
+        return jnp.where(exists[:, None], jnp.maximum(cells, 0.0), 0.0)
+    return None
+
+
 def teach(
     queries: Queries,
     keys: LayerKeys,
@@ -343,11 +409,14 @@ def teach(
     sparse: SparseConfig,
     loss: LossConfig,
     token_scores: Float[Array, "B K G T S"] | None = None,
+    kernels: Kernels = (),
 ) -> Teacher:
     """Teacher, and the blocks it chooses, for one tile (§5.2, §5.3)."""
-    cells = teacher_cells(
-        queries, keys, sparse=sparse, loss=loss, token_scores=token_scores
-    )
+    cells = kernel_cells(queries, keys, sparse=sparse, kernels=kernels)
+    if cells is None:
+        cells = teacher_cells(
+            queries, keys, sparse=sparse, loss=loss, token_scores=token_scores
+        )
     exists = window_masks(queries, keys.whole, sparse)[0]
     scores = forced(jnp.where(exists[:, None], cells, -jnp.inf), queries, sparse)
     routing = route(scores, queries, keys, sparse)
@@ -587,6 +656,15 @@ def tile_size(batch: int, tokens: int, heads: int, platform: str) -> int:
     return min(size, -(-tokens // _SMALLEST_TILE) * _SMALLEST_TILE)
 
 
+def kernel_tile_size(batch: int, tokens: int, kv_heads: int) -> int:
+    """The same where a kernel makes the teacher."""
+    fits = _GPU_SCORE_BYTES * _KERNEL_POOL // (4 * batch * kv_heads * tokens)
+    size = _SMALLEST_TILE
+    while size < _LARGEST_KERNEL_TILE and 2 * size <= min(fits, tokens):
+        size *= 2
+    return size
+
+
 def tile_queries(
     q: Float[Array, "B T N H"],
     phi: Float[Array, "B T K H"],
@@ -623,17 +701,18 @@ def stream_tiles[Out](
     tokens: int,
     size: int,
     sparse: SparseConfig,
+    segments: int = _SEGMENTS,
 ) -> Out:
     """Runs tiles of queries one after the other and stacks what they return.
 
     Causality is used in segments: `one_tile(index, reach)` may look at the tokens
     before `reach` only, a multiple of the block size that grows from segment to
-    segment.
+    segment. At most `segments` are made.
     """
     tiles, blocks = -(-tokens // size), num_blocks(tokens, sparse)
     # The literal reference scores blocks after the query's own, which a segment's keys
     # do not reach.
-    most = _SEGMENTS if sparse.mask_future_blocks else 1
+    most = segments if sparse.mask_future_blocks else 1
     segments = max(1, min(most, tiles, tokens // _SEGMENT_TOKENS))
     parts = []
     edges = [tiles * part // segments for part in range(segments + 1)]
@@ -675,6 +754,7 @@ def distill_layer(
     loss: LossConfig,
     with_gradient: bool,
     v: Float[Array, "B T K H"] | None = None,
+    kernels: Kernels = (),
 ) -> LayerLoss:
     """Loss, block lists and, if wanted, the gradient for one layer's forecasts.
 
@@ -691,13 +771,20 @@ def distill_layer(
       v: Values, to attend as well: a tile's scores then serve the teacher and
         attention, which masks what is not listed. Worth it where a row is only a few
         times the budget.
+      kernels: Kernels that may make a fine teacher aligned by the maximum
+        (`kernel_cells`), where every row is one document and `v` is not given.
 
     Source: specification §5.2-5.5; memory is that of one tile's scores (§8.23).
     """
     sparse = dataclasses.replace(sparse, dense_len=-1)
     batch, tokens, heads, _ = q.shape
     keys = layer_keys(k, documents, key_bias, sparse=sparse, loss=loss)
-    size = loss.tile or tile_size(batch, tokens, heads, jax.default_backend())
+    served = loss.teacher == "fine" and loss.align == "max" and v is None
+    kernels = kernels if served and sparse.kernel_stride % _KERNEL_POOL == 0 else ()
+    if kernels:
+        size = loss.tile or kernel_tile_size(batch, tokens, k.shape[2])
+    else:
+        size = loss.tile or tile_size(batch, tokens, heads, jax.default_backend())
     pure = _partition_sparse(sparse, key_bias=key_bias is not None)
     count = num_blocks(tokens, sparse)
     slots = min(pure.block_budget, count)
@@ -711,7 +798,14 @@ def distill_layer(
     def one_tile(index: Int[Array, ""], reach: int):
         queries, near = cut(index), keys.before(reach, loss, sparse)
         scores = None if plain is None else head_scores(queries.q, plain[:, :, :reach])
-        teacher = teach(queries, near, sparse=sparse, loss=loss, token_scores=scores)
+        teacher = teach(
+            queries,
+            near,
+            sparse=sparse,
+            loss=loss,
+            token_scores=scores,
+            kernels=kernels,
+        )
         weight = row_weights(queries, sparse=sparse, loss=loss)
 
         def total(phi: Array) -> Array:
@@ -744,7 +838,11 @@ def distill_layer(
         return value, jnp.sum(weight), routing, d_phi, attended
 
     value, weight, routing, d_phi, attended = stream_tiles(
-        one_tile, tokens=tokens, size=size, sparse=sparse
+        one_tile,
+        tokens=tokens,
+        size=size,
+        sparse=sparse,
+        segments=_KERNEL_SEGMENTS if kernels else _SEGMENTS,
     )
     return LayerLoss(
         total=jnp.sum(value),

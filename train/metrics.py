@@ -193,6 +193,7 @@ def layer_metrics(
         sparse=sparse,
         loss=settings.loss,
         with_gradient=False,
+        kernels=settings.teacher_kernels,
     )
     deployed = LossConfig(teacher="deployed")
     batch, tokens, heads, _ = view.q.shape
@@ -345,6 +346,17 @@ def read_log(path: str | pathlib.Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
+
+
+def keep_json(path: pathlib.Path | None, values: Any) -> None:
+    """Writes figures that are known so far, whole or not at all; None writes nothing.
+
+    For commands that measure for long: a run that is cut off still tells something.
+    """
+    if path is not None:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(values, indent=1))
+        os.replace(temporary, path)
 
 
 def plot_curves(log: str | pathlib.Path, out: str | pathlib.Path) -> None:

@@ -7,7 +7,7 @@ For every source of the configuration (its held-out documents) and every `--unse
 recall and captured attention mass by layer, for the named heads and `from_query`; and
 with `--perplexity N`, of N rows, the perplexity of dense attention, of the layer's own
 queries (`infllm_v2`) and of SparDA with each of the heads, all with one budget. Only
-tokens for which blocks are chosen count.
+tokens for which blocks are chosen count. `--out` is written after each source.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from sparda_jax.models.weights import forecast_heads
 from train.config import TrainConfig, load_config, with_overrides
 from train.data import PackedRows
 from train.loss import Documents
-from train.metrics import make_evaluate
+from train.metrics import keep_json, make_evaluate
 from train.step import Batch, Settings, initial_heads, make_mesh
 from train.text import open_source
 
@@ -88,7 +88,14 @@ def report(config: TrainConfig, options: argparse.Namespace) -> dict:
         found = forecast_heads(lm.config, held.future, held.current, jnp.float32)
         heads[name] = jnp.stack(found)
     evaluate = make_evaluate(lm.model, settings, make_mesh(1), fsdp=False, mass=True)
-    domains = {}
+    domains: dict = {}
+    figures = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "dtype": str(lm.model.embedding[...].dtype),
+        "sparse": dataclasses.asdict(lm.sparse),
+        "domains": domains,
+    }
     sources = [(name, False) for name, _ in config.data.sources]
     for source, unseen in [*sources, *((name, True) for name in options.unseen)]:
         rows = domain_rows(source, config, lm, unseen=unseen, count=options.rows)
@@ -109,13 +116,8 @@ def report(config: TrainConfig, options: argparse.Namespace) -> dict:
             out["perplexity"] = _perplexities(lm, heads, rows[: options.perplexity])
             print(source, json.dumps(out["perplexity"]), file=sys.stderr, flush=True)
         domains[pathlib.Path(source).stem] = out
-    return {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "dtype": str(lm.model.embedding[...].dtype),
-        "sparse": dataclasses.asdict(lm.sparse),
-        "domains": domains,
-    }
+        keep_json(options.out, figures)
+    return figures
 
 
 def _perplexities(
@@ -141,14 +143,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         config = with_overrides(load_config(options.config), options.set)
-        text = json.dumps(report(config, options), indent=1)
+        figures = report(config, options)
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.out is None:
-        print(text)
-    else:
-        options.out.write_text(text)
+        print(json.dumps(figures, indent=1))
     return 0
 
 

@@ -122,6 +122,7 @@ class Run:
             config.loss,
             config.implementation,
             masked_attention=config.attention == "masked",
+            whole_rows=config.data.packing != "documents",
         )
         vocabulary = self.lm.config.vocab_size
         self.corpora = open_sources(config.data, self.lm.tokenizer, vocabulary)

@@ -22,6 +22,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels._common.dispatch import candidates
+from pallas_kernels.block_scores import api as block_scores
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.models.decoder import (
@@ -38,6 +40,7 @@ from sparda_jax.models.weights import from_query_heads
 from train.config import LossConfig, OptimizerConfig
 from train.loss import (
     Documents,
+    Kernels,
     attend_listed,
     distill_layer,
     head_scores,
@@ -106,6 +109,8 @@ class Settings:
       implementation: Attention kernels.
       masked_attention: Attend by masking all keys instead of visiting the listed
         blocks: the faster one where contexts are short.
+      whole_rows: Every row is one document without padding, which lets a kernel make
+        the teacher.
     """
 
     config: ModelConfig
@@ -113,6 +118,20 @@ class Settings:
     loss: LossConfig
     implementation: Literal["mosaic_gpu", "triton", "xla"] | None = None
     masked_attention: bool = False
+    whole_rows: bool = False
+
+    @property
+    def teacher_kernels(self) -> Kernels:
+        """Kernels for `distill_layer`: none where rows hold several documents.
+
+        Unless one is named, those recorded for this device. Mosaic comes first: of the
+        two it is the faster one where softmaxes are summed. Without either of them
+        tiles in XLA are the better form.
+        """
+        if not self.whole_rows:
+            return ()
+        known = candidates(block_scores.OP, self.implementation)
+        return tuple(name for name in ("mosaic_gpu", "triton") if name in known)
 
 
 class LayerView(NamedTuple):
@@ -331,6 +350,7 @@ def heads_gradient(
             loss=settings.loss,
             with_gradient=True,
             v=view.v if settings.masked_attention else None,
+            kernels=settings.teacher_kernels,
         )
         assert out.d_phi is not None
         gradient = head_gradient(view.source, out.d_phi, view.turn)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import train.loss
+from pallas_kernels._common.lowering import cuda_lowering_text
 from sparda_jax.config import SparseConfig
 from sparda_jax.sparse.selection import sorted_blocks
 from train.config import LossConfig
@@ -17,6 +18,7 @@ from train.loss import (
     Queries,
     distillation_loss,
     forecast_logits,
+    kernel_cells,
     layer_keys,
     partition_kl,
     recall_loss,
@@ -24,7 +26,8 @@ from train.loss import (
 )
 
 distill_layer = jax.jit(
-    train.loss.distill_layer, static_argnames=("sparse", "loss", "with_gradient")
+    train.loss.distill_layer,
+    static_argnames=("sparse", "loss", "with_gradient", "kernels"),
 )
 
 MINICPM = SparseConfig(local_blocks=2, block_budget=8, query_blocks=0)
@@ -116,6 +119,108 @@ def test_layer_loss_and_lists_equal_reference(golden, layer1, variant, tile):
     np.testing.assert_array_equal(
         sorted_blocks(out.routing[0]), arrays[f"minicpm/{variant}/topk_idx"][1]
     )
+
+
+def test_kernel_makes_the_same_teacher(golden, layer1):
+    """Block scores of windows of 2 keys are the fine teacher, tile by tile."""
+    q, k, phi = layer1
+    documents, rows = Documents.whole_rows(1, 700), jnp.arange(256, 512)
+    queries = _queries(q, phi, documents, rows)
+
+    @jax.jit
+    def score(k, queries):
+        keys = _keys(k, documents, LossConfig())
+        cells = teacher_cells(queries, keys, sparse=LITERAL, loss=LossConfig())
+        return cells, kernel_cells(queries, keys, sparse=LITERAL, kernels=("xla",))
+
+    expected, cells = score(k, queries)
+    assert float(expected.max()) > 0.1
+    np.testing.assert_allclose(cells, expected, atol=1e-6)
+    outs = [
+        distill_layer(
+            q,
+            k,
+            phi,
+            documents,
+            sparse=LITERAL,
+            loss=LossConfig(tile=352),
+            with_gradient=True,
+            kernels=kernels,
+        )
+        for kernels in ((), ("xla",))
+    ]
+    reference = golden("distill_tiny")["minicpm/k2s1max/loss"][1]
+    for out in outs:
+        assert abs(out.total / out.weight - reference) < 2e-6
+    np.testing.assert_array_equal(
+        sorted_blocks(outs[0].routing), sorted_blocks(outs[1].routing)
+    )
+    np.testing.assert_allclose(outs[0].d_phi, outs[1].d_phi, atol=1e-6)
+
+
+def _wide(dtype, tokens: int) -> tuple[jax.Array, ...]:
+    """q, k, phi with 16 heads a group of 128, as the 8B shapes have."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    sizes = ((32, 128), (2, 128), (2, 128))
+    return tuple(
+        jax.random.normal(key, (1, tokens, *size)).astype(dtype)
+        for key, size in zip(keys, sizes, strict=True)
+    )
+
+
+WIDE = SparseConfig(local_blocks=4, block_budget=12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["mosaic_gpu", "triton"])
+def test_native_kernel_makes_the_same_teacher(kernel):
+    q, k, phi = _wide(jnp.bfloat16, 2048)
+    outs = [
+        distill_layer(
+            q,
+            k,
+            phi,
+            Documents.whole_rows(1, 2048),
+            sparse=WIDE,
+            loss=LossConfig(),
+            with_gradient=True,
+            kernels=kernels,
+        )
+        for kernels in ((), (kernel,))
+    ]
+    # Both take products of bfloat16, summed in float32; 1e-3 of the rows of scores
+    # lie close enough together for sums in another order to choose another block.
+    lists = [np.asarray(sorted_blocks(out.routing)) for out in outs]
+    assert np.mean(np.any(lists[0] != lists[1], axis=-1)) < 1e-3
+    np.testing.assert_allclose(outs[0].total, outs[1].total, rtol=1e-4)
+    error = np.linalg.norm(outs[0].d_phi - outs[1].d_phi)
+    assert error < 1e-2 * np.linalg.norm(outs[0].d_phi)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "mark"),
+    [
+        ("triton", "__gpu$xla.gpu.triton"),
+        pytest.param("mosaic_gpu", "mosaic_gpu", marks=SLOW),
+    ],
+)
+def test_layer_with_a_kernel_lowers_for_a_gpu(kernel, mark):
+    def layer(q, k, phi, documents):
+        return train.loss.distill_layer(
+            q,
+            k,
+            phi,
+            documents,
+            sparse=WIDE,
+            loss=LossConfig(),
+            with_gradient=True,
+            kernels=(kernel,),
+        )
+
+    rows = Documents.whole_rows(1, 8192)
+    text = cuda_lowering_text(layer, *_wide(jnp.bfloat16, 8192), rows)
+    # Both passes of the softmax, once in each of two segments.
+    assert text.count(f"custom_call @{mark}") == 4, text.count("custom_call")
 
 
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 
 from sparda_jax.checkpoint.hf import read_safetensors
+from train.config import OptimizerConfig
+from train.metrics import read_log
 from train.text import Corpus, save_corpus
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -152,3 +155,75 @@ def test_killed_run_resumes_from_a_whole_checkpoint(tmp_path):
     ]
     for name, load in tensors[0].items():
         np.testing.assert_array_equal(load(), tensors[1][name]())
+
+
+TWO_STEPS = """
+from sparda_jax.config import SparseConfig
+from train.config import *
+
+def get_config():
+    return TrainConfig(
+        model="tiny",
+        sparse=SparseConfig(local_blocks=1, block_budget=4),
+        loss=LossConfig(tile=256),
+        optimizer=OptimizerConfig(steps=2, global_batch=4),
+        data=DataConfig(seq_len=512, packing="long", held_out=0.3),
+        eval=EvalConfig(every=2, batches=2, mass=False),
+        checkpoint=CheckpointConfig(every=1),
+    )
+"""
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    """`jax.distributed` by flags; each process reads its part of every batch."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 128, 40_000).astype(np.uint32)
+    ends = np.arange(1000, 40_001, 1000)
+    save_corpus(Corpus("x", (tokens,), (ends,), 128), tmp_path / "data")
+    (tmp_path / "config.py").write_text(TWO_STEPS)
+
+    def start(out: str, *flags: str) -> subprocess.Popen:
+        sources = f"data.sources=[({str(tmp_path / 'data')!r}, 1.0)]"
+        command = [sys.executable, "-m", "train.main", "--quiet", *flags]
+        command += ["--config", str(tmp_path / "config.py"), "--set", sources]
+        return subprocess.Popen(
+            [*command, f"out={tmp_path / out}", "fsdp=True"],
+            env=_environment(JAX_CPU_COLLECTIVES_IMPLEMENTATION="gloo"),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    address = f"127.0.0.1:{_free_port()}"
+    shared = ("--coordinator", address, "--num-processes", "2", "--process-id")
+    running = [start("one"), *(start("two", *shared, str(i)) for i in range(2))]
+    try:
+        for process in running:
+            text, _ = process.communicate(timeout=240)
+            assert process.returncode == 0, text[-3000:]
+    finally:
+        for process in running:
+            process.kill()
+    one, two = (read_log(tmp_path / out / "log.jsonl") for out in ("one", "two"))
+    assert sorted(x["kind"] for x in two) == ["eval", "eval", "train", "train"]
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss", "gradient_norm", "kl", "recall"):
+            if name in a:
+                assert a[name] == pytest.approx(b[name], rel=1e-4), (name, a, b)
+    heads = [
+        np.stack([load() for _, load in sorted(read_safetensors(path)[0].items())])
+        for path in (tmp_path / out / "forecast.safetensors" for out in ("one", "two"))
+    ]
+    # Adam moves a weight whose gradient is rounding by a whole step either way: few.
+    moved = 2 * OptimizerConfig().lr
+    assert np.mean(np.abs(heads[0] - heads[1]) > 0.01 * moved) < 1e-3
+    steps = sorted(x.name for x in (tmp_path / "two" / "checkpoints").iterdir())
+    assert steps == ["1", "2"]
