@@ -3,7 +3,10 @@
 For every case and implementation, each candidate is compiled, its result compared with
 the XLA form, and timed. With ``--write`` the record goes to
 ``tuned/<device>/<op>.json``: the fastest settings by case, and the implementations that
-were right and faster than XLA as the default order.
+were right and faster than XLA as the default order. It is written after each
+implementation of a case, so that a run cut short leaves what it has found, and says
+under ``unfinished`` what is missing. ``--implementation`` and ``--case`` take that up;
+entries of other cases stay.
 """
 
 from __future__ import annotations
@@ -15,18 +18,24 @@ import functools
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._common.dispatch import TUNED, current_device_kind, device_slug
+from pallas_kernels._common.dispatch import (
+    IMPLEMENTATIONS,
+    TUNED,
+    current_device_kind,
+    device_slug,
+)
 from pallas_kernels._common.tolerances import relative_error, tolerance
 from pallas_kernels.benchmarks import block_sparse_attention as prefill
 from pallas_kernels.benchmarks import paged_decode_attention as decode
-from pallas_kernels.benchmarks.harness import measure
+from pallas_kernels.benchmarks.harness import Timing, measure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +48,7 @@ class Case:
       run: takes an implementation's name, a config or None, and the operands.
       configs: candidates by implementation.
       links: operations chained in one call of ``run``.
+      check: as ``run``; what is compared with the XLA form, ``run`` itself if None.
     """
 
     when: dict[str, int]
@@ -46,6 +56,7 @@ class Case:
     run: Callable[..., Any]
     configs: dict[str, Sequence[Any]]
     links: int = 1
+    check: Callable[..., Any] | None = None
 
 
 def decode_cases(small: bool) -> Iterator[Case]:
@@ -159,46 +170,55 @@ def prefill_cases(small: bool) -> Iterator[Case]:
 def scores_cases(small: bool) -> Iterator[Case]:
     """Forecast and own queries of the 8B shape, scores and choice."""
     from pallas_kernels.block_scores import pallas_triton as triton
-    from pallas_kernels.block_scores.api import select_blocks
+    from pallas_kernels.block_scores.api import block_scores, select_blocks
     from pallas_kernels.block_scores.rule import Rule
 
     tokens, budget = (512, 4) if small else (16384, 96)
     blocks, windows = tokens // 64, (tokens - 32) // 16 + 1
     keys = jax.random.split(jax.random.key(2))
     compressed = jax.random.normal(keys[0], (1, 2, windows, 128), jnp.bfloat16)
+    compared = min(tokens, 1024)
     for heads in (2, 32):
         query = jax.random.normal(keys[1], (1, tokens, heads, 128), jnp.bfloat16)
         softmax = heads > 2
+        rule = Rule(
+            blocks, 64, 32, 16, 1, 33, softmax, True, 128**-0.5 if softmax else 1.0
+        )
+        counts = jnp.full((1,), windows, jnp.int32)
 
-        def run(name, config, query, compressed, softmax=softmax):
+        def run(name, config, query, compressed, rule=rule, counts=counts):
             start = jnp.zeros((1,), jnp.int32)
-            if name == "triton" and config is not None:
-                scale = 128**-0.5 if softmax else 1.0
-                rule = Rule(blocks, 64, 32, 16, 1, 33, softmax, True, scale)
-                count = jnp.full((1,), windows, jnp.int32)
-                lists, _ = triton.select_blocks_triton(
-                    query,
-                    compressed[None],
-                    start,
-                    count,
-                    jnp.int32(0),
-                    rule=rule,
-                    budget=budget,
-                    config=config,
-                    lse=False,
-                )
-            else:
-                lists = select_blocks(
-                    query,
-                    compressed,
-                    q_start=start,
-                    blocks=blocks,
-                    budget=budget,
-                    softmax=softmax,
-                    implementation=name,
-                )
-            # Near ties fall either way: what is compared is how many blocks.
-            return jnp.sum(jnp.asarray(lists) >= 0, -1)
+            if name == "triton":
+                args = (query, compressed[None], start, counts, jnp.int32(0))
+                return triton.select_blocks_triton(
+                    *args, rule=rule, budget=budget, config=config, lse=False
+                )[0]
+            return select_blocks(
+                query,
+                compressed,
+                q_start=start,
+                blocks=blocks,
+                budget=budget,
+                softmax=rule.softmax,
+                implementation=name,
+            )
+
+        def check(name, config, query, compressed, rule=rule, counts=counts):
+            """Scores of the last tokens: near ties make lists differ, not scores."""
+            query = query[:, -compared:]
+            start = jnp.full((1,), tokens - compared, jnp.int32)
+            if name == "triton":
+                args = (query, compressed[None], start, counts, jnp.int32(0))
+                return triton.block_scores_triton(*args, rule=rule, config=config)
+            return block_scores(
+                query,
+                compressed,
+                q_start=start,
+                blocks=blocks,
+                softmax=rule.softmax,
+                return_lse=True,
+                implementation=name,
+            )
 
         shapes = ((64, 64), (128, 64), (64, 128))
         yield Case(
@@ -211,6 +231,7 @@ def scores_cases(small: bool) -> Iterator[Case]:
                 ],
                 "mosaic_gpu": [None],
             },
+            check=check,
         )
 
 
@@ -275,9 +296,46 @@ def gather_cases(small: bool) -> Iterator[Case]:
     )
 
 
+def commit_cases(small: bool) -> Iterator[Case]:
+    """Blocks of 32 KiB out of a staging area, a tenth of them to be committed."""
+    from pallas_kernels.commit_blocks import pallas_triton as triton
+    from pallas_kernels.commit_blocks.api import commit_blocks
+
+    rows, links = (64, 2) if small else (3072, 8)
+    slots = jnp.ones((rows, 64, 2, 128), jnp.bfloat16)
+    staged = jnp.full_like(slots, 2)
+    order = jax.random.permutation(jax.random.key(0), rows).astype(jnp.int32)
+    chance = jax.random.uniform(jax.random.key(1), (rows,))
+    indices = jnp.where(chance < 0.1, order, -1)
+
+    def run(name, config, slots, staged, indices):
+        def step(_, slots):
+            if config is None:
+                return commit_blocks(slots, staged, indices, implementation=name)
+            return triton.commit_blocks_triton(slots, staged, indices, config=config)
+
+        # A loop carries the slots, as decode does: they are updated in place.
+        return jax.lax.fori_loop(0, links, step, slots)
+
+    yield Case(
+        {},
+        (slots, staged, indices),
+        run,
+        {
+            "triton": [
+                triton.Config(programs, part * 1024)
+                for programs in (132, 528)
+                for part in (8, 16, 32)
+            ]
+        },
+        links=links,
+    )
+
+
 CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "block_scores": scores_cases,
     "block_sparse_attention": prefill_cases,
+    "commit_blocks": commit_cases,
     "compress_keys": compress_cases,
     "host_gather": gather_cases,
     "paged_decode_attention": decode_cases,
@@ -300,75 +358,211 @@ def _compile_all(
         return list(zip(candidates, pool.map(compiled, candidates), strict=True))
 
 
-def tune(op: str, small: bool = False) -> dict[str, Any]:
+def default_order(
+    configs: Mapping[str, Sequence[Mapping[str, Any]]],
+    failed: Sequence[Mapping[str, Any]],
+) -> list[str]:
+    """Who was right and faster than XLA in every case tuned, the fastest first.
+
+    Args:
+      configs: entries by implementation, as in the record.
+      failed: implementations without a right candidate, with the case's sizes.
+
+    Returns:
+      Names, "xla" last. Times are summed over the cases that all of them have.
+    """
+    out = {entry["implementation"] for entry in failed}
+    times = {
+        name: {str(e["when"]): e["milliseconds"] for e in entries}
+        for name, entries in configs.items()
+        if name not in out
+        and all(
+            e["xla_milliseconds"] is None or e["milliseconds"] < e["xla_milliseconds"]
+            for e in entries
+        )
+    }
+    shared = set.intersection(*map(set, times.values())) if times else set()
+    total = {name: sum(found[w] for w in shared) for name, found in times.items()}
+    return [*sorted(total, key=lambda name: total[name]), "xla"]
+
+
+def _best(
+    case: Case, name: str, want: Any, limit: Timing
+) -> tuple[dict[str, Any] | None, float]:
+    """The record's entry of the fastest candidate that is right, and its error."""
+    best, worst = None, 0.0
+    for config, compiled in _compile_all(case, name, case.configs[name]):
+        title = f"{case.when} {name} {config}"
+        if isinstance(compiled, Exception):
+            print(f"{title} failed: {compiled}"[:300], flush=True)
+            continue
+        timing = measure(title, compiled, *case.operands, links=case.links)
+        if timing.seconds is None:
+            continue
+        if case.check is None:
+            got = compiled(*case.operands)
+        else:
+            got = jax.jit(functools.partial(case.check, name, config))(*case.operands)
+        error = max(
+            relative_error(x, y)
+            for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+        )
+        # A chain of layers adds up the rounding of each of them.
+        if error > 2 * tolerance(case.operands[0].dtype):
+            print(f"  wrong: relative error {error:.1e}", flush=True)
+            continue
+        worst = max(worst, error)
+        if best is None or timing.seconds < best[0]:
+            best = (timing.seconds, config, timing.spread)
+    if best is None:
+        return None, worst
+    seconds, config, spread = best
+    entry = {
+        "when": case.when,
+        "config": {} if config is None else dataclasses.asdict(config),
+        "milliseconds": round(seconds * 1e3, 5),
+        "spread": round(spread or 0.0, 3),
+        "xla_milliseconds": limit.seconds and round(limit.seconds * 1e3, 5),
+    }
+    return entry, worst
+
+
+def tune(
+    op: str,
+    small: bool = False,
+    *,
+    implementations: Collection[str] = (),
+    only: Sequence[Mapping[str, int]] = (),
+    on_progress: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> dict[str, Any]:
     """Tunes one operation and returns its record.
 
     Args:
       op: one of ``CASES``.
       small: tiny sizes, to try the tuner itself.
+      implementations: those to tune; all if empty.
+      only: sizes of the cases to tune, each a part of ``Case.when``; all if empty.
+      on_progress: called with the record so far after each implementation of a case.
 
     Returns:
       What ``--write`` puts into the JSON file.
+
+    Raises:
+      ValueError: when there is nothing to tune.
     """
-    configs: dict[str, list[Any]] = {}
+    begin = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{time.perf_counter() - begin:4.0f} s] {text}", flush=True)
+
+    cases = [
+        case
+        for case in CASES[op](small)
+        if not only or any(part.items() <= case.when.items() for part in only)
+    ]
+    todo = [
+        {"implementation": name, "when": case.when}
+        for case in cases
+        for name in case.configs
+        if not implementations or name in implementations
+    ]
+    if not todo:
+        raise ValueError(
+            f"only is {list(only)} and implementations {list(implementations)}; no "
+            f"case of {op} is left"
+        )
+    configs: dict[str, list[dict[str, Any]]] = {}
     numerics: dict[str, float] = {}
-    faster: dict[str, bool] = {}
-    for case in CASES[op](small):
+    failed: list[dict[str, Any]] = []
+
+    def record() -> dict[str, Any]:
+        return {
+            "device": current_device_kind(),
+            "jax": jax.__version__,
+            "default": default_order(configs, failed),
+            "relative_error_against_xla": dict(numerics),
+            "configs": {name: list(entries) for name, entries in configs.items()},
+            "failed": list(failed),
+            "unfinished": list(todo),
+        }
+
+    for number, case in enumerate(cases, 1):
+        names = [x["implementation"] for x in todo if x["when"] == case.when]
+        say(f"{op}, case {number} of {len(cases)}: {case.when}")
         baseline = jax.jit(functools.partial(case.run, "xla", None))
         baseline = baseline.lower(*case.operands).compile()
-        want = baseline(*case.operands)
         limit = measure(f"{case.when} xla", baseline, *case.operands, links=case.links)
-        for name, candidates in case.configs.items():
-            best = None
-            for config, compiled in _compile_all(case, name, candidates):
-                title = f"{case.when} {name} {config}"
-                if isinstance(compiled, Exception):
-                    print(f"{title} failed: {compiled}"[:300], flush=True)
-                    continue
-                timing = measure(title, compiled, *case.operands, links=case.links)
-                if timing.seconds is None:
-                    continue
-                got = compiled(*case.operands)
-                error = max(
-                    relative_error(x, y)
-                    for x, y in zip(
-                        jax.tree.leaves(got), jax.tree.leaves(want), strict=True
-                    )
-                )
-                # A chain of layers adds up the rounding of each of them.
-                allowed = 2 * tolerance(case.operands[0].dtype)
-                if error > allowed:
-                    print(f"  wrong: relative error {error:.1e}")
-                    continue
+        if case.check is None:
+            want = baseline(*case.operands)
+        else:
+            want = jax.jit(functools.partial(case.check, "xla", None))(*case.operands)
+        for name in names:
+            say(f"{name}: {len(case.configs[name])} candidates")
+            entry, error = _best(case, name, want, limit)
+            done = todo.pop(0)
+            if entry is None:
+                failed.append(done)
+            else:
+                configs.setdefault(name, []).append(entry)
                 numerics[name] = max(numerics.get(name, 0.0), error)
-                if best is None or timing.seconds < best[0]:
-                    best = (timing.seconds, config, timing.spread)
-            if best is None:
-                faster[name] = False
-                continue
-            wins = limit.seconds is None or best[0] < limit.seconds
-            faster[name] = faster.get(name, True) and wins
-            configs.setdefault(name, []).append(
-                {
-                    "when": case.when,
-                    "config": {} if best[1] is None else dataclasses.asdict(best[1]),
-                    "milliseconds": round(best[0] * 1e3, 5),
-                    "spread": round(best[2] or 0.0, 3),
-                    "xla_milliseconds": limit.seconds and round(limit.seconds * 1e3, 5),
-                }
-            )
-    total = {
-        name: sum(entry["milliseconds"] for entry in entries)
-        for name, entries in configs.items()
-    }
-    order = sorted((n for n, wins in faster.items() if wins), key=lambda n: total[n])
-    return {
-        "device": current_device_kind(),
-        "jax": jax.__version__,
-        "default": [*order, "xla"],
-        "relative_error_against_xla": numerics,
+            on_progress(record())
+    say("done")
+    return record()
+
+
+def merged(
+    old: Mapping[str, Any], new: Mapping[str, Any], partial: bool
+) -> dict[str, Any]:
+    """A record with another run's entries in it.
+
+    Args:
+      old: what the file holds; empty for a new one.
+      new: the record of a run.
+      partial: the run was about some of the cases, so that what ``old`` lacks it still
+        lacks.
+
+    Returns:
+      ``old`` with the values of ``new``; settings for sizes that ``new`` did not tune
+      stay. The default order follows from all entries, unless some are without XLA's
+      time, as written by hand: then it is the old one if ``partial``, else the new one.
+    """
+    done = [
+        {"implementation": name, "when": entry["when"]}
+        for name, entries in new["configs"].items()
+        for entry in entries
+    ] + new["failed"]
+    configs: dict[str, list[Any]] = {}
+    for name in [*new["configs"], *old.get("configs", {})]:
+        kept = [
+            e
+            for e in old.get("configs", {}).get(name, [])
+            if {"implementation": name, "when": e["when"]} not in done
+        ]
+        configs[name] = [*new["configs"].get(name, []), *kept]
+    failed = [x for x in old.get("failed", []) if x not in done] + new["failed"]
+    unfinished = new["unfinished"]
+    if partial:
+        unfinished = [x for x in old.get("unfinished", []) if x not in done]
+    order = old["default"] if partial and old else new["default"]
+    if all("xla_milliseconds" in e for entries in configs.values() for e in entries):
+        order = default_order(configs, failed)
+    key = "relative_error_against_xla"
+    out = {
+        **old,
+        **new,
+        "default": order,
+        key: {**old.get(key, {}), **new[key]},
         "configs": configs,
+        "failed": failed,
+        "unfinished": unfinished,
     }
+    return {k: v for k, v in out.items() if v or k not in ("failed", "unfinished")}
+
+
+def _sizes(text: str) -> dict[str, int]:
+    """ "B=64,K=2" as a dict."""
+    pairs = (part.split("=") for part in text.split(","))
+    return {name: int(value) for name, value in pairs}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -378,13 +572,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true", help="try the tuner itself")
     parser.add_argument("--write", action="store_true", help="write the record")
     parser.add_argument("--out", type=Path, help="write it to this folder instead")
+    parser.add_argument(
+        "--implementation",
+        nargs="+",
+        default=(),
+        choices=[name for name in IMPLEMENTATIONS if name != "xla"],
+        help="only these",
+    )
+    parser.add_argument(
+        "--case", nargs="+", default=(), type=_sizes, help="only these, as in B=64"
+    )
     args = parser.parse_args(argv)
-    text = json.dumps(tune(args.op, args.small), indent=1) + "\n"
-    sys.stdout.write(text)
     folder = args.out or (TUNED / device_slug(current_device_kind()))
-    if args.write or args.out:
+    path = folder / f"{args.op}.json"
+    old: dict[str, Any] = {}
+    if path.is_file():
+        old = json.loads(path.read_text(encoding="utf-8"))
+
+    def write(record: Mapping[str, Any]) -> None:
+        if not (args.write or args.out):
+            return
+        record = merged(old, record, bool(args.implementation or args.case))
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{args.op}.json").write_text(text, encoding="utf-8")
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
+
+    record = tune(
+        args.op,
+        args.small,
+        implementations=args.implementation,
+        only=args.case,
+        on_progress=write,
+    )
+    write(record)
+    sys.stdout.write(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -120,8 +120,8 @@ def load(
         (`sparda_jax.forecasts`).
       dtype: Type of weights and cache; None is float32 on a CPU, bfloat16 elsewhere.
       storage: "per_layer" (fast decode) or "stacked" (constant compile time).
-      implementation: Attention kernels: "xla", "triton", "mosaic_gpu"; None takes the
-        fastest one recorded for the device.
+      implementation: Kernels of attention and of prefill's block scores: "xla",
+        "triton", "mosaic_gpu"; None takes the fastest one recorded for the device.
       cache: Where generation keeps its KV; None is resident.
       on_layer: Called after each layer is loaded (progress).
 

@@ -28,6 +28,7 @@ from pallas_kernels._common.dispatch import (
     in_32_bit,
     require_cuda,
     silence_triton_deprecation,
+    tuned_config,
 )
 
 
@@ -71,7 +72,7 @@ def commit_blocks_triton(
       staged: blocks to write.
       indices: row of each block, negative for none.
       count: entries that are looked at; all if None.
-      config: settings; defaults if None.
+      config: settings; recorded or default ones if None.
       interpret: run in Pallas's interpreter, on any device.
 
     Returns:
@@ -82,9 +83,11 @@ def commit_blocks_triton(
     """
     if not interpret:
         require_cuda("triton", 8.0)
-    config = config or Config()
     rows, shape = slots.shape[0], slots.shape[1:]
     elements, itemsize = slots.size // rows, slots.dtype.itemsize
+    config = config or Config(
+        **tuned_config("commit_blocks", "triton", {"elements": elements})
+    )
     size = min(elements & -elements, config.part_bytes // itemsize)
     if size * itemsize < 256:
         raise NotImplementedError(

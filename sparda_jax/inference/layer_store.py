@@ -70,8 +70,8 @@ class LayerSettings:
       config: The model.
       sparse: Selection geometry.
       selector: How blocks are chosen.
-      implementation: Attention kernels: None takes what is recorded as fastest for the
-        device, a name is never replaced by another.
+      implementation: Kernels of attention and of prefill's block scores: None takes
+        what is recorded as fastest for the device, a name is never replaced.
       offload: How an offloaded cache is decoded; None for a resident one.
     """
 
@@ -352,7 +352,9 @@ class ResidentStore(NamedTuple):
             tile,
             q.shape[1],
         )
-        blocks = settings.chooser.select(seen, settings.config, settings.sparse)
+        blocks = settings.chooser.select(
+            seen, settings.config, settings.sparse, settings.implementation
+        )
         return self._replace(blocks=blocks)
 
     def fetch(self, settings: LayerSettings) -> "ResidentStore":

@@ -8,6 +8,7 @@ comes out; tests hold the two together. Decode, one row of windows, uses those.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels._common.dispatch import Implementation
 from pallas_kernels.block_scores.api import block_scores
 from sparda_jax.config import SparseConfig
 from sparda_jax.sparse.selection import SelectionTile
@@ -17,6 +18,7 @@ def _scores(
     query: Float[Array, "B T heads H"],
     tile: SelectionTile,
     sparse: SparseConfig,
+    implementation: Implementation | None,
     *,
     softmax: bool,
 ) -> Float[Array, "B K T M"]:
@@ -40,23 +42,26 @@ def _scores(
         local_blocks=sparse.local_blocks + 1,
         softmax=softmax,
         mask_future_blocks=sparse.mask_future_blocks,
-        # The form that the goldens of whole models were checked with everywhere.
-        implementation="xla",
+        implementation=implementation,
     )
     assert not isinstance(out, tuple)
     return out
 
 
 def own_query_block_scores(
-    tile: SelectionTile, sparse: SparseConfig
+    tile: SelectionTile,
+    sparse: SparseConfig,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "B K T M"]:
     """`own_query_scores`, pooled and forced (§2.3, §2.4)."""
     assert tile.q is not None
-    return _scores(tile.q, tile, sparse, softmax=True)
+    return _scores(tile.q, tile, sparse, implementation, softmax=True)
 
 
 def forecast_block_scores(
-    tile: SelectionTile, sparse: SparseConfig
+    tile: SelectionTile,
+    sparse: SparseConfig,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "B K T M"]:
     """`forecast_scores`, pooled and forced (§4.3, §2.4).
 
@@ -65,4 +70,4 @@ def forecast_block_scores(
     same.
     """
     assert tile.phi is not None
-    return _scores(tile.phi, tile, sparse, softmax=False)
+    return _scores(tile.phi, tile, sparse, implementation, softmax=False)

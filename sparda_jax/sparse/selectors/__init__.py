@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels._common.dispatch import Implementation
 from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
 from sparda_jax.sparse.block_scores import (
     forecast_block_scores,
@@ -29,7 +30,9 @@ from sparda_jax.sparse.selection import (
 )
 
 WindowScores = Callable[[SelectionTile, SparseConfig], Float[Array, "B K T W"]]
-BlockScores = Callable[[SelectionTile, SparseConfig], Float[Array, "B K T M"]]
+BlockScores = Callable[
+    [SelectionTile, SparseConfig, Implementation | None], Float[Array, "B K T M"]
+]
 
 
 def _forecast_or_own_query(
@@ -41,11 +44,11 @@ def _forecast_or_own_query(
 
 
 def _forecast_or_own_query_blocks(
-    tile: SelectionTile, sparse: SparseConfig
+    tile: SelectionTile, sparse: SparseConfig, implementation: Implementation | None
 ) -> Float[Array, "B K T M"]:
     if sparse.forecast_decode_only:
-        return own_query_block_scores(tile, sparse)
-    return forecast_block_scores(tile, sparse)
+        return own_query_block_scores(tile, sparse, implementation)
+    return forecast_block_scores(tile, sparse, implementation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Selector:
         model must have a key bias) or "if_key_bias".
       summary: One line for help texts.
       prefill: Faster form of `scores` for prefill tiles: pooled to blocks and forced.
-        None pools and forces what `scores` gives.
+        The third argument names the kernel, as in `select`. None pools and forces what
+        `scores` gives.
     """
 
     name: str
@@ -111,15 +115,27 @@ class Selector:
         return budget_width(sparse, num_blocks)
 
     def select(
-        self, tile: SelectionTile, config: ModelConfig, sparse: SparseConfig
+        self,
+        tile: SelectionTile,
+        config: ModelConfig,
+        sparse: SparseConfig,
+        implementation: Implementation | None = None,
     ) -> Int[Array, "B K T P"] | None:
-        """Block lists of the tile's rows, −1 padded; None for all causal blocks."""
+        """Block lists of the tile's rows, −1 padded; None for all causal blocks.
+
+        Args:
+          tile: What is to be attended by.
+          config: The model.
+          sparse: Selection geometry.
+          implementation: Kernel of `prefill`: None takes what is recorded as fastest
+            for the device, a name is never replaced by another.
+        """
         num_blocks = tile.windows.shape[2] // sparse.windows_per_block
         if self.scores is None or not self.lists_blocks(num_blocks, sparse):
             return None
         own = (tile.positions // sparse.block_size)[:, None]  # B 1 T
         if self.prefill is not None and not tile.decoding:
-            blocks = self.prefill(tile, sparse)
+            blocks = self.prefill(tile, sparse, implementation)
         else:
             window_scores = self.scores(tile, sparse)
             blocks = pool_to_blocks(window_scores, sparse.windows_per_block)

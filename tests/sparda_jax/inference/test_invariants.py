@@ -1,11 +1,16 @@
 """What must hold whatever the weights: the invariants of the architecture."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from pallas_kernels._common.lowering import cuda_lowering_text
 
 ATTENTIONS = ("dense", "infllm_v2", "sparda", "nosa")
 ATOL = 2e-5
@@ -201,3 +206,32 @@ def test_no_buffer_grows_with_tokens_times_keys(runner):
     # phi, rotation and padded copies are a few times the hidden states.
     assert memory.temp_size_in_bytes < 8 * hidden
     assert memory.temp_size_in_bytes < score_matrix / 4
+
+
+@pytest.mark.parametrize(
+    ("attention", "kind", "kernels"),
+    [
+        (
+            "infllm_v2",
+            "NVIDIA H200",
+            {"block_scores_lse_triton", "block_scores_triton"},
+        ),
+        ("sparda", "NVIDIA H200", {"block_scores_triton"}),
+        ("sparda", "NVIDIA X100", set()),
+    ],
+)
+def test_prefill_takes_the_kernels_recorded_for_the_device(
+    runner, attention, kind, kernels
+):
+    """Lowered for a GPU with records, and for one without."""
+    run = runner(attention)
+    tokens = np.zeros((1, 256), np.int32)
+
+    def whole(model, cache):
+        chosen = dataclasses.replace(run, model=model)
+        return chosen.prefill(cache, tokens, [0], width=256).logits
+
+    cache = jax.eval_shape(lambda: run.empty(1))
+    text = cuda_lowering_text(whole, run.model, cache, kind=kind)
+    assert set(re.findall(r"block_scores_\w*triton", text)) == kernels
+    assert ("triton" in text) == bool(kernels)

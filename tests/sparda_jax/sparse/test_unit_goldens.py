@@ -1,10 +1,12 @@
 """Compressed keys, scores, pooling and selection against the reference's arrays."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sparda_jax.config import RopeConfig, SparseConfig
+from sparda_jax.models.presets import get_preset
 from sparda_jax.models.rope import Rope, apply_rope, rope_frequencies, rotation
 from sparda_jax.sparse.block_scores import (
     forecast_block_scores,
@@ -25,6 +27,7 @@ from sparda_jax.sparse.selection import (
     sorted_blocks,
     top_blocks,
 )
+from sparda_jax.sparse.selectors import get_selector
 
 UNIT = SparseConfig(local_blocks=2, block_budget=8, query_blocks=3)
 LENGTH = 1000
@@ -228,6 +231,16 @@ def test_block_scores_of_a_tile_equal_pooled_window_scores(
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-7)
 
 
+def test_a_named_kernel_is_not_replaced(unit, windows):
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a device")
+    tile = _tile(
+        phi=unit["fc/phi"], windows=windows, positions=np.arange(LENGTH), length=LENGTH
+    )
+    with pytest.raises(NotImplementedError, match="triton needs a CUDA device"):
+        get_selector("sparda").select(tile, get_preset("tiny").model, UNIT, "triton")
+
+
 def test_decode_selection_equals_golden(unit, windows):
     tile = _tile(
         phi=unit["fc/phi"][-1:],
@@ -250,8 +263,6 @@ def test_decode_selection_equals_golden(unit, windows):
 )
 def test_nosa_two_stage_lists(unit, windows, name, source, masked):
     import dataclasses
-
-    import jax
 
     v = unit["nosa/v"]
     gate = jax.nn.softplus(v.reshape(LENGTH, -1) @ unit["nosa/delta"].T)
@@ -278,7 +289,6 @@ def test_windows_kept_token_by_token_equal_whole_at_every_length(unit):
     k = unit["ck/k"][:200].astype(np.float32)
     whole = np.asarray(compress_keys(jnp.asarray(k)[None], UNIT)[0])
     keys = _incremental(k, [], 16)
-    import jax
 
     step = jax.jit(
         lambda keys, piece, start: append_windows(
