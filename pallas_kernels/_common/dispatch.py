@@ -135,13 +135,14 @@ def current_platform() -> str:
     """Platform the call will run or lower for: "cpu", "cuda", ..."""
     mesh = jax.sharding.get_abstract_mesh()
     abstract = getattr(mesh, "abstract_device", None)
-    if abstract is not None:
-        return abstract.platform
     default = jax.config.jax_default_device
-    if default is not None and not isinstance(default, str):
+    if abstract is not None:
+        platform = abstract.platform
+    elif default is not None and not isinstance(default, str):
         platform = default.platform
     else:
         platform = jax.devices(default)[0].platform
+    # A mesh of real devices, as inside `shard_map`, names them as their client does.
     return "cuda" if platform == "gpu" else platform
 
 
