@@ -17,7 +17,6 @@ from pallas_kernels.commit_blocks.api import commit_blocks
 from pallas_kernels.compress_keys.api import compress_keys
 from pallas_kernels.host_gather.api import host_gather
 from pallas_kernels.paged_decode_attention.api import paged_decode_attention
-from pallas_kernels.plan_fetch.api import plan_fetch
 
 __all__ = [
     "block_scores",
@@ -26,6 +25,5 @@ __all__ = [
     "compress_keys",
     "host_gather",
     "paged_decode_attention",
-    "plan_fetch",
     "select_blocks",
 ]

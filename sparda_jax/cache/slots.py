@@ -6,13 +6,14 @@ does not ask for, empty ones first, then the least recently asked for. The row's
 block, the one that grows, is in every list of its row (it is a forced local block), so
 the slot that holds it, the tail slot, is never taken.
 
-`pallas_kernels.plan_fetch` does the planning.
+Everything is comparison matrices of [P, C] and [C, C] per row and head: a few small
+fused kernels on a GPU, no sort, no scatter and no loop.
 """
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 EMPTY = -1
 
@@ -29,9 +30,102 @@ class SlotTable(NamedTuple):
     used: Int[Array, "*rows C"]
 
 
+class SlotPlan(NamedTuple):
+    """What a block list means for the slots.
+
+    Attributes:
+      slots: Where each listed block lies, or will [*rows, P]; −1 for padding.
+      missing: Listed blocks that no slot held [*rows, P].
+      table: The table once they are in.
+    """
+
+    slots: Int[Array, "*rows P"]
+    missing: Bool[Array, "*rows P"]
+    table: SlotTable
+
+
 def empty_table(shape: tuple[int, ...]) -> SlotTable:
     """A table without blocks; `shape` ends with C."""
     return SlotTable(jnp.full(shape, EMPTY, jnp.int32), jnp.full(shape, -1, jnp.int32))
+
+
+def running_count(marked: Bool[Array, "*rows P"]) -> Int[Array, "*rows P"]:
+    """How many entries up to and including each one are marked.
+
+    A comparison matrix: for rows as short as a block list one fused kernel, where
+    XLA's cumulative sum on a GPU is several times slower.
+    """
+    place = jnp.arange(marked.shape[-1])
+    upto = place[None, :] <= place[:, None]
+    return jnp.sum(marked[..., None, :] & upto, axis=-1, dtype=jnp.int32)
+
+
+def marked_first(
+    marked: Bool[Array, "N P"], *values: Int[Array, "N P"]
+) -> tuple[list[Int[Array, " NP"]], Int[Array, ""]]:
+    """The values of marked entries, in order, then −1; and how many there are."""
+    within = running_count(marked)
+    before = running_count_of(within[:, -1]) - within[:, -1]
+    place = jnp.where(marked, before[:, None] + within - 1, marked.size)
+    both = jnp.stack([value.reshape(-1) for value in values], axis=-1)
+    packed = jnp.full((marked.size, len(values)), EMPTY, jnp.int32)
+    packed = packed.at[place.reshape(-1)].set(both, mode="drop", unique_indices=True)
+    total = jnp.sum(within[:, -1], dtype=jnp.int32)
+    return [packed[:, index] for index in range(len(values))], total
+
+
+def running_count_of(counts: Int[Array, " N"]) -> Int[Array, " N"]:
+    """Sums of the counts up to and including each one, as `running_count`."""
+    place = jnp.arange(counts.shape[0])
+    upto = place[None, :] <= place[:, None]
+    return jnp.sum(jnp.where(upto, counts, 0), axis=-1, dtype=jnp.int32)
+
+
+def plan_slots(
+    table: SlotTable, listed: Int[Array, "*rows P"], stamp: Int[Array, "*rows"]
+) -> SlotPlan:
+    """Gives every listed block a slot.
+
+    Args:
+      table: The slots as they are.
+      listed: Block ids without duplicates, −1 padded anywhere; P ≤ C.
+      stamp: The lists' time; must not go back for a row.
+
+    Returns:
+      Slots, misses and the new table. Slots that the list does not name keep their
+      block unless a miss takes them: empty ones first, then by the oldest stamp, ties
+      by slot index.
+    """
+    asked = listed >= 0
+    holds = (listed[..., :, None] == table.blocks[..., None, :]) & asked[..., None]
+    hit = jnp.any(holds, axis=-1)
+    missing = asked & ~hit
+    kept = jnp.any(holds, axis=-2)
+
+    # The n-th miss takes the n-th victim. A slot's turn is how many others go before
+    # it; kept slots go last.
+    age = jnp.where(kept, jnp.iinfo(jnp.int32).max, table.used)
+    age = jnp.where((table.blocks < 0) & ~kept, -2, age)
+    slot = jnp.arange(age.shape[-1], dtype=jnp.int32)
+    older = age[..., None, :] < age[..., :, None]
+    tied = age[..., None, :] == age[..., :, None]
+    before = older | (tied & (slot[None, :] < slot[:, None]))
+    turn = jnp.sum(before, axis=-1, dtype=jnp.int32)
+    number = running_count(missing) - 1
+    takes = (number[..., :, None] == turn[..., None, :]) & missing[..., None]
+
+    placed = holds | takes
+    slots = jnp.where(asked, jnp.argmax(placed, axis=-1).astype(jnp.int32), EMPTY)
+    incoming = jnp.max(jnp.where(takes, listed[..., :, None], EMPTY), axis=-2)
+    taken = incoming >= 0
+    return SlotPlan(
+        slots=slots,
+        missing=missing,
+        table=SlotTable(
+            blocks=jnp.where(taken, incoming, table.blocks),
+            used=jnp.where(kept | taken, stamp[..., None], table.used),
+        ),
+    )
 
 
 def slot_of(

@@ -28,11 +28,10 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels._common.dispatch import Implementation
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from pallas_kernels.paged_decode_attention.api import paged_decode_attention
-from pallas_kernels.plan_fetch.api import plan_fetch
 from sparda_jax.cache.fetch import FetchRoute, commit_staged, fetch_blocks
 from sparda_jax.cache.offload import OffloadLayer
 from sparda_jax.cache.resident import LayerCache, append_tokens
-from sparda_jax.cache.slots import SlotTable, slot_of
+from sparda_jax.cache.slots import SlotTable, marked_first, plan_slots, slot_of
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.models.rope import Rotation
 from sparda_jax.sparse.compression import append_windows
@@ -174,9 +173,9 @@ class Flight(NamedTuple):
     Attributes:
       blocks: The list [B, K, P].
       slots: Where each of them lies or will [B, K, P]; −1 for padding.
-      rows: Host rows to fetch; undefined from the first `count` on [B*K*P].
+      rows: Host rows to fetch, those of missing blocks first, then −1 [B*K*P].
       places: The layer's slot that each of them goes to [B*K*P].
-      count: How many blocks must be fetched.
+      count: How many blocks are missing.
       hits: Listed blocks that were in a slot already.
       staged: The fetched blocks [B*K*P, block, 2, H], or None before the fetch.
     """
@@ -783,32 +782,24 @@ def _depart(
     """
     batch, heads, _ = blocks.shape
     blocks = jnp.where(listed[:, None, None], blocks, -1)
-    own = tile.start // settings.sparse.block_size
+    plan = plan_slots(
+        table, blocks, jnp.broadcast_to(tile.length[:, None], (batch, heads))
+    )
+    own = (tile.start // settings.sparse.block_size)[:, None, None]
+    # A tail block that begins with this token has nothing to fetch.
+    come = plan.missing & (blocks < own)
     base = (jnp.arange(batch)[:, None] + index * batch) * heads + jnp.arange(heads)
+    rows = base[..., None] * capacity + blocks
+    head = jnp.arange(batch * heads).reshape(batch, heads, 1)
+    places = head * table.blocks.shape[-1] + plan.slots
 
     def flat(x: Array) -> Array:
         return x.reshape(batch * heads, -1)
 
-    plan = plan_fetch(
-        flat(blocks),
-        flat(table.blocks),
-        flat(table.used),
-        jnp.repeat(tile.length, heads),
-        # A tail block that begins with this token has nothing to fetch.
-        limit=jnp.repeat(own, heads),
-        base=(base * capacity).reshape(-1).astype(jnp.int32),
-    )
-    flight = Flight(
-        blocks=blocks,
-        slots=plan.slots.reshape(blocks.shape),
-        rows=plan.rows,
-        places=plan.places,
-        count=plan.count,
-        hits=plan.hits,
-        staged=None,
-    )
-    shape = table.blocks.shape
-    return flight, SlotTable(plan.blocks.reshape(shape), plan.used.reshape(shape))
+    (rows, places), count = marked_first(flat(come), flat(rows), flat(places))
+    hits = jnp.sum((blocks >= 0) & ~plan.missing, dtype=jnp.int32)
+    flight = Flight(blocks, plan.slots, rows, places, count, hits, None)
+    return flight, plan.table
 
 
 def _overlap(

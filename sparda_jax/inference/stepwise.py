@@ -221,9 +221,10 @@ def _layer_weights(model: Decoder) -> list[DecoderLayer]:
 
 def _staged(flight: Flight, store: np.ndarray) -> Flight:
     """The flight with its missing blocks on their way to the device."""
-    rows, count = np.asarray(flight.rows), int(flight.count)
+    rows = np.asarray(flight.rows)
     blocks = np.empty((len(rows), *store.shape[1:]), store.dtype)
-    blocks[:count] = store[rows[:count]]
+    missing = rows >= 0
+    blocks[missing] = store[rows[missing]]
     return flight._replace(staged=jax.device_put(blocks))
 
 

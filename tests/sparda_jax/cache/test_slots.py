@@ -6,28 +6,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import plan_fetch
-from sparda_jax.cache.slots import SlotTable, empty_table, slot_of
+from sparda_jax.cache.slots import SlotTable, empty_table, plan_slots, slot_of
 
 BLOCKS = 24
 LISTED = 6
-FAR = 1000
-
-
-@jax.jit
-def _plan(table, lists, stamp):
-    """Plans lists [B, K, P]; block b of row and head n is host row FAR n + b."""
-    rows = lists.shape[0] * lists.shape[1]
-    flat = [x.reshape(rows, -1) for x in (lists, *table)]
-    plan = plan_fetch(
-        *flat,
-        stamp.reshape(rows),
-        limit=jnp.full((rows,), FAR),
-        base=jnp.arange(rows) * FAR,
-    )
-    shape = table.blocks.shape
-    after = SlotTable(plan.blocks.reshape(shape), plan.used.reshape(shape))
-    return plan._replace(slots=plan.slots.reshape(lists.shape)), after
+_plan = jax.jit(plan_slots)
 
 
 class Model:
@@ -84,21 +67,13 @@ def test_slots_follow_the_model(history, slots):
     for stamp, listed in enumerate(history):
         held = set(np.asarray(table.blocks)[0, 0].tolist()) - {-1}
         lists = jnp.asarray([[listed, listed]], jnp.int32)
-        plan, table = _plan(table, lists, jnp.full((1, 2), stamp, jnp.int32))
+        plan = _plan(table, lists, jnp.full((1, 2), stamp, jnp.int32))
         want_slots, want_missing = model.ask(list(listed), stamp)
-        fetched = [
-            (FAR * head + block, slots * head + slot)
-            for head in range(2)  # both heads of the row are planned alike
-            for block, slot, new in zip(listed, want_slots, want_missing, strict=True)
-            if new
-        ]
+        # Both heads of the row are planned alike.
         for head in range(2):
             assert np.asarray(plan.slots)[0, head].tolist() == want_slots
-        count = int(plan.count)
-        places = np.stack((plan.rows, plan.places), axis=1)[:count].tolist()
-        assert [tuple(pair) for pair in places] == fetched
-        asked = sum(block >= 0 for block in listed)
-        assert int(plan.hits) == 2 * (asked - sum(want_missing))
+            assert np.asarray(plan.missing)[0, head].tolist() == want_missing
+        table = plan.table
         blocks = np.asarray(table.blocks)[0, 0]
         assert [None if b < 0 else b for b in blocks] == model.blocks
         assert np.asarray(table.used)[0, 0].tolist() == model.used
@@ -118,18 +93,20 @@ def test_tail_is_never_evicted():
     for stamp in range(40):
         others = rng.permutation(15)[: LISTED - 1]
         listed = rng.permutation([15, *others])
-        lists = jnp.asarray(listed[None, None], jnp.int32)
-        table = _plan(table, lists, jnp.full((1, 1), stamp))[1]
+        plan = _plan(
+            table, jnp.asarray(listed[None, None], jnp.int32), jnp.full((1, 1), stamp)
+        )
+        table = plan.table
         slots.append(int(slot_of(table.blocks, jnp.full((1, 1), 15))[0, 0]))
     assert len(set(slots)) == 1
 
 
 def test_rows_without_a_list_keep_their_slots():
     table = SlotTable(jnp.asarray([[[3, 1, -1]]]), jnp.asarray([[[5, 6, -1]]]))
-    plan, after = _plan(table, jnp.full((1, 1, 2), -1, jnp.int32), jnp.full((1, 1), 9))
-    np.testing.assert_array_equal(after.blocks, table.blocks)
-    np.testing.assert_array_equal(after.used, table.used)
-    assert int(plan.count) == int(plan.hits) == 0
+    plan = _plan(table, jnp.full((1, 1, 2), -1, jnp.int32), jnp.full((1, 1), 9))
+    np.testing.assert_array_equal(plan.table.blocks, table.blocks)
+    np.testing.assert_array_equal(plan.table.used, table.used)
+    assert not plan.missing.any()
     assert (plan.slots == -1).all()
 
 
