@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels._common.dispatch import Implementation, current_platform
-from pallas_kernels.benchmarks.harness import arguments, measure, report
+from pallas_kernels.benchmarks.harness import Report, arguments, measure
 from pallas_kernels.block_scores.api import block_scores, select_blocks
 from pallas_kernels.block_scores.pallas_triton import choose_triton
 from pallas_kernels.block_scores.rule import Rule
@@ -39,7 +39,7 @@ def main() -> None:
     own = jax.random.normal(keys[1], (1, tokens, heads, head_dim), dtype)
     compressed = jax.random.normal(keys[2], (1, kv_heads, windows, head_dim), dtype)
     start = jnp.zeros((1,), jnp.int32)
-    timings = []
+    report = Report("block_scores", args.out)
     sizes = {"blocks": blocks, "local_blocks": local}
     for name, forms, query in (
         ("Forecast", raw_forms, forecast),
@@ -86,9 +86,9 @@ def main() -> None:
             operands = (query, compressed, start)
             repeats = 5
             title = f"{name}, scores, {form}, T={tokens}"
-            timings.append(measure(title, score, *operands, repeats=repeats))
+            report.add(measure(title, score, *operands, repeats=repeats))
             title = f"{name}, scores and choice, {form}, T={tokens}"
-            timings.append(measure(title, select, *operands, repeats=repeats))
+            report.add(measure(title, select, *operands, repeats=repeats))
     # The choice alone, on one slab of scores.
     rows = min(tokens, 4096)
     scores = jax.random.normal(keys[0], (1, kv_heads, rows, blocks))
@@ -97,12 +97,10 @@ def main() -> None:
     if gpu:
         own_block = jnp.full((1, kv_heads, rows), blocks, jnp.int32)
         choose = functools.partial(choose_triton, budget=budget)
-        timings.append(
-            measure(f"choice, triton, {rows} rows", choose, scores, own_block)
-        )
+        report.add(measure(f"choice, triton, {rows} rows", choose, scores, own_block))
     choose = functools.partial(choose_xla, rule=rule, budget=budget)
-    timings.append(measure(f"choice, xla, {rows} rows", choose, scores, position))
-    by_name = {t.name: t.seconds for t in timings}
+    report.add(measure(f"choice, xla, {rows} rows", choose, scores, position))
+    by_name = {t.name: t.seconds for t in report.timings}
     best = {
         name: min(
             (
@@ -116,7 +114,7 @@ def main() -> None:
     }
     ratio = float(best["own query"] / best["Forecast"])
     print(f"Forecast is {ratio:.2f} times as fast as the own-query form (with choice)")
-    report("block_scores", timings, args.out, own_query_over_forecast=ratio)
+    report.finish(own_query_over_forecast=ratio)
 
 
 if __name__ == "__main__":

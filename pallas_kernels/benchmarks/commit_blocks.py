@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._common.dispatch import Implementation, current_platform
-from pallas_kernels.benchmarks.harness import arguments, measure, report
+from pallas_kernels.benchmarks.harness import Report, arguments, measure
 from pallas_kernels.commit_blocks.api import commit_blocks
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     order = jax.random.permutation(jax.random.key(0), rows).astype(jnp.int32)
     chance = jax.random.uniform(jax.random.key(1), (rows,))
     forms: tuple[Implementation, ...] = ("triton", "xla") if gpu else ("xla",)
-    timings = []
+    report = Report("commit_blocks", args.out)
     for share in (0.0, 0.1, 1.0):
         indices = jnp.where(chance < share, order, -1)
         size = 2 * int(jnp.sum(indices >= 0)) * slots.nbytes // rows
@@ -41,10 +41,8 @@ def main() -> None:
                 )
 
             name = f"{form}, {share:.0%} of {rows} entries"
-            timings.append(
-                measure(name, run, slots, staged, indices, links=8, note=note)
-            )
-    report("commit_blocks", timings, args.out)
+            report.add(measure(name, run, slots, staged, indices, links=8, note=note))
+    report.finish()
 
 
 if __name__ == "__main__":

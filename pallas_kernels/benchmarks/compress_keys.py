@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 from pallas_kernels._common.dispatch import Implementation, current_platform
 from pallas_kernels.benchmarks.harness import (
+    Report,
     arguments,
     copy_bandwidth,
     measure,
-    report,
 )
 from pallas_kernels.compress_keys.api import compress_keys
 
@@ -25,7 +25,7 @@ def main() -> None:
         forms = ("mosaic_gpu", "triton", "xla")
         shapes, dtype = ((1, 2, 131072, 128), (16, 2, 131072, 128)), jnp.bfloat16
         bandwidth = copy_bandwidth()
-    timings = []
+    report = Report("compress_keys", args.out, copy_bandwidth=bandwidth)
     for shape in shapes:
         keys = jax.random.normal(jax.random.key(0), shape, dtype)
         moved = keys.nbytes + keys.nbytes // 16
@@ -39,8 +39,8 @@ def main() -> None:
             def run(keys, form: Implementation = form):
                 return compress_keys(keys, implementation=form)
 
-            timings.append(measure(f"{form} {shape}", run, keys, note=note))
-    report("compress_keys", timings, args.out, copy_bandwidth=bandwidth)
+            report.add(measure(f"{form} {shape}", run, keys, note=note))
+    report.finish()
 
 
 if __name__ == "__main__":

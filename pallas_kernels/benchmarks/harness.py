@@ -14,7 +14,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -192,37 +192,67 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def report(op: str, timings: Sequence[Timing], out: Path | None, **extra: Any) -> None:
-    """Writes ``<op>.json`` and, where matplotlib is there, ``<op>.png``.
+class Report:
+    """The rows of a benchmark, in ``<op>.json`` as soon as each of them is there.
 
-    Args:
-      op: name of the operation.
+    Attributes:
       timings: what was measured.
-      out: folder, or None to write nothing.
-      **extra: further entries of the JSON file.
     """
-    if out is None:
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    record = {
-        "op": op,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        **extra,
-        "timings": [asdict(t) for t in timings],
-    }
-    text = json.dumps(record, indent=1) + "\n"
-    (out / f"{op}.json").write_text(text, encoding="utf-8")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    done = [t for t in timings if t.seconds is not None]
-    figure = Figure(figsize=(8, 0.6 + 0.35 * len(done)), layout="constrained")
-    axes = figure.subplots()
-    axes.barh([t.name for t in done], [(t.seconds or 0.0) * 1e3 for t in done])
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("milliseconds")
-    axes.set_title(f"{op}, {record['device']}, jax {jax.__version__}")
-    figure.savefig(out / f"{op}.png", dpi=120)
+
+    def __init__(self, op: str, out: Path | None, **extra: Any):
+        """Starts an empty report.
+
+        Args:
+          op: name of the operation.
+          out: folder, or None to write nothing.
+          **extra: further entries of the JSON file.
+        """
+        self.timings: list[Timing] = []
+        self._op, self._out, self._extra = op, out, extra
+
+    def add(self, timing: Timing) -> Timing:
+        """Takes in a row and writes the JSON file; returns the row."""
+        self.timings.append(timing)
+        self._write()
+        return timing
+
+    def finish(self, **extra: Any) -> None:
+        """Writes the JSON file and, where matplotlib is there, ``<op>.png``.
+
+        Args:
+          **extra: further entries of the JSON file.
+        """
+        self._extra |= extra
+        self._write()
+        if self._out is not None:
+            self._plot(self._out / f"{self._op}.png")
+
+    def _write(self) -> None:
+        if self._out is None:
+            return
+        self._out.mkdir(parents=True, exist_ok=True)
+        record = {
+            "op": self._op,
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+            **self._extra,
+            "timings": [asdict(t) for t in self.timings],
+        }
+        text = json.dumps(record, indent=1) + "\n"
+        (self._out / f"{self._op}.json").write_text(text, encoding="utf-8")
+
+    def _plot(self, path: Path) -> None:
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return
+        done = [t for t in self.timings if t.seconds is not None]
+        figure = Figure(figsize=(8, 0.6 + 0.35 * len(done)), layout="constrained")
+        axes = figure.subplots()
+        axes.barh([t.name for t in done], [(t.seconds or 0.0) * 1e3 for t in done])
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.set_xlabel("milliseconds")
+        kind = jax.devices()[0].device_kind
+        axes.set_title(f"{self._op}, {kind}, jax {jax.__version__}")
+        figure.savefig(path, dpi=120)

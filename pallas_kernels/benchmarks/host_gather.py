@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._common.dispatch import Implementation, current_platform
-from pallas_kernels.benchmarks.harness import arguments, measure, report
+from pallas_kernels.benchmarks.harness import Report, arguments, measure
 from pallas_kernels.host_gather.api import host_gather
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     def note(seconds):
         return f"{size / seconds / 1e9:6.1f} GB/s"
 
-    timings = []
+    report = Report("host_gather", args.out)
     forms: tuple[Implementation, ...] = ("mosaic_gpu", "triton")
     if gpu:
         for form in forms:
@@ -39,7 +39,7 @@ def main() -> None:
                     )
 
                 name = f"{form} {programs} programs"
-                timings.append(measure(name, run, host, index, note=note))
+                report.add(measure(name, run, host, index, note=note))
     small = index[: max(1, count // 8)]
 
     def portable(host, index):
@@ -48,13 +48,13 @@ def main() -> None:
     def portable_note(seconds):
         return f"{size / 8 / seconds / 1e9:6.1f} GB/s"
 
-    timings.append(measure("xla loop", portable, host, small, note=portable_note))
+    report.add(measure("xla loop", portable, host, small, note=portable_note))
 
     def copy(host):
         return jax.device_put(host[:count], jax.memory.Space.Device)
 
-    timings.append(measure("contiguous copy", copy, host, note=note))
-    report("host_gather", timings, args.out)
+    report.add(measure("contiguous copy", copy, host, note=note))
+    report.finish()
 
 
 if __name__ == "__main__":

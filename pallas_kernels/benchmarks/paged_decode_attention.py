@@ -1,7 +1,7 @@
 """Decode over listed slots: GB/s of key-value bytes beside the copy bandwidth.
 
-Peers in the same run: the XLA form, and ``jax.nn.dot_product_attention`` (cuDNN where
-it serves the call) over as many keys laid out contiguously, which needs no list.
+Peers in the same run: the XLA form, and ``jax.nn.dot_product_attention`` (cuDNN on a
+GPU, and XLA) over as many keys laid out contiguously, which needs no list.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from jax import lax
 
 from pallas_kernels._common.dispatch import Implementation, current_platform
 from pallas_kernels.benchmarks.harness import (
+    Report,
     arguments,
     copy_bandwidth,
     device_kernels,
     measure,
-    report,
     small_copy_bandwidth,
 )
 from pallas_kernels.paged_decode_attention.api import paged_decode_attention
@@ -44,7 +44,6 @@ def main() -> None:
     """Runs the benchmark from the command line."""
     args = arguments(__doc__).parse_args()
     gpu = current_platform() == "cuda" and not args.small
-    timings = []
     forms: tuple[Implementation, ...]
     if gpu:
         dtype, bandwidth = jnp.bfloat16, copy_bandwidth()
@@ -55,6 +54,7 @@ def main() -> None:
         dtype, bandwidth = jnp.float32, None
         cases = [(1, 9, 3, 64, 64, 128, 16), (1, 9, 3, 64, 64, 32, 32)]
         forms = ("xla",)
+    report = Report("paged_decode_attention", args.out, copy_bandwidth=bandwidth)
     for batch, heads, kv_heads, head_dim, block, capacity, listed in cases:
         width = jnp.dtype(dtype).itemsize
         size = batch * kv_heads * listed * block * 2 * head_dim * width
@@ -98,29 +98,40 @@ def main() -> None:
 
             name = f"{form} B={batch} P={listed} H={head_dim}"
             operands = (q, kv, slots, lengths)
-            timings.append(measure(name, chain, *operands, links=layers, note=note))
-            if gpu and form != "xla" and timings[-1].seconds is not None:
+            report.add(measure(name, chain, *operands, links=layers, note=note))
+            if gpu and form != "xla" and report.timings[-1].seconds is not None:
                 for kernel, (count, total) in device_kernels(chain, *operands).items():
-                    print(f"    {kernel[:60]} x{count}: {total / count * 1e6:.1f} us")
+                    print(
+                        f"    {kernel[:60]} x{count}: {total / count * 1e6:.1f} us",
+                        flush=True,
+                    )
         contiguous = (layers, batch, listed * block, kv_heads, head_dim)
         part = kv[:, :, :, :listed].reshape(*kv.shape[:3], -1, 2, head_dim)
         part = jnp.moveaxis(part, 2, 3)
         k, v = (part[..., i, :].reshape(contiguous) for i in range(2))
         del part, kv
 
-        peer_form: Literal["cudnn", "xla"] = "cudnn" if gpu else "xla"
+        peer_forms: tuple[Literal["cudnn", "xla"], ...]
+        peer_forms = ("cudnn", "xla") if gpu else ("xla",)
+        for dense_form in peer_forms:
 
-        def peer(q, k, v, layers=layers, form: Literal["cudnn", "xla"] = peer_form):
-            for layer in range(layers):
-                q = jax.nn.dot_product_attention(
-                    q[:, None], k[layer], v[layer], implementation=form
-                )[:, 0]
-            return q
+            def peer(
+                q,
+                k,
+                v,
+                layers=layers,
+                form: Literal["cudnn", "xla"] = dense_form,
+            ):
+                for layer in range(layers):
+                    q = jax.nn.dot_product_attention(
+                        q[:, None], k[layer], v[layer], implementation=form
+                    )[:, 0]
+                return q
 
-        name = f"dot_product_attention B={batch} keys={listed * block}"
-        timings.append(measure(name, peer, q, k, v, links=layers, note=note))
+            name = f"{dense_form} dense B={batch} keys={listed * block}"
+            report.add(measure(name, peer, q, k, v, links=layers, note=note))
         del k, v
-    report("paged_decode_attention", timings, args.out, copy_bandwidth=bandwidth)
+    report.finish()
 
 
 if __name__ == "__main__":

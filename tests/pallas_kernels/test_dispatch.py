@@ -18,6 +18,7 @@ from pallas_kernels.block_sparse_attention import pallas_mosaic_gpu as sparse_mo
 from pallas_kernels.block_sparse_attention import pallas_triton as sparse_triton
 from pallas_kernels.block_sparse_attention import unions
 from pallas_kernels.block_sparse_attention.unions import tile_unions
+from pallas_kernels.commit_blocks import pallas_triton as commit_triton
 from pallas_kernels.compress_keys import pallas_mosaic_gpu as compress_mosaic
 from pallas_kernels.host_gather import pallas_mosaic_gpu as gather_mosaic
 from pallas_kernels.host_gather import pallas_triton as gather_triton
@@ -33,6 +34,7 @@ CONFIGS = {
     ("host_gather", "mosaic_gpu"): gather_mosaic.Config,
     ("host_gather", "triton"): gather_triton.Config,
     ("block_scores", "triton"): ScoresConfig,
+    ("commit_blocks", "triton"): commit_triton.Config,
     ("compress_keys", "mosaic_gpu"): compress_mosaic.Config,
 }
 
