@@ -1,9 +1,11 @@
-"""SmolLM2-135M on a CPU: short sequences, few steps, text that every Python has.
+"""SmolLM2-135M on a CPU: the recipe of the published weights, made small.
 
-About a quarter of an hour on two cores.
+Half the context, a sixty-fourth of the tokens. About a quarter of an hour on two idle
+cores, estimated: beside two other jobs six steps took 9.5 minutes, of which 15 s a step
+and 90 s an evaluation; held-out recall of the chosen blocks was 0.9233 before and 0.9238
+after them.
 """
 
-from sparda_jax.config import SparseConfig
 from train.config import (
     CheckpointConfig,
     DataConfig,
@@ -20,22 +22,34 @@ def get_config() -> TrainConfig:
         name="smollm2-cpu",
         model="smollm2-135m",
         out="out/smollm2_distill",
-        # A sequence of 2048 tokens has 32 blocks, half of which fit the budget.
-        sparse=SparseConfig(local_blocks=4, block_budget=16),
-        # The model was not trained with sparse attention, and most rows of a short
-        # sequence need no choice: they are left out.
-        loss=LossConfig(mask_short_rows=True, floor=0.0),
+        # Geometry and budget are the preset's: windows of 8 keys, 16 blocks, of the 32
+        # that a sequence has.
+        sparse=None,
+        init="regression",
+        init_batches=8,
+        # A CPU visits block lists faster than it masks all keys, also at this length.
+        attention="blocks",
+        loss=LossConfig(
+            teacher="deployed",
+            student="blocks",
+            target="recall",
+            mask_short_rows=True,
+            floor=0.0,
+        ),
         optimizer=OptimizerConfig(
-            lr=1e-3,
+            lr=2e-4,
             schedule="cosine",
-            warmup_steps=5,
-            final_fraction=0.1,
-            steps=60,
+            warmup_steps=4,
+            final_fraction=0.05,
+            steps=40,
             global_batch=1,
         ),
         data=DataConfig(
-            sources=(("stdlib", 0.6), ("pydoc", 0.4)), seq_len=2048, packing="long"
+            sources=(("stdlib", 0.85), ("pydoc", 0.15)),
+            seq_len=2048,
+            packing="joined",
+            held_out=0.1,
         ),
-        eval=EvalConfig(every=30, batches=4),
-        checkpoint=CheckpointConfig(every=30),
+        eval=EvalConfig(every=20, batches=4),
+        checkpoint=CheckpointConfig(every=20),
     )

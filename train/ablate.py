@@ -140,7 +140,7 @@ class Trainer:
 def first_heads(run: Run, how: str) -> Float[Array, "L D KH"]:
     """Heads before training, on all devices."""
     if how == "regression":
-        run.fit_heads()
+        run.fit_heads(progress=True)
         return run.state.heads
     heads = initial_heads(run.lm.model, how, run.config.seed)
     # The update leaves its input alone, so that one array serves all variants.

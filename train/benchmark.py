@@ -49,6 +49,17 @@ from train.step import (
     run_backbone,
 )
 
+LOSSES = {
+    "reference": LossConfig(mask_short_rows=True),
+    "published": LossConfig(
+        teacher="deployed",
+        student="blocks",
+        target="recall",
+        mask_short_rows=True,
+        floor=0.0,
+    ),
+}
+
 
 def random_decoder(config: ModelConfig, dtype: jnp.dtype) -> Decoder:
     """Random stacked weights of a shape without biases or extra norms."""
@@ -181,6 +192,12 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="kernel: where there is one for the device",
     )
     parser.add_argument(
+        "--loss",
+        choices=tuple(LOSSES),
+        default="reference",
+        help="the reference's, or that of the published weights",
+    )
+    parser.add_argument(
         "--run-length",
         type=int,
         default=1,
@@ -203,7 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = Settings(
         config,
         preset.sparse,
-        LossConfig(mask_short_rows=True),
+        LOSSES[options.loss],
         options.implementation,
         masked_attention=options.attention == "masked",
         whole_rows=options.teacher == "kernel",
@@ -219,6 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
         seq_len=options.seq_len,
         tokens=count,
         run_length=options.run_length,
+        loss=options.loss,
         attention=options.attention,
         dense=dense_by,
         implementation=options.implementation,

@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
+from tqdm import tqdm
 
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.models.rope import Rotation, apply_rope
@@ -116,6 +117,7 @@ def regression_heads(
     *,
     batches: int,
     fsdp: bool = False,
+    progress: bool = False,
 ) -> Float[Array, "L D KH"]:
     """Heads for the first step; see the module's text.
 
@@ -127,8 +129,10 @@ def regression_heads(
       mesh: Of `make_mesh`.
       batches: For the least squares, and again for the weights.
       fsdp: The layers' weights are divided over the mesh.
+      progress: Show a bar: on a CPU this takes minutes.
     """
     config = model.config
+    silent = None if progress else True
     gather = make_gather(model, mesh, fsdp=fsdp)
 
     def sums(model: Decoder, heads: Array, batch: Batch) -> tuple[Array, Array]:
@@ -156,7 +160,7 @@ def regression_heads(
         )
     )
     square = product = np.float64(0)
-    for _ in range(batches):
+    for _ in tqdm(range(batches), desc="least squares", disable=silent):
         new = jax.device_get(moments(model, heads, next(data)))
         square, product = square + new[0], product + new[1]
     assert isinstance(square, np.ndarray) and isinstance(product, np.ndarray)
@@ -177,6 +181,6 @@ def regression_heads(
 
     weights = jnp.full((len(guesses), *groups[:2]), 1 / groups[1], jnp.float32)
     state = optimizer.init(weights)
-    for _ in range(batches):
+    for _ in tqdm(range(batches), desc="weights of heads", disable=silent):
         weights, state = step(model, guesses, weights, state, next(data))
     return jax.jit(combine)(guesses, weights)

@@ -174,7 +174,7 @@ class Run:
         """The state on all devices."""
         return jax.tree.map(lambda x: place(x, self.mesh, PartitionSpec()), state)
 
-    def fit_heads(self) -> None:
+    def fit_heads(self, *, progress: bool = False) -> None:
         """Replaces the first heads by those of `regression_heads`."""
         # Batches of its own: training begins with the first one all the same.
         heads = regression_heads(
@@ -185,6 +185,7 @@ class Run:
             self.mesh,
             batches=self.config.init_batches,
             fsdp=self.config.parallel.fsdp,
+            progress=progress and jax.process_index() == 0,
         )
         self.state = self.placed(initial_state(heads, self.optimizer))
 
@@ -278,7 +279,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
             run.state = restored.state
             run.data.set_state(restored.data)
         elif config.init == "regression":
-            run.fit_heads()
+            run.fit_heads(progress=progress)
         start = int(run.state.step)
         steps = config.optimizer.steps
         log: RunLog | NoLog = NoLog()

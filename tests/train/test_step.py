@@ -133,7 +133,7 @@ def test_frozen_means_frozen(random_model, step):
 def test_accumulation_equals_one_batch(random_model, step):
     model = random_model()
     heads = initial_heads(model, "from_query", seed=0)
-    whole = _batch(2)
+    whole = _batch(4)
     parts = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), whole)
     states = []
     for batch in (whole, parts):

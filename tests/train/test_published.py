@@ -1,0 +1,70 @@
+"""The published heads meet what they are published for, on held-out text, on a CPU."""
+
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparda_jax as sj
+from sparda_jax.evaluation.perplexity import perplexity
+from train.config import load_config
+from train.loss import Documents
+from train.metrics import make_evaluate
+from train.report import domain_rows
+from train.step import Batch, Settings, initial_heads, make_mesh
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def config():
+    return load_config(ROOT / "configs" / "smollm2_distill_gpu.py")
+
+
+@pytest.fixture(scope="module")
+def lm(smollm2_path):
+    """With the heads that come by default."""
+    return sj.load(smollm2_path, attention="sparda", dtype="float32", storage="stacked")
+
+
+@pytest.fixture(scope="module")
+def rows(config, lm):
+    """One of code, one of the manual: 4,096 tokens that training did not see."""
+    assert config.data.seq_len == 4096 and lm.sparse.block_budget == 16
+    return [
+        domain_rows(source, config, lm, unseen=False, count=1)[0]
+        for source in ("stdlib", "pydoc")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.timeout(1800)
+def test_recall_of_held_out_text(config, lm, rows):
+    settings = Settings(lm.config, lm.sparse, config.loss, masked_attention=True)
+    evaluate = make_evaluate(lm.model, settings, make_mesh(1), fsdp=False, mass=False)
+    layers = range(lm.config.num_layers)
+    published = jnp.stack([lm.model.forecast_head(layer) for layer in layers])
+    documents = Documents.whole_rows(1, len(rows[0]))
+    batches = [Batch(jnp.asarray(row[None], jnp.int32), documents) for row in rows]
+    ours, first = (
+        float(np.mean(evaluate(lm.model, heads, batches).recall_at_budget))
+        for heads in (published, initial_heads(lm.model, "from_query", 0))
+    )
+    assert ours >= min(0.90, first + 0.10), (ours, first)
+    # Whatever the criterion says: training has made them better.
+    assert ours > first + 0.03, (ours, first)
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.timeout(1800)
+def test_perplexity_of_held_out_text(lm, rows):
+    # Before that token all blocks fit the budget.
+    first = lm.sparse.block_budget * lm.sparse.block_size
+    own, ours = (
+        perplexity(sj.with_attention(lm, attention), rows, first=first)
+        for attention in ("infllm_v2", "sparda")
+    )
+    assert own * 0.9 < ours < own * 1.02, (own, ours)
