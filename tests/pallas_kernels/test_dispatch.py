@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 import pallas_kernels
 from pallas_kernels._common import dispatch, validation
+from pallas_kernels._common.dispatch import current_platform, require_cuda
 from pallas_kernels._common.lowering import cuda_lowering_text
 from pallas_kernels._common.numerics import NEG_INF
 from pallas_kernels._common.splits import merge_splits
@@ -171,3 +173,26 @@ def test_unions_of_too_many_tokens():
             block=16,
             tokens=32,
         )
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cuda"], ids=["mesh", "lowering"])
+def test_platform_of_a_mesh(platform):
+    """Inside `shard_map` the mesh names its devices "gpu", a lowering names "cuda"."""
+    device = AbstractDevice("NVIDIA H200", None, platform)
+    mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert current_platform() == "cuda"
+        require_cuda("triton", 8.0)
+
+
+def test_platform_inside_shard_map():
+    mesh = jax.make_mesh((1,), ("x",), (AxisType.Auto,))
+    seen = []
+
+    def f(x):
+        seen.append(current_platform())
+        return x
+
+    spec = PartitionSpec("x")
+    jax.jit(jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec))(jnp.ones(1))
+    assert seen == [current_platform()]
