@@ -27,6 +27,7 @@ from sparda_jax.inference.generate import (
     plan_shapes,
     run_call,
     stop_array,
+    tile_tokens,
 )
 from sparda_jax.inference.layer_store import LayerSettings
 from sparda_jax.inference.limits import refuse_what_cannot_fit, why_not
@@ -48,10 +49,6 @@ from sparda_jax.models.rope import Rope, model_rope
 from sparda_jax.sparse.selectors import Selector
 
 PromptLike = str | Sequence[int] | np.ndarray
-
-# On a CPU the tile is what a GEMM needs to run well; on a GPU larger ones fill it.
-_TILE = {"cpu": 256}
-_GPU_TILE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +179,7 @@ class LanguageModel:
     @property
     def tile_size(self) -> int:
         """Query tokens per prefill tile on the default device."""
-        return _TILE.get(jax.default_backend(), _GPU_TILE)
+        return tile_tokens(jax.default_backend())
 
 
 def encode_prompt(lm: LanguageModel, prompt: PromptLike, field: str) -> list[int]:
@@ -353,6 +350,10 @@ class _Run:
         # length or windows reach past their query (parity settings).
         chunkable = lm.sparse.dense_len <= 0 and lm.sparse.mask_future_blocks
         self.chunk = longest
+        if prefill_chunk is not None and prefill_chunk < 1:
+            raise ConfigError(
+                f"prefill_chunk={prefill_chunk} is not allowed: it must be at least 1"
+            )
         if prefill_chunk is not None and chunkable:
             self.chunk = min(longest, prefill_chunk)
         last = (longest - 1) // self.chunk * self.chunk
@@ -562,6 +563,11 @@ class _Run:
                 "single_call=True is not allowed with CacheConfig.prefetch='auto', "
                 "which measures the first steps: use 'lookahead' or 'none'"
             )
+        if self.chunk < max(len(row) for row in self.rows):
+            raise ConfigError(
+                "single_call=True is not allowed with a prefill_chunk that cuts the "
+                "prompt"
+            )
         offload = self.settings.offload
         if offload is not None and offload.route == "steps":
             raise ConfigError(
@@ -650,6 +656,7 @@ def generate(
     ignore_eos: bool = False,
     conversation: Conversation | None = None,
     max_context: int | None = None,
+    prefill_chunk: int | None = None,
     single_call: bool = False,
 ) -> GenerateOutput:
     """Generates a continuation of every prompt, until each has ended.
@@ -671,6 +678,8 @@ def generate(
         used up.
       max_context: Length to choose LongRoPE's factors for, if further turns shall grow
         past this call's.
+      prefill_chunk: Cut a long prompt into calls of that many tokens: device memory
+        then holds the hidden states of one piece.
       single_call: Do everything in one dispatch; prefill and decode are not timed
         apart.
 
@@ -691,7 +700,7 @@ def generate(
         ignore_eos=ignore_eos,
         conversation=conversation,
         max_context=max_context,
-        prefill_chunk=None,
+        prefill_chunk=prefill_chunk,
     )
     if single_call:
         run.whole()
@@ -767,8 +776,8 @@ def stream(
     """`generate`, yielding `StreamEvent`s as tokens come.
 
     Same tokens as `generate`. `tokens_per_call` tokens are decoded per dispatch;
-    `prefill_chunk` cuts a long prompt into calls of that many tokens, after each of
-    which `on_progress(tokens)` is called. Other arguments and errors as there.
+    after every call of a prompt cut by `prefill_chunk`, `on_progress(tokens)` is
+    called. Other arguments and errors as there.
     """
     if tokens_per_call < 1:
         raise ConfigError(

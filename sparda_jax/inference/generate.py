@@ -245,6 +245,11 @@ def bucket(length: int, smallest: int) -> int:
     return size
 
 
+def tile_tokens(platform: str) -> int:
+    """Query tokens per prefill tile: on a CPU what a GEMM needs; a GPU wants more."""
+    return 256 if platform == "cpu" else 1024
+
+
 @dataclasses.dataclass(frozen=True)
 class Shapes:
     """Bucketed sizes of one compilation.

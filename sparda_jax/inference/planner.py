@@ -22,7 +22,7 @@ from sparda_jax.config import (
     SparseConfig,
     require,
 )
-from sparda_jax.inference.generate import Shapes, plan_shapes
+from sparda_jax.inference.generate import Shapes, plan_shapes, tile_tokens
 from sparda_jax.inference.layer_store import LayerSettings, OffloadSettings
 from sparda_jax.inference.limits import (
     Limit,
@@ -38,8 +38,6 @@ from sparda_jax.sparse.selectors import Selector, get_selector
 
 # Nobody has published how many listed blocks miss; our experiments on a GPU took this.
 ASSUMED_MISS = 0.10
-# What an accelerator's engine takes; see `engine.LanguageModel.tile_size`.
-_TILE = 1024
 _LONGEST = 2**21
 
 # Dense bf16 peak of the vendor's data sheet, FLOP/s. A bound that decode seldom meets.
@@ -346,7 +344,7 @@ class _Planner:
             farthest_start=(prompt - 1) // piece * piece,
             longest=prompt,
             max_new=self.max_new,
-            tile_size=_TILE,
+            tile_size=tile_tokens("gpu"),
             block_size=self.sparse.block_size,
         )
 

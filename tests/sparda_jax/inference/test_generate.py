@@ -71,6 +71,13 @@ def test_one_dispatch_gives_the_same_tokens(lm, prompts, greedy):
     assert out.stats.prefill_seconds is None
 
 
+def test_a_cut_prompt_gives_the_same_tokens(lm, prompts, greedy):
+    out = sj.generate(
+        lm, prompts, max_new_tokens=24, ignore_eos=True, prefill_chunk=128
+    )
+    assert out.tokens == greedy.tokens
+
+
 @pytest.mark.parametrize("tokens_per_call", [1, 7])
 def test_stream_yields_the_same_tokens(lm, prompts, greedy, tokens_per_call):
     seen = []
@@ -241,6 +248,8 @@ def test_capacity_holds_whole_tiles_behind_the_farthest_start():
         ({"seed": -1}, "seed=-1"),
         ({"seed": [1, 2]}, "seed has 2 values"),
         ({"stop_ids": [128]}, "stop_ids holds 128"),
+        ({"prefill_chunk": 0}, "prefill_chunk=0"),
+        ({"prefill_chunk": 2, "single_call": True}, "with a prefill_chunk"),
     ],
 )
 def test_bad_input_names_field_and_value(lm, arguments, named):
