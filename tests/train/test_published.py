@@ -1,5 +1,6 @@
-"""The published heads meet what they are published for, on held-out text, on a CPU."""
+"""The real model: published heads meet what they are published for; training learns."""
 
+import dataclasses
 import pathlib
 
 import jax.numpy as jnp
@@ -8,10 +9,11 @@ import pytest
 
 import sparda_jax as sj
 from sparda_jax.evaluation.perplexity import perplexity
-from train.config import load_config
+from train.config import load_config, with_overrides
 from train.loss import Documents
-from train.metrics import make_evaluate
+from train.metrics import make_evaluate, read_log
 from train.report import domain_rows
+from train.run import train
 from train.step import Batch, Settings, initial_heads, make_mesh
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -68,3 +70,32 @@ def test_perplexity_of_held_out_text(lm, rows):
         for attention in ("infllm_v2", "sparda")
     )
     assert own * 0.9 < ours < own * 1.02, (own, ours)
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.timeout(1800)
+def test_a_short_run_on_a_cpu_learns(lm, tmp_path):
+    """The CPU configuration, from plain heads, with half its context and budget."""
+    config = load_config(ROOT / "configs" / "smollm2_distill.py")
+    sparse = dataclasses.replace(lm.sparse, block_budget=8)
+    config = dataclasses.replace(config, sparse=sparse)
+    config = with_overrides(
+        config,
+        [
+            f"out={tmp_path}",
+            "init=from_query",
+            "data.seq_len=1024",
+            "data.sources=[('pydoc', 1.0)]",
+            "lr=1e-3",
+            "optimizer.steps=10",
+            "warmup_steps=0",
+            "eval.every=10",
+            "checkpoint.every=10",
+            "mass=False",
+        ],
+    )
+    train(config, progress=False)
+    before, after = (x for x in read_log(tmp_path / "log.jsonl") if x["kind"] == "eval")
+    assert after["kl"] < before["kl"]
+    assert after["recall"] > before["recall"] + 0.01
