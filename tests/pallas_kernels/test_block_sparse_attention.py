@@ -169,6 +169,21 @@ def test_lengths(tokens, listed):
     assert_attention_matches(compute(args), reference(args), "float32")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("listed", [None, 3])
+def test_every_length(listed):
+    """1 … 200 tokens: the first rows of the longest."""
+    spec = ArgSpec("", 1, 200, 6, 2, 64, 32, 9, listed=listed, start=(40,))
+    args = spec.make(jnp.float32)
+    out, lse = reference(args)
+    for tokens in range(1, 201):
+        part = args | {"q": args["q"][:, :tokens]}
+        if listed:
+            part["block_indices"] = args["block_indices"][:, :, :tokens]
+        want = out[:, :tokens], lse[:, :tokens]
+        assert_attention_matches(compute(part), want, "float32")
+
+
 @pytest.mark.parametrize("groups", slow_but({1}, (1, 3, 4, 8, 16)))
 def test_groups(groups):
     spec = ArgSpec("", 1, 50, 2 * groups, 2, 64, 16, 12, listed=5, start=(130,))

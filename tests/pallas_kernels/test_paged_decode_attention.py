@@ -245,6 +245,13 @@ def test_ragged_tails(groups):
         assert_attention_matches(got, row, "float32")
 
 
+def test_every_length():
+    """Rows of 1 … 200 keys in one call."""
+    spec = ArgSpec("", 200, 6, 2, 64, 16, 13, lengths=tuple(range(1, 201)))
+    args = spec.make(jnp.float32)
+    assert_attention_matches(compute(args), reference(args), "float32")
+
+
 def test_identity_list_is_dense():
     spec = ArgSpec("", 2, 8, 2, 64, 32, 6, lengths=(170, 64))
     dense = spec.make(jnp.float32)
