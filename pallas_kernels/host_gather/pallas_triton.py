@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels._common.copies import CopyConfig
 from pallas_kernels._common.dispatch import (
     in_32_bit,
     require_cuda,
@@ -32,28 +33,12 @@ from pallas_kernels._common.dispatch import (
 
 
 @dataclass(frozen=True)
-class Config:
-    """Settings of the kernel.
-
-    Attributes:
-      programs: persistent programs.
-      part_bytes: bytes that a program copies at a time, a power of two.
-      num_warps: warps of a program.
-    """
+class Config(CopyConfig):
+    """Settings of the kernel."""
 
     programs: int = 32
     part_bytes: int = 16 * 1024
     num_warps: int = 8
-
-    def __post_init__(self):
-        if self.programs < 1:
-            raise ValueError(f"programs is {self.programs}; it must be at least 1")
-        if self.part_bytes < 256 or self.part_bytes & (self.part_bytes - 1):
-            raise ValueError(
-                f"part_bytes is {self.part_bytes}; it must be a power of two >= 256"
-            )
-        if self.num_warps not in (1, 2, 4, 8, 16):
-            raise ValueError(f"num_warps is {self.num_warps}; allowed: 1 2 4 8 16")
 
 
 @in_32_bit
