@@ -13,7 +13,7 @@ weights and gathers a layer's when that layer runs.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -124,14 +124,13 @@ class Settings:
     def teacher_kernels(self) -> Kernels:
         """Kernels for `distill_layer`: none where rows hold several documents.
 
-        Unless one is named, those recorded for this device. Mosaic comes first: of the
-        two it is the faster one where softmaxes are summed. Without either of them
-        tiles in XLA are the better form.
+        Unless one is named, those recorded for this device, in their order where
+        softmaxes are summed. Without any of them tiles in XLA are the better form.
         """
         if not self.whole_rows:
             return ()
-        known = candidates(block_scores.OP, self.implementation)
-        return tuple(name for name in ("mosaic_gpu", "triton") if name in known)
+        known = candidates(block_scores.OP, self.implementation, {"softmax": True})
+        return cast(Kernels, tuple(name for name in known if name != "xla"))
 
 
 class LayerView(NamedTuple):

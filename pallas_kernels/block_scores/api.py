@@ -87,7 +87,7 @@ def block_scores(
         mask_future_blocks=mask_future_blocks,
     )
 
-    return _serve(0, args, implementation, return_lse, rule=rule)
+    return _serve(0, args, implementation, return_lse, rule)
 
 
 def select_blocks(
@@ -160,18 +160,23 @@ def select_blocks(
         mask_future_blocks=mask_future_blocks,
     )
 
-    return _serve(1, args, implementation, return_lse, rule=rule, budget=budget)
+    return _serve(1, args, implementation, return_lse, rule, budget=budget)
 
 
 def _serve(
-    which: int, args, implementation: Implementation | None, return_lse: bool, **more
+    which: int,
+    args,
+    implementation: Implementation | None,
+    return_lse: bool,
+    rule: Rule,
+    **more: int,
 ) -> Any:
     """Calls one of the two functions of the implementation that takes the call."""
 
     def run(name: str) -> tuple[Array, Array | None]:
-        return _module(name)[which](*args, lse=return_lse, **more)
+        return _module(name)[which](*args, lse=return_lse, rule=rule, **more)
 
-    result, lse = dispatch(OP, implementation, run)
+    result, lse = dispatch(OP, implementation, run, {"softmax": rule.softmax})
     if not return_lse:
         return result
     assert lse is not None

@@ -50,6 +50,8 @@ def test_every_record_can_be_used():
         assert path.parent.name == dispatch.device_slug(record["device"])
         assert record["default"][-1] == "xla"
         assert set(record["default"]) <= set(dispatch.IMPLEMENTATIONS)
+        for entry in record.get("orders", []):
+            assert sorted(entry["default"]) == sorted(record["default"])
         for name in record["default"][:-1]:
             figures = json.dumps(record.get("measured", [])) + json.dumps(
                 record["configs"].get(name, [])
@@ -64,6 +66,17 @@ def test_unknown_devices_take_xla():
     assert dispatch.tuned_record("block_sparse_attention", "some device") == {}
     if jax.default_backend() == "cpu":
         assert dispatch.candidates("block_sparse_attention", None) == ("xla",)
+
+
+def test_a_record_may_tell_cases_apart():
+    device = AbstractDevice("NVIDIA H200", None, "cuda")
+    mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        first = {
+            softmax: dispatch.candidates("block_scores", None, {"softmax": softmax})[0]
+            for softmax in (False, True)
+        }
+    assert first == {False: "triton", True: "mosaic_gpu"}
 
 
 def test_the_record_decides_where_there_is_one():
