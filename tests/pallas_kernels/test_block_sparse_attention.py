@@ -1,6 +1,5 @@
 """Block-sparse attention against its float32 definition, and its edges."""
 
-import dataclasses
 import functools
 import re
 
@@ -171,12 +170,12 @@ def test_lengths(tokens, listed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("listed", [None, 3])
-def test_every_length(listed):
-    """1 … 200 tokens: the first rows of the longest."""
+def test_lengths_up_to_200(listed):
+    """1 … 200 tokens, one program each: the first rows of the longest."""
     spec = ArgSpec("", 1, 200, 6, 2, 64, 32, 9, listed=listed, start=(40,))
     args = spec.make(jnp.float32)
     out, lse = reference(args)
-    for tokens in range(1, 201):
+    for tokens in (*range(1, 67), *range(67, 200, 7), 200):
         part = args | {"q": args["q"][:, :tokens]}
         if listed:
             part["block_indices"] = args["block_indices"][:, :, :tokens]
@@ -433,24 +432,3 @@ def test_bad_arguments(change, message, without_type_checks):
     args = ArgSpec("", 2, 8, 6, 2, 64, 16, 4).make(jnp.float32) | change
     with pytest.raises(ValueError, match=re.escape(message)):
         block_sparse_attention(**args)
-
-
-@pytest.mark.slow
-def test_sparse_is_faster_than_dense_at_8k():
-    import time
-
-    spec = next(s for s in ARG_SPECS if s.name == "smollm_8k")
-    args = dataclasses.replace(spec, drift=32).make(jnp.float32)
-
-    def seconds(a):
-        f = jax.jit(lambda a: block_sparse_attention(**a))
-        f(a).block_until_ready()
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            f(a).block_until_ready()
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    dense = {name: x for name, x in args.items() if name != "block_indices"}
-    assert seconds(args) < seconds(dense)
