@@ -27,6 +27,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
+from sparda_jax.checkpoint.atomic import new_file
 from sparda_jax.config import ConfigError, SparseConfig
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.sparse.selection import force_blocks, top_blocks
@@ -352,11 +353,13 @@ def keep_json(path: pathlib.Path | None, values: Any) -> None:
     """Writes figures that are known so far, whole or not at all; None writes nothing.
 
     For commands that measure for long: a run that is cut off still tells something.
+
+    Raises:
+      CheckpointError: The place cannot be written to, or is full.
     """
     if path is not None:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(values, indent=1))
-        os.replace(temporary, path)
+        with new_file(path) as temporary:
+            temporary.write_text(json.dumps(values, indent=1))
 
 
 def plot_curves(log: str | pathlib.Path, out: str | pathlib.Path) -> None:

@@ -140,18 +140,4 @@ ARG_SPECS: tuple[ArgSpec, ...] = (
         drift=64,
         tags=_LARGE,
     ),
-    ArgSpec(
-        "smollm_8k",
-        1,
-        8192,
-        9,
-        3,
-        64,
-        64,
-        128,
-        listed=16,
-        local=8,
-        drift=16,
-        tags=_LARGE,
-    ),
 )
