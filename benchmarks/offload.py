@@ -214,10 +214,17 @@ def _request(config, batch: int, context: int, new: int):
 def _compile(model, state, request, settings: list) -> list:
     """One program a mode, and the seconds that each took.
 
-    The first one alone: the products' kernels are chosen by timing them, and what it
-    chose serves the others, which are compiled side by side.
+    The route `steps` has no program: it compiles as it goes, in the warm-up. The first
+    program is compiled alone: the products' kernels are chosen by timing them, and what
+    was chosen serves the others, which are compiled side by side.
     """
     from sparda_jax.inference.generate import advance_call
+    from sparda_jax.inference.stepwise import advance_stepwise
+
+    if any(s.offload is not None and s.offload.route == "steps" for s in settings):
+        return [
+            (functools.partial(advance_stepwise, settings=s), 0.0) for s in settings
+        ]
 
     lowered = [advance_call.lower(model, state, request, settings=s) for s in settings]
 
@@ -244,19 +251,28 @@ def _time(call, model, state, request, mode: str, arguments) -> tuple:
         done=jnp.zeros((batch,), bool),
     )
 
-    def chunk(state):
+    def chunk(state, steps=CHUNK):
         begun = time.perf_counter()
-        state = call(model, state, request)
+        state = call(model, state, request._replace(steps=jnp.int32(steps)))
         jax.block_until_ready(state.done)
         return state, time.perf_counter() - begun
 
     for _ in range(2):  # fills the slots and warms up
         state, _ = chunk(state)
+    outside = 0.0
+    if isinstance(call, functools.partial):
+        # `steps` takes the store into NumPy's memory and back in every call, which is
+        # no part of a step.
+        empty = []
+        for _ in range(3):
+            state, taken = chunk(state, steps=0)
+            empty.append(taken)
+        outside = statistics.median(empty)
     before = int(np.sum(np.asarray(state.traffic.fetched)))
     seconds = []
     for _ in range(arguments.steps // CHUNK):
         state, taken = chunk(state)
-        seconds.append(taken / CHUNK)
+        seconds.append((taken - outside) / CHUNK)
     fetched = int(np.sum(np.asarray(state.traffic.fetched))) - before
     if arguments.profile is not None:
         with jax.profiler.trace(arguments.profile / f"{mode}-{batch}"):

@@ -48,6 +48,8 @@ class Case:
       run: takes an implementation's name, a config or None, and the operands.
       configs: candidates by implementation.
       links: operations chained in one call of ``run``.
+      order: what ``dispatch`` can tell calls like this one by; where its fastest
+        implementation is not that of all cases together, the record says so.
       check: as ``run``; what is compared with the XLA form, ``run`` itself if None.
     """
 
@@ -56,6 +58,7 @@ class Case:
     run: Callable[..., Any]
     configs: dict[str, Sequence[Any]]
     links: int = 1
+    order: dict[str, Any] = dataclasses.field(default_factory=dict)
     check: Callable[..., Any] | None = None
 
 
@@ -231,6 +234,7 @@ def scores_cases(small: bool) -> Iterator[Case]:
                 ],
                 "mosaic_gpu": [None],
             },
+            order={"softmax": softmax},
             check=check,
         )
 
@@ -386,6 +390,34 @@ def default_order(
     return [*sorted(total, key=lambda name: total[name]), "xla"]
 
 
+def case_orders(
+    configs: Mapping[str, Sequence[Mapping[str, Any]]], default: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Orders of the calls whose fastest implementations are not the default's.
+
+    Args:
+      configs: entries by implementation, as in the record.
+      default: the order of all cases together.
+
+    Returns:
+      The record's ``orders``: the names of ``default``, the fastest first.
+    """
+    times: dict[str, dict[str, float]] = {}
+    for name, entries in configs.items():
+        for entry in entries:
+            if entry.get("order"):
+                of_call = times.setdefault(json.dumps(entry["order"]), {})
+                of_call[name] = of_call.get(name, 0.0) + entry["milliseconds"]
+    orders = []
+    for when, found in times.items():
+        *names, last = default
+        # One without a time in these cases stays behind those that have one.
+        names.sort(key=lambda name: found.get(name, float("inf")))
+        if [*names, last] != list(default):
+            orders.append({"when": json.loads(when), "default": [*names, last]})
+    return orders
+
+
 def _best(
     case: Case, name: str, want: Any, limit: Timing
 ) -> tuple[dict[str, Any] | None, float]:
@@ -424,6 +456,8 @@ def _best(
         "spread": round(spread or 0.0, 3),
         "xla_milliseconds": limit.seconds and round(limit.seconds * 1e3, 5),
     }
+    if case.order:
+        entry["order"] = case.order
     return entry, worst
 
 
@@ -476,10 +510,12 @@ def tune(
     failed: list[dict[str, Any]] = []
 
     def record() -> dict[str, Any]:
+        default = default_order(configs, failed)
         return {
             "device": current_device_kind(),
             "jax": jax.__version__,
-            "default": default_order(configs, failed),
+            "default": default,
+            "orders": case_orders(configs, default),
             "relative_error_against_xla": dict(numerics),
             "configs": {name: list(entries) for name, entries in configs.items()},
             "failed": list(failed),
@@ -543,20 +579,24 @@ def merged(
     unfinished = new["unfinished"]
     if partial:
         unfinished = [x for x in old.get("unfinished", []) if x not in done]
-    order = old["default"] if partial and old else new["default"]
+    standing = old if partial and old else new
+    order, orders = standing["default"], standing.get("orders", [])
     if all("xla_milliseconds" in e for entries in configs.values() for e in entries):
         order = default_order(configs, failed)
+        orders = case_orders(configs, order)
     key = "relative_error_against_xla"
     out = {
         **old,
         **new,
         "default": order,
+        "orders": orders,
         key: {**old.get(key, {}), **new[key]},
         "configs": configs,
         "failed": failed,
         "unfinished": unfinished,
     }
-    return {k: v for k, v in out.items() if v or k not in ("failed", "unfinished")}
+    optional = ("orders", "failed", "unfinished")
+    return {k: v for k, v in out.items() if v or k not in optional}
 
 
 def _sizes(text: str) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """Timing and reporting for the benchmarks.
 
 On a GPU the time of a call is the sum of its kernels' durations in a profile: launch
-gaps and the host are no part of it. Elsewhere it is the wall clock. Short kernels are
+gaps and the host are no part of it. Elsewhere it is the wall clock, and so it is for
+calls of more than a fifth of a second, whose profiles overflow. Short kernels are
 timed as a chain inside one compiled call (each link on another layer of a stack, so
 that nothing is served from cache), and the time of the chain is divided by its length.
 """
@@ -21,6 +22,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+# A call that takes longer is timed by the wall clock, and not often.
+SLOW_CALL = 0.2
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def measure(
       f: function of ``args``, compiled or not.
       *args: arrays.
       links: operations chained in one call of ``f``.
-      repeats: timed calls.
+      repeats: timed calls; at most 5 of a slow one.
       note: turns seconds into a derived figure.
 
     Returns:
@@ -71,12 +75,15 @@ def measure(
             compiled = jax.jit(f).lower(*args).compile()
         jax.block_until_ready(compiled(*args))
         walls = []
-        for _ in range(repeats):
+        while len(walls) < repeats:
             begin = time.perf_counter()
             jax.block_until_ready(compiled(*args))
             walls.append((time.perf_counter() - begin) / links)
+            if walls[0] * links > SLOW_CALL:
+                repeats = min(repeats, 5)
         times = walls
-        if jax.default_backend() == "gpu":
+        slow = statistics.median(walls) * links > SLOW_CALL
+        if jax.default_backend() == "gpu" and not slow:
             times = [t / links for t in _device_times(compiled, args, repeats)] or walls
     except Exception as error:
         result = Timing(name, None, error=f"{type(error).__name__}: {error}"[:300])

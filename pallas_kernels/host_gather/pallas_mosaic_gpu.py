@@ -110,6 +110,11 @@ def host_gather_mosaic_gpu(
         program = lax.axis_index("program")
         units = jnp.minimum(count_ref[0], listed) * parts
 
+        def place_of(turn):
+            # Another place in every turn: where each so-and-so-many-th entry belongs
+            # to one row, no program has all of that row's.
+            return lax.rem(program + turn, jnp.int32(programs))
+
         def copy(unit, row):
             j, part = lax.div(unit, jnp.int32(parts)), lax.rem(unit, jnp.int32(parts))
             columns = pl.ds(part * size, size)
@@ -128,7 +133,8 @@ def host_gather_mosaic_gpu(
         def body(i, carry):
             # Several list entries are read before the first is acted upon, so that a
             # skipped one costs a part of a memory latency.
-            found = [program + (i * AHEAD + n) * programs for n in range(AHEAD)]
+            turns = [i * AHEAD + n for n in range(AHEAD)]
+            found = [turn * programs + place_of(turn) for turn in turns]
             places = [lax.div(jnp.minimum(u, most - 1), parts) for u in found]
             listed = [indices_ref[place] for place in places]
             for unit, row in zip(found, listed, strict=True):

@@ -91,7 +91,8 @@ def host_gather_triton(
         units = jnp.minimum(count_ref[0], listed) * parts
 
         def body(i, carry):
-            unit = program + i * programs
+            # Another place in every turn, as in the Mosaic form.
+            unit = i * programs + lax.rem(program + i, programs)
 
             @pl.when(unit < units)
             def _():

@@ -27,6 +27,7 @@ from importlib import resources
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental.compute_on import compute_on
 from jaxtyping import Array, Float, Int
@@ -75,7 +76,7 @@ def resolve_route(route: Route) -> FetchRoute:
 def fetch_blocks(
     store: Float[Array, "R block 2 H"],
     rows: Int[Array, " J"],
-    count: Int[Array, ""],
+    bound: Int[Array, ""],
     into: Float[Array, "J block 2 H"] | None,
     route: FetchRoute,
     *,
@@ -85,8 +86,8 @@ def fetch_blocks(
 
     Args:
       store: All blocks, in host memory.
-      rows: Block of each entry.
-      count: How many entries count; those behind are skipped.
+      rows: Block of each entry, −1 for none.
+      bound: Entries behind which all are −1; they are not looked at.
       into: Staging area to reuse (`slices`); its contents are lost.
       route: How; `steps` has no place inside a program.
       aside: Run beside the compute that follows, on a stream of its own (`mosaic`,
@@ -97,49 +98,55 @@ def fetch_blocks(
     """
     if route == "slices":
         assert into is not None
-        return _fetch_slices(store, rows, count, into)
+        return _fetch_slices(store, rows, into)
     if route == "steps":
         raise ConfigError("route 'steps' fetches outside of jitted programs")
     implementation = "mosaic_gpu" if route == "mosaic" else "triton"
 
-    def gather(store: Array, rows: Array, count: Array) -> Array:
+    def gather(store: Array, rows: Array, bound: Array) -> Array:
         return host_gather(
             store,
             rows,
-            count=count,
+            count=bound,
             skipped="undefined",
             implementation=implementation,
         )
 
     if not aside:
-        return gather(store, rows, count)
+        return gather(store, rows, bound)
     space = jax.memory.Space.Device
     beside: Any = compute_on(gather, compute_type=_STREAM, out_memory_spaces=space)
-    return beside(store, rows, count)
+    return beside(store, rows, bound)
 
 
 def _fetch_slices(
     store: Float[Array, "R block 2 H"],
     rows: Int[Array, " J"],
-    count: Int[Array, ""],
     into: Float[Array, "J block 2 H"],
 ) -> Float[Array, "J block 2 H"]:
-    def body(entry: Array, staged: Array) -> Array:
+    # A loop turn moves a block, so there must be none for an entry without one.
+    wanted = rows >= 0
+    entries = jnp.argsort(~wanted, stable=True)
+
+    def body(turn: Array, staged: Array) -> Array:
+        entry = entries[turn]
         block = to_device(lax.dynamic_slice_in_dim(store, rows[entry], 1, 0))
         return lax.dynamic_update_slice_in_dim(staged, block, entry, 0)
 
-    return lax.fori_loop(0, count, body, into)
+    return lax.fori_loop(0, jnp.sum(wanted, dtype=jnp.int32), body, into)
 
 
 def commit_staged(
     slots: Float[Array, "R block 2 H"],
     staged: Float[Array, "J block 2 H"],
     where: Int[Array, " J"],
-    count: Int[Array, ""],
+    bound: Int[Array, ""],
 ) -> Float[Array, "R block 2 H"]:
-    """Puts the first `count` staged blocks into their slots, in place.
+    """Puts staged blocks into their slots, in place; −1 skips one.
+
+    Entries from `bound` on are all −1 and are not looked at.
 
     A fetch never writes to slots itself: the running layer may still read them, and
     XLA would then copy them all.
     """
-    return commit_blocks(slots, staged, where, count=count)
+    return commit_blocks(slots, staged, where, count=bound)

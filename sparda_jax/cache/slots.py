@@ -36,11 +36,13 @@ class SlotPlan(NamedTuple):
     Attributes:
       slots: Where each listed block lies, or will [*rows, P]; −1 for padding.
       missing: Listed blocks that no slot held [*rows, P].
+      number: Of each missing block among those of its row [*rows, P].
       table: The table once they are in.
     """
 
     slots: Int[Array, "*rows P"]
     missing: Bool[Array, "*rows P"]
+    number: Int[Array, "*rows P"]
     table: SlotTable
 
 
@@ -60,25 +62,28 @@ def running_count(marked: Bool[Array, "*rows P"]) -> Int[Array, "*rows P"]:
     return jnp.sum(marked[..., None, :] & upto, axis=-1, dtype=jnp.int32)
 
 
-def marked_first(
-    marked: Bool[Array, "N P"], *values: Int[Array, "N P"]
-) -> tuple[list[Int[Array, " NP"]], Int[Array, ""]]:
-    """The values of marked entries, in order, then −1; and how many there are."""
-    within = running_count(marked)
-    before = running_count_of(within[:, -1]) - within[:, -1]
-    place = jnp.where(marked, before[:, None] + within - 1, marked.size)
-    both = jnp.stack([value.reshape(-1) for value in values], axis=-1)
-    packed = jnp.full((marked.size, len(values)), EMPTY, jnp.int32)
-    packed = packed.at[place.reshape(-1)].set(both, mode="drop", unique_indices=True)
-    total = jnp.sum(within[:, -1], dtype=jnp.int32)
-    return [packed[:, index] for index in range(len(values))], total
+def by_number(
+    marked: Bool[Array, "N P"],
+    number: Int[Array, "N P"],
+    *values: Int[Array, "N P"],
+) -> list[Int[Array, " PN"]]:
+    """The values of marked entries, number by number: first every row's number 0.
 
+    Args:
+      marked: Entries that count.
+      number: Of each of them among its row's, no number twice in a row.
+      *values: What to list, none negative where marked.
 
-def running_count_of(counts: Int[Array, " N"]) -> Int[Array, " N"]:
-    """Sums of the counts up to and including each one, as `running_count`."""
-    place = jnp.arange(counts.shape[0])
-    upto = place[None, :] <= place[:, None]
-    return jnp.sum(jnp.where(upto, counts, 0), axis=-1, dtype=jnp.int32)
+    Returns:
+      A list for each of the values, in which entry n·N + r is that of row r's number n,
+      and −1 where there is none. However the marked entries are spread over the rows,
+      they lie in front but for gaps, and no scatter is needed to put them there.
+    """
+    turn = jnp.arange(marked.shape[1], dtype=jnp.int32)[:, None, None]
+    here = marked & (number == turn)  # P N P
+    return [
+        jnp.max(jnp.where(here, value, EMPTY), axis=-1).reshape(-1) for value in values
+    ]
 
 
 def plan_slots(
@@ -121,6 +126,7 @@ def plan_slots(
     return SlotPlan(
         slots=slots,
         missing=missing,
+        number=number,
         table=SlotTable(
             blocks=jnp.where(taken, incoming, table.blocks),
             used=jnp.where(kept | taken, stamp[..., None], table.used),

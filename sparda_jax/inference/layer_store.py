@@ -31,7 +31,7 @@ from pallas_kernels.paged_decode_attention.api import paged_decode_attention
 from sparda_jax.cache.fetch import FetchRoute, commit_staged, fetch_blocks
 from sparda_jax.cache.offload import OffloadLayer
 from sparda_jax.cache.resident import LayerCache, append_tokens
-from sparda_jax.cache.slots import SlotTable, marked_first, plan_slots, slot_of
+from sparda_jax.cache.slots import SlotTable, by_number, plan_slots, slot_of
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.models.rope import Rotation
 from sparda_jax.sparse.compression import append_windows
@@ -173,9 +173,11 @@ class Flight(NamedTuple):
     Attributes:
       blocks: The list [B, K, P].
       slots: Where each of them lies or will [B, K, P]; −1 for padding.
-      rows: Host rows to fetch, those of missing blocks first, then −1 [B*K*P].
-      places: The layer's slot that each of them goes to [B*K*P].
-      count: How many blocks are missing.
+      rows: Host rows to fetch, in turn from every row and head; −1 where one of them
+        misses fewer than others [B*K*P].
+      places: The layer's slot that each of them goes to, or −1 [B*K*P].
+      bound: Entries of `rows` behind which all are −1.
+      fetched: How many blocks are fetched.
       hits: Listed blocks that were in a slot already.
       staged: The fetched blocks [B*K*P, block, 2, H], or None before the fetch.
     """
@@ -184,7 +186,8 @@ class Flight(NamedTuple):
     slots: Int[Array, "B K P"]
     rows: Int[Array, " J"]
     places: Int[Array, " J"]
-    count: Int[Array, ""]
+    bound: Int[Array, ""]
+    fetched: Int[Array, ""]
     hits: Int[Array, ""]
     staged: Float[Array, "J block 2 H"] | None
 
@@ -288,7 +291,7 @@ class Link(NamedTuple):
             spare = tuple(rest)
         flat = self.store.reshape(-1, *self.store.shape[4:])
         staged = fetch_blocks(
-            flat, flight.rows, flight.count, into, offload.route, aside=aside
+            flat, flight.rows, flight.bound, into, offload.route, aside=aside
         )
         return flight._replace(staged=staged), self._replace(spare=spare)
 
@@ -582,11 +585,11 @@ class OffloadStore(NamedTuple):
         assert flight is not None and flight.staged is not None
         flat = slots.reshape(-1, *slots.shape[4:])
         before = self.place * math.prod(slots.shape[1:4])
-        places = flight.places + before
-        flat = commit_staged(flat, flight.staged, places, flight.count)
+        places = jnp.where(flight.places < 0, -1, flight.places + before)
+        flat = commit_staged(flat, flight.staged, places, flight.bound)
         traffic = self.traffic._replace(
             hits=self.traffic.hits + flight.hits,
-            fetched=self.traffic.fetched + flight.count,
+            fetched=self.traffic.fetched + flight.fetched,
         )
         return self._replace(
             own=self.own._replace(slots=flat.reshape(slots.shape)),
@@ -745,14 +748,14 @@ def _fence[S: (ResidentStore, OffloadStore)](
     arriving = store.flight if isinstance(store, OffloadStore) else None
     moving = (
         None if arriving is None else arriving.staged,
-        None if leaving is None else (leaving.rows, leaving.count),
+        None if leaving is None else (leaving.rows, leaving.bound),
     )
     if moving[0] is None and moving[1] is None:
         return store, x
     x, (staged, listed) = lax.optimization_barrier((x, moving))
     if leaving is not None:
-        rows, count = listed
-        flight = leaving._replace(rows=rows, count=count)
+        rows, bound = listed
+        flight = leaving._replace(rows=rows, bound=bound)
         assert outlook is not None
         store = store._replace(outlook=outlook._replace(flight=flight))
     if arriving is not None and isinstance(store, OffloadStore):
@@ -796,9 +799,12 @@ def _depart(
     def flat(x: Array) -> Array:
         return x.reshape(batch * heads, -1)
 
-    (rows, places), count = marked_first(flat(come), flat(rows), flat(places))
+    come, number = flat(come), flat(plan.number)
+    rows, places = by_number(come, number, flat(rows), flat(places))
+    bound = batch * heads * (1 + jnp.max(jnp.where(come, number, -1)))
+    fetched = jnp.sum(come, dtype=jnp.int32)
     hits = jnp.sum((blocks >= 0) & ~plan.missing, dtype=jnp.int32)
-    flight = Flight(blocks, plan.slots, rows, places, count, hits, None)
+    flight = Flight(blocks, plan.slots, rows, places, bound, fetched, hits, None)
     return flight, plan.table
 
 

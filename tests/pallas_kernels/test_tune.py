@@ -94,6 +94,31 @@ def test_what_loses_to_xla_is_no_default():
     assert tune.default_order(configs, []) == ["mosaic_gpu", "xla"]
 
 
+def test_cases_that_dispatch_tells_apart_have_an_order_of_their_own():
+    def entry(softmax, milliseconds):
+        return {
+            "when": {"G": 16 if softmax else 1},
+            "milliseconds": milliseconds,
+            "xla_milliseconds": 9.0,
+            "order": {"softmax": softmax},
+        }
+
+    configs = {
+        "triton": [entry(False, 1.0), entry(True, 6.0)],
+        "mosaic_gpu": [entry(False, 2.0), entry(True, 3.0)],
+    }
+    default = tune.default_order(configs, [])
+    assert default == ["mosaic_gpu", "triton", "xla"]
+    orders = tune.case_orders(configs, default)
+    assert orders == [
+        {"when": {"softmax": False}, "default": ["triton", "mosaic_gpu", "xla"]}
+    ]
+    record = {"default": default, "orders": orders, "configs": configs}
+    new = {**record, "failed": [], "unfinished": []}
+    new["relative_error_against_xla"] = {}
+    assert tune.merged({}, new, partial=False)["orders"] == orders
+
+
 def test_a_run_cut_short_is_on_disk_and_can_be_taken_up(cases, tmp_path, monkeypatch):
     path = tmp_path / "op.json"
     seen = []

@@ -6,7 +6,13 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparda_jax.cache.slots import SlotTable, empty_table, plan_slots, slot_of
+from sparda_jax.cache.slots import (
+    SlotTable,
+    by_number,
+    empty_table,
+    plan_slots,
+    slot_of,
+)
 
 BLOCKS = 24
 LISTED = 6
@@ -84,6 +90,29 @@ def test_slots_follow_the_model(history, slots):
         assert asked <= set(filled), "a selected block without a slot"
         missed = {b for b, new in zip(listed, want_missing, strict=True) if new}
         assert missed == asked - held, "misses are selected minus resident"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    wanted=st.lists(
+        st.lists(st.booleans(), min_size=LISTED, max_size=LISTED),
+        min_size=3,
+        max_size=3,
+    ),
+    numbered=st.lists(st.booleans(), min_size=3 * LISTED, max_size=3 * LISTED),
+)
+def test_lists_go_round_the_rows(wanted, numbered):
+    # Numbers may also count entries that are not marked, as a new tail block's.
+    marked = np.asarray(wanted)
+    counted = marked | np.asarray(numbered).reshape(marked.shape)
+    number = np.cumsum(counted, axis=1) - 1
+    value = np.arange(marked.size).reshape(marked.shape)
+    got, doubled = by_number(*map(jnp.asarray, (marked, number, value, 2 * value)))
+    want = np.full((LISTED, 3), -1)
+    for row, entry in zip(*np.nonzero(marked), strict=True):
+        want[number[row, entry], row] = value[row, entry]
+    np.testing.assert_array_equal(got, want.reshape(-1))
+    np.testing.assert_array_equal(doubled, np.where(want < 0, -1, 2 * want).reshape(-1))
 
 
 def test_tail_is_never_evicted():
