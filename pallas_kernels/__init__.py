@@ -13,6 +13,7 @@ beside it. Every operation has one public function with the same last argument,
 
 from pallas_kernels.block_scores.api import block_scores, select_blocks
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
+from pallas_kernels.choose_blocks.api import choose_blocks
 from pallas_kernels.commit_blocks.api import commit_blocks
 from pallas_kernels.compress_keys.api import compress_keys
 from pallas_kernels.host_gather.api import host_gather
@@ -21,6 +22,7 @@ from pallas_kernels.paged_decode_attention.api import paged_decode_attention
 __all__ = [
     "block_scores",
     "block_sparse_attention",
+    "choose_blocks",
     "commit_blocks",
     "compress_keys",
     "host_gather",

@@ -239,6 +239,34 @@ def scores_cases(small: bool) -> Iterator[Case]:
         )
 
 
+def choose_cases(small: bool) -> Iterator[Case]:
+    """Rows of a decode step of the 8B shape at 32k and 128k tokens."""
+    from pallas_kernels.choose_blocks import pallas_triton as triton
+    from pallas_kernels.choose_blocks.xla import choose_blocks_xla
+
+    budget = 4 if small else 96
+    for blocks in (16,) if small else (512, 2048):
+        layers, rows = 2 if small else 16, 16
+        scores = jax.random.normal(jax.random.key(0), (layers, rows, blocks))
+        own = jnp.full((rows,), blocks - 1, jnp.int32)
+
+        def run(name, config, scores, own):
+            f = functools.partial(choose_blocks_xla, budget=budget)
+            if name != "xla":
+                f = functools.partial(
+                    triton.choose_blocks_triton, budget=budget, config=config
+                )
+            return [jnp.sort(f(row, own)) for row in scores]
+
+        yield Case(
+            {"M": blocks, "P": budget},
+            (scores, own),
+            run,
+            {"triton": [triton.Config(warps) for warps in (2, 4, 8)]},
+            links=layers,
+        )
+
+
 def compress_cases(small: bool) -> Iterator[Case]:
     """Keys of one long row and of many."""
     from pallas_kernels.compress_keys import pallas_mosaic_gpu as mosaic
@@ -339,6 +367,7 @@ def commit_cases(small: bool) -> Iterator[Case]:
 CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "block_scores": scores_cases,
     "block_sparse_attention": prefill_cases,
+    "choose_blocks": choose_cases,
     "commit_blocks": commit_cases,
     "compress_keys": compress_cases,
     "host_gather": gather_cases,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +9,6 @@ import numpy as np
 from pallas_kernels._common.dispatch import Implementation, current_platform
 from pallas_kernels.benchmarks.harness import Report, arguments, measure
 from pallas_kernels.block_scores.api import block_scores, select_blocks
-from pallas_kernels.block_scores.pallas_triton import choose_triton
-from pallas_kernels.block_scores.rule import Rule
-from pallas_kernels.block_scores.xla import choose_xla
 
 
 def main() -> None:
@@ -89,17 +84,6 @@ def main() -> None:
             report.add(measure(title, score, *operands, repeats=repeats))
             title = f"{name}, scores and choice, {form}, T={tokens}"
             report.add(measure(title, select, *operands, repeats=repeats))
-    # The choice alone, on one slab of scores.
-    rows = min(tokens, 4096)
-    scores = jax.random.normal(keys[0], (1, kv_heads, rows, blocks))
-    position = jnp.full((1, rows), tokens - 1, jnp.int32)
-    rule = Rule(blocks, 64, 32, 16, 1, local, False, True, 1.0)
-    if gpu:
-        own_block = jnp.full((1, kv_heads, rows), blocks, jnp.int32)
-        choose = functools.partial(choose_triton, budget=budget)
-        report.add(measure(f"choice, triton, {rows} rows", choose, scores, own_block))
-    choose = functools.partial(choose_xla, rule=rule, budget=budget)
-    report.add(measure(f"choice, xla, {rows} rows", choose, scores, position))
     by_name = {t.name: t.seconds for t in report.timings}
     best = {
         name: min(

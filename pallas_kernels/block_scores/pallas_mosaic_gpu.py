@@ -59,7 +59,7 @@ from pallas_kernels.block_scores.slabs import (
     over_slabs,
     slab_tokens,
 )
-from pallas_kernels.block_scores.xla import choose_xla
+from pallas_kernels.choose_blocks.api import choose_blocks
 
 COMPUTE = 2  # warpgroups
 TOKENS = COMPUTE * WARPGROUP_ROWS
@@ -546,7 +546,9 @@ def select_blocks_mosaic_gpu(
     def one(query, start):
         scores, found = _call(query, keys, start, num_windows, rule, lse)
         position = start[:, None] + jnp.arange(query.shape[1])
-        return choose_xla(scores, position, rule, budget), found
+        own = (position // rule.block_size)[:, None]
+        # Mosaic makes the scores; who chooses is what the device's record says.
+        return choose_blocks(scores, own, budget=budget), found
 
     size = slab_tokens(query.shape[0] * kv_heads * rule.blocks, TOKENS, slab)
     return over_slabs(query, q_start, size, one)

@@ -58,6 +58,7 @@ from pallas_kernels.block_scores.slabs import (
     over_slabs,
     slab_tokens,
 )
+from pallas_kernels.choose_blocks.pallas_triton import choose_blocks_triton
 
 INT_MIN = -(2**31)
 
@@ -209,80 +210,6 @@ def _lse_kernel(
     lse_ref[b, k, g, tokens] = jnp.where(empty, NEG_INF, top + jnp.log(total))
 
 
-def _choose_kernel(scores_ref, own_ref, out_ref, *, blocks: int, budget: int):
-    # scores_ref [rows, M], own_ref [rows], out_ref [rows, P + 1]: what is not stored
-    # points at the last column, so that no two lanes ever name one place.
-    row = pl.program_id(0)
-    width = next_power_of_two(blocks)
-    column = jnp.arange(width)
-    inside = column < blocks
-    scores = plt.load(
-        scores_ref.at[row, jnp.minimum(column, blocks - 1)], mask=inside, other=NEG_INF
-    )
-    # Integers in the order of the floats. -0.0 is made 0.0 first, its equal.
-    bits = lax.bitcast_convert_type(scores + 0.0, jnp.int32)
-    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    order = jnp.where(inside & (scores != NEG_INF), order, INT_MIN)
-
-    def bisect(i, least):
-        # From the sign bit down: keep the bit when enough scores reach it.
-        candidate = least + lax.shift_left(jnp.int32(1), 31 - i)
-        enough = (order >= candidate).astype(jnp.int32).sum() >= budget
-        return jnp.where(enough, candidate, least)
-
-    least = lax.fori_loop(0, 32, bisect, jnp.int32(INT_MIN))
-    above = order > least
-    equal = (order == least) & (order != INT_MIN)
-    missing = budget - above.astype(jnp.int32).sum()
-    chosen = above | (equal & (jnp.cumsum(equal.astype(jnp.int32)) <= missing))
-    place = jnp.cumsum(chosen.astype(jnp.int32)) - 1
-    found = chosen.astype(jnp.int32).sum()
-    slot = jnp.arange(next_power_of_two(budget))
-    plt.store(
-        out_ref.at[row, jnp.minimum(slot, budget)],
-        jnp.full(slot.shape, -1, jnp.int32),
-        mask=(slot >= found) & (slot < budget),
-    )
-    plt.store(
-        out_ref.at[row, jnp.where(chosen, place, budget)],
-        jnp.where(column <= own_ref[row], column, -1),
-        mask=chosen,
-    )
-
-
-def choose_triton(
-    scores: Float[Array, "*rows M"],
-    own: Int[Array, "*rows"],
-    *,
-    budget: int,
-    interpret: bool = False,
-) -> Int[Array, "*rows P"]:
-    """The ``budget`` best blocks of each row in ascending order, then -1.
-
-    Args:
-      scores: float32 scores, -inf for blocks not to be chosen.
-      own: number of each query's own block; later ones are replaced by -1.
-      budget: how many.
-      interpret: run in Pallas's interpreter, on any device.
-
-    Returns:
-      The lists; among equal scores the lowest number wins. A replaced block keeps its
-      place in the list.
-    """
-    lead, blocks = scores.shape[:-1], scores.shape[-1]
-    flat = scores.reshape(-1, blocks)
-    silence_triton_deprecation()
-    out = pl.pallas_call(
-        functools.partial(_choose_kernel, blocks=blocks, budget=budget),
-        grid=(flat.shape[0],),
-        out_shape=jax.ShapeDtypeStruct((flat.shape[0], budget + 1), jnp.int32),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-        name="choose_blocks_triton",
-    )(flat, own.reshape(-1))
-    return out[:, :budget].reshape(*lead, budget)
-
-
 def _call(query, keys, q_start, num_windows, layer, *, rule, config, interpret, lse):
     """Scores [B, K, T, M] and log-sum-exp [B, T, N] (None unless asked or needed)."""
     batch, length, heads, head_dim = query.shape
@@ -429,7 +356,7 @@ def select_blocks_triton(
         position = start[:, None] + jnp.arange(query.shape[1])
         own = (position // rule.block_size)[:, None]
         own = jnp.broadcast_to(own, (batch, kv_heads, query.shape[1]))
-        lists = choose_triton(scores, own, budget=budget, interpret=interpret)
+        lists = choose_blocks_triton(scores, own, budget=budget, interpret=interpret)
         return lists, found
 
     size = slab_tokens(batch * kv_heads * rule.blocks, config.tokens, slab)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common.dispatch import in_32_bit
@@ -73,23 +72,3 @@ def block_scores_reference(
     )
     lse = jnp.moveaxis(lse, 3, 1).reshape(batch, tokens, heads)
     return scores, lse
-
-
-def choose_reference(scores: np.ndarray, own: np.ndarray, budget: int) -> np.ndarray:
-    """The ``budget`` best blocks of each row; ties go to the lowest number.
-
-    Args:
-      scores: [B, K, T, M].
-      own: [B, T], number of the query's own block.
-      budget: how many.
-
-    Returns:
-      [B, K, T, budget] block numbers in ascending order, then -1.
-    """
-    out = np.full((*scores.shape[:-1], budget), -1, np.int32)
-    for b, k, t in np.ndindex(scores.shape[:-1]):
-        row = scores[b, k, t]
-        best = np.argsort(-row, kind="stable")[:budget]
-        best = best[(row[best] != NEG_INF) & (best <= own[b, t])]
-        out[b, k, t, : best.size] = np.sort(best)
-    return out

@@ -35,6 +35,7 @@ from pallas_kernels._common.numerics import (
     finite_or_zero,
 )
 from pallas_kernels.block_scores.rule import Rule
+from pallas_kernels.choose_blocks.xla import choose_blocks_xla
 
 # Logits of one tile: tokens x heads x windows.
 TILE_LOGITS = 4 * 2**20
@@ -250,20 +251,6 @@ def block_scores_xla(
     )
 
 
-def choose_xla(
-    scores: Float[Array, "B K T M"],
-    position: Int[Array, "B T"],
-    rule: Rule,
-    budget: int,
-) -> Int[Array, "B K T P"]:
-    """The ``budget`` best blocks of each row, -1 where there are fewer."""
-    best, index = lax.top_k(scores, min(budget, rule.blocks))
-    own = (position // rule.block_size)[:, None, :, None]
-    index = jnp.where((best == NEG_INF) | (index > own), -1, index)
-    grow = ((0, 0), (0, 0), (0, 0), (0, budget - index.shape[-1]))
-    return jnp.pad(index.astype(jnp.int32), grow, constant_values=-1)
-
-
 @in_32_bit
 def select_blocks_xla(
     query: Float[Array, "B T N H"],
@@ -277,13 +264,12 @@ def select_blocks_xla(
     lse: bool = True,
 ) -> tuple[Int[Array, "B K T P"], Float[Array, "B T N"] | None]:
     """Scores and chooses tile by tile; returns the lists and the log-sum-exp."""
+
+    def choose(scores, position):
+        own = (position // rule.block_size)[:, None]
+        own = jnp.broadcast_to(own, scores.shape[:-1])
+        return choose_blocks_xla(scores, own, budget=budget)
+
     return _tiled(
-        query,
-        compressed_keys,
-        q_start,
-        num_windows,
-        layer,
-        rule,
-        lse,
-        lambda scores, position: choose_xla(scores, position, rule, budget),
+        query, compressed_keys, q_start, num_windows, layer, rule, lse, choose
     )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.choose_blocks.api import choose_blocks
 from sparda_jax.config import SparseConfig
 
 
@@ -142,7 +143,7 @@ def top_blocks(
     length: Int[Array, " B"],
     sparse: SparseConfig,
 ) -> Int[Array, "B K T P"]:
-    """The best blocks of each row, best first; −1 where there is none (§2.4).
+    """The best blocks of each row, in any order; −1 where there is none (§2.4).
 
     Rows shorter than `dense_len` take all their blocks instead.
     """
@@ -152,10 +153,12 @@ def top_blocks(
     if sparse.dense_len > 0:
         everything = jnp.arange(scores.shape[-1]) <= own
         scores = jnp.where(dense, jnp.where(everything, jnp.inf, -jnp.inf), scores)
+    if width <= sparse.block_budget:
+        return choose_blocks(scores, query_block, budget=width)
+    # Other rows take the best of a list that is as wide as a dense row needs.
     best, index = jax.lax.top_k(scores, width)
     taken = (best > -jnp.inf) & (index <= own)
-    if width > sparse.block_budget:
-        taken &= dense | (jnp.arange(width) < sparse.block_budget)
+    taken &= dense | (jnp.arange(width) < sparse.block_budget)
     return jnp.where(taken, index, -1).astype(jnp.int32)
 
 

@@ -11,10 +11,10 @@ from pallas_kernels import block_scores, select_blocks
 from pallas_kernels._common.tolerances import relative_error
 from pallas_kernels.block_scores.reference import (
     block_scores_reference,
-    choose_reference,
 )
 from pallas_kernels.block_scores.rule import Rule
 from pallas_kernels.block_scores.xla import CPU_TOKENS, CPU_WINDOWS
+from pallas_kernels.choose_blocks.reference import choose_blocks_reference
 
 TOKENS, WINDOWS, BLOCKS, DIM = CPU_TOKENS + 12, CPU_WINDOWS + 21, 38, 16
 
@@ -51,5 +51,5 @@ def test_several_tiles_and_chunks(softmax, kernel_size):
         assert relative_error(x, ref) <= 3e-6
     lists = call(select_blocks, budget=6)
     own = (start[:, None] + np.arange(TOKENS)) // 16
-    chosen = choose_reference(np.asarray(got[0]), own, 6)
+    chosen = choose_blocks_reference(np.asarray(got[0]), own[:, None], 6)
     np.testing.assert_array_equal(np.sort(lists), np.sort(chosen))

@@ -1,0 +1,74 @@
+"""Public entry of the choice: checks, then dispatch."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels._common import validation
+from pallas_kernels._common.dispatch import Implementation, dispatch
+
+OP = "choose_blocks"
+
+
+def choose_blocks(
+    scores: Float[Array, "*rows M"],
+    own: Int[Array, "*#rows"],
+    *,
+    budget: int,
+    implementation: Implementation | None = None,
+) -> Int[Array, "*rows P"]:
+    """Lists the ``budget`` best blocks of each row of scores.
+
+    What ``select_blocks`` does behind ``block_scores``, for scores that are made
+    otherwise. Among equal scores the lowest block number wins. No gradient passes.
+
+    Args:
+      scores: float32, +inf for forced blocks, -inf for those not to be chosen; no NaN.
+      own: int32 number of each row's own block; a later one that is among the best is
+        replaced by -1.
+      budget: how many blocks each row lists (P).
+      implementation: "triton" or "xla"; None for the recorded choice of this device
+        kind. A named implementation never falls back.
+
+    Returns:
+      int32 lists in no particular order, -1 where a row has fewer blocks.
+
+    Raises:
+      ValueError: on shapes, dtypes or sizes other than the above.
+      NotImplementedError: when the named implementation cannot serve the call.
+    """
+    if scores.ndim < 2 or min(scores.shape) < 1:
+        raise ValueError(
+            f"scores has shape {tuple(scores.shape)}; it must be [*rows, M] with at "
+            "least two axes, none of them empty"
+        )
+    validation.require_dtype("scores", scores, jnp.float32)
+    validation.require_integer("own", own)
+    validation.require_positive("budget", budget)
+    rows = scores.shape[:-1]
+    if own.ndim != len(rows) or any(
+        size not in (1, whole) for size, whole in zip(own.shape, rows, strict=True)
+    ):
+        raise ValueError(
+            f"own has shape {tuple(own.shape)}; it must be that of the rows, {rows}, "
+            "or broadcast to it"
+        )
+    scores = lax.stop_gradient(scores)
+    own = jnp.broadcast_to(own.astype(jnp.int32), rows)
+
+    def run(name: str) -> Int[Array, "*rows P"]:
+        if name == "mosaic_gpu":
+            raise NotImplementedError(
+                "mosaic_gpu has no choose_blocks: it has no running count over lanes"
+            )
+        if name == "triton":
+            from pallas_kernels.choose_blocks import pallas_triton
+
+            return pallas_triton.choose_blocks_triton(scores, own, budget=budget)
+        from pallas_kernels.choose_blocks.xla import choose_blocks_xla
+
+        return choose_blocks_xla(scores, own, budget=budget)
+
+    return dispatch(OP, implementation, run)
