@@ -20,7 +20,13 @@ TOKENS, WINDOWS, BLOCKS, DIM = CPU_TOKENS + 12, CPU_WINDOWS + 21, 38, 16
 
 
 @pytest.mark.parametrize(
-    ("softmax", "kernel_size"), [(False, 4), (False, 8), (True, 8), (True, 32)]
+    ("softmax", "kernel_size"),
+    [
+        pytest.param(False, 4, marks=pytest.mark.slow),
+        (False, 8),
+        pytest.param(True, 8, marks=pytest.mark.slow),
+        (True, 32),
+    ],
 )
 def test_several_tiles_and_chunks(softmax, kernel_size):
     """Windows that reach into no, one and two further blocks; ragged rows."""

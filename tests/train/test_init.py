@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sparda_jax.config import SparseConfig
 from train.config import LossConfig
@@ -58,6 +59,7 @@ def test_layer_0_finds_its_own_query_heads(random_model):
     np.testing.assert_allclose(found[0], expected, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_regression_forecasts_better_than_from_query(random_model):
     model = random_model()
     settings = Settings(model.config, SPARSE, LOSS, masked_attention=True)

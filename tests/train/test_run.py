@@ -165,6 +165,7 @@ def test_loss_falls_and_recall_rises(shards, tmp_path):
     assert after["own_mass"] is None
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_uninterrupted_run(finished, shards, tmp_path, monkeypatch):
     calls = []
 

@@ -130,6 +130,7 @@ def test_frozen_means_frozen(random_model, step):
         np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.slow
 def test_accumulation_equals_one_batch(random_model, step):
     model = random_model()
     heads = initial_heads(model, "from_query", seed=0)

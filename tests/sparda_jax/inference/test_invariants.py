@@ -77,7 +77,14 @@ def test_padded_row_is_row_alone(runner, token_ids, attention):
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("tile_size", [64, 100, 512])
+@pytest.mark.parametrize(
+    "tile_size",
+    [
+        pytest.param(64, marks=pytest.mark.slow),
+        100,
+        pytest.param(512, marks=pytest.mark.slow),
+    ],
+)
 def test_any_tile_size_gives_the_same(runner, token_ids, attention, tile_size):
     run = runner(attention)
     ids = token_ids(500, seed=3)

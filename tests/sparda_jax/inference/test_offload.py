@@ -192,12 +192,17 @@ def _check(case: Case, talk: Talk, deeper, resident):
 
 CASES = (
     Case(),
-    Case(layer0="offload", slots=7),
-    Case(slots=WIDE, recall_every=4),
     Case(exactness="verify"),
-    Case(attention="infllm_v2", layer0="offload"),
     Case(nosa=True, storage="per_layer", layer0="offload", slots=7),
-    Case(attention="dense", slots=WIDE),
+    *(
+        pytest.param(case, marks=pytest.mark.slow)
+        for case in (
+            Case(layer0="offload", slots=7),
+            Case(slots=WIDE, recall_every=4),
+            Case(attention="infllm_v2", layer0="offload"),
+            Case(attention="dense", slots=WIDE),
+        )
+    ),
 )
 
 
@@ -354,7 +359,12 @@ def expected(lm, prompts):
     [
         CacheConfig(kind="offload", route="slices"),
         CacheConfig(kind="offload", route="steps"),
-        CacheConfig(kind="offload", route="steps", prefetch="none", layer0="offload"),
+        pytest.param(
+            CacheConfig(
+                kind="offload", route="steps", prefetch="none", layer0="offload"
+            ),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["slices", "steps", "steps, none, layer 0 offloaded"],
 )
@@ -370,6 +380,7 @@ def test_generate_gives_the_same_tokens(lm, prompts, expected, token_ids, cache)
     assert expected.stats.offload is None
 
 
+@pytest.mark.slow
 def test_routes_leave_the_same_cache(lm, prompts):
     """Keys and values of every generated token, in slots and host store."""
     caches = []

@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from sparda_jax.cache.memory import host_shape
 from sparda_jax.config import CacheConfig
@@ -91,6 +92,7 @@ def test_decode_grows_by_compressed_keys_alone():
     assert keys <= growth <= 1.1 * keys
 
 
+@pytest.mark.slow
 def test_prefill_holds_one_layer_and_the_prompt():
     """Prompt states, one layer's KV and compressed keys; nothing else grows."""
     model = PRESET.model

@@ -99,6 +99,7 @@ def _limit_between(lm, prompt) -> int:
     return int((offload + resident) / 2)
 
 
+@pytest.mark.slow
 def test_auto_without_a_forecast(lm, token_ids):
     cache = CacheConfig(kind="offload", prefetch="auto")
     chosen = sj.with_attention(lm, "infllm_v2", cache=cache)

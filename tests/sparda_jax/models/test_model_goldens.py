@@ -25,11 +25,12 @@ MODES = [
     ("L1000", "sparse"),
     ("L1000", "sparda"),
     ("L1000", "sparda_fm"),
-    ("L700", "sparse"),
-    ("L700", "sparda"),
-    ("L700", "sparda_fm"),
     ("L700", "decodeonly"),
     ("L700", "switch"),
+    *(
+        pytest.param("L700", mode, marks=pytest.mark.slow)
+        for mode in ("sparse", "sparda", "sparda_fm")
+    ),
 ]
 
 
