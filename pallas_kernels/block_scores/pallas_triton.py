@@ -10,9 +10,7 @@ Three kernels:
   of exp(logit - lse). Tiles wholly in the future are filled without a product.
 * ``lse``, grid (token tiles, N, B): the log-sum-exp of each head over the visible
   windows, the first pass of the softmax form.
-* ``choose``, grid (rows,): the exact P-th largest score of a row by bisection over its
-  32 bits, then everything above it and the first of its equals, written in ascending
-  order. No sort: 32 counting passes over registers.
+* ``choose_blocks``: the choice, which is an operation of its own.
 
 ``select_blocks`` runs them over slabs of tokens, so that scores of blocks exist for
 one slab only.
@@ -59,8 +57,6 @@ from pallas_kernels.block_scores.slabs import (
     slab_tokens,
 )
 from pallas_kernels.choose_blocks.pallas_triton import choose_blocks_triton
-
-INT_MIN = -(2**31)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
 from sparda_jax.cache.fetch import fetch_blocks
 from sparda_jax.cache.lint import lint_host_operands
-from sparda_jax.cache.memory import host_zeros, to_device, to_host
+from sparda_jax.cache.memory import host_sharding, host_zeros, to_device, to_host
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +69,17 @@ def test_what_is_allowed_passes(store):
     assert lint_host_operands(jax.jit(_allowed).trace(store).jaxpr) == []
 
 
-def test_slices_route_passes(store):
-    rows = jnp.asarray([3, 0, -1], jnp.int32)
-    into = jnp.zeros((3, 4, 2, 64))
+def test_slices_route_passes():
+    numbers = np.arange(1, 8 * 4 * 2 * 64 + 1, dtype=np.float32)
+    store = jax.device_put(numbers.reshape(8, 4, 2, 64), host_sharding())
+    rows = jnp.asarray([3, -1, 0, -1], jnp.int32)
+    into = jnp.zeros((4, 4, 2, 64))
 
     def fetch(store, rows, into):
-        return fetch_blocks(store, rows, jnp.int32(2), into, "slices", aside=False)
+        return fetch_blocks(store, rows, jnp.int32(3), into, "slices", aside=False)
 
     got = jax.jit(fetch)(store, rows, into)
+    np.testing.assert_array_equal(got[::2], np.asarray(store)[[3, 0]])
+    assert not got[1::2].any()
     assert got.sharding.memory_kind != store.sharding.memory_kind
     assert lint_host_operands(jax.jit(fetch).trace(store, rows, into).jaxpr) == []
