@@ -114,6 +114,7 @@ def test_a_run_leaves_everything_behind(finished):
     np.testing.assert_array_equal(heads, result.state.heads)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_and_exported(shards, tmp_path):
     """Held-out recall falls at a rate that is far too high: an early one is best."""
     config = _config(

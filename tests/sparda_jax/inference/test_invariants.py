@@ -31,7 +31,9 @@ def _same_row(whole, row, got, got_row, first, count):
     )
 
 
-@pytest.mark.parametrize("attention", ["infllm_v2", "sparda", "nosa"])
+@pytest.mark.parametrize(
+    "attention", [pytest.param("infllm_v2", marks=pytest.mark.slow), "sparda", "nosa"]
+)
 def test_all_blocks_selected_is_dense(runner, token_ids, attention):
     """A budget of all blocks, through the block lists, against dense attention."""
     ids = token_ids(500)

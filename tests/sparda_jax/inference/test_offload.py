@@ -358,7 +358,9 @@ def expected(lm, prompts):
     "cache",
     [
         CacheConfig(kind="offload", route="slices"),
-        CacheConfig(kind="offload", route="steps"),
+        pytest.param(
+            CacheConfig(kind="offload", route="steps"), marks=pytest.mark.slow
+        ),
         pytest.param(
             CacheConfig(
                 kind="offload", route="steps", prefetch="none", layer0="offload"
@@ -395,6 +397,7 @@ def test_routes_leave_the_same_cache(lm, prompts):
         np.testing.assert_array_equal(a.slots, b.slots)
 
 
+@pytest.mark.slow
 def test_conversation_grows(lm, prompts, token_ids):
     """A second turn that needs a larger cache, streamed, against a resident one."""
     more = [token_ids(length, seed=9 + length) for length in (400, 900, 2)]

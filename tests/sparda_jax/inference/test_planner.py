@@ -155,11 +155,11 @@ def _peak(analysis) -> int:
 
 
 COMPILED = [
-    Case(),
     Case(kind="offload"),
     *(
         pytest.param(case, marks=pytest.mark.slow)
         for case in (
+            Case(),
             Case(storage="per_layer"),
             Case("dense"),
             Case("infllm_v2"),

@@ -46,6 +46,7 @@ def lm():
     )
 
 
+@pytest.mark.slow
 def test_measured_prefetch_gives_the_same_tokens(lm, token_ids):
     """On a CPU nothing overlaps, so the first steps decide for on demand."""
     settings = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 1.5}
