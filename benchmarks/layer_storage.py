@@ -190,9 +190,10 @@ def main() -> None:
         analysis = compiled.memory_analysis()
         scratch = 0 if analysis is None else analysis.temp_size_in_bytes / 1e6
         # One layer: over many, a rounding grows until two results share nothing.
-        first = (
-            weights[:1] if form == "per_layer" else {k: w[:1] for k, w in stack.items()}
-        )
+        if isinstance(weights, list):
+            first = weights[:1]
+        else:
+            first = {name: w[:1] for name, w in weights.items()}
         out = jax.jit(functions.get(form, _unrolled))(x, first)
         wanted = out if wanted is None else wanted
         error = float(jnp.max(jnp.abs((out - wanted).astype(jnp.float32))))

@@ -211,6 +211,11 @@ def _request(config, batch: int, context: int, new: int):
     )
 
 
+def _is_stepwise(settings) -> bool:
+    """Whether decode is a Python loop of one call a layer."""
+    return settings.offload is not None and settings.offload.route == "steps"
+
+
 def _compile(model, state, request, settings: list) -> list:
     """One program a mode, and the seconds that each took.
 
@@ -221,7 +226,7 @@ def _compile(model, state, request, settings: list) -> list:
     from sparda_jax.inference.generate import advance_call
     from sparda_jax.inference.stepwise import advance_stepwise
 
-    if any(s.offload is not None and s.offload.route == "steps" for s in settings):
+    if any(map(_is_stepwise, settings)):
         return [
             (functools.partial(advance_stepwise, settings=s), 0.0) for s in settings
         ]
@@ -237,7 +242,7 @@ def _compile(model, state, request, settings: list) -> list:
         return [first, *pool.map(compiled, lowered[1:])]
 
 
-def _time(call, model, state, request, mode: str, arguments) -> tuple:
+def _time(call, settings, model, state, request, mode: str, arguments) -> tuple:
     """Seconds a step by chunk, blocks fetched a step, and the state behind them."""
     import jax
     import jax.numpy as jnp
@@ -260,7 +265,7 @@ def _time(call, model, state, request, mode: str, arguments) -> tuple:
     for _ in range(2):  # fills the slots and warms up
         state, _ = chunk(state)
     outside = 0.0
-    if isinstance(call, functools.partial):
+    if _is_stepwise(settings):
         # `steps` takes the store into NumPy's memory and back in every call, which is
         # no part of a step.
         empty = []
@@ -336,7 +341,7 @@ def _measure(model, sparse, batch: int, modes: list, arguments, rates):
             group, ways, programs, strict=True
         ):
             seconds, fetched, state = _time(
-                call, model, state, request, mode, arguments
+                call, how, model, state, request, mode, arguments
             )
             row = _row(
                 mode, cache, how, seconds, fetched, capacity, rates, arguments, batch

@@ -34,6 +34,24 @@ def require_shape(name: str, x: Any, shape: Sequence[int | None], axes: str) -> 
         raise ValueError(f"{name} has shape {got}; it must be [{axes}] = ({wanted})")
 
 
+def require_rows(name: str, x: Any, axes: str) -> None:
+    """Checks that ``x`` has rows of something.
+
+    Args:
+      name: the argument's name, for the message.
+      x: the array.
+      axes: how its shape is written, for the message.
+
+    Raises:
+      ValueError: with fewer than two axes, or an empty one.
+    """
+    if x.ndim < 2 or min(x.shape) < 1:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; it must be {axes} with at least two "
+            "axes, none of them empty"
+        )
+
+
 def require_float(name: str, x: Any) -> None:
     """Checks that ``x`` is float32, bfloat16 or float16.
 

@@ -74,15 +74,17 @@ def measure(
         if not isinstance(f, jax.stages.Compiled):
             compiled = jax.jit(f).lower(*args).compile()
         jax.block_until_ready(compiled(*args))
-        walls = []
-        while len(walls) < repeats:
+
+        def wall() -> float:
             begin = time.perf_counter()
             jax.block_until_ready(compiled(*args))
-            walls.append((time.perf_counter() - begin) / links)
-            if walls[0] * links > SLOW_CALL:
-                repeats = min(repeats, 5)
+            return time.perf_counter() - begin
+
+        first = wall()
+        slow = first > SLOW_CALL
+        repeats = min(repeats, 5) if slow else repeats
+        walls = [t / links for t in (first, *(wall() for _ in range(repeats - 1)))]
         times = walls
-        slow = statistics.median(walls) * links > SLOW_CALL
         if jax.default_backend() == "gpu" and not slow:
             times = [t / links for t in _device_times(compiled, args, repeats)] or walls
     except Exception as error:
@@ -94,11 +96,11 @@ def measure(
     if len(times) > 3:
         low, _, high = statistics.quantiles(times, n=4)
         spread = (high - low) / 2 / median
-    wall = statistics.median(walls)
-    result = Timing(name, median, spread, wall, note(median))
+    median_wall = statistics.median(walls)
+    result = Timing(name, median, spread, median_wall, note(median))
     print(
         f"{name:44s} {median * 1e3:10.4f} ms  ±{spread:5.1%}  "
-        f"(wall {wall * 1e3:.4f})  {result.note}",
+        f"(wall {median_wall * 1e3:.4f})  {result.note}",
         flush=True,
     )
     return result

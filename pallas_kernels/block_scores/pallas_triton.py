@@ -351,7 +351,6 @@ def select_blocks_triton(
         )
         position = start[:, None] + jnp.arange(query.shape[1])
         own = (position // rule.block_size)[:, None]
-        own = jnp.broadcast_to(own, (batch, kv_heads, query.shape[1]))
         lists = choose_blocks_triton(scores, own, budget=budget, interpret=interpret)
         return lists, found
 

@@ -267,7 +267,6 @@ def select_blocks_xla(
 
     def choose(scores, position):
         own = (position // rule.block_size)[:, None]
-        own = jnp.broadcast_to(own, scores.shape[:-1])
         return choose_blocks_xla(scores, own, budget=budget)
 
     return _tiled(

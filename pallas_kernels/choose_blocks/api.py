@@ -39,11 +39,7 @@ def choose_blocks(
       ValueError: on shapes, dtypes or sizes other than the above.
       NotImplementedError: when the named implementation cannot serve the call.
     """
-    if scores.ndim < 2 or min(scores.shape) < 1:
-        raise ValueError(
-            f"scores has shape {tuple(scores.shape)}; it must be [*rows, M] with at "
-            "least two axes, none of them empty"
-        )
+    validation.require_rows("scores", scores, "[*rows, M]")
     validation.require_dtype("scores", scores, jnp.float32)
     validation.require_integer("own", own)
     validation.require_positive("budget", budget)
@@ -56,7 +52,7 @@ def choose_blocks(
             "or broadcast to it"
         )
     scores = lax.stop_gradient(scores)
-    own = jnp.broadcast_to(own.astype(jnp.int32), rows)
+    own = own.astype(jnp.int32)
 
     def run(name: str) -> Int[Array, "*rows P"]:
         if name == "mosaic_gpu":

@@ -98,7 +98,7 @@ def _kernel(scores_ref, own_ref, out_ref, *, blocks: int, budget: int):
 @in_32_bit
 def choose_blocks_triton(
     scores: Float[Array, "*rows M"],
-    own: Int[Array, "*rows"],
+    own: Int[Array, "*#rows"],
     *,
     budget: int,
     config: Config | None = None,
@@ -108,7 +108,7 @@ def choose_blocks_triton(
 
     Args:
       scores: float32 scores, -inf for blocks not to be chosen.
-      own: number of each query's own block; later ones are replaced by -1.
+      own: number of each row's own block; later ones are replaced by -1.
       budget: how many.
       config: settings; recorded or default ones if None.
       interpret: run in Pallas's interpreter, on any device.
@@ -139,5 +139,5 @@ def choose_blocks_triton(
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
         interpret=interpret,
         name="choose_blocks_triton",
-    )(flat, own.reshape(-1))
+    )(flat, jnp.broadcast_to(own, lead).reshape(-1))
     return out[:, :budget].reshape(*lead, budget)

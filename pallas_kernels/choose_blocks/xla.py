@@ -12,7 +12,7 @@ from pallas_kernels._common.numerics import NEG_INF
 
 @in_32_bit
 def choose_blocks_xla(
-    scores: Float[Array, "*rows M"], own: Int[Array, "*rows"], *, budget: int
+    scores: Float[Array, "*rows M"], own: Int[Array, "*#rows"], *, budget: int
 ) -> Int[Array, "*rows P"]:
     """Computes the result, the best block first. Nothing is checked here."""
     # XLA would put -0.0 behind 0.0, its equal.

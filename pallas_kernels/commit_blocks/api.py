@@ -42,11 +42,7 @@ def commit_blocks(
       ValueError: on shapes or dtypes other than the above.
       NotImplementedError: when the named implementation cannot serve the call.
     """
-    if slots.ndim < 2 or min(slots.shape) < 1:
-        raise ValueError(
-            f"slots has shape {tuple(slots.shape)}; it must be [R, ...] with at least "
-            "two axes, none of them empty"
-        )
+    validation.require_rows("slots", slots, "[R, ...]")
     validation.require_float("slots", slots)
     validation.require_shape("indices", indices, (None,), "J")
     validation.require_integer("indices", indices)

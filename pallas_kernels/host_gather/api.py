@@ -47,11 +47,7 @@ def host_gather(
       ValueError: on shapes, dtypes or settings other than the above.
       NotImplementedError: when the named implementation cannot serve the call.
     """
-    if blocks.ndim < 2 or min(blocks.shape) < 1:
-        raise ValueError(
-            f"blocks has shape {tuple(blocks.shape)}; it must be [R, ...] with at "
-            "least two axes, none of them empty"
-        )
+    validation.require_rows("blocks", blocks, "[R, ...]")
     validation.require_float("blocks", blocks)
     validation.require_shape("indices", indices, (None,), "J")
     validation.require_integer("indices", indices)

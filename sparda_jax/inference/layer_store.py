@@ -17,7 +17,6 @@ one.
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
@@ -175,7 +174,8 @@ class Flight(NamedTuple):
       slots: Where each of them lies or will [B, K, P]; −1 for padding.
       rows: Host rows to fetch, in turn from every row and head; −1 where one of them
         misses fewer than others [B*K*P].
-      places: The layer's slot that each of them goes to, or −1 [B*K*P].
+      places: The slot that each of them goes to, counted through all layers that are
+        stored with this one, or −1 [B*K*P].
       bound: Entries of `rows` behind which all are −1.
       fetched: How many blocks are fetched.
       hits: Listed blocks that were in a slot already.
@@ -227,6 +227,7 @@ class Ahead(NamedTuple):
       windows: Its compressed keys, as of the step before [B, K, W, H].
       importance: NOSA's window means of c [B, K, W], or None.
       table: Its slots [B, K, C].
+      place: Where in its `OffloadLayer`.
       index: Its place in the host store.
       exists: False behind the last layer: nothing is listed or fetched.
     """
@@ -234,6 +235,7 @@ class Ahead(NamedTuple):
     windows: Float[Array, "B K W H"]
     importance: Float[Array, "B K W"] | None
     table: SlotTable
+    place: int | Int[Array, ""]
     index: int | Int[Array, ""]
     exists: bool | Bool[Array, ""]
 
@@ -264,7 +266,14 @@ class Outlook(NamedTuple):
         capacity = ahead.windows.shape[2] // settings.sparse.windows_per_block
         listed = (tile.count > 0) & ahead.exists
         flight, table = _depart(
-            ahead.table, ahead.index, capacity, blocks[:, :, 0], listed, tile, settings
+            ahead.table,
+            ahead.place,
+            ahead.index,
+            capacity,
+            blocks[:, :, 0],
+            listed,
+            tile,
+            settings,
         )
         return Outlook(ahead._replace(table=table), flight)
 
@@ -541,7 +550,14 @@ class OffloadStore(NamedTuple):
         """Takes a list for the layer."""
         capacity = self.own.keys.windows.shape[3] // settings.sparse.windows_per_block
         flight, table = _depart(
-            self.table, self.index, capacity, blocks, tile.count > 0, tile, settings
+            self.table,
+            self.place,
+            self.index,
+            capacity,
+            blocks,
+            tile.count > 0,
+            tile,
+            settings,
         )
         return self._replace(flight=flight, table=table)
 
@@ -584,9 +600,7 @@ class OffloadStore(NamedTuple):
         flight, slots = self.flight, self.own.slots
         assert flight is not None and flight.staged is not None
         flat = slots.reshape(-1, *slots.shape[4:])
-        before = self.place * math.prod(slots.shape[1:4])
-        places = jnp.where(flight.places < 0, -1, flight.places + before)
-        flat = commit_staged(flat, flight.staged, places, flight.bound)
+        flat = commit_staged(flat, flight.staged, flight.places, flight.bound)
         traffic = self.traffic._replace(
             hits=self.traffic.hits + flight.hits,
             fetched=self.traffic.fetched + flight.fetched,
@@ -765,6 +779,7 @@ def _fence[S: (ResidentStore, OffloadStore)](
 
 def _depart(
     table: SlotTable,
+    place: int | Int[Array, ""],
     index: int | Int[Array, ""],
     capacity: int,
     blocks: Int[Array, "B K P"],
@@ -776,6 +791,7 @@ def _depart(
 
     Args:
       table: The layer's slots.
+      place: Where the layer lies in its `OffloadLayer`.
       index: The layer's place in the host store.
       capacity: M.
       blocks: What to attend to.
@@ -793,8 +809,8 @@ def _depart(
     come = plan.missing & (blocks < own)
     base = (jnp.arange(batch)[:, None] + index * batch) * heads + jnp.arange(heads)
     rows = base[..., None] * capacity + blocks
-    head = jnp.arange(batch * heads).reshape(batch, heads, 1)
-    places = head * table.blocks.shape[-1] + plan.slots
+    head = (place * batch + jnp.arange(batch)[:, None]) * heads + jnp.arange(heads)
+    places = head[..., None] * table.blocks.shape[-1] + plan.slots
 
     def flat(x: Array) -> Array:
         return x.reshape(batch * heads, -1)

@@ -324,6 +324,7 @@ def outlook_on(
         windows=layer.keys.windows[place],
         importance=None if importance is None else importance.windows[place][..., 0],
         table=table_at(layer, place),
+        place=place,
         index=index,
         exists=exists,
     )

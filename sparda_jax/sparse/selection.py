@@ -148,18 +148,15 @@ def top_blocks(
     Rows shorter than `dense_len` take all their blocks instead.
     """
     width = budget_width(sparse, scores.shape[-1])
-    own = query_block[..., None]
+    budget = min(sparse.block_budget, width)
+    lists = choose_blocks(scores, query_block, budget=budget)
+    if sparse.dense_len == 0:
+        return lists
+    lists = jnp.pad(lists, ((0, 0),) * 3 + ((0, width - budget),), constant_values=-1)
+    block = jnp.arange(width, dtype=jnp.int32)
+    everything = jnp.where(block <= query_block[..., None], block, -1)
     dense = (length < sparse.dense_len)[:, None, None, None]
-    if sparse.dense_len > 0:
-        everything = jnp.arange(scores.shape[-1]) <= own
-        scores = jnp.where(dense, jnp.where(everything, jnp.inf, -jnp.inf), scores)
-    if width <= sparse.block_budget:
-        return choose_blocks(scores, query_block, budget=width)
-    # Other rows take the best of a list that is as wide as a dense row needs.
-    best, index = jax.lax.top_k(scores, width)
-    taken = (best > -jnp.inf) & (index <= own)
-    taken &= dense | (jnp.arange(width) < sparse.block_budget)
-    return jnp.where(taken, index, -1).astype(jnp.int32)
+    return jnp.where(dense, everything, lists)
 
 
 def constrain_by_importance(

@@ -9,9 +9,7 @@ import pytest
 
 from pallas_kernels import block_scores, select_blocks
 from pallas_kernels._common.tolerances import relative_error
-from pallas_kernels.block_scores.reference import (
-    block_scores_reference,
-)
+from pallas_kernels.block_scores.reference import block_scores_reference
 from pallas_kernels.block_scores.rule import Rule
 from pallas_kernels.block_scores.xla import CPU_TOKENS, CPU_WINDOWS
 from pallas_kernels.choose_blocks.reference import choose_blocks_reference
