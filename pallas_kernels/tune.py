@@ -72,7 +72,7 @@ def decode_cases(small: bool) -> Iterator[Case]:
         "mosaic_gpu": mosaic.paged_decode_attention_mosaic_gpu,
         "triton": triton.paged_decode_attention_triton,
     }
-    for batch in (1,) if small else (8, 16, 64, 1):
+    for batch in (1,) if small else (8, 16, 64, 1, 4, 20, 32):
         heads, kv_heads, head_dim, block, listed = 32, 2, 128, 64, 4 if small else 96
         # What one call reads is many times the second-level cache.
         layers = 2 if small else max(6, 32 // batch)
@@ -240,12 +240,15 @@ def scores_cases(small: bool) -> Iterator[Case]:
 
 
 def choose_cases(small: bool) -> Iterator[Case]:
-    """Rows of a decode step of the 8B shape at 32k and 128k tokens."""
+    """Rows of a decode step of the 8B shape behind 32k and 128k tokens.
+
+    A row also has blocks for its answer: never 512 alone, which XLA sorts faster.
+    """
     from pallas_kernels.choose_blocks import pallas_triton as triton
     from pallas_kernels.choose_blocks.xla import choose_blocks_xla
 
     budget = 4 if small else 96
-    for blocks in (16,) if small else (512, 2048):
+    for blocks in (16,) if small else (520, 1032, 2056):
         layers, rows = 2 if small else 16, 16
         scores = jax.random.normal(jax.random.key(0), (layers, rows, blocks))
         own = jnp.full((rows,), blocks - 1, jnp.int32)

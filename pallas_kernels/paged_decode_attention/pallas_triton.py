@@ -72,9 +72,8 @@ class Config:
 
 
 def default_config(batch: int, kv_heads: int, listed: int) -> Config:
-    """Enough programs for about two on each of 132 multiprocessors."""
-    wanted = cdiv(264, batch * kv_heads)
-    return Config(splits=max(1, min(wanted, cdiv(listed, 2))))
+    """At most one program for each of 132 multiprocessors: more start later."""
+    return Config(splits=max(1, min(132 // (batch * kv_heads), listed)))
 
 
 def config_for(batch: int, kv_heads: int, listed: int, head_dim: int) -> Config:
