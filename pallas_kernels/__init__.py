@@ -18,6 +18,7 @@ from pallas_kernels.commit_blocks.api import commit_blocks
 from pallas_kernels.compress_keys.api import compress_keys
 from pallas_kernels.host_gather.api import host_gather
 from pallas_kernels.paged_decode_attention.api import paged_decode_attention
+from pallas_kernels.plan_slots.api import plan_slots
 
 __all__ = [
     "block_scores",
@@ -27,5 +28,6 @@ __all__ = [
     "compress_keys",
     "host_gather",
     "paged_decode_attention",
+    "plan_slots",
     "select_blocks",
 ]

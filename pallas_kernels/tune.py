@@ -372,6 +372,31 @@ def commit_cases(small: bool) -> Iterator[Case]:
     )
 
 
+def plan_cases(small: bool) -> Iterator[Case]:
+    """Lists of a decode step of the 8B shape, a tenth of each missing."""
+    from pallas_kernels.benchmarks.plan_slots import chain, inputs
+    from pallas_kernels.plan_slots import pallas_triton as triton
+    from pallas_kernels.plan_slots.xla import plan_slots_xla
+
+    budget, layers = (4, 2) if small else (96, 16)
+    for rows in (2,) if small else (16, 64):
+        operands = inputs(layers, rows, budget, budget)
+
+        def run(name, config, *operands):
+            f = plan_slots_xla
+            if name != "xla":
+                f = functools.partial(triton.plan_slots_triton, config=config)
+            return chain(f, *operands)
+
+        yield Case(
+            {"R": rows, "C": budget, "P": budget},
+            operands,
+            run,
+            {"triton": [triton.Config(warps) for warps in (1, 2, 4)]},
+            links=layers,
+        )
+
+
 CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "block_scores": scores_cases,
     "block_sparse_attention": prefill_cases,
@@ -380,6 +405,7 @@ CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "compress_keys": compress_cases,
     "host_gather": gather_cases,
     "paged_decode_attention": decode_cases,
+    "plan_slots": plan_cases,
 }
 
 

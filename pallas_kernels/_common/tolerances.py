@@ -18,6 +18,7 @@ TOLERANCES: dict[str, float] = {
     "float32": 5e-6,
     "bfloat16": 1.6e-2,
     "float16": 2e-3,
+    "int32": 0.0,
 }
 # Gradients add recomputed weights and products of them.
 GRADIENT_FACTOR = 4.0

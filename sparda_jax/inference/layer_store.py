@@ -27,10 +27,11 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels._common.dispatch import Implementation
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from pallas_kernels.paged_decode_attention.api import paged_decode_attention
+from pallas_kernels.plan_slots.api import plan_slots
 from sparda_jax.cache.fetch import FetchRoute, commit_staged, fetch_blocks
 from sparda_jax.cache.offload import OffloadLayer
 from sparda_jax.cache.resident import LayerCache, append_tokens
-from sparda_jax.cache.slots import SlotTable, by_number, plan_slots, slot_of
+from sparda_jax.cache.slots import SlotTable, slot_of
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.models.rope import Rotation
 from sparda_jax.sparse.compression import append_windows
@@ -801,27 +802,31 @@ def _depart(
     """
     batch, heads, _ = blocks.shape
     blocks = jnp.where(listed[:, None, None], blocks, -1)
+
+    def by_head(x: Array) -> Array:
+        return jnp.broadcast_to(x[:, None], (batch, heads))
+
     plan = plan_slots(
-        table, blocks, jnp.broadcast_to(tile.length[:, None], (batch, heads))
+        table.blocks,
+        table.used,
+        blocks,
+        stamp=by_head(tile.length),
+        own=by_head(tile.start // settings.sparse.block_size),
+        source=index * (batch * heads * capacity),
+        target=place * table.blocks.size,
+        row_blocks=capacity,
     )
-    own = (tile.start // settings.sparse.block_size)[:, None, None]
-    # A tail block that begins with this token has nothing to fetch.
-    come = plan.missing & (blocks < own)
-    base = (jnp.arange(batch)[:, None] + index * batch) * heads + jnp.arange(heads)
-    rows = base[..., None] * capacity + blocks
-    head = (place * batch + jnp.arange(batch)[:, None]) * heads + jnp.arange(heads)
-    places = head[..., None] * table.blocks.shape[-1] + plan.slots
-
-    def flat(x: Array) -> Array:
-        return x.reshape(batch * heads, -1)
-
-    come, number = flat(come), flat(plan.number)
-    rows, places = by_number(come, number, flat(rows), flat(places))
-    bound = batch * heads * (1 + jnp.max(jnp.where(come, number, -1)))
-    fetched = jnp.sum(come, dtype=jnp.int32)
-    hits = jnp.sum((blocks >= 0) & ~plan.missing, dtype=jnp.int32)
-    flight = Flight(blocks, plan.slots, rows, places, bound, fetched, hits, None)
-    return flight, plan.table
+    flight = Flight(
+        blocks=blocks,
+        slots=plan.slots,
+        rows=plan.sources,
+        places=plan.targets,
+        bound=plan.bound,
+        fetched=plan.fetched,
+        hits=plan.hits,
+        staged=None,
+    )
+    return flight, SlotTable(plan.blocks, plan.used)
 
 
 def _overlap(

@@ -28,6 +28,7 @@ from pallas_kernels.host_gather import pallas_triton as gather_triton
 from pallas_kernels.paged_decode_attention import pallas_mosaic_gpu as decode_mosaic
 from pallas_kernels.paged_decode_attention import pallas_triton as decode_triton
 from pallas_kernels.paged_decode_attention.arg_specs import ArgSpec
+from pallas_kernels.plan_slots import pallas_triton as plan_triton
 
 CONFIGS = {
     ("block_sparse_attention", "mosaic_gpu"): sparse_mosaic.Config,
@@ -40,6 +41,7 @@ CONFIGS = {
     ("choose_blocks", "triton"): choose_triton.Config,
     ("commit_blocks", "triton"): commit_triton.Config,
     ("compress_keys", "mosaic_gpu"): compress_mosaic.Config,
+    ("plan_slots", "triton"): plan_triton.Config,
 }
 WITHOUT_SETTINGS = {("block_scores", "mosaic_gpu"), ("compress_keys", "triton")}
 

@@ -1,0 +1,71 @@
+"""Planning which slots listed blocks take: microseconds by implementation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from pallas_kernels._common.dispatch import Implementation, current_platform
+from pallas_kernels.benchmarks.harness import Report, arguments, measure
+from pallas_kernels.plan_slots.api import plan_slots
+from pallas_kernels.plan_slots.arg_specs import ArgSpec
+from pallas_kernels.plan_slots.plan import SlotPlan
+
+BLOCKS = 512
+
+
+def inputs(
+    layers: int, rows: int, capacity: int, budget: int
+) -> tuple[Int[Array, "layers rows *_"], ...]:
+    """Tables, lists, stamps and own blocks of ``layers`` layers, a tenth missing."""
+    blocks = max(BLOCKS, capacity + 1)
+    spec = ArgSpec("", (layers, rows), capacity, budget, blocks, 0.1, 0.0)
+    names = ("blocks", "used", "listed", "stamp", "own")
+    args = spec.make()
+    return tuple(args[name] for name in names)
+
+
+def chain(
+    plan: Callable[..., SlotPlan], *layers: Int[Array, "layers rows *_"]
+) -> list[SlotPlan]:
+    """Plans layer by layer, as decode does: each waits for the one before."""
+    plans, bound = [], jnp.int32(0)
+    for number, layer in enumerate(zip(*layers, strict=True)):
+        layer, bound = jax.lax.optimization_barrier((layer, bound))
+        rows, capacity = layer[0].shape
+        source = jnp.int32(number * rows * BLOCKS)
+        target = jnp.int32(number * rows * capacity)
+        plans.append(plan(*layer, source, target, row_blocks=BLOCKS))
+        bound = plans[-1].bound
+    return plans
+
+
+def main() -> None:
+    """Runs the benchmark from the command line."""
+    args = arguments(__doc__).parse_args()
+    gpu = current_platform() == "cuda" and not args.small
+    forms: tuple[Implementation, ...] = ("triton", "xla") if gpu else ("xla",)
+    report = Report("plan_slots", args.out)
+    for rows in (8, 16, 32, 64) if gpu else (2, 8):
+        operands = inputs(16, rows, 96, 96)
+        for form in forms:
+
+            def plan(
+                blocks, used, listed, *values, form: Implementation = form, **sizes
+            ) -> SlotPlan:
+                names = ("stamp", "own", "source", "target")
+                named = dict(zip(names, values, strict=True)) | sizes
+                return plan_slots(blocks, used, listed, **named, implementation=form)
+
+            name = f"{form}, 96 blocks and slots, {rows} rows"
+            run = functools.partial(chain, plan)
+            report.add(measure(name, run, *operands, links=16))
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Public entry of the plan: checks, then dispatch."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from pallas_kernels._common import validation
+from pallas_kernels._common.dispatch import Implementation, dispatch
+from pallas_kernels.plan_slots.plan import SlotPlan
+
+OP = "plan_slots"
+
+
+def plan_slots(
+    blocks: Int[Array, "*rows C"],
+    used: Int[Array, "*rows C"],
+    listed: Int[Array, "*rows P"],
+    *,
+    stamp: Int[Array, "*rows"],
+    own: Int[Array, "*rows"],
+    source: Int[Array, ""] | int,
+    target: Int[Array, ""] | int,
+    row_blocks: int,
+    implementation: Implementation | None = None,
+) -> SlotPlan:
+    """Gives every listed block one of its row's slots, and lists what is missing.
+
+    Every row has C slots for blocks of its own. Listed blocks that lie in a slot stay
+    there (hits). The others (misses) take, in the order of the list, the slots that the
+    list does not ask for: empty ones first, then the least recently asked for, among
+    equals the lowest. A row's own block, the one that grows, is in every list, so that
+    its slot is never taken; it has nothing to fetch when it begins.
+
+    Args:
+      blocks: int32 number of the block in each slot, no block twice in a row; -1 in an
+        empty slot.
+      used: int32 stamp of the last list that asked for it; -1 for never.
+      listed: int32 block numbers without duplicates in a row, -1 padded anywhere;
+        P is at most C.
+      stamp: int32 stamp of each row's list; must not go back.
+      own: int32 number of each row's own block. It and later ones are not fetched.
+      source: int32 number of the first row's block 0 where blocks are fetched from.
+      target: int32 number of the first row's slot 0 where they are put; the other
+        rows' slots follow.
+      row_blocks: how many blocks a row has where they are fetched from; the other
+        rows' follow.
+      implementation: "triton" or "xla"; None for the recorded choice of this device
+        kind. A named implementation never falls back.
+
+    Returns:
+      The plan.
+
+    Raises:
+      ValueError: on shapes, dtypes or sizes other than the above.
+      NotImplementedError: when the named implementation cannot serve the call.
+    """
+    validation.require_rows("blocks", blocks, "[*rows, C]")
+    rows, capacity = blocks.shape[:-1], blocks.shape[-1]
+    validation.require_shape("used", used, blocks.shape, "*rows C")
+    validation.require_rows("listed", listed, "[*rows, P]")
+    validation.require_shape("listed", listed, (*rows, listed.shape[-1]), "*rows P")
+    if listed.shape[-1] > capacity:
+        raise ValueError(
+            f"listed has {listed.shape[-1]} blocks a row and blocks {capacity} slots; "
+            "there must be a slot for every listed block"
+        )
+    source, target = jnp.asarray(source), jnp.asarray(target)
+    for name, x in {"stamp": stamp, "own": own}.items():
+        validation.require_shape(name, x, rows, "*rows")
+    for name, x in {"source": source, "target": target}.items():
+        validation.require_shape(name, x, (), "")
+    validation.require_positive("row_blocks", row_blocks)
+    named = {
+        "blocks": blocks,
+        "used": used,
+        "listed": listed,
+        "stamp": stamp,
+        "own": own,
+        "source": source,
+        "target": target,
+    }
+    for name, x in named.items():
+        validation.require_integer(name, x)
+    args = [x.astype(jnp.int32) for x in named.values()]
+
+    def run(name: str) -> SlotPlan:
+        if name == "mosaic_gpu":
+            raise NotImplementedError(
+                "mosaic_gpu has no plan_slots: it has no running count over lanes"
+            )
+        if name == "triton":
+            from pallas_kernels.plan_slots import pallas_triton
+
+            return pallas_triton.plan_slots_triton(*args, row_blocks=row_blocks)
+        from pallas_kernels.plan_slots.xla import plan_slots_xla
+
+        return plan_slots_xla(*args, row_blocks=row_blocks)
+
+    return dispatch(OP, implementation, run)

@@ -1,0 +1,62 @@
+"""The definition of the plan, a row and a block at a time."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.plan_slots.plan import SlotPlan
+
+
+def plan_slots_reference(
+    blocks: np.ndarray,
+    used: np.ndarray,
+    listed: np.ndarray,
+    stamp: np.ndarray,
+    own: np.ndarray,
+    source: int,
+    target: int,
+    row_blocks: int,
+) -> SlotPlan:
+    """Computes the result in NumPy; arguments as those of the operation."""
+    lead, budget = listed.shape[:-1], listed.shape[-1]
+    rows = int(np.prod(lead))
+    blocks, used = (np.array(x, np.int32).reshape(rows, -1) for x in (blocks, used))
+    listed = np.asarray(listed).reshape(rows, budget)
+    stamp, own = (np.asarray(x).reshape(rows) for x in (stamp, own))
+    slots = np.full((rows, budget), -1, np.int32)
+    sources, targets = np.full((2, budget, rows), -1, np.int32)
+    fetched = hits = bound = 0
+    for r in range(rows):
+        asked = {int(b) for b in listed[r] if b >= 0}
+        victims = sorted(
+            (s for s, b in enumerate(blocks[r]) if b not in asked),
+            key=lambda s: (blocks[r, s] >= 0, used[r, s], s),
+        )
+        held = {int(b): s for s, b in enumerate(blocks[r]) if b >= 0}
+        missing = 0
+        for p, block in enumerate(int(b) for b in listed[r]):
+            if block < 0:
+                continue
+            if block in held:
+                slot = held[block]
+                hits += 1
+            else:
+                slot = victims[missing]
+                if block < own[r]:
+                    sources[missing, r] = source + r * row_blocks + block
+                    targets[missing, r] = target + r * blocks.shape[1] + slot
+                    bound = max(bound, rows * (missing + 1))
+                    fetched += 1
+                missing += 1
+            slots[r, p] = slot
+            blocks[r, slot], used[r, slot] = block, stamp[r]
+    results = (
+        slots.reshape(*lead, budget),
+        blocks.reshape(*lead, -1),
+        used.reshape(*lead, -1),
+        sources.reshape(-1),
+        targets.reshape(-1),
+        *(np.int32(count) for count in (bound, fetched, hits)),
+    )
+    return SlotPlan(*map(jnp.asarray, results))

@@ -1,0 +1,198 @@
+"""The plan of slots against its definition, and what holds for every plan."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import in_ci
+
+from pallas_kernels import plan_slots
+from pallas_kernels._common.lowering import cuda_lowering_text
+from pallas_kernels.plan_slots.arg_specs import ARG_SPECS
+from pallas_kernels.plan_slots.pallas_triton import (
+    MOST_SLOTS,
+    Config,
+    plan_slots_triton,
+)
+from pallas_kernels.plan_slots.reference import plan_slots_reference
+from pallas_kernels.plan_slots.xla import by_number
+
+CI_SPECS = in_ci(ARG_SPECS)
+specs = pytest.mark.parametrize("spec", CI_SPECS, ids=lambda s: s.name)
+BLOCKS, LISTED = 24, 6
+PLANS = {
+    "triton": jax.jit(
+        functools.partial(plan_slots_triton, interpret=True),
+        static_argnames="row_blocks",
+    ),
+    "xla": jax.jit(
+        functools.partial(plan_slots, implementation="xla"),
+        static_argnames="row_blocks",
+    ),
+}
+
+
+def _want(args):
+    arrays = ("blocks", "used", "listed", "stamp", "own")
+    return plan_slots_reference(**args | {k: np.asarray(args[k]) for k in arrays})
+
+
+def _same(got, want):
+    for name, a, b in zip(want._fields, got, want, strict=True):
+        assert a.dtype == jnp.int32
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+@pytest.mark.parametrize("name", PLANS)
+@specs
+def test_plan(spec, name):
+    args = spec.make()
+    _same(PLANS[name](**args), _want(args))
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
+@specs
+def test_triton_lowers_for_cuda(spec, x64):
+    args = spec.make()
+    sizes = {name: args.pop(name) for name in ("source", "target", "row_blocks")}
+
+    def f(a):
+        return plan_slots(**a, **sizes, implementation="triton")
+
+    assert "triton" in cuda_lowering_text(f, args, x64=x64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["triton", "xla"])
+@pytest.mark.parametrize("spec", ARG_SPECS, ids=lambda s: s.name)
+def test_native(spec, implementation):
+    call = jax.jit(
+        functools.partial(plan_slots, implementation=implementation),
+        static_argnames="row_blocks",
+    )
+    for seed in range(4):
+        args = spec.make(seed)
+        _same(call(**args), _want(args))
+
+
+@st.composite
+def histories(draw):
+    """Lists of a growing row, each in an order of its own: the row's own block, others
+    below it, padding."""
+    own = draw(st.integers(0, 4))
+    lists = []
+    for _ in range(draw(st.integers(1, 12))):
+        own = min(own + draw(st.integers(0, 1)), BLOCKS - 1)
+        blocks = draw(st.lists(st.integers(0, BLOCKS - 1), max_size=8))
+        others = [b for b in blocks if b < own][: LISTED - 1]
+        listed = [own, *dict.fromkeys(others)]
+        listed += [-1] * (LISTED - len(listed))
+        lists.append((own, draw(st.permutations(listed))))
+    return lists
+
+
+@settings(max_examples=40, deadline=None)
+@given(history=histories(), slots=st.sampled_from([LISTED, LISTED + 1, 2 * LISTED]))
+def test_a_history_of_lists(history, slots):
+    args = {"blocks": np.full((1, 2, slots), -1), "used": np.full((1, 2, slots), -1)}
+    args = {name: jnp.asarray(x, jnp.int32) for name, x in args.items()}
+    tail = None
+    for stamp, (own, listed) in enumerate(history):
+        values = {"stamp": stamp, "own": own}
+        args |= {k: jnp.full((1, 2), v, jnp.int32) for k, v in values.items()}
+        args |= {"source": 0, "target": 0, "row_blocks": BLOCKS}
+        args["listed"] = jnp.asarray([[listed, listed]], jnp.int32)
+        want = _want(args)
+        for call in PLANS.values():
+            _same(call(**args), want)
+
+        held = set(np.asarray(args["blocks"])[0, 0].tolist()) - {-1}
+        asked = {b for b in listed if b >= 0}
+        filled = [b for b in want.blocks[0, 0].tolist() if b >= 0]
+        assert len(filled) == len(set(filled)), "a block in two slots"
+        assert asked <= set(filled), "a selected block without a slot"
+        fetched = set(want.sources.reshape(-1, 2)[:, 0].tolist()) - {-1}
+        assert fetched == asked - held - {own}, "misses are selected minus resident"
+        slot = want.blocks[0, 0].tolist().index(own)
+        assert tail is None or tail[0] != own or tail[1] == slot, "the tail moved"
+        tail = own, slot
+        args |= {"blocks": jnp.asarray(want.blocks), "used": jnp.asarray(want.used)}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_rows_without_a_list_keep_their_slots(name):
+    table = {"blocks": [[3, 1, -1]], "used": [[5, 6, -1]], "listed": [[-1, -1]]}
+    table = {k: jnp.asarray(v, jnp.int32) for k, v in table.items()}
+    values = {"source": 1, "target": 1, "row_blocks": 5}
+    nine = jnp.asarray([9], jnp.int32)
+    plan = PLANS[name](**table, **values, stamp=nine, own=nine)
+    np.testing.assert_array_equal(plan.blocks, table["blocks"])
+    np.testing.assert_array_equal(plan.used, table["used"])
+    for x in (plan.slots, plan.sources, plan.targets):
+        assert (x == -1).all()
+    assert not any((plan.bound, plan.fetched, plan.hits))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    wanted=st.lists(
+        st.lists(st.booleans(), min_size=LISTED, max_size=LISTED),
+        min_size=3,
+        max_size=3,
+    ),
+    numbered=st.lists(st.booleans(), min_size=3 * LISTED, max_size=3 * LISTED),
+)
+def test_lists_go_round_the_rows(wanted, numbered):
+    # Numbers may also count entries that are not marked, as a new tail block's.
+    marked = np.asarray(wanted)
+    counted = marked | np.asarray(numbered).reshape(marked.shape)
+    number = np.cumsum(counted, axis=1) - 1
+    value = np.arange(marked.size).reshape(marked.shape)
+    got, doubled = by_number(*map(jnp.asarray, (marked, number, value, 2 * value)))
+    want = np.full((LISTED, 3), -1)
+    for row, entry in zip(*np.nonzero(marked), strict=True):
+        want[number[row, entry], row] = value[row, entry]
+    np.testing.assert_array_equal(got, want.reshape(-1))
+    np.testing.assert_array_equal(doubled, np.where(want < 0, -1, 2 * want).reshape(-1))
+
+
+def test_refusals():
+    args = CI_SPECS[0].make()
+    with pytest.raises(NotImplementedError, match="no plan_slots"):
+        plan_slots(**args, implementation="mosaic_gpu")
+    many = jnp.full((1, MOST_SLOTS + 1), -1)
+    first = jnp.int32(0)
+    wide = CI_SPECS[5].make() | {"blocks": many, "used": many}
+    wide |= {"source": first, "target": first}
+    with pytest.raises(NotImplementedError, match=f"at most {MOST_SLOTS} slots"):
+        plan_slots_triton(**wide, interpret=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks": jnp.zeros((3,), jnp.int32)}, "blocks has shape"),
+        ({"blocks": jnp.zeros((2, 2, 24))}, "blocks has dtype"),
+        ({"used": jnp.zeros((2, 2, 25), jnp.int32)}, "used has shape"),
+        ({"listed": jnp.zeros((2, 3, 24), jnp.int32)}, "listed has shape"),
+        ({"listed": jnp.zeros((2, 2, 25), jnp.int32)}, "listed has 25 blocks a row"),
+        ({"own": jnp.zeros((2, 2))}, "own has dtype"),
+        ({"target": jnp.zeros((2,), jnp.int32)}, "target has shape"),
+        ({"source": 0.5}, "source has dtype"),
+        ({"row_blocks": 0}, "row_blocks is 0"),
+    ],
+)
+def test_bad_arguments(change, message, without_type_checks):
+    args = CI_SPECS[0].make() | change
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan_slots(**args)
+
+
+def test_bad_settings():
+    with pytest.raises(ValueError, match="num_warps is 3"):
+        Config(3)
