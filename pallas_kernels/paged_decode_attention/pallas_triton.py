@@ -9,12 +9,14 @@ Tiles: queries [max(16, G rounded up to a power of two), H], a slot's keys and v
 [block, H] each. Loads of tokens beyond a slot's length are masked: they move no bytes
 and bring no NaN.
 
-Measured on one H200 (jax 0.11.2, bfloat16, 32/2 heads, H = 128, 96 slots of 64) by the
-durations of all kernels in a profile, the merge among them, beside a large device copy
-(4,308 GB/s, reads and writes counted): batch 8 19.7 us, 59 %; batch 16 31.8 us, 73 %;
-batch 64 101.0 us, 92 %; spread at most 0.6 %. With more splits than recorded, batch 8
-takes 20.9 us (16) or 28.5 us (33). What bounds the small batches is the fixed part:
-start and merge take 7 to 8 us, and batch 8 reads 50 MB, 12 us at the speed of batch 64.
+Measured by the durations of all kernels in a profile, the merge among them, beside a
+large device copy, reads and writes counted (jax 0.11.2, bfloat16, 32/2 heads, H = 128,
+96 slots of 64, spread at most 0.6 %). One H200 (4,308 GB/s): batch 8 19.7 us, 59 %;
+batch 16 31.8 us, 73 %; batch 64 101.0 us, 92 %. One H100 (3,030 GB/s): batch 1 12.7 us;
+8 25.2 us, 66 %; 16 41.1 us, 81 %; 64 143.2 us, 93 %. One program a multiprocessor is
+best from batch 4 on: two of them take 16.4 -> 20.5 us at batch 4 and 41.3 -> 46.0 at
+batch 16 (H100). What bounds the small batches is the fixed part: start and merge take 7
+to 8 us, and batch 8 reads 50 MB, 12 us at the H200's speed of batch 64.
 
 Limits: H and block powers of two (16-256 and 16-128) with tiles of block x H of at
 most 32 KiB. The back end is deprecated in

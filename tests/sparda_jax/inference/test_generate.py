@@ -49,6 +49,7 @@ def test_greedy_is_argmax_of_forward(lm, prompts, greedy):
         assert logits[len(prompt) - 1 :].argmax(-1).tolist() == tokens
 
 
+@pytest.mark.slow
 def test_sequence_does_not_depend_on_its_neighbours(lm, prompts, greedy):
     for index, prompt in enumerate(prompts):
         alone = sj.generate(lm, [prompt], max_new_tokens=24, ignore_eos=True)
@@ -122,6 +123,7 @@ def test_eos_of_the_model_ends_a_row(lm, prompts, greedy):
     assert out.tokens[0] == greedy.tokens[2][:end]
 
 
+@pytest.mark.slow
 def test_further_turn_is_one_prompt(lm, prompts, token_ids):
     more = [token_ids(length, seed=50 + length) for length in (40, 200, 1)]
     first = sj.generate(lm, prompts, max_new_tokens=5, ignore_eos=True)

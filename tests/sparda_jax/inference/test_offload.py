@@ -193,10 +193,10 @@ def _check(case: Case, talk: Talk, deeper, resident):
 CASES = (
     Case(),
     Case(exactness="verify"),
-    Case(nosa=True, storage="per_layer", layer0="offload", slots=7),
     *(
         pytest.param(case, marks=pytest.mark.slow)
         for case in (
+            Case(nosa=True, storage="per_layer", layer0="offload", slots=7),
             Case(layer0="offload", slots=7),
             Case(slots=WIDE, recall_every=4),
             Case(attention="infllm_v2", layer0="offload"),
@@ -293,6 +293,7 @@ def test_routes_on_a_gpu(route, prefetch, deeper, resident):
         assert int(have[2].fetched.sum()) > 0
 
 
+@pytest.mark.slow
 def test_ended_rows_cost_no_transfers(deeper):
     """Rows that have ended list nothing, so nothing is fetched for them."""
     talk = dataclasses.replace(TALK, steps=(100, 20, 20))
@@ -414,6 +415,7 @@ def test_conversation_grows(lm, prompts, token_ids):
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 def test_lengths_share_a_program(lm, token_ids):
     chosen = sj.with_attention(lm, "sparda", cache=CacheConfig(kind="offload"))
     sj.generate(chosen, [token_ids(400)], max_new_tokens=20)

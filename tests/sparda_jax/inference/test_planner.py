@@ -559,6 +559,7 @@ def test_host_memory_too_small(lm, no_allocation):
     assert "CacheConfig(kind='resident')" in message
 
 
+@pytest.mark.slow
 def test_what_fits_is_not_refused(lm):
     chosen = _with(lm, kind="offload", host_limit=2**22, device_limit=2**25)
     out = sj.generate(chosen, ROWS, max_new_tokens=2)
@@ -575,6 +576,7 @@ def test_terabytes_are_refused_at_once(lm, no_allocation):
         assert "memory (" in message
 
 
+@pytest.mark.slow
 def test_a_conversation_that_grows_needs_both_caches(lm, monkeypatch):
     prompt = [[5] * 200]
     first = sj.generate(lm, prompt, max_new_tokens=2)

@@ -65,6 +65,7 @@ def test_measured_prefetch_gives_the_same_tokens(lm, token_ids):
     assert again.stats.policy == first.stats.policy
 
 
+@pytest.mark.slow
 def test_resident_where_it_fits_and_offload_where_not(lm, token_ids):
     settings = {"max_new_tokens": 8, "ignore_eos": True}
     prompt = [token_ids(2500)]
