@@ -184,6 +184,7 @@ def test_blocks_are_counted(lm, token_ids):
     )
 
 
+@pytest.mark.slow
 def test_run_is_one_program(lm, prompts, greedy):
     """The public function can be jitted by the caller, prefill and loop together."""
     from sparda_jax.inference.engine import _Run

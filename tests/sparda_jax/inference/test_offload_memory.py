@@ -78,6 +78,7 @@ def _keys(context: int) -> int:
     return model.num_layers * model.num_kv_heads * windows * model.head_dim * 4
 
 
+@pytest.mark.slow
 def test_decode_grows_by_compressed_keys_alone():
     sizes, scratch, stores = {}, {}, {}
     for context in (SHORT, LONG):
