@@ -22,11 +22,9 @@ def inputs(
     layers: int, rows: int, capacity: int, budget: int
 ) -> tuple[Int[Array, "layers rows *_"], ...]:
     """Tables, lists, stamps and own blocks of ``layers`` layers, a tenth missing."""
-    blocks = max(BLOCKS, capacity + 1)
-    spec = ArgSpec("", (layers, rows), capacity, budget, blocks, 0.1, 0.0)
-    names = ("blocks", "used", "listed", "stamp", "own")
+    spec = ArgSpec("", (layers, rows), capacity, budget, BLOCKS, 0.1, 0.0)
     args = spec.make()
-    return tuple(args[name] for name in names)
+    return tuple(args[name] for name in ("blocks", "used", "listed", "stamp", "own"))
 
 
 def chain(
@@ -36,10 +34,19 @@ def chain(
     plans, bound = [], jnp.int32(0)
     for number, layer in enumerate(zip(*layers, strict=True)):
         layer, bound = jax.lax.optimization_barrier((layer, bound))
-        rows, capacity = layer[0].shape
-        source = jnp.int32(number * rows * BLOCKS)
-        target = jnp.int32(number * rows * capacity)
-        plans.append(plan(*layer, source, target, row_blocks=BLOCKS))
+        blocks, used, listed, stamp, own = layer
+        plans.append(
+            plan(
+                blocks,
+                used,
+                listed,
+                stamp=stamp,
+                own=own,
+                source=jnp.int32(number * own.size * BLOCKS),
+                target=jnp.int32(number * blocks.size),
+                row_blocks=BLOCKS,
+            )
+        )
         bound = plans[-1].bound
     return plans
 
@@ -53,14 +60,7 @@ def main() -> None:
     for rows in (8, 16, 32, 64) if gpu else (2, 8):
         operands = inputs(16, rows, 96, 96)
         for form in forms:
-
-            def plan(
-                blocks, used, listed, *values, form: Implementation = form, **sizes
-            ) -> SlotPlan:
-                names = ("stamp", "own", "source", "target")
-                named = dict(zip(names, values, strict=True)) | sizes
-                return plan_slots(blocks, used, listed, **named, implementation=form)
-
+            plan = functools.partial(plan_slots, implementation=form)
             name = f"{form}, 96 blocks and slots, {rows} rows"
             run = functools.partial(chain, plan)
             report.add(measure(name, run, *operands, links=16))

@@ -30,7 +30,7 @@ from pallas_kernels._common.dispatch import (
     tuned_config,
 )
 from pallas_kernels._common.numerics import NEG_INF
-from pallas_kernels._common.triton import next_power_of_two
+from pallas_kernels._common.triton import next_power_of_two, require_launch
 
 INT_MIN = -(2**31)
 MOST_BLOCKS = 16384
@@ -47,10 +47,7 @@ class Config:
     num_warps: int = 4
 
     def __post_init__(self):
-        if self.num_warps not in (1, 2, 4, 8, 16):
-            raise ValueError(
-                f"num_warps is {self.num_warps}; allowed: 1, 2, 4, 8 or 16"
-            )
+        require_launch(self.num_warps, 1)
 
 
 def _kernel(scores_ref, own_ref, out_ref, *, blocks: int, budget: int):

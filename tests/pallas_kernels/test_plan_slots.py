@@ -96,7 +96,7 @@ def histories(draw):
     return lists
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(history=histories(), slots=st.sampled_from([LISTED, LISTED + 1, 2 * LISTED]))
 def test_a_history_of_lists(history, slots):
     args = {"blocks": np.full((1, 2, slots), -1), "used": np.full((1, 2, slots), -1)}
@@ -122,6 +122,30 @@ def test_a_history_of_lists(history, slots):
         assert tail is None or tail[0] != own or tail[1] == slot, "the tail moved"
         tail = own, slot
         args |= {"blocks": jnp.asarray(want.blocks), "used": jnp.asarray(want.used)}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_tail_is_never_evicted(name):
+    """The row's own block stays where it is, however the rest changes."""
+    rng = np.random.default_rng(0)
+    blocks = used = jnp.full((1, 1, LISTED), -1, jnp.int32)
+    slots = []
+    for stamp in range(40):
+        others = rng.permutation(15)[: LISTED - 1]
+        listed = rng.permutation([15, *others])
+        plan = PLANS[name](
+            blocks,
+            used,
+            jnp.asarray(listed[None, None], jnp.int32),
+            stamp=jnp.full((1, 1), stamp, jnp.int32),
+            own=jnp.full((1, 1), 15, jnp.int32),
+            source=0,
+            target=0,
+            row_blocks=16,
+        )
+        blocks, used = plan.blocks, plan.used
+        slots.append(np.asarray(blocks)[0, 0].tolist().index(15))
+    assert len(set(slots)) == 1
 
 
 @pytest.mark.parametrize("name", PLANS)

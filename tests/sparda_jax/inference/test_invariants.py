@@ -14,8 +14,12 @@ from pallas_kernels._common.lowering import cuda_lowering_text
 
 # `infllm_v2` differs from `sparda` by who chooses the blocks alone; the goldens hold
 # `nosa` in the default tests too.
-SLOW = (pytest.param(name, marks=pytest.mark.slow) for name in ("infllm_v2", "nosa"))
-ATTENTIONS = ("dense", "sparda", *SLOW)
+ATTENTIONS = (
+    "dense",
+    "sparda",
+    pytest.param("infllm_v2", marks=pytest.mark.slow),
+    pytest.param("nosa", marks=pytest.mark.slow),
+)
 ATOL = 2e-5
 # A first example compiles; the machine's speed is not what these tests are about.
 EXAMPLES = settings(max_examples=8, deadline=None)
