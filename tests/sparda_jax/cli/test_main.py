@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from sparda_jax.cli import main
+from sparda_jax.cli.main import main
 
 OFF = "--no-compilation-cache"
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from sparda_jax.cli import main
+from sparda_jax.cli.main import main
 
 MODEL = ("--model", "minicpm4.1-8b", "--context", "131072")
 MACHINE = ("--hbm", "80", "--host", "512")

