@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import threading
 from typing import NamedTuple
 
@@ -31,12 +32,36 @@ from sparda_jax.models.decoder import Decoder  # noqa: E402
 from sparda_jax.models.weights import build_decoder, forecast_heads  # noqa: E402
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
+# A whole run takes less; what is above it are the programs of code that has changed.
+MOST_CACHED_BYTES = 2**30
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--runslow", action="store_true", help="also run tests marked slow"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiled programs are shared by a run's workers, its subprocesses and later runs.
+
+    Modules drop what they compiled (see below), and the same small programs would be
+    compiled in each of them. A directory that the user has named is kept.
+    """
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or not hasattr(config, "cache"):
+        return
+    folder = config.cache.mkdir("jax")
+    if sum(file.stat().st_size for file in folder.iterdir()) > MOST_CACHED_BYTES:
+        shutil.rmtree(folder)
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        # For xdist's workers, which start later, and the processes that tests start.
+        os.environ[name.upper()] = str(value)
 
 
 def pytest_collection_modifyitems(
