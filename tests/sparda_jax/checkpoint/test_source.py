@@ -1,0 +1,62 @@
+"""Names of models: what is a path, and what may be asked of the hub."""
+
+import pytest
+
+from sparda_jax.checkpoint import source
+from sparda_jax.checkpoint.errors import CheckpointError
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path) -> list[str]:
+    """Runs in an empty directory; holds the names that the hub was asked for."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    names: list[str] = []
+
+    def download(hub_id):
+        names.append(hub_id)
+        raise CheckpointError(f"{hub_id}: asked")
+
+    monkeypatch.setattr(source, "_download", download)
+    return names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "models/missing",
+        "elsewhere/model.gguf",
+        "elsewhere/MODEL.GGUF",
+        "elsewhere/model.safetensors",
+        "elsewhere/config.json",
+        "./models/x",
+        "../x",
+        ".hidden/x",
+        "~/x",
+        "/nowhere/x",
+        "one/two/three",
+        "name",
+        "org/",
+        "",
+        "org/na me",
+        "a\0b/c",
+        "x" * 5000,
+        "~nobody-of-this-name/x",
+        "\udcff.gguf",
+        "\ud800/x",
+    ],
+)
+def test_a_missing_local_file_is_not_asked_of_the_hub(asked, name):
+    with pytest.raises(CheckpointError) as error:
+        source.open_checkpoint(name)
+    assert asked == []
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 500
+    message.encode()  # It can be printed.
+
+
+@pytest.mark.parametrize("name", ["org/name", "Qwen/Qwen2.5-0.5B", "a/b-1.5"])
+def test_hub_ids(asked, name):
+    with pytest.raises(CheckpointError, match="asked"):
+        source.open_checkpoint(name)
+    assert asked == [name]
