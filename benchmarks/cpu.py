@@ -238,7 +238,9 @@ def main() -> None:
     print()
     figures["ratios"] = dict(_ratio(*row) for row in ratios)
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1))
+        from sparda_jax.checkpoint.atomic import write_json
+
+        write_json(arguments.json, figures)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ link), a gather on the host array (which XLA computes on the host), NumPy and
 """
 
 import argparse
-import json
 import pathlib
 import statistics
 import time
@@ -37,6 +36,7 @@ def main() -> None:
 
     from sparda_jax.cache.fetch import fetch_blocks
     from sparda_jax.cache.memory import host_sharding, to_device, to_host
+    from sparda_jax.checkpoint.atomic import write_json
     from sparda_jax.runtime import configure_offload
 
     configure_offload()
@@ -104,7 +104,7 @@ def main() -> None:
         )
     if arguments.json:
         record = {"device": device, "jax": jax.__version__, "routes": figures}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(arguments.json, record)
 
 
 if __name__ == "__main__":

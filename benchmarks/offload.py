@@ -20,7 +20,6 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 import statistics
@@ -362,6 +361,7 @@ def main() -> None:
     if arguments.trace:
         _trace(arguments.tokens)
         return
+    from sparda_jax.checkpoint.atomic import write_json
     from sparda_jax.inference.measure import measure_rates
     from sparda_jax.models.presets import get_preset
     from sparda_jax.models.weights import num_parameters
@@ -426,7 +426,7 @@ def main() -> None:
                     flush=True,
                 )
                 if arguments.json:
-                    arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+                    write_json(arguments.json, figures)
         except Exception as error:  # one batch's failure must not hide the others
             print(f"batch {batch} failed: {str(error)[:300]}", flush=True)
     if not rows or not all(math.isfinite(row["step_ms"]) for row in rows):

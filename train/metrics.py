@@ -14,7 +14,6 @@ the selectors that it is compared with would see.
 
 import dataclasses
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,12 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from sparda_jax.checkpoint.atomic import new_file
+from sparda_jax.checkpoint.atomic import (
+    cannot_write,
+    new_file,
+    write_json,
+    write_text,
+)
 from sparda_jax.config import ConfigError, SparseConfig
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.sparse.selection import force_blocks, top_blocks
@@ -302,9 +306,7 @@ class RunLog:
             self._writer = _tensorboard(out / "tensorboard", start)
         self._path = out / "log.jsonl"
         kept = [line for line in read_log(self._path) if line["step"] <= start]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, self._path)
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a")
         self._bar = tqdm(
             total=steps, initial=start, unit="step", disable=None if progress else True
@@ -315,8 +317,11 @@ class RunLog:
         """One line; plain numbers go to TensorBoard as well."""
         seconds = round(time.monotonic() - self._begin, 3)
         line = {"step": step, "kind": kind, "seconds": seconds, **values}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
         if self._writer is not None:
             for name, value in values.items():
                 if isinstance(value, int | float):
@@ -358,8 +363,7 @@ def keep_json(path: pathlib.Path | None, values: Any) -> None:
       CheckpointError: The place cannot be written to, or is full.
     """
     if path is not None:
-        with new_file(path) as temporary:
-            temporary.write_text(json.dumps(values, indent=1))
+        write_json(path, values)
 
 
 def plot_curves(log: str | pathlib.Path, out: str | pathlib.Path) -> None:
@@ -400,4 +404,5 @@ def plot_curves(log: str | pathlib.Path, out: str | pathlib.Path) -> None:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
-    figure.savefig(out, dpi=120)
+    with new_file(out) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

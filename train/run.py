@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sparda_jax
+from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.inference.engine import LanguageModel
 from sparda_jax.loading import default_dtype
 from train.checkpoint import Checkpoints, check_writable, export_forecast
@@ -284,7 +285,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         steps = config.optimizer.steps
         log: RunLog | NoLog = NoLog()
         if jax.process_index() == 0:
-            (run.out / "config.json").write_text(json.dumps(run.identity, indent=2))
+            write_json(run.out / "config.json", run.identity)
             log = RunLog(
                 run.out,
                 start=start if restored is not None else -1,
