@@ -181,8 +181,8 @@ def _state(model, settings, batch: int, context: int, new: int, cache):
 def _settings(config, sparse, mode: str, arguments):
     """A mode's cache and how its layers run."""
     from sparda_jax.config import CacheConfig
+    from sparda_jax.engine.policy import offload_settings
     from sparda_jax.inference.layer_store import LayerSettings
-    from sparda_jax.inference.policy import offload_settings
 
     selector = _selector(mode, arguments.miss * sparse.block_budget)
     cache = CacheConfig(

@@ -13,19 +13,17 @@ from sparda_jax.config import (
     RopeConfig,
     SparseConfig,
 )
-from sparda_jax.inference.engine import (
+from sparda_jax.engine.api import forward, generate, stream
+from sparda_jax.engine.model import LanguageModel
+from sparda_jax.engine.offload_stats import OffloadStats
+from sparda_jax.engine.results import (
     Conversation,
     GenerateOutput,
     GenerateStats,
-    LanguageModel,
-    Stream,
     StreamEvent,
-    forward,
-    generate,
-    stream,
 )
+from sparda_jax.engine.stream import Stream
 from sparda_jax.inference.measure import measure_rates
-from sparda_jax.inference.offload_stats import OffloadStats
 from sparda_jax.inference.planner import Plan, Rates, plan, recorded_rates
 from sparda_jax.loading import load, with_attention
 from sparda_jax.models.forecast import Forecast

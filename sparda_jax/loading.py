@@ -16,8 +16,8 @@ from sparda_jax.checkpoint.forecast import load_forecast
 from sparda_jax.checkpoint.layout import CURRENT, future_name
 from sparda_jax.checkpoint.source import CheckpointSource, open_checkpoint
 from sparda_jax.config import CacheConfig, ConfigError, ModelConfig, SparseConfig
+from sparda_jax.engine.model import LanguageModel
 from sparda_jax.forecasts import published_forecast
-from sparda_jax.inference.engine import LanguageModel
 from sparda_jax.models.decoder import Decoder, Storage
 from sparda_jax.models.presets import PRESETS, Preset, get_preset
 from sparda_jax.models.weights import (

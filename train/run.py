@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sparda_jax
 from sparda_jax.checkpoint.atomic import write_json
-from sparda_jax.inference.engine import LanguageModel
+from sparda_jax.engine.model import LanguageModel
 from sparda_jax.loading import default_dtype
 from train.checkpoint import Checkpoints, check_writable, export_forecast
 from train.config import TrainConfig, check

@@ -4,7 +4,7 @@ import argparse
 from typing import get_args
 
 from sparda_jax.config import CacheConfig, CacheKind, Prefetch, Route
-from sparda_jax.inference.offload_stats import OffloadStats
+from sparda_jax.engine.offload_stats import OffloadStats
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:

@@ -19,8 +19,9 @@ from sparda_jax.cli.console import (
 )
 from sparda_jax.cli.model_options import PREFILL_CHUNK, add_model_options, load_model
 from sparda_jax.config import ConfigError
+from sparda_jax.engine.model import LanguageModel
+from sparda_jax.engine.results import GenerateStats
 from sparda_jax.evaluation.passkey import question_prompt
-from sparda_jax.inference.engine import GenerateStats, LanguageModel
 
 EXAMPLES = """\
 examples:

@@ -11,7 +11,7 @@ import sparda_jax as sj
 from sparda_jax.checkpoint.fetch import cache_directory
 from sparda_jax.cli.console import advance, note
 from sparda_jax.config import SparseConfig
-from sparda_jax.inference.engine import LanguageModel
+from sparda_jax.engine.model import LanguageModel
 from sparda_jax.models.presets import PRESETS
 from sparda_jax.sparse.selectors import get_selector, selector_names
 

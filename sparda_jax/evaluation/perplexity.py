@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparda_jax.config import ConfigError
-from sparda_jax.inference.engine import LanguageModel, forward
+from sparda_jax.engine.api import forward
+from sparda_jax.engine.model import LanguageModel
 
 
 @jax.jit

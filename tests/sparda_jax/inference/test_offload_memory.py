@@ -13,6 +13,7 @@ import pytest
 
 from sparda_jax.cache.memory import host_shape
 from sparda_jax.config import CacheConfig
+from sparda_jax.engine.policy import offload_settings
 from sparda_jax.inference.generate import (
     Prompt,
     Request,
@@ -22,7 +23,6 @@ from sparda_jax.inference.generate import (
 )
 from sparda_jax.inference.layer_store import LayerSettings
 from sparda_jax.inference.memory_plan import abstract_decoder, abstract_state
-from sparda_jax.inference.policy import offload_settings
 from sparda_jax.inference.sampling import SamplingConfig, sampling_state
 from sparda_jax.models.presets import get_preset
 from sparda_jax.models.rope import model_rope

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 import sparda_jax as sj
 from sparda_jax.cache.memory import host_shape
 from sparda_jax.config import CacheConfig, ConfigError, SparseConfig
-from sparda_jax.inference import engine, limits
+from sparda_jax.engine import session
+from sparda_jax.engine.policy import offload_settings
+from sparda_jax.inference import limits
 from sparda_jax.inference.generate import (
     Prompt,
     Request,
@@ -39,7 +41,6 @@ from sparda_jax.inference.memory_plan import (
     tree_bytes,
 )
 from sparda_jax.inference.planner import Rates, plan, recorded_rates, step_time
-from sparda_jax.inference.policy import offload_settings
 from sparda_jax.inference.sampling import SamplingConfig, sampling_state
 from sparda_jax.models.presets import PRESETS
 from sparda_jax.models.rope import model_rope
@@ -518,8 +519,8 @@ def no_allocation(monkeypatch):
     def never(*arguments, **named):
         raise AssertionError("a refused request must not allocate")
 
-    monkeypatch.setattr(engine, "new_state", never)
-    monkeypatch.setattr(engine, "next_turn", never)
+    monkeypatch.setattr(session, "new_state", never)
+    monkeypatch.setattr(session, "next_turn", never)
 
 
 def _refused(lm, prompts, **arguments) -> str:

@@ -187,11 +187,11 @@ def test_blocks_are_counted(lm, token_ids):
 @pytest.mark.slow
 def test_run_is_one_program(lm, prompts, greedy):
     """The public function can be jitted by the caller, prefill and loop together."""
-    from sparda_jax.inference.engine import _Run
+    from sparda_jax.engine.session import Session
     from sparda_jax.inference.generate import pad_rows, run
     from sparda_jax.inference.sampling import SamplingConfig
 
-    call = _Run(
+    call = Session(
         lm,
         prompts,
         max_new_tokens=24,

@@ -1,22 +1,37 @@
-"""The engine behind the public API: shapes, compilations, calls and their figures."""
+"""One call of `generate` or `stream`: shapes, compilations, state and figures."""
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from pallas_kernels._common.dispatch import Implementation
 from sparda_jax.cache.offload import OffloadCache
-from sparda_jax.checkpoint.tokenizer import Tokenizer
-from sparda_jax.config import CacheConfig, ConfigError, ModelConfig, SparseConfig
+from sparda_jax.config import CacheConfig, ConfigError
+from sparda_jax.engine.model import LanguageModel
+from sparda_jax.engine.offload_stats import OffloadStats, offload_stats
+from sparda_jax.engine.policy import (
+    PROBE_TIMED,
+    PROBE_WARM,
+    Probe,
+    fetch_rate,
+    hidden_share,
+    offload_settings,
+    on_demand,
+)
+from sparda_jax.engine.requests import (
+    PromptLike,
+    check_length,
+    check_prompts,
+    encode_prompt,
+)
+from sparda_jax.engine.results import Conversation, GenerateOutput, GenerateStats
 from sparda_jax.inference.generate import (
-    GenerateState,
     Prompt,
     Request,
     advance_call,
@@ -27,255 +42,14 @@ from sparda_jax.inference.generate import (
     plan_shapes,
     run_call,
     stop_array,
-    tile_tokens,
 )
-from sparda_jax.inference.layer_store import LayerSettings
 from sparda_jax.inference.limits import refuse_what_cannot_fit, why_not
-from sparda_jax.inference.offload_stats import OffloadStats, offload_stats
-from sparda_jax.inference.policy import (
-    PROBE_TIMED,
-    PROBE_WARM,
-    Probe,
-    fetch_rate,
-    hidden_share,
-    offload_settings,
-    on_demand,
-)
-from sparda_jax.inference.prefill import prefill
 from sparda_jax.inference.sampling import SamplingConfig, sampling_state
 from sparda_jax.inference.stepwise import advance_stepwise
-from sparda_jax.models.decoder import Decoder, logits
-from sparda_jax.models.rope import Rope, model_rope
-from sparda_jax.sparse.selectors import Selector
-
-PromptLike = str | Sequence[int] | np.ndarray
+from sparda_jax.models.rope import model_rope
 
 
-@dataclasses.dataclass(frozen=True)
-class GenerateStats:
-    """Measured figures of one call.
-
-    Attributes:
-      prompt_tokens, new_tokens: Summed over the batch.
-      prefill_seconds: Prompt and first token; None if not timed apart.
-      decode_seconds: All further tokens; None if not timed apart.
-      total_seconds: Both, without compilation.
-      compile_seconds: Time spent compiling for this call; 0 when it was compiled.
-      prefill_blocks, decode_blocks: KV blocks (attended, present), summed over tokens,
-        kv heads and layers.
-      offload: What decode fetched from host memory; None for a resident cache.
-      policy: What `auto` settings of the cache decided, and why; empty without them.
-    """
-
-    prompt_tokens: int
-    new_tokens: int
-    batch: int
-    prefill_seconds: float | None
-    decode_seconds: float | None
-    total_seconds: float
-    compile_seconds: float
-    prefill_blocks: tuple[float, float]
-    decode_blocks: tuple[float, float]
-    offload: OffloadStats | None = None
-    policy: str = ""
-
-    @property
-    def prefill_tokens_per_second(self) -> float | None:
-        """Prompt tokens over prefill time."""
-        if not self.prefill_seconds:
-            return None
-        return self.prompt_tokens / self.prefill_seconds
-
-    @property
-    def decode_tokens_per_second(self) -> float | None:
-        """Tokens after each row's first, over decode time; None if there are none."""
-        later = self.new_tokens - self.batch
-        if not self.decode_seconds or later <= 0:
-            return None
-        return later / self.decode_seconds
-
-    @property
-    def decode_block_share(self) -> float | None:
-        """KV blocks that decode read, of those present."""
-        attended, present = self.decode_blocks
-        return attended / present if present else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-    """A cache to which further turns can be appended; used up by the next turn.
-
-    Attributes:
-      state: Device state after the last turn.
-      lengths: Tokens in the cache, per row.
-      rope_length: Longest context that the rotary frequencies were chosen for.
-    """
-
-    state: GenerateState
-    lengths: tuple[int, ...]
-    rope_length: int
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateOutput:
-    """What `generate` returns.
-
-    Attributes:
-      tokens: Output token ids of each sequence, with the one that ended it.
-      texts: Decoded outputs without special tokens; empty without a tokenizer.
-      finish_reasons: "stop" (EOS or a stop id) or "length", per sequence.
-      stats: Measured figures.
-      conversation: To continue with `generate(..., conversation=...)`.
-    """
-
-    tokens: list[list[int]]
-    texts: list[str]
-    finish_reasons: list[str]
-    stats: GenerateStats
-    conversation: Conversation
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamEvent:
-    """One token of one sequence as it comes; `text` is what it completes."""
-
-    index: int
-    token: int
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class LanguageModel:
-    """A loaded model with a way to attend; made by `sparda_jax.load`.
-
-    Attributes:
-      model: The decoder with its weights.
-      config: Its shape.
-      sparse: Block selection.
-      selector: How blocks are chosen.
-      tokenizer: None for models without one.
-      fingerprint: Hash of the base weights, which Forecast files name.
-      implementation: Attention kernels (see `LayerSettings`).
-      cache: Where generation keeps its KV.
-    """
-
-    model: Decoder
-    config: ModelConfig
-    sparse: SparseConfig
-    selector: Selector
-    tokenizer: Tokenizer | None
-    fingerprint: str | None
-    implementation: Implementation | None = None
-    cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
-    _compiled: dict = dataclasses.field(default_factory=dict, repr=False)
-
-    @property
-    def settings(self) -> LayerSettings:
-        """The trace-time constants."""
-        return LayerSettings(
-            self.config, self.sparse, self.selector, self.implementation
-        )
-
-    @property
-    def tile_size(self) -> int:
-        """Query tokens per prefill tile on the default device."""
-        return tile_tokens(jax.default_backend())
-
-
-def encode_prompt(lm: LanguageModel, prompt: PromptLike, field: str) -> list[int]:
-    """Token ids of a prompt.
-
-    Raises:
-      ConfigError: If it is empty, text without a tokenizer, or has ids that are not in
-        the vocabulary.
-    """
-    if isinstance(prompt, str):
-        if lm.tokenizer is None:
-            raise ConfigError(
-                f"{field} is text, and model {lm.config.name!r} has no tokenizer: give "
-                "token ids"
-            )
-        ids = list(lm.tokenizer.encode(prompt))
-        if lm.config.bos_id is not None:
-            ids = [lm.config.bos_id, *ids]
-    else:
-        array = np.asarray(prompt)
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise ConfigError(
-                f"{field} has shape {array.shape} and dtype {array.dtype}: it must be "
-                "text or a one-dimensional sequence of integer token ids"
-            )
-        ids = [int(token) for token in array]
-    if not ids:
-        raise ConfigError(f"{field} is empty: it must hold at least one token")
-    for token in ids:
-        if not 0 <= token < lm.config.vocab_size:
-            raise ConfigError(
-                f"{field} holds token id {token}: it must be in "
-                f"[0, {lm.config.vocab_size}) for model {lm.config.name!r}"
-            )
-    return ids
-
-
-def _check_length(lm: LanguageModel, tokens: int, max_new: int, field: str) -> None:
-    limit = lm.config.max_context
-    if tokens + max_new > limit:
-        raise ConfigError(
-            f"{field} has {tokens} tokens, and max_new_tokens={max_new} more make "
-            f"{tokens + max_new}: at most {limit} fit the context of model "
-            f"{lm.config.name!r}"
-        )
-
-
-def forward(lm: LanguageModel, ids: PromptLike) -> Float[Array, "T V"]:
-    """Logits after every token of one sequence.
-
-    Args:
-      lm: A loaded model.
-      ids: Token ids, or text.
-
-    Returns:
-      float32 [T, vocab]; row t scores the token that follows token t.
-
-    Raises:
-      ConfigError: If ids are empty, out of the vocabulary or longer than the context.
-    """
-    tokens = encode_prompt(lm, ids, "ids")
-    _check_length(lm, len(tokens), 0, "ids")
-    shapes = plan_shapes(
-        len(tokens),
-        farthest_start=0,
-        longest=len(tokens),
-        max_new=0,
-        tile_size=lm.tile_size,
-        block_size=lm.sparse.block_size,
-    )
-    padded, count = pad_rows([tokens], shapes.prompt)
-    settings = lm.settings
-
-    def whole(model: Decoder, tokens: Array, count: Array, rope: Rope) -> Array:
-        state = new_state(model, settings, 1, shapes, CacheConfig())
-        start = jnp.zeros_like(count)
-        carry = prefill(
-            model,
-            state.cache,
-            tokens,
-            start,
-            count,
-            rope,
-            settings,
-            tile_size=shapes.tile,
-        )
-        return logits(model, carry.hidden[0])
-
-    key = ("forward", shapes)
-    if key not in lm._compiled:
-        lm._compiled[key] = jax.jit(whole)
-    rope = model_rope(lm.config, len(tokens))
-    return lm._compiled[key](lm.model, padded, count, rope)[: len(tokens)]
-
-
-class _Run:
+class Session:
     """One generate or stream call: checked arguments, shapes, state and timing."""
 
     def __init__(
@@ -292,7 +66,7 @@ class _Run:
         max_context: int | None,
         prefill_chunk: int | None,
     ):
-        _check_prompts(prompts)
+        check_prompts(prompts)
         if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
             raise ConfigError(
                 f"max_new_tokens={max_new_tokens!r} is not allowed: it must be an "
@@ -321,7 +95,7 @@ class _Run:
             rows = [[int(pending[i]), *row] for i, row in enumerate(rows)]
         totals = [h + len(row) for h, row in zip(held, rows, strict=True)]
         for index, total in enumerate(totals):
-            _check_length(lm, total, max_new_tokens, f"prompts[{index}]")
+            check_length(lm, total, max_new_tokens, f"prompts[{index}]")
         self.rope_length = max(max(totals) + max_new_tokens, max_context or 0)
         if conversation is not None:
             original = lm.config.rope.original_max
@@ -629,170 +403,3 @@ class _Run:
             stats=stats,
             conversation=Conversation(state, lengths, self.rope_length),
         )
-
-
-def _check_prompts(prompts: Sequence[PromptLike]) -> None:
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        raise ConfigError(
-            "prompts must be a list with one prompt per sequence, each text or token "
-            f"ids; got {type(prompts).__name__}"
-        )
-    if not prompts:
-        raise ConfigError("prompts is empty: it must hold at least one prompt")
-
-
-def generate(
-    lm: LanguageModel,
-    prompts: Sequence[PromptLike],
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int | Sequence[int] = 0,
-    stop_ids: Sequence[int] = (),
-    ignore_eos: bool = False,
-    conversation: Conversation | None = None,
-    max_context: int | None = None,
-    prefill_chunk: int | None = None,
-    single_call: bool = False,
-) -> GenerateOutput:
-    """Generates a continuation of every prompt, until each has ended.
-
-    Prefill and the `lax.while_loop` over tokens are one jittable function. It is
-    dispatched in two parts, so that both are timed, or with `single_call` in one.
-
-    Args:
-      lm: A loaded model.
-      prompts: One text or sequence of token ids each; lengths may differ.
-      max_new_tokens: Most output tokens of each sequence.
-      temperature: 0 is greedy.
-      top_k, top_p, min_p, repetition_penalty: See `SamplingConfig`.
-      seed: One seed for all, or one each. A sequence's tokens depend on its own prompt
-        and seed alone, so equal prompts with one seed give equal outputs.
-      stop_ids: Token ids that end a sequence, beside the model's EOS.
-      ignore_eos: Let EOS pass.
-      conversation: From the output before: the prompts are appended to its cache. It is
-        used up.
-      max_context: Length to choose LongRoPE's factors for, if further turns shall grow
-        past this call's.
-      prefill_chunk: Cut a long prompt into calls of that many tokens: device memory
-        then holds the hidden states of one piece.
-      single_call: Do everything in one dispatch; prefill and decode are not timed
-        apart.
-
-    Returns:
-      Tokens, texts, stats and the conversation to continue.
-
-    Raises:
-      ConfigError: If an argument is out of range, a prompt is empty or too long, or an
-        id is not in the vocabulary.
-    """
-    run = _Run(
-        lm,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        sampling=SamplingConfig(repetition_penalty, temperature, top_k, top_p, min_p),
-        seed=seed,
-        stop_ids=stop_ids,
-        ignore_eos=ignore_eos,
-        conversation=conversation,
-        max_context=max_context,
-        prefill_chunk=prefill_chunk,
-    )
-    if single_call:
-        run.whole()
-        return run.output(split=False)
-    run.prefill()
-    run.decode(max_new_tokens)
-    return run.output(split=True)
-
-
-class Stream:
-    """Tokens as they come: iterate over it; `output` holds the result afterwards."""
-
-    def __init__(
-        self,
-        run: _Run,
-        tokens_per_call: int,
-        on_progress: Callable[[int], None] | None,
-    ):
-        self._run = run
-        self._tokens_per_call = tokens_per_call
-        self._on_progress = on_progress
-        self.output: GenerateOutput | None = None
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of the longest prompt: what the progress callback counts up to."""
-        return max(len(row) for row in self._run.rows)
-
-    def __iter__(self) -> Iterator[StreamEvent]:
-        run = self._run
-        tokenizer = run.lm.tokenizer
-        decoders = [
-            None if tokenizer is None else tokenizer.stream() for _ in range(run.batch)
-        ]
-        told = [0] * run.batch
-        run.prefill(on_progress=self._on_progress)
-        while True:
-            for index, row in enumerate(run.tokens()):
-                for token in row[told[index] :]:
-                    decoder = decoders[index]
-                    text = "" if decoder is None else decoder.push(token)
-                    yield StreamEvent(index, token, text)
-                told[index] = len(row)
-            if run.finished:
-                break
-            run.decode(self._tokens_per_call)
-        for index, decoder in enumerate(decoders):
-            rest = "" if decoder is None else decoder.flush()
-            if rest:
-                yield StreamEvent(index, -1, rest)
-        self.output = run.output(split=True)
-
-
-def stream(
-    lm: LanguageModel,
-    prompts: Sequence[PromptLike],
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int | Sequence[int] = 0,
-    stop_ids: Sequence[int] = (),
-    ignore_eos: bool = False,
-    conversation: Conversation | None = None,
-    max_context: int | None = None,
-    tokens_per_call: int = 4,
-    prefill_chunk: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
-) -> Stream:
-    """`generate`, yielding `StreamEvent`s as tokens come.
-
-    Same tokens as `generate`. `tokens_per_call` tokens are decoded per dispatch;
-    after every call of a prompt cut by `prefill_chunk`, `on_progress(tokens)` is
-    called. Other arguments and errors as there.
-    """
-    if tokens_per_call < 1:
-        raise ConfigError(
-            f"tokens_per_call={tokens_per_call} is not allowed: it must be at least 1"
-        )
-    run = _Run(
-        lm,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        sampling=SamplingConfig(repetition_penalty, temperature, top_k, top_p, min_p),
-        seed=seed,
-        stop_ids=stop_ids,
-        ignore_eos=ignore_eos,
-        conversation=conversation,
-        max_context=max_context,
-        prefill_chunk=prefill_chunk,
-    )
-    return Stream(run, tokens_per_call, on_progress)

@@ -1,0 +1,1 @@
+"""From a request to its result: what is behind `generate`, `stream`, `forward`."""
