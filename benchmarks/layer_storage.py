@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.dispatch import silence_triton_deprecation
+from pallas_kernels.lowering import silence_triton_deprecation
 from sparda_jax.models.layers import matmul
 from sparda_jax.models.presets import get_preset
 

@@ -26,16 +26,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._common.dispatch import (
-    IMPLEMENTATIONS,
-    TUNED,
-    current_device_kind,
-    device_slug,
-)
+from pallas_kernels._common.devices import current_device_kind, device_slug
 from pallas_kernels._common.tolerances import relative_error, tolerance
 from pallas_kernels.benchmarks import block_sparse_attention as prefill
 from pallas_kernels.benchmarks import paged_decode_attention as decode
 from pallas_kernels.benchmarks.harness import Timing, measure
+from pallas_kernels.dispatch import IMPLEMENTATIONS, TUNED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from pallas_kernels._common.dispatch import Implementation
+from pallas_kernels.dispatch import Implementation
 from sparda_jax.checkpoint.fetch import fetch_default_model
 from sparda_jax.checkpoint.forecast import load_forecast
 from sparda_jax.checkpoint.layout import CURRENT, future_name

@@ -1,9 +1,15 @@
 """Imports go along the arrows only: pallas_kernels ← sparda_jax ← train."""
 
+import ast
+import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGES = ("pallas_kernels", "sparda_jax", "train", "benchmarks")
 
 _IMPORT_ALL = """
 import importlib, pkgutil, sys
@@ -34,3 +40,49 @@ def test_package_imports_without_those_above_it(package, blocked):
     )
     assert done.returncode == 0, done.stderr[-1500:]
     assert int(done.stdout) > 5
+
+
+def _imports(path: pathlib.Path) -> Iterator[str]:
+    """Dotted names of all that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _packages_of(path: pathlib.Path) -> tuple[str, ...]:
+    """Packages whose private names a file may use: its own, or those it tests."""
+    parts = path.relative_to(ROOT).parts
+    if parts[:2] == ("tests", "kernel_cases.py"):  # shared by tests/pallas_kernels
+        return ("pallas_kernels",)
+    return (parts[1] if parts[0] == "tests" else parts[0],)
+
+
+def private_imports(path: pathlib.Path) -> list[str]:
+    """Names of other packages that a file imports and that begin with `_`."""
+    return [
+        name
+        for name in _imports(path)
+        if name.split(".")[0] in PACKAGES
+        and name.split(".")[0] not in _packages_of(path)
+        and any(part.startswith("_") for part in name.split("."))
+    ]
+
+
+def test_no_package_imports_what_is_private_to_another():
+    folders = (*PACKAGES, "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 100
+    found = {str(path): names for path in files if (names := private_imports(path))}
+    assert not found
+
+
+def test_a_private_import_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "train" / "x.py"
+    path.parent.mkdir()
+    path.write_text("from pallas_kernels._common.triton import dot\nimport train._x\n")
+    assert private_imports(path) == ["pallas_kernels._common.triton.dot"]
+    path.write_text("from sparda_jax.models.decoder import _hidden\n")
+    assert private_imports(path) == ["sparda_jax.models.decoder._hidden"]

@@ -28,8 +28,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels._common.dispatch import candidates
 from pallas_kernels.block_sparse_attention import api as attention_op
+from pallas_kernels.dispatch import candidates
 from sparda_jax.config import ModelConfig
 from sparda_jax.models.decoder import Decoder, DecoderLayer
 from sparda_jax.models.presets import get_preset

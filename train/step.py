@@ -22,9 +22,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.dispatch import candidates
 from pallas_kernels.block_scores import api as block_scores
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
+from pallas_kernels.dispatch import candidates
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.models.decoder import (
     Decoder,

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import gpu
 
-from pallas_kernels._common.dispatch import require_cuda
+from pallas_kernels._common.devices import require_cuda
 from pallas_kernels._common.numerics import LOG2_E
 
 # A warpgroup's matrix instruction has 64 rows.

@@ -8,6 +8,8 @@ log-sum-exp -inf.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import overload
 
 import jax
@@ -18,6 +20,21 @@ from jaxtyping import Array, Float
 NEG_INF = float("-inf")
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
+
+
+def in_32_bit[**A, R](f: Callable[A, R]) -> Callable[A, R]:
+    """Runs ``f`` with 64-bit types off, whatever the caller's setting.
+
+    Indices and accumulators are 32-bit by design; with ``jax_enable_x64`` every
+    ``arange`` and ``zeros`` would silently become 64-bit instead.
+    """
+
+    @functools.wraps(f)
+    def wrapped(*args: A.args, **kwargs: A.kwargs) -> R:
+        with jax.enable_x64(False):
+            return f(*args, **kwargs)
+
+    return wrapped
 
 
 def dot_precision(dtype: jnp.dtype) -> lax.Precision:

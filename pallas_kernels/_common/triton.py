@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels._common.dispatch import require_cuda
+from pallas_kernels._common.devices import require_cuda
 from pallas_kernels._common.numerics import NEG_INF, dot_precision, finite_or_zero
 
 MIN_ROWS = 16

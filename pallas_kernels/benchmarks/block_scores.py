@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels._common.dispatch import Implementation, current_platform
+from pallas_kernels._common.devices import current_platform
 from pallas_kernels.benchmarks.harness import Report, arguments, measure
 from pallas_kernels.block_scores.api import block_scores, select_blocks
+from pallas_kernels.dispatch import Implementation
 
 
 def main() -> None:

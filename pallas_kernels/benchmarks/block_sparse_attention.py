@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._common.dispatch import Implementation, current_platform
+from pallas_kernels._common.devices import current_platform
 from pallas_kernels.benchmarks.harness import Report, Timing, arguments, measure
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from pallas_kernels.block_sparse_attention.unions import tile_unions
+from pallas_kernels.dispatch import Implementation
 
 
 @functools.partial(jax.jit, static_argnames=("tokens", "kv_heads", "listed", "block"))

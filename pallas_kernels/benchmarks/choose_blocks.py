@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.dispatch import Implementation, current_platform
+from pallas_kernels._common.devices import current_platform
 from pallas_kernels.benchmarks.harness import Report, arguments, measure
 from pallas_kernels.choose_blocks.api import choose_blocks
+from pallas_kernels.dispatch import Implementation
 
 
 def chain(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._common.dispatch import Implementation, current_platform
+from pallas_kernels._common.devices import current_platform
 from pallas_kernels.benchmarks.harness import Report, arguments, measure
 from pallas_kernels.commit_blocks.api import commit_blocks
+from pallas_kernels.dispatch import Implementation
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._common.dispatch import Implementation, current_platform
+from pallas_kernels._common.devices import current_platform
 from pallas_kernels.benchmarks.harness import (
     Report,
     arguments,
@@ -13,6 +13,7 @@ from pallas_kernels.benchmarks.harness import (
     measure,
 )
 from pallas_kernels.compress_keys.api import compress_keys
+from pallas_kernels.dispatch import Implementation
 
 
 def main() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._common.dispatch import Implementation, current_platform
+from pallas_kernels._common.devices import current_platform
 from pallas_kernels.benchmarks.harness import Report, arguments, measure
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.host_gather.api import host_gather
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._common.dispatch import Implementation, current_platform
+from pallas_kernels._common.devices import current_platform
 from pallas_kernels.benchmarks.harness import (
     Report,
     arguments,
@@ -21,6 +21,7 @@ from pallas_kernels.benchmarks.harness import (
     measure,
     small_copy_bandwidth,
 )
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.paged_decode_attention.api import paged_decode_attention
 
 

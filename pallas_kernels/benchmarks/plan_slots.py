@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels._common.dispatch import Implementation, current_platform
+from pallas_kernels._common.devices import current_platform
 from pallas_kernels.benchmarks.harness import Report, arguments, measure
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.plan_slots.api import plan_slots
 from pallas_kernels.plan_slots.arg_specs import ArgSpec
 from pallas_kernels.plan_slots.plan import SlotPlan

@@ -41,7 +41,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.dispatch import in_32_bit
 from pallas_kernels._common.mosaic import (
     LOWEST,
     SHARED_BYTES,
@@ -50,7 +49,7 @@ from pallas_kernels._common.mosaic import (
     operand_transforms,
     require_mosaic_sizes,
 )
-from pallas_kernels._common.numerics import LN_2, LOG2_E, NEG_INF, cdiv
+from pallas_kernels._common.numerics import LN_2, LOG2_E, NEG_INF, cdiv, in_32_bit
 from pallas_kernels.block_scores.rule import Rule
 from pallas_kernels.block_scores.slabs import (
     Chosen,

@@ -36,12 +36,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.dispatch import (
-    in_32_bit,
-    silence_triton_deprecation,
-    tuned_config,
-)
-from pallas_kernels._common.numerics import NEG_INF, cdiv, finite_or_zero
+from pallas_kernels._common.numerics import NEG_INF, cdiv, finite_or_zero, in_32_bit
 from pallas_kernels._common.triton import (
     MIN_ROWS,
     dot,
@@ -57,6 +52,8 @@ from pallas_kernels.block_scores.slabs import (
     slab_tokens,
 )
 from pallas_kernels.choose_blocks.pallas_triton import choose_blocks_triton
+from pallas_kernels.dispatch import tuned_config
+from pallas_kernels.lowering import silence_triton_deprecation
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.dispatch import in_32_bit
-from pallas_kernels._common.numerics import NEG_INF, einsum_f32, finite_or_zero
+from pallas_kernels._common.numerics import (
+    NEG_INF,
+    einsum_f32,
+    finite_or_zero,
+    in_32_bit,
+)
 from pallas_kernels.block_scores.rule import Rule
 
 

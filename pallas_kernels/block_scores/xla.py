@@ -27,12 +27,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.dispatch import current_platform, in_32_bit
+from pallas_kernels._common.devices import current_platform
 from pallas_kernels._common.numerics import (
     NEG_INF,
     cdiv,
     einsum_f32,
     finite_or_zero,
+    in_32_bit,
 )
 from pallas_kernels.block_scores.rule import Rule
 from pallas_kernels.choose_blocks.xla import choose_blocks_xla

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common import validation
-from pallas_kernels._common.dispatch import Implementation, dispatch
 from pallas_kernels.block_sparse_attention.xla import (
     block_sparse_attention_xla,
     block_sparse_attention_xla_backward,
 )
+from pallas_kernels.dispatch import Implementation, dispatch
 
 OP = "block_sparse_attention"
 

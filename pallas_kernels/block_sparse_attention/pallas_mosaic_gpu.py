@@ -45,7 +45,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.dispatch import in_32_bit, tuned_config
 from pallas_kernels._common.mosaic import (
     SHARED_BYTES,
     WARPGROUP_ROWS,
@@ -55,11 +54,12 @@ from pallas_kernels._common.mosaic import (
     require_attention_sizes,
     softmax_start,
 )
-from pallas_kernels._common.numerics import LN_2, LOG2_E, NEG_INF, cdiv
+from pallas_kernels._common.numerics import LN_2, LOG2_E, NEG_INF, cdiv, in_32_bit
 from pallas_kernels._common.triton import next_power_of_two
 from pallas_kernels.block_sparse_attention.rows import fold_queries, unfold_queries
 from pallas_kernels.block_sparse_attention.unions import tile_unions, values_are_finite
 from pallas_kernels.block_sparse_attention.xla import block_sparse_attention_xla
+from pallas_kernels.dispatch import tuned_config
 
 COMPUTE = 2  # compute warpgroups
 ROWS = COMPUTE * WARPGROUP_ROWS

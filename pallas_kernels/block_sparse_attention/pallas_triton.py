@@ -31,12 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.dispatch import (
-    in_32_bit,
-    silence_triton_deprecation,
-    tuned_config,
-)
-from pallas_kernels._common.numerics import NEG_INF, cdiv
+from pallas_kernels._common.numerics import NEG_INF, cdiv, in_32_bit
 from pallas_kernels._common.triton import (
     MIN_ROWS,
     dot,
@@ -50,6 +45,8 @@ from pallas_kernels._common.triton import (
 from pallas_kernels.block_sparse_attention.rows import fold_queries, unfold_queries
 from pallas_kernels.block_sparse_attention.unions import tile_unions, values_are_finite
 from pallas_kernels.block_sparse_attention.xla import block_sparse_attention_xla
+from pallas_kernels.dispatch import tuned_config
+from pallas_kernels.lowering import silence_triton_deprecation
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common import validation
-from pallas_kernels._common.dispatch import Implementation, dispatch
+from pallas_kernels.dispatch import Implementation, dispatch
 
 OP = "choose_blocks"
 

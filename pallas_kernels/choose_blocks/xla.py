@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.dispatch import in_32_bit
-from pallas_kernels._common.numerics import NEG_INF
+from pallas_kernels._common.numerics import NEG_INF, in_32_bit
 
 
 @in_32_bit

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.dispatch import current_platform, in_32_bit
+from pallas_kernels._common.devices import current_platform
+from pallas_kernels._common.numerics import in_32_bit
 from pallas_kernels.commit_blocks.reference import commit_blocks_reference
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float
 
 from pallas_kernels._common import validation
-from pallas_kernels._common.dispatch import Implementation, dispatch
+from pallas_kernels.dispatch import Implementation, dispatch
 
 OP = "compress_keys"
 

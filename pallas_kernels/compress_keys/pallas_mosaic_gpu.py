@@ -29,10 +29,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels._common.dispatch import in_32_bit, require_cuda, tuned_config
+from pallas_kernels._common.devices import require_cuda
 from pallas_kernels._common.mosaic import SHARED_BYTES, fill_and_refill
-from pallas_kernels._common.numerics import cdiv
+from pallas_kernels._common.numerics import cdiv, in_32_bit
 from pallas_kernels.compress_keys.reference import window_count
+from pallas_kernels.dispatch import tuned_config
 
 WINDOWS = 64  # of a thread block
 COMPUTE, MEMORY = 0, 1  # warpgroups

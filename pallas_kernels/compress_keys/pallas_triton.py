@@ -16,13 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
-from pallas_kernels._common.dispatch import (
-    in_32_bit,
-    require_cuda,
-    silence_triton_deprecation,
-)
-from pallas_kernels._common.numerics import cdiv
+from pallas_kernels._common.devices import require_cuda
+from pallas_kernels._common.numerics import cdiv, in_32_bit
 from pallas_kernels.compress_keys.reference import window_count
+from pallas_kernels.lowering import silence_triton_deprecation
 
 WINDOWS = 8  # windows of a program
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels._common.dispatch import in_32_bit
+from pallas_kernels._common.numerics import in_32_bit
 
 
 def window_count(length: int, kernel_size: int, kernel_stride: int) -> int:

@@ -11,7 +11,7 @@ from typing import cast
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels._common.dispatch import in_32_bit
+from pallas_kernels._common.numerics import in_32_bit
 from pallas_kernels.compress_keys.reference import window_count
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common import validation
-from pallas_kernels._common.dispatch import Implementation, dispatch
+from pallas_kernels.dispatch import Implementation, dispatch
 
 OP = "host_gather"
 

@@ -26,7 +26,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.dispatch import in_32_bit, require_cuda, tuned_config
+from pallas_kernels._common.devices import require_cuda
+from pallas_kernels._common.numerics import in_32_bit
+from pallas_kernels.dispatch import tuned_config
 
 # Elements that one warpgroup holds in registers at a time: 64 or 128 each thread.
 PART_BYTES = 32 * 1024

@@ -24,12 +24,10 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common.copies import CopyConfig
-from pallas_kernels._common.dispatch import (
-    in_32_bit,
-    require_cuda,
-    silence_triton_deprecation,
-    tuned_config,
-)
+from pallas_kernels._common.devices import require_cuda
+from pallas_kernels._common.numerics import in_32_bit
+from pallas_kernels.dispatch import tuned_config
+from pallas_kernels.lowering import silence_triton_deprecation
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.dispatch import in_32_bit
+from pallas_kernels._common.numerics import in_32_bit
 
 
 @in_32_bit

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.dispatch import in_32_bit
+from pallas_kernels._common.numerics import in_32_bit
 
 
 def on_host(x: jax.Array) -> bool:

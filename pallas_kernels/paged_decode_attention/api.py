@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common import validation
-from pallas_kernels._common.dispatch import Implementation, dispatch
+from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.paged_decode_attention.xla import paged_decode_attention_xla
 
 OP = "paged_decode_attention"

@@ -48,7 +48,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.dispatch import in_32_bit, tuned_config
 from pallas_kernels._common.mosaic import (
     SHARED_BYTES,
     WARPGROUP_ROWS,
@@ -61,8 +60,9 @@ from pallas_kernels._common.mosaic import (
     softmax_start,
     store_rows,
 )
-from pallas_kernels._common.numerics import LN_2, LOG2_E, NEG_INF, cdiv
+from pallas_kernels._common.numerics import LN_2, LOG2_E, NEG_INF, cdiv, in_32_bit
 from pallas_kernels._common.splits import merge_splits
+from pallas_kernels.dispatch import tuned_config
 
 # A row of log-sum-exps: 64 of queries, padded to what a warpgroup loads.
 LSE_ROWS = 128

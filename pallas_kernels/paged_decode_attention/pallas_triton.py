@@ -34,12 +34,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.dispatch import (
-    in_32_bit,
-    silence_triton_deprecation,
-    tuned_config,
-)
-from pallas_kernels._common.numerics import NEG_INF, cdiv
+from pallas_kernels._common.numerics import NEG_INF, cdiv, in_32_bit
 from pallas_kernels._common.splits import merge_splits
 from pallas_kernels._common.triton import (
     MIN_ROWS,
@@ -51,6 +46,8 @@ from pallas_kernels._common.triton import (
     softmax_start,
     softmax_step,
 )
+from pallas_kernels.dispatch import tuned_config
+from pallas_kernels.lowering import silence_triton_deprecation
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.dispatch import in_32_bit
 from pallas_kernels._common.numerics import (
     NEG_INF,
     cdiv,
     einsum_f32,
     finite_or_zero,
+    in_32_bit,
     softmax_finish,
 )
 

@@ -35,13 +35,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels._common.dispatch import (
-    in_32_bit,
-    require_cuda,
-    silence_triton_deprecation,
-    tuned_config,
-)
+from pallas_kernels._common.devices import require_cuda
+from pallas_kernels._common.numerics import in_32_bit
 from pallas_kernels._common.triton import next_power_of_two, require_launch
+from pallas_kernels.dispatch import tuned_config
+from pallas_kernels.lowering import silence_triton_deprecation
 from pallas_kernels.plan_slots.plan import SlotPlan
 
 LAST = 2**31 - 1

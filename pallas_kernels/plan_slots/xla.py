@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels._common.dispatch import in_32_bit
+from pallas_kernels._common.numerics import in_32_bit
 from pallas_kernels.plan_slots.plan import SlotPlan
 
 EMPTY = -1

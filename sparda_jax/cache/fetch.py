@@ -32,8 +32,8 @@ from jax import lax
 from jax.experimental.compute_on import compute_on
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.dispatch import current_device_kind, require_cuda
 from pallas_kernels.commit_blocks.api import commit_blocks
+from pallas_kernels.device import current_device_kind, require_cuda
 from pallas_kernels.host_gather.api import host_gather
 from sparda_jax.cache.memory import to_device
 from sparda_jax.config import ConfigError, Route

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import jax
 
-from pallas_kernels._common.dispatch import current_device_kind
+from pallas_kernels.device import current_device_kind
 from sparda_jax.cache.fetch import recorded_routes
 from sparda_jax.cli.console import HelpFormatter
 from sparda_jax.config import CacheConfig, ConfigError, Route, SparseConfig

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from pallas_kernels._common.dispatch import Implementation
+from pallas_kernels.dispatch import Implementation
 from sparda_jax.checkpoint.tokenizer import Tokenizer
 from sparda_jax.config import CacheConfig, ModelConfig, SparseConfig
 from sparda_jax.inference.generate import tile_tokens

@@ -12,7 +12,7 @@ import functools
 
 from jax.typing import DTypeLike
 
-from pallas_kernels._common.dispatch import current_device_kind
+from pallas_kernels.device import current_device_kind
 from sparda_jax.cache.fetch import FetchRoute, recorded_routes, resolve_route
 from sparda_jax.config import CacheConfig, ConfigError
 from sparda_jax.inference.layer_store import OffloadSettings

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels._common.dispatch import Implementation
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.paged_decode_attention.api import paged_decode_attention
 from pallas_kernels.plan_slots.api import plan_slots
 from sparda_jax.cache.fetch import FetchRoute, commit_staged, fetch_blocks

@@ -18,7 +18,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.dispatch import current_device_kind
+from pallas_kernels.device import current_device_kind
 from sparda_jax.cache.fetch import FetchRoute, fetch_blocks, resolve_route
 from sparda_jax.cache.memory import host_sharding, to_device
 from sparda_jax.config import Route

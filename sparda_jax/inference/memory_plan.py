@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from pallas_kernels._common.dispatch import current_platform
 from pallas_kernels.block_scores.xla import CPU_TOKENS, CPU_WINDOWS, TILE_LOGITS
 from pallas_kernels.block_sparse_attention.xla import (
     DENSE_KEYS,
@@ -25,6 +24,7 @@ from pallas_kernels.block_sparse_attention.xla import (
     SPARSE_QUERIES_MIN,
     SPARSE_ROWS,
 )
+from pallas_kernels.device import current_platform
 from pallas_kernels.paged_decode_attention.xla import CHUNK_KEYS, GATHER_KEYS
 from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.config import CacheConfig, ModelConfig

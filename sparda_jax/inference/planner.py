@@ -13,7 +13,7 @@ import functools
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels._common.dispatch import tuned_record
+from pallas_kernels.dispatch import tuned_record
 from sparda_jax.cache.fetch import FetchRoute, recorded_routes
 from sparda_jax.config import (
     CacheConfig,

@@ -8,8 +8,8 @@ comes out; tests hold the two together. Decode, one row of windows, uses those.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels._common.dispatch import Implementation
 from pallas_kernels.block_scores.api import block_scores
+from pallas_kernels.dispatch import Implementation
 from sparda_jax.config import SparseConfig
 from sparda_jax.sparse.selection import SelectionTile
 

@@ -11,7 +11,6 @@ import pytest
 from kernel_cases import in_ci
 
 from pallas_kernels import block_scores, select_blocks
-from pallas_kernels._common.lowering import cuda_lowering_text
 from pallas_kernels._common.tolerances import relative_error
 from pallas_kernels.block_scores.api import _checked
 from pallas_kernels.block_scores.arg_specs import ARG_SPECS, ArgSpec
@@ -21,6 +20,7 @@ from pallas_kernels.block_scores.pallas_triton import (
 )
 from pallas_kernels.block_scores.reference import block_scores_reference
 from pallas_kernels.choose_blocks.reference import choose_blocks_reference
+from pallas_kernels.lowering import cuda_lowering_text
 
 CI_SPECS = in_ci(ARG_SPECS)
 BY_NAME = {s.name: s for s in ARG_SPECS}

@@ -16,7 +16,6 @@ from kernel_cases import (
 )
 
 from pallas_kernels import block_sparse_attention, paged_decode_attention
-from pallas_kernels._common.lowering import cuda_lowering_text
 from pallas_kernels._common.tolerances import (
     GRADIENT_FACTOR,
     relative_error,
@@ -30,6 +29,7 @@ from pallas_kernels.block_sparse_attention.pallas_triton import (
 from pallas_kernels.block_sparse_attention.reference import (
     block_sparse_attention_reference,
 )
+from pallas_kernels.lowering import cuda_lowering_text
 
 CI_SPECS = in_ci(ARG_SPECS)
 BY_NAME = {s.name: s for s in ARG_SPECS}

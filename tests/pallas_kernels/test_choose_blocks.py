@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from kernel_cases import in_ci
 
 from pallas_kernels import choose_blocks
-from pallas_kernels._common.lowering import cuda_lowering_text
 from pallas_kernels.choose_blocks.arg_specs import ARG_SPECS
 from pallas_kernels.choose_blocks.pallas_triton import (
     MOST_BLOCKS,
@@ -20,6 +19,7 @@ from pallas_kernels.choose_blocks.pallas_triton import (
     choose_blocks_triton,
 )
 from pallas_kernels.choose_blocks.reference import choose_blocks_reference
+from pallas_kernels.lowering import cuda_lowering_text
 
 CI_SPECS = in_ci(ARG_SPECS)
 specs = pytest.mark.parametrize("spec", CI_SPECS, ids=lambda s: s.name)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import commit_blocks
-from pallas_kernels._common.lowering import cuda_lowering_text
 from pallas_kernels.commit_blocks.arg_specs import ARG_SPECS
 from pallas_kernels.commit_blocks.pallas_triton import Config, commit_blocks_triton
 from pallas_kernels.commit_blocks.reference import commit_blocks_reference
+from pallas_kernels.lowering import cuda_lowering_text
 
 CI_SPECS = [s for s in ARG_SPECS if "ci" in s.tags]
 specs = pytest.mark.parametrize("spec", CI_SPECS, ids=lambda s: s.name)

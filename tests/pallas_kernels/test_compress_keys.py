@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from kernel_cases import combinations, in_ci
 
 from pallas_kernels import compress_keys
-from pallas_kernels._common.lowering import cuda_lowering_text
 from pallas_kernels._common.tolerances import relative_error, tolerance
 from pallas_kernels.compress_keys.arg_specs import ARG_SPECS, ArgSpec
 from pallas_kernels.compress_keys.pallas_triton import compress_keys_triton
 from pallas_kernels.compress_keys.reference import compress_keys_reference
+from pallas_kernels.lowering import cuda_lowering_text
 
 
 def keys(length, dtype="float32", head_dim=64, seed=0):

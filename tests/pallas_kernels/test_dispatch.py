@@ -10,9 +10,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 import pallas_kernels
-from pallas_kernels._common import dispatch, validation
-from pallas_kernels._common.dispatch import current_platform, require_cuda
-from pallas_kernels._common.lowering import cuda_lowering_text
+from pallas_kernels import dispatch
+from pallas_kernels._common import devices, validation
 from pallas_kernels._common.numerics import NEG_INF
 from pallas_kernels._common.splits import merge_splits
 from pallas_kernels.block_scores.pallas_triton import Config as ScoresConfig
@@ -23,8 +22,10 @@ from pallas_kernels.block_sparse_attention.unions import tile_unions
 from pallas_kernels.choose_blocks import pallas_triton as choose_triton
 from pallas_kernels.commit_blocks import pallas_triton as commit_triton
 from pallas_kernels.compress_keys import pallas_mosaic_gpu as compress_mosaic
+from pallas_kernels.device import current_platform, require_cuda
 from pallas_kernels.host_gather import pallas_mosaic_gpu as gather_mosaic
 from pallas_kernels.host_gather import pallas_triton as gather_triton
+from pallas_kernels.lowering import cuda_lowering_text
 from pallas_kernels.paged_decode_attention import pallas_mosaic_gpu as decode_mosaic
 from pallas_kernels.paged_decode_attention import pallas_triton as decode_triton
 from pallas_kernels.paged_decode_attention.arg_specs import ArgSpec
@@ -52,7 +53,7 @@ def test_every_record_can_be_used():
     for path in paths:
         record = json.loads(path.read_text(encoding="utf-8"))
         assert path.stem in pallas_kernels.__all__
-        assert path.parent.name == dispatch.device_slug(record["device"])
+        assert path.parent.name == devices.device_slug(record["device"])
         assert record["default"][-1] == "xla"
         assert set(record["default"]) <= set(dispatch.IMPLEMENTATIONS)
         for entry in record.get("orders", []):
@@ -119,7 +120,7 @@ def test_no_cuda_device_is_a_refusal():
     if jax.default_backend() == "gpu":
         pytest.skip("there is a device")
     with pytest.raises(NotImplementedError, match="needs a CUDA device"):
-        dispatch.require_cuda("triton", 8.0)
+        devices.require_cuda("triton", 8.0)
 
 
 @pytest.mark.parametrize(

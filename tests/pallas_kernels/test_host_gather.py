@@ -10,10 +10,10 @@ from jax.experimental.compute_on import compute_on
 from kernel_cases import in_ci
 
 from pallas_kernels import host_gather
-from pallas_kernels._common.lowering import cuda_lowering_text
 from pallas_kernels.host_gather.arg_specs import ARG_SPECS
 from pallas_kernels.host_gather.pallas_triton import Config, host_gather_triton
 from pallas_kernels.host_gather.reference import host_gather_reference
+from pallas_kernels.lowering import cuda_lowering_text
 
 CI_SPECS = in_ci(ARG_SPECS)
 BY_NAME = {s.name: s for s in CI_SPECS}

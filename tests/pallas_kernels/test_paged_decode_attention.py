@@ -17,9 +17,9 @@ from kernel_cases import (
 )
 
 from pallas_kernels import paged_decode_attention
-from pallas_kernels._common.lowering import cuda_lowering_text
 from pallas_kernels._common.tolerances import relative_error, tolerance
 from pallas_kernels._common.validation import with_layer_axis
+from pallas_kernels.lowering import cuda_lowering_text
 from pallas_kernels.paged_decode_attention import pallas_mosaic_gpu as mosaic
 from pallas_kernels.paged_decode_attention import pallas_triton as triton
 from pallas_kernels.paged_decode_attention.arg_specs import ARG_SPECS, ArgSpec

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernel_cases import in_ci
 
 from pallas_kernels import plan_slots
-from pallas_kernels._common.lowering import cuda_lowering_text
+from pallas_kernels.lowering import cuda_lowering_text
 from pallas_kernels.plan_slots.arg_specs import ARG_SPECS
 from pallas_kernels.plan_slots.pallas_triton import (
     MOST_SLOTS,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import train.loss
-from pallas_kernels._common.lowering import cuda_lowering_text
+from pallas_kernels.lowering import cuda_lowering_text
 from sparda_jax.config import SparseConfig
 from sparda_jax.sparse.selection import sorted_blocks
 from train.config import LossConfig

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels._common.lowering import cuda_lowering_text
+from pallas_kernels.lowering import cuda_lowering_text
 
 # `infllm_v2` differs from `sparda` by who chooses the blocks alone; the goldens hold
 # `nosa` in the default tests too.

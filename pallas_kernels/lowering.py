@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -38,3 +39,13 @@ def cuda_lowering_text(
     with jax.sharding.use_abstract_mesh(mesh), jax.enable_x64(x64):
         traced = jax.jit(f).trace(*shapes)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def silence_triton_deprecation() -> None:
+    """Silences JAX's notice that the Triton back end will be removed.
+
+    The only place that knows about it; every Triton kernel calls this before it is
+    traced. The notice is given while lowering, after the kernel's function has
+    returned, so that the filter has to outlive the call. It names that one message.
+    """
+    warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")

@@ -1,0 +1,48 @@
+"""What `describe` says about a device."""
+
+import jax
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from pallas_kernels.device import describe
+from pallas_kernels.dispatch import tuned_record
+from pallas_kernels.probes import PROBES
+
+
+def described(kind, platform="cuda"):
+    device = AbstractDevice(kind, None, platform)
+    mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return describe()
+
+
+def test_every_operation_is_described():
+    import pallas_kernels
+
+    assert set(PROBES) == set(pallas_kernels.__all__) - {"select_blocks"}
+    report = described("cpu", "cpu")
+    assert [x.op for x in report.ops] == list(PROBES)
+    assert all(x.implementation == "xla" and not x.refused for x in report.ops)
+    assert str(report).startswith("cpu (cpu), jax ")
+
+
+def test_a_recorded_device_is_served_as_its_records_say():
+    report = described("NVIDIA H200")
+    served = {(x.op, x.sizes.get("softmax")): x for x in report.ops}
+    # This record tells calls apart.
+    assert served["block_scores", False].implementation == "triton"
+    assert served["block_scores", True].implementation == "mosaic_gpu"
+    for (op, softmax), found in served.items():
+        record = tuned_record(op, "NVIDIA H200")
+        assert found.why.startswith("recorded with jax") == bool(record)
+        if softmax is None and record:
+            assert found.implementation == record["default"][0]
+
+
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
+def test_a_refusal_is_told(implementation):
+    [probe] = PROBES["paged_decode_attention"]
+    if jax.default_backend() != "cpu":
+        pytest.skip("there is a device")
+    assert "needs a CUDA device" in probe.refusal(implementation)
+    assert probe.refusal("xla") is None
