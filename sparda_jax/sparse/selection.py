@@ -121,10 +121,16 @@ def force_blocks(
     query_block: Int[Array, "B #K T"],
     sparse: SparseConfig,
 ) -> Float[Array, "B K T M"]:
-    """+∞ on init and local blocks, −∞ on future ones unless kept for parity (§2.4)."""
+    """+∞ on init and local blocks, −∞ on future ones unless kept for parity (§2.4).
+
+    Forced blocks alone have +∞: no score ties with them, so that none of them is ever
+    dropped for another block. What is not a number ranks last.
+    """
     block = jnp.arange(scores.shape[-1])
     own = query_block[..., None]
     local = (block >= own - sparse.local_blocks) & (block <= own)
+    most = jnp.finfo(scores.dtype).max
+    scores = jnp.nan_to_num(scores, nan=-jnp.inf, posinf=most, neginf=-jnp.inf)
     scores = jnp.where((block < sparse.init_blocks) | local, jnp.inf, scores)
     if sparse.mask_future_blocks:
         scores = jnp.where(block <= own, scores, -jnp.inf)
@@ -171,7 +177,8 @@ def constrain_by_importance(
       scores: Forced block scores of the first stage.
       importance: Window means of c; unfinished windows must hold −∞.
       query_block: The query's own block.
-      sparse: `query_blocks` more than the init and local ones come from `scores`.
+      sparse: `query_blocks` more than the init and local ones come from `scores`, as
+        far as `block_budget` has room for them beside the forced blocks.
 
     Returns:
       Scores whose top `block_budget` are the selection: +∞ on the first stage's picks,
@@ -179,7 +186,9 @@ def constrain_by_importance(
     """
     blocks = scores.shape[-1]
     quota = sparse.init_blocks + sparse.local_blocks + sparse.query_blocks
-    best, picks = jax.lax.top_k(scores, min(quota, blocks))
+    # Picks and forced blocks all get +∞ below. More of them than the budget would tie,
+    # and the row's own block, the last one, would lose.
+    best, picks = jax.lax.top_k(scores, min(quota, sparse.block_budget, blocks))
     agnostic = pool_to_blocks(importance, sparse.windows_per_block)[:, :, None]
     agnostic = force_blocks(agnostic, query_block, sparse)
     block = jnp.arange(blocks)

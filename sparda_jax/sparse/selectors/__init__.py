@@ -139,7 +139,9 @@ class Selector:
         else:
             window_scores = self.scores(tile, sparse)
             blocks = pool_to_blocks(window_scores, sparse.windows_per_block)
-            blocks = force_blocks(blocks, own, sparse)
+        # Whoever scored: forced blocks come first, and scores that overflow or are no
+        # numbers push none of them out.
+        blocks = force_blocks(blocks, own, sparse)
         if self.two_stage == "always" or (
             self.two_stage == "if_key_bias" and config.key_bias
         ):

@@ -27,6 +27,7 @@ from sparda_jax.sparse.selection import sorted_blocks
 from sparda_jax.sparse.selectors import get_selector
 
 SPARSE = SparseConfig(local_blocks=2, block_budget=6, query_blocks=2)
+SMALL = dataclasses.replace(SPARSE, query_blocks=24)
 WIDE = 10_000  # more slots than any cache here has blocks
 
 
@@ -201,6 +202,9 @@ CASES = (
             Case(slots=WIDE, recall_every=4),
             Case(attention="infllm_v2", layer0="offload"),
             Case(attention="dense", slots=WIDE),
+            # A quota that the budget has no room for.
+            Case("nosa", nosa=True, sparse=SMALL),
+            Case("sparda", nosa=True, sparse=SMALL),
         )
     ),
 )

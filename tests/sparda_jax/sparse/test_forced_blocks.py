@@ -1,0 +1,71 @@
+"""No selector ever drops a forced block, whatever the scores and however small the
+budget."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparda_jax.config import SparseConfig
+from sparda_jax.models.presets import get_preset
+from sparda_jax.sparse.selection import SelectionTile
+from sparda_jax.sparse.selectors import get_selector, selector_names
+
+BLOCKS, BLOCK = 12, 64
+NOSA = get_preset("tiny-nosa").model
+# Few values: ties are common.
+SCORES = st.sampled_from([0.0, 1.0, -1.0, 3e38, np.inf, -np.inf, np.nan])
+
+
+@st.composite
+def _rows(draw):
+    """A geometry, a position, and scores of windows and of importance."""
+    init, local = draw(st.integers(0, 2)), draw(st.integers(1, 3))
+    sparse = SparseConfig(
+        init_blocks=init,
+        local_blocks=local,
+        block_budget=init + local + 1 + draw(st.integers(0, 3)),
+        query_blocks=draw(st.integers(0, 30)),
+        mask_future_blocks=draw(st.booleans()),
+    )
+    windows = BLOCKS * sparse.windows_per_block
+    drawn = st.lists(SCORES, min_size=windows, max_size=windows)
+    scores, importance = (
+        jnp.asarray(draw(drawn), jnp.float32).reshape(1, 1, 1, windows)
+        for _ in range(2)
+    )
+    return sparse, draw(st.integers(0, BLOCKS * BLOCK - 1)), scores, importance[:, 0]
+
+
+@pytest.mark.parametrize("decoding", [True, False])
+@pytest.mark.parametrize("name", [n for n in selector_names() if n != "dense"])
+@settings(max_examples=40, deadline=None)
+@given(row=_rows())
+def test_forced_blocks_are_always_listed(name, decoding, row):
+    sparse, position, scores, importance = row
+    blocks = scores.reshape(1, 1, 1, BLOCKS, -1).max(-1)
+    selector = dataclasses.replace(
+        get_selector(name),
+        scores=lambda tile, sparse: scores,
+        prefill=lambda tile, sparse, implementation: blocks,
+    )
+    tile = SelectionTile(
+        q=None,
+        phi=None,
+        positions=jnp.full((1, 1), position),
+        windows=jnp.zeros((1, 1, scores.shape[-1], 1)),
+        importance=importance,
+        length=jnp.full((1,), position + 1),
+        decoding=decoding,
+    )
+    lists = selector.select(tile, NOSA, sparse)
+    assert lists is not None and lists.shape[-1] == sparse.block_budget
+    listed = [block for block in np.asarray(lists).ravel().tolist() if block >= 0]
+    own = position // BLOCK
+    assert len(set(listed)) == len(listed)
+    assert all(block <= own for block in listed)
+    local = range(max(0, own - sparse.local_blocks), own + 1)
+    assert {*range(min(sparse.init_blocks, own + 1)), *local} <= {*listed}
