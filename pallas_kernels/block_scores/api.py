@@ -9,7 +9,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common import validation
 from pallas_kernels.block_scores.rule import Rule
+from pallas_kernels.block_scores.xla import scratch_bytes
 from pallas_kernels.dispatch import Implementation, dispatch
+
+__all__ = ["OP", "block_scores", "scratch_bytes", "select_blocks"]
 
 OP = "block_scores"
 

@@ -45,6 +45,61 @@ CPU_TOKENS = 128
 CPU_WINDOWS = 128
 
 
+def _tile_size(batch: int, length: int, heads: int, windows: int) -> int:
+    """Tokens of a tile of queries; the tiles of a call are of equal size."""
+    size = max(1, min(length, TILE_LOGITS // (batch * heads * max(1, windows))))
+    if current_platform() == "cpu":
+        size = min(size, CPU_TOKENS)
+    return cdiv(length, cdiv(length, size))
+
+
+def _chunk_windows(windows: int, per_block: int) -> int:
+    """Windows of a chunk: those of whole blocks."""
+    span = cdiv(windows, per_block) * per_block
+    if current_platform() == "cpu":
+        span = min(span, cdiv(CPU_WINDOWS, per_block) * per_block)
+    return span
+
+
+def scratch_bytes(
+    *,
+    batch: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    windows: int,
+    blocks: int,
+    per_block: int,
+    softmax: bool,
+    itemsize: int,
+) -> int:
+    """Device bytes that ``select_blocks`` needs beside its operands and its result.
+
+    Args:
+      batch: B.
+      tokens: T.
+      heads: N.
+      kv_heads: K.
+      head_dim: H.
+      windows: W.
+      blocks: M.
+      per_block: windows that start in a block.
+      softmax: the softmax form.
+      itemsize: bytes of a number of ``query``.
+
+    Returns:
+      What the XLA form holds at its widest point on the device at hand: the logits of
+      a tile's chunk, in the softmax form the exponentials of all its chunks, scores of
+      blocks, and a copy of the queries by tile. Pallas forms need less.
+    """
+    tile = _tile_size(batch, tokens, heads, windows)
+    span = min(windows, _chunk_windows(windows, per_block))
+    logits = batch * tile * heads * (span + (windows if softmax else span)) * 4
+    queries = batch * tokens * heads * head_dim * itemsize if tile < tokens else 0
+    return queries + logits + batch * tokens * kv_heads * blocks * 4
+
+
 def _walk[Carry](
     steps: Int[Array, ""],
     chunks: int,
@@ -81,9 +136,7 @@ def _tile(query, keys, position, num_windows, rule: Rule, lse: bool):
     batch, tokens, heads, head_dim = query.shape
     kv_heads, windows = keys.shape[1:3]
     groups = heads // kv_heads
-    span = cdiv(windows, rule.per_block) * rule.per_block
-    if current_platform() == "cpu":
-        span = min(span, cdiv(CPU_WINDOWS, rule.per_block) * rule.per_block)
+    span = _chunk_windows(windows, rule.per_block)
     chunks = cdiv(windows, span)
     keys = jnp.pad(keys, ((0, 0), (0, 0), (0, chunks * span - windows), (0, 0)))
     num_windows = jnp.minimum(num_windows, windows)
@@ -198,11 +251,8 @@ def _tiled(query, compressed_keys, q_start, num_windows, layer, rule, lse, finis
     """Maps ``finish(scores, position)`` over tiles; returns it and the log-sum-exp."""
     batch, length, heads, head_dim = query.shape
     keys = compressed_keys[layer]
-    size = max(1, min(length, TILE_LOGITS // (batch * heads * max(1, keys.shape[2]))))
-    if current_platform() == "cpu":
-        size = min(size, CPU_TOKENS)
+    size = _tile_size(batch, length, heads, keys.shape[2])
     count = cdiv(length, size)
-    size = cdiv(length, count)
     grow = ((0, 0), (0, count * size - length), (0, 0), (0, 0))
     query = jnp.pad(query, grow).reshape(batch, count, size, heads, head_dim)
     start = q_start[:, None] + jnp.arange(count) * size

@@ -13,8 +13,11 @@ from pallas_kernels._common import validation
 from pallas_kernels.block_sparse_attention.xla import (
     block_sparse_attention_xla,
     block_sparse_attention_xla_backward,
+    scratch_bytes,
 )
 from pallas_kernels.dispatch import Implementation, dispatch
+
+__all__ = ["OP", "block_sparse_attention", "scratch_bytes"]
 
 OP = "block_sparse_attention"
 

@@ -84,7 +84,7 @@ class _Walk(NamedTuple):
 def _dense_walk(kv, key_bias, layer, positions) -> _Walk:
     """Consecutive blocks up to the last position of the tile."""
     _, batch, kv_heads, blocks, block, _, head_dim = kv.shape
-    size = max(1, min(blocks, DENSE_KEYS // block))
+    size = _chunk_blocks(blocks, block, listed=False)
     span = size * block
     used = jnp.clip(positions.max() + 1, 0, blocks * block)
 
@@ -122,7 +122,7 @@ def _sparse_walk(kv, key_bias, layer, positions, block_indices) -> _Walk:
     """The union of the tile's lists, packed to the front, a few blocks a step."""
     _, batch, kv_heads, blocks, block, _, _ = kv.shape
     tokens = block_indices.shape[2]
-    size = max(1, min(blocks, SPARSE_KEYS // block))
+    size = _chunk_blocks(blocks, block, listed=True)
     row = jnp.arange(batch)[:, None, None]
     head = jnp.arange(kv_heads)[:, None]
     # A block that starts after the token cannot hold a key it may read.
@@ -242,17 +242,64 @@ def _unrows(x, tokens: int, length: int):
     return x[:, :length]
 
 
-def _tile_size(length: int, groups: int, block_indices) -> int:
+def _tile_size(length: int, groups: int, listed: bool) -> int:
+    """Tokens of a tile of queries."""
     wanted = DENSE_QUERIES
-    if block_indices is not None:
+    if listed:
         wanted = max(SPARSE_QUERIES_MIN, SPARSE_ROWS // groups)
     # Tiles of equal size: 300 tokens are 2 x 150, not 256 + 44 padded to 256.
     return cdiv(length, cdiv(length, wanted))
 
 
+def _chunk_blocks(blocks: int, block: int, listed: bool) -> int:
+    """Blocks of a chunk of keys."""
+    return max(1, min(blocks, (SPARSE_KEYS if listed else DENSE_KEYS) // block))
+
+
+def scratch_bytes(
+    *,
+    batch: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block: int,
+    blocks: int,
+    listed: int | None,
+    itemsize: int,
+) -> int:
+    """Device bytes that a forward call needs beside its operands and its result.
+
+    Args:
+      batch: B.
+      tokens: T.
+      heads: N.
+      kv_heads: K.
+      head_dim: H.
+      block: keys of a block.
+      blocks: M.
+      listed: P, or None for the form without lists.
+      itemsize: bytes of a number of ``q`` and ``kv``.
+
+    Returns:
+      What the XLA form holds at its widest point: a tile's float32 logits and weights
+      against a chunk of keys, the chunk, the running sums, the lists sorted by tile
+      and the tiles' outputs before they are put in order. Pallas forms need less.
+    """
+    tile = _tile_size(tokens, heads // kv_heads, listed is not None)
+    keys = _chunk_blocks(blocks, block, listed is not None) * block
+    logits = 2 * batch * tile * heads * keys * 4
+    chunk = 2 * batch * kv_heads * keys * head_dim * itemsize
+    accumulator = batch * tile * heads * head_dim * 4
+    lists = 2 * batch * tokens * kv_heads * (listed or 0) * 4
+    outputs = batch * tokens * heads * head_dim * itemsize if tile < tokens else 0
+    return logits + chunk + accumulator + lists + outputs
+
+
 def _tiles(q, q_start, block_indices, kv_heads: int) -> tuple[_Tiles, int]:
     length = q.shape[1]
-    tokens = _tile_size(length, q.shape[2] // kv_heads, block_indices)
+    listed = block_indices is not None
+    tokens = _tile_size(length, q.shape[2] // kv_heads, listed)
     positions = q_start[:, None] + jnp.arange(length)
     lists = None
     if block_indices is not None:

@@ -10,7 +10,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common import validation
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.paged_decode_attention.xla import paged_decode_attention_xla
+from pallas_kernels.paged_decode_attention.xla import (
+    paged_decode_attention_xla,
+    scratch_bytes,
+)
+
+__all__ = ["OP", "paged_decode_attention", "scratch_bytes"]
 
 OP = "paged_decode_attention"
 

@@ -41,6 +41,41 @@ CHUNK_KEYS = 512
 GATHER_KEYS = 2048
 
 
+def _chunk_slots(count: int, block: int, listed: bool) -> int:
+    """Slots of a chunk, of ``count`` in all."""
+    return max(1, min(count, (GATHER_KEYS if listed else CHUNK_KEYS) // block))
+
+
+def scratch_bytes(
+    *,
+    batch: int,
+    kv_heads: int,
+    head_dim: int,
+    block: int,
+    capacity: int,
+    listed: int | None,
+    itemsize: int,
+) -> int:
+    """Device bytes that a call needs beside its operands and its result.
+
+    Args:
+      batch: B.
+      kv_heads: K.
+      head_dim: H.
+      block: tokens of a slot.
+      capacity: C.
+      listed: P, or None for the form with ``lengths``.
+      itemsize: bytes of a number of ``kv``.
+
+    Returns:
+      What the XLA form holds at its widest point: a chunk of keys and values. Pallas
+      forms need less.
+    """
+    count = capacity if listed is None else listed
+    keys = _chunk_slots(count, block, listed is not None) * block
+    return 2 * batch * kv_heads * keys * head_dim * itemsize
+
+
 @in_32_bit
 def paged_decode_attention_xla(
     q: Float[Array, "B N H"],
@@ -79,7 +114,7 @@ def paged_decode_attention_xla(
 
     if slots is None:
         assert lengths is not None
-        chunk = max(1, min(capacity, CHUNK_KEYS // block))
+        chunk = _chunk_slots(capacity, block, listed=False)
         steps = cdiv(jnp.clip(lengths.max(), 0, capacity * block), chunk * block)
 
         def load(step):
@@ -108,7 +143,7 @@ def paged_decode_attention_xla(
     else:
         assert slot_lengths is not None
         listed = slots.shape[-1]
-        chunk = max(1, min(listed, GATHER_KEYS // block))
+        chunk = _chunk_slots(listed, block, listed=True)
         steps = cdiv(listed, chunk)
         padding = ((0, 0), (0, 0), (0, steps * chunk - listed))
         slots = jnp.pad(slots, padding, constant_values=-1)
