@@ -1,4 +1,4 @@
-"""What operations say they need beside their operands, against the compiler's figure."""
+"""What operations say they need beside their operands, and what the compiler takes."""
 
 import functools
 
