@@ -7,35 +7,43 @@ M blocks, P selected blocks, W compressed-key windows, L layers.
 """
 
 import dataclasses
-import math
 from typing import Literal, get_args
+
+from sparda_jax.checks import (
+    LARGEST_BYTES,
+    ConfigError,
+    choice,
+    flag,
+    instance,
+    integer,
+    number,
+    optional,
+    require,
+    settle,
+    several,
+    text,
+)
+
+__all__ = [
+    "CacheConfig",
+    "CacheKind",
+    "ConfigError",
+    "ModelConfig",
+    "Prefetch",
+    "RopeConfig",
+    "Route",
+    "SparseConfig",
+]
 
 RopeType = Literal["default", "linear", "llama3", "longrope", "yarn"]
 CacheKind = Literal["resident", "offload", "auto"]
 Prefetch = Literal["lookahead", "none", "auto"]
 Route = Literal["auto", "mosaic", "triton", "slices", "steps"]
 
-
-class ConfigError(ValueError):
-    """A configuration field holds a value that is not allowed."""
-
-
-def require(condition: bool, field: str, value: object, allowed: str) -> None:
-    """Raises ConfigError with field, value and what is allowed, unless `condition`."""
-    if not condition:
-        raise ConfigError(f"{field}={value!r} is not allowed: it must be {allowed}")
-
-
-def _positive_int(owner: str, **fields: int) -> None:
-    for name, value in fields.items():
-        ok = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        require(ok, f"{owner}.{name}", value, "a positive integer")
-
-
-def _positive(owner: str, **fields: float) -> None:
-    for name, value in fields.items():
-        ok = isinstance(value, int | float) and math.isfinite(value) and value > 0
-        require(ok, f"{owner}.{name}", value, "a finite number above 0")
+# Bounds that no model passes by far: what is beyond them is a damaged or hostile file,
+# whose arithmetic would not end.
+_WIDTH = 2**20
+_BLOCKS = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,20 +80,26 @@ class RopeConfig:
     longrope_max: int | None = None
 
     def __post_init__(self) -> None:
-        kinds = get_args(RopeType)
-        require(self.kind in kinds, "RopeConfig.kind", self.kind, f"one of {kinds}")
-        _positive(
-            "RopeConfig",
-            theta=self.theta,
-            factor=self.factor,
-            low_freq_factor=self.low_freq_factor,
-            high_freq_factor=self.high_freq_factor,
-            beta_fast=self.beta_fast,
-            beta_slow=self.beta_slow,
+        positive = number(above=0)
+        factors = several(positive, "finite numbers above 0")
+        settle(
+            self,
+            kind=choice(*get_args(RopeType)),
+            theta=positive,
+            factor=positive,
+            original_max=optional(integer(1)),
+            low_freq_factor=positive,
+            high_freq_factor=positive,
+            beta_fast=positive,
+            beta_slow=positive,
+            short_factors=factors,
+            long_factors=factors,
+            attention_factor=optional(positive),
+            longrope_max=optional(integer(1)),
         )
         if self.kind in ("llama3", "longrope", "yarn"):
             require(
-                self.original_max is not None and self.original_max > 0,
+                self.original_max is not None,
                 "RopeConfig.original_max",
                 self.original_max,
                 f"a positive integer for kind {self.kind!r}",
@@ -104,9 +118,6 @@ class RopeConfig:
                 len(self.short_factors),
                 f"as many values as long_factors ({len(self.long_factors)}), above 0",
             )
-            factors = (*self.short_factors, *self.long_factors)
-            for value in factors:
-                _positive("RopeConfig", longrope_factor=value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,23 +164,29 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _positive_int(
-            "ModelConfig",
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            ffn_size=self.ffn_size,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            max_context=self.max_context,
-        )
-        _positive(
-            "ModelConfig",
-            rms_norm_eps=self.rms_norm_eps,
-            embed_scale=self.embed_scale,
-            residual_scale=self.residual_scale,
-            logits_divisor=self.logits_divisor,
+        width, positive = integer(1, _WIDTH), number(above=0)
+        settle(
+            self,
+            name=text,
+            vocab_size=integer(1, 2**24),
+            hidden_size=width,
+            ffn_size=width,
+            num_layers=integer(1, 4096),
+            num_heads=width,
+            num_kv_heads=width,
+            head_dim=width,
+            max_context=integer(1, 2**40),
+            rms_norm_eps=positive,
+            rope=instance(RopeConfig),
+            tie_embeddings=flag,
+            attention_bias=flag,
+            qk_norm=flag,
+            key_bias=flag,
+            embed_scale=positive,
+            residual_scale=positive,
+            logits_divisor=positive,
+            bos_id=optional(integer(0)),
+            eos_ids=several(integer(0), "token ids"),
         )
         require(
             self.num_heads % self.num_kv_heads == 0,
@@ -188,7 +205,7 @@ class ModelConfig:
         specials = self.eos_ids if self.bos_id is None else (self.bos_id, *self.eos_ids)
         for token in specials:
             require(
-                0 <= token < self.vocab_size,
+                token < self.vocab_size,
                 "ModelConfig.eos_ids/bos_id",
                 token,
                 f"a token id in [0, {self.vocab_size})",
@@ -240,13 +257,20 @@ class SparseConfig:
     dense_key_bias: bool = True
 
     def __post_init__(self) -> None:
-        _positive_int(
-            "SparseConfig",
-            kernel_size=self.kernel_size,
-            kernel_stride=self.kernel_stride,
-            block_size=self.block_size,
-            local_blocks=self.local_blocks,
-            block_budget=self.block_budget,
+        tokens, blocks = integer(1, _WIDTH), integer(1, _BLOCKS)
+        settle(
+            self,
+            kernel_size=tokens,
+            kernel_stride=tokens,
+            block_size=tokens,
+            init_blocks=integer(0, _BLOCKS),
+            local_blocks=blocks,
+            block_budget=blocks,
+            query_blocks=integer(0, _BLOCKS),
+            dense_len=integer(-1),
+            mask_future_blocks=flag,
+            forecast_decode_only=flag,
+            dense_key_bias=flag,
         )
         require(
             self.kernel_size == 2 * self.kernel_stride,
@@ -262,16 +286,6 @@ class SparseConfig:
             f"a multiple of kernel_stride={self.kernel_stride} and at least "
             f"kernel_size={self.kernel_size}",
         )
-        require(
-            self.init_blocks >= 0, "SparseConfig.init_blocks", self.init_blocks, ">= 0"
-        )
-        require(
-            self.query_blocks >= 0,
-            "SparseConfig.query_blocks",
-            self.query_blocks,
-            ">= 0",
-        )
-        require(self.dense_len >= -1, "SparseConfig.dense_len", self.dense_len, ">= -1")
         require(
             self.block_budget >= self.forced_blocks,
             "SparseConfig.block_budget",
@@ -326,25 +340,19 @@ class CacheConfig:
     host_limit: int | None = None
 
     def __post_init__(self) -> None:
-        def choice(field: str, kind: object, *extra: object) -> None:
-            allowed = (*get_args(kind), *extra)
-            value = getattr(self, field)
-            require(
-                value in allowed, f"CacheConfig.{field}", value, f"one of {allowed}"
-            )
-
-        choice("kind", CacheKind)
-        choice("prefetch", Prefetch, None)
-        choice("layer0", Literal["resident", "offload"])
-        choice("route", Route)
-        choice("exactness", Literal["forecast", "verify"])
-        for field in ("device_blocks", "device_limit", "host_limit"):
-            value = getattr(self, field)
-            if value is not None:
-                _positive_int("CacheConfig", **{field: value})
-        every = self.recall_every
-        ok = isinstance(every, int) and not isinstance(every, bool) and every >= 0
-        require(ok, "CacheConfig.recall_every", every, "an integer of at least 0")
+        size = optional(integer(1, LARGEST_BYTES))
+        settle(
+            self,
+            kind=choice(*get_args(CacheKind)),
+            device_blocks=optional(integer(1, _BLOCKS)),
+            prefetch=optional(choice(*get_args(Prefetch))),
+            layer0=choice("resident", "offload"),
+            route=choice(*get_args(Route)),
+            exactness=choice("forecast", "verify"),
+            recall_every=integer(0),
+            device_limit=size,
+            host_limit=size,
+        )
 
     def slots(self, num_blocks: int, width: int) -> int:
         """C for a cache of that many blocks whose lists have that length.

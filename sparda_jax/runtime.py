@@ -12,6 +12,8 @@ import warnings
 
 import jax
 
+from sparda_jax.machine import physical_memory
+
 COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT"
 HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 _FLAG = "--xla_gpu_enable_command_buffer"
@@ -21,9 +23,9 @@ def configure_offload() -> None:
     """Sets the flags for offloaded KV on a GPU. Call it before JAX computes anything.
 
     Puts the command buffer flag into `XLA_FLAGS`, unless they name one already, and
-    raises the limit of pinned memory (64 GB by default) to nine tenths of the
-    machine's, unless it is set. The command line does this for itself; on a CPU it
-    changes nothing.
+    sets the limit of pinned memory (64 GB by default) to nine tenths of the machine's
+    memory, or of what its container may use, unless it is set. The command line does
+    this for itself; on a CPU it changes nothing.
 
     Warns:
       RuntimeWarning: If JAX has started on a GPU already, so that it is too late.
@@ -38,8 +40,10 @@ def configure_offload() -> None:
                 stacklevel=2,
             )
         os.environ["XLA_FLAGS"] = f"{flags} {COMMAND_BUFFERS}".strip()
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    os.environ.setdefault(HOST_LIMIT, str(max(1, int(total * 0.9 / 2**30))))
+    memory = physical_memory()
+    if memory is not None:
+        gib = max(1, int(memory.size * 0.9 / 2**30))
+        os.environ.setdefault(HOST_LIMIT, str(gib))
 
 
 def _started() -> bool:

@@ -10,7 +10,6 @@ from pallas_kernels.device import current_device_kind
 from sparda_jax.cache.fetch import recorded_routes
 from sparda_jax.cli.console import HelpFormatter
 from sparda_jax.config import CacheConfig, ConfigError, Route, SparseConfig
-from sparda_jax.inference.limits import gib
 from sparda_jax.inference.measure import MachineRates, Measured, measure_rates
 from sparda_jax.inference.planner import (
     ASSUMED_MISS,
@@ -20,6 +19,7 @@ from sparda_jax.inference.planner import (
     plan,
     recorded_rates,
 )
+from sparda_jax.machine import size_text
 from sparda_jax.models.presets import get_preset
 from sparda_jax.sparse.selectors import selector_names
 
@@ -352,13 +352,13 @@ def _table(columns: list[tuple[str, Option]]) -> list[str]:
         row("", [name for name, _ in columns]),
         row("batch", [f"{option.batch:,}" for option in options]),
         *(
-            row(name, [gib(held[name]) if name in held else "–" for held in parts])
+            row(name, [size_text(p[name]) if name in p else "–" for p in parts])
             for name in names
         ),
-        row("device, at its widest", [gib(o.memory.device) for o in options]),
+        row("device, at its widest", [size_text(o.memory.device) for o in options]),
         row(
             "host store",
-            [gib(o.memory.host) if o.memory.host else "–" for o in options],
+            [size_text(o.memory.host) if o.memory.host else "–" for o in options],
         ),
         row("fits", ["yes" if o.fits else "no" for o in options]),
         row(

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import gc
 import os
-import pathlib
 from collections.abc import Callable
 
 import jax
@@ -14,26 +13,12 @@ from sparda_jax.config import CacheConfig, ConfigError
 from sparda_jax.inference.generate import GenerateState, Shapes
 from sparda_jax.inference.layer_store import LayerSettings
 from sparda_jax.inference.memory_plan import GIB, MemoryPlan, memory_plan
+from sparda_jax.machine import Limit, physical_memory, size_text
 from sparda_jax.models.decoder import Storage
 from sparda_jax.runtime import HOST_LIMIT
 
 _MOST_SEQUENCES = 4096
 _POOL_GIB = 64
-_CGROUP = (
-    pathlib.Path("/sys/fs/cgroup/memory.max"),
-    pathlib.Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Limit:
-    """Bytes that may be used, and who says so."""
-
-    size: int
-    source: str
-
-    def __str__(self) -> str:
-        return f"{self.source} ({gib(self.size)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,32 +34,6 @@ class MemoryLimits:
     device: Limit | None = None
     host: Limit | None = None
     both: Limit | None = None
-
-
-def gib(size: int) -> str:
-    """Bytes as a short text; GiB are 2^30."""
-    for unit, scale in (("TiB", 2**40), ("GiB", GIB), ("MiB", 2**20)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size / 1024:.1f} KiB"
-
-
-@functools.cache
-def physical_memory() -> Limit | None:
-    """The machine's memory, or what a container may use of it; None if not told."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
-    found = Limit(total, "this machine's memory")
-    for path in _CGROUP:
-        try:
-            text = path.read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit() and int(text) < found.size:
-            found = Limit(int(text), "this container's memory")
-    return found
 
 
 def _pinned_pool() -> Limit:
@@ -110,7 +69,7 @@ def memory_limits(cache: CacheConfig) -> MemoryLimits:
 
 def _largest(plan: MemoryPlan, count: int = 4) -> str:
     parts = sorted(plan.parts(), key=lambda part: -part[1])[:count]
-    return ", ".join(f"{name} {gib(size)}" for name, size in parts)
+    return ", ".join(f"{name} {size_text(size)}" for name, size in parts)
 
 
 def shortfall(plan: MemoryPlan, limits: MemoryLimits) -> str | None:
@@ -121,6 +80,7 @@ def shortfall(plan: MemoryPlan, limits: MemoryLimits) -> str | None:
         ways.append("fewer CacheConfig.device_blocks")
     else:
         ways.append("CacheConfig(kind='offload')")
+    host_store = f", host store {size_text(plan.host)}" if plan.host else ""
     needs = (
         ("device memory", plan.device, limits.device, _largest(plan), ways),
         (
@@ -134,15 +94,15 @@ def shortfall(plan: MemoryPlan, limits: MemoryLimits) -> str | None:
             "memory",
             plan.device + plan.host,
             limits.both,
-            _largest(plan) + (f", host store {gib(plan.host)}" if plan.host else ""),
+            _largest(plan) + host_store,
             ways[:2],
         ),
     )
     for what, need, limit, parts, ways in needs:
         if limit is not None and need > limit.size:
             return (
-                f"{request} needs {gib(need)} of {what}, and {limit} is the limit; "
-                f"largest parts: {parts}. Ways out: {', '.join(ways)}"
+                f"{request} needs {size_text(need)} of {what}, and {limit} is the "
+                f"limit; largest parts: {parts}. Ways out: {', '.join(ways)}"
             )
     return None
 
@@ -286,8 +246,8 @@ def _refuse_beside_others(plan: MemoryPlan, limit: Limit, *, held: bool) -> None
     if plan.device + others() > limit.size:
         raise ConfigError(
             f"batch {plan.batch} with room for {plan.capacity:,} tokens each needs "
-            f"{gib(plan.device)} of device memory beside {gib(others())} that other "
-            f"arrays hold, and {limit} is the limit; largest parts: {_largest(plan)}. "
-            "Ways out: drop earlier outputs (their conversation keeps its cache), "
-            "fewer sequences at a time, CacheConfig(kind='offload')"
+            f"{size_text(plan.device)} of device memory beside {size_text(others())} "
+            f"that other arrays hold, and {limit} is the limit; largest parts: "
+            f"{_largest(plan)}. Ways out: drop earlier outputs (their conversation "
+            "keeps its cache), fewer sequences at a time, CacheConfig(kind='offload')"
         )

@@ -10,6 +10,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,17 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.device import current_device_kind
 from sparda_jax.cache.fetch import FetchRoute, fetch_blocks, resolve_route
 from sparda_jax.cache.memory import host_sharding, to_device
+from sparda_jax.checks import (
+    LARGEST_BYTES,
+    ConfigError,
+    choice,
+    float_dtype,
+    integer,
+    optional,
+)
 from sparda_jax.config import Route
 from sparda_jax.inference.planner import Rates
+from sparda_jax.machine import physical_memory, size_text
 
 _REPEATS = 7
 
@@ -92,11 +102,26 @@ def _fetch(
     return fetch_blocks(store, rows, jnp.int32(rows.shape[0]), into, route, aside=False)
 
 
+def _block_bytes(block_size: int, head_dim: int, dtype: DTypeLike) -> int:
+    return block_size * 2 * head_dim * jnp.dtype(dtype).itemsize
+
+
+def _refuse_more_than_memory(size: int) -> None:
+    """Raises where the store and its copy would take more than half the memory."""
+    memory = physical_memory()
+    if memory is not None and 2 * size > memory.size // 2:
+        raise ConfigError(
+            f"measuring with {size_text(size)} of blocks takes {size_text(2 * size)}: "
+            f"it must be at most half of {memory}; give fewer store_bytes or a smaller "
+            "block_size"
+        )
+
+
 def _pinned_store(
     block_size: int, head_dim: int, dtype: DTypeLike, size: int
 ) -> Float[Array, "R block 2 H"]:
     shape = (block_size, 2, head_dim)
-    rows = max(2, size // (int(np.prod(shape)) * jnp.dtype(dtype).itemsize))
+    rows = max(2, size // _block_bytes(block_size, head_dim, dtype))
     return jax.device_put(np.ones((rows, *shape), jnp.dtype(dtype)), host_sharding())
 
 
@@ -161,11 +186,17 @@ def measure_rates(
         copy takes as much device memory.
 
     Raises:
-      ConfigError: If the route cannot run here, or there is no host memory kind.
+      ConfigError: If an argument is not allowed or asks for more than half of the
+        memory, the route cannot run here, or there is no host memory kind.
     """
-    chosen = resolve_route(route)
+    block_size = integer(1, 2**16)("block_size", block_size)
+    head_dim = integer(1, 2**16)("head_dim", head_dim)
+    dtype = float_dtype("dtype", dtype)
+    size = optional(integer(1, LARGEST_BYTES))("store_bytes", store_bytes)
+    size = size or _store_bytes()
+    _refuse_more_than_memory(max(size, 2 * _block_bytes(block_size, head_dim, dtype)))
+    chosen = resolve_route(choice(*get_args(Route))("route", route))
     cpu = jax.default_backend() == "cpu"
-    size = store_bytes or _store_bytes()
     store = _pinned_store(block_size, head_dim, dtype, size)
     link = _timed(lambda: to_device(store), store.nbytes)
     fetched = _measure_fetch(store, chosen)

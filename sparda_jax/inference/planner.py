@@ -9,19 +9,25 @@ input: it depends on model and text.
 
 import dataclasses
 import functools
+from typing import get_args
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.dispatch import tuned_record
 from sparda_jax.cache.fetch import FetchRoute, recorded_routes
-from sparda_jax.config import (
-    CacheConfig,
+from sparda_jax.checks import (
     ConfigError,
-    ModelConfig,
-    SparseConfig,
-    require,
+    choice,
+    float_dtype,
+    instance,
+    integer,
+    number,
+    optional,
+    settle,
+    text,
 )
+from sparda_jax.config import CacheConfig, ModelConfig, SparseConfig
 from sparda_jax.inference.generate import Shapes, plan_shapes, tile_tokens
 from sparda_jax.inference.layer_store import LayerSettings, OffloadSettings
 from sparda_jax.inference.limits import (
@@ -65,14 +71,25 @@ class Rates:
     source: str = "given"
 
     def __post_init__(self) -> None:
-        for field in ("memory", "fetch", "link", "peak"):
-            value = getattr(self, field)
-            if value is not None:
-                require(value > 0, f"Rates.{field}", value, "above 0")
+        rate = number(above=0)
+        settle(
+            self,
+            memory=rate,
+            fetch=rate,
+            link=optional(rate),
+            peak=optional(rate),
+            route=choice(*get_args(FetchRoute)),
+            source=text,
+        )
 
 
 def recorded_rates(device_kind: str) -> Rates | None:
-    """The figures that the project measured on a device kind, or None."""
+    """The figures that the project measured on a device kind, or None.
+
+    Raises:
+      ConfigError: If the name is no text.
+    """
+    text("device_kind", device_kind)
     routes = recorded_routes().get(device_kind, {})
     copy = tuned_record("paged_decode_attention", device_kind)
     memory = copy.get("copy_gigabytes_per_second")
@@ -402,15 +419,6 @@ class _Planner:
         return None if low < 0 else low / 1000
 
 
-def _whole(field: str, value: object, least: int) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    require(ok, field, value, f"an integer of at least {least}")
-
-
-def _size(field: str, value: float) -> None:
-    require(0 < value < 2**30, field, value, "a number of GiB above 0")
-
-
 def plan(
     model: str | ModelConfig,
     *,
@@ -452,23 +460,25 @@ def plan(
     Raises:
       ConfigError: If an argument is not allowed.
     """
-    preset = get_preset(model) if isinstance(model, str) else None
-    config = preset.model if preset is not None else model
-    assert isinstance(config, ModelConfig)
+    selector = get_selector(attention)
+    max_new_tokens = integer(1)("max_new_tokens", max_new_tokens)
+    context = integer(max_new_tokens + 1, _LONGEST)("context", context)
+    batch = integer(1)("batch", batch)
+    prefill_chunk = optional(integer(1))("prefill_chunk", prefill_chunk)
+    size = number(above=0, most=2**30)
+    hbm_gib, host_gib = size("hbm_gib", hbm_gib), size("host_gib", host_gib)
+    rates = instance(Rates)("rates", rates)
+    miss = number(least=0, most=1)("miss", miss)
+    dtype = float_dtype("dtype", dtype)
+    sparse = optional(instance(SparseConfig))("sparse", sparse)
+    cache = optional(instance(CacheConfig))("cache", cache) or CacheConfig()
+    preset = (
+        None if isinstance(model, ModelConfig) else get_preset(text("model", model))
+    )
+    config = instance(ModelConfig)("model", preset.model if preset else model)
     if sparse is None:
         sparse = SparseConfig() if preset is None else preset.sparse
-    selector = get_selector(attention)
     selector.check(config, has_forecast=True)
-    cache = CacheConfig() if cache is None else cache
-    _whole("max_new_tokens", max_new_tokens, 1)
-    _whole("context", context, max_new_tokens + 1)
-    require(context <= _LONGEST, "context", context, f"at most {_LONGEST}")
-    _whole("batch", batch, 1)
-    if prefill_chunk is not None:
-        _whole("prefill_chunk", prefill_chunk, 1)
-    _size("hbm_gib", hbm_gib)
-    _size("host_gib", host_gib)
-    require(0 <= miss <= 1, "miss", miss, "a share from 0 to 1")
     if cache.prefetch == "lookahead" and not selector.needs_forecast:
         raise ConfigError(
             f"CacheConfig.prefetch='lookahead' is not allowed with "
@@ -486,7 +496,7 @@ def plan(
             host=Limit(round(host_gib * GIB), f"{host_gib:g} GiB of host memory"),
         ),
         miss=miss,
-        dtype=jnp.dtype(dtype).name,
+        dtype=dtype.name,
         max_new=max_new_tokens,
         # Rows that switch to dense attention by length cannot be cut into pieces.
         chunk=prefill_chunk if sparse.dense_len <= 0 else None,

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from sparda_jax.config import ConfigError, require
+from sparda_jax.checks import ConfigError, require
 
 
 @dataclasses.dataclass(frozen=True)

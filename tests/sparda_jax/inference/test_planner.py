@@ -656,19 +656,3 @@ def test_arrays_of_others_count(lm, monkeypatch):
     # A limit of one's own is for this request.
     own = CacheConfig(device_limit=need.device)
     limits.refuse_what_cannot_fit(settings, own, 2, shapes, **rest)
-
-
-def test_a_container_may_have_less(monkeypatch, tmp_path):
-    told = tmp_path / "memory.max"
-    told.write_text("4096\n")
-    monkeypatch.setattr(limits, "_CGROUP", (tmp_path / "missing", told))
-    limits.physical_memory.cache_clear()
-    try:
-        found = limits.physical_memory()
-        assert found == Limit(4096, "this container's memory")
-        told.write_text("max\n")
-        limits.physical_memory.cache_clear()
-        assert limits.physical_memory().source == "this machine's memory"
-    finally:
-        monkeypatch.undo()
-        limits.physical_memory.cache_clear()
