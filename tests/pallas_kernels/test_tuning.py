@@ -6,8 +6,10 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import tune
 from pallas_kernels.benchmarks.harness import Timing
+from pallas_kernels.tuning import main, search
+from pallas_kernels.tuning.case import Case
+from pallas_kernels.tuning.record import case_orders, default_order, merged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,7 @@ def _cases(small):
         return x if name == "xla" else x + config.error
 
     for batch, best in ((8, 1.0), (64, 3.0)):
-        yield tune.Case(
+        yield Case(
             {"B": batch},
             (jnp.ones((4,)),),
             run,
@@ -48,8 +50,9 @@ def cases(monkeypatch):
             milliseconds = float(title.split("milliseconds=")[1].rstrip(")"))
         return Timing(title, milliseconds / 1e3, 0.0)
 
-    monkeypatch.setattr(tune, "measure", timed)
-    monkeypatch.setattr(tune, "CASES", {"op": _cases})
+    monkeypatch.setattr(search, "measure", timed)
+    for module in (main, search):
+        monkeypatch.setattr(module, "CASES", {"op": _cases})
 
 
 def _times(record):
@@ -60,7 +63,7 @@ def _times(record):
 
 
 def test_the_fastest_right_settings_of_each_case(cases):
-    record = tune.tune("op")
+    record = search.tune("op")
     assert _times(record) == {
         "triton": {8: 1.0, 64: 2.0},
         "mosaic_gpu": {8: 2.5, 64: 2.5},
@@ -76,8 +79,8 @@ def test_what_is_never_right_is_no_default(cases, monkeypatch):
                 case, check=lambda name, config, x: x + (name == "mosaic_gpu")
             )
 
-    monkeypatch.setattr(tune, "CASES", {"op": wrong})
-    record = tune.tune("op")
+    monkeypatch.setattr(search, "CASES", {"op": wrong})
+    record = search.tune("op")
     assert record["default"] == ["triton", "xla"]
     assert [x["implementation"] for x in record["failed"]] == ["mosaic_gpu"] * 2
 
@@ -91,7 +94,7 @@ def test_what_loses_to_xla_is_no_default():
         "triton": [entry(8, 1.0), entry(64, 3.5)],
         "mosaic_gpu": [entry(8, 2.0)],
     }
-    assert tune.default_order(configs, []) == ["mosaic_gpu", "xla"]
+    assert default_order(configs, []) == ["mosaic_gpu", "xla"]
 
 
 def test_cases_that_dispatch_tells_apart_have_an_order_of_their_own():
@@ -107,22 +110,22 @@ def test_cases_that_dispatch_tells_apart_have_an_order_of_their_own():
         "triton": [entry(False, 1.0), entry(True, 6.0)],
         "mosaic_gpu": [entry(False, 2.0), entry(True, 3.0)],
     }
-    default = tune.default_order(configs, [])
+    default = default_order(configs, [])
     assert default == ["mosaic_gpu", "triton", "xla"]
-    orders = tune.case_orders(configs, default)
+    orders = case_orders(configs, default)
     assert orders == [
         {"when": {"softmax": False}, "default": ["triton", "mosaic_gpu", "xla"]}
     ]
     record = {"default": default, "orders": orders, "configs": configs}
     new = {**record, "failed": [], "unfinished": []}
     new["relative_error_against_xla"] = {}
-    assert tune.merged({}, new, partial=False)["orders"] == orders
+    assert merged({}, new, partial=False)["orders"] == orders
 
 
 def test_a_run_cut_short_is_on_disk_and_can_be_taken_up(cases, tmp_path, monkeypatch):
     path = tmp_path / "op.json"
     seen = []
-    best = tune._best
+    best = search._best
 
     def cut(case, name, want, limit):
         seen.append(json.loads(path.read_text()) if path.is_file() else None)
@@ -130,9 +133,9 @@ def test_a_run_cut_short_is_on_disk_and_can_be_taken_up(cases, tmp_path, monkeyp
             raise KeyboardInterrupt
         return best(case, name, want, limit)
 
-    monkeypatch.setattr(tune, "_best", cut)
+    monkeypatch.setattr(search, "_best", cut)
     with pytest.raises(KeyboardInterrupt):
-        tune.main(["op", "--out", str(tmp_path)])
+        main.main(["op", "--out", str(tmp_path)])
     assert seen[0] is None
     assert _times(seen[1]) == {"triton": {8: 1.0}}
     assert len(seen[1]["unfinished"]) == 3
@@ -142,10 +145,10 @@ def test_a_run_cut_short_is_on_disk_and_can_be_taken_up(cases, tmp_path, monkeyp
     found["measured"] = ["by hand"]
     path.write_text(json.dumps(found))
 
-    monkeypatch.setattr(tune, "_best", best)
-    tune.main(["op", "--out", str(tmp_path), "--case", "B=64"])
+    monkeypatch.setattr(search, "_best", best)
+    main.main(["op", "--out", str(tmp_path), "--case", "B=64"])
     whole = json.loads(path.read_text())
-    assert _times(whole) == _times(tune.tune("op"))
+    assert _times(whole) == _times(search.tune("op"))
     assert whole["default"] == ["triton", "mosaic_gpu", "xla"]
     assert whole["measured"] == ["by hand"]
     assert "unfinished" not in whole
@@ -156,22 +159,22 @@ def test_entries_by_hand_keep_their_order(cases):
         "default": ["mosaic_gpu", "xla"],
         "configs": {"mosaic_gpu": [{"when": {"B": 16}, "config": {}}]},
     }
-    new = tune.tune("op", implementations=["triton"], only=[{"B": 8}])
-    both = tune.merged(old, new, partial=True)
+    new = search.tune("op", implementations=["triton"], only=[{"B": 8}])
+    both = merged(old, new, partial=True)
     assert both["default"] == ["mosaic_gpu", "xla"]
     assert both["configs"]["mosaic_gpu"] == old["configs"]["mosaic_gpu"]
     assert _times({"configs": {"triton": both["configs"]["triton"]}}) == {
         "triton": {8: 1.0}
     }
-    assert tune.merged(old, new, partial=False)["default"] == ["triton", "xla"]
+    assert merged(old, new, partial=False)["default"] == ["triton", "xla"]
 
 
 def test_nothing_to_tune(cases):
     with pytest.raises(ValueError, match="no case of op is left"):
-        tune.tune("op", only=[{"B": 5}])
+        search.tune("op", only=[{"B": 5}])
 
 
 def test_every_operation_has_cases():
     import pallas_kernels
 
-    assert set(tune.CASES) == set(pallas_kernels.__all__) - {"select_blocks"}
+    assert set(search.CASES) == set(pallas_kernels.__all__) - {"select_blocks"}

@@ -1,0 +1,5 @@
+"""``python -m pallas_kernels.tuning``."""
+
+from pallas_kernels.tuning.main import main
+
+main()

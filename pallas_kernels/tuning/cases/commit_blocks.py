@@ -1,0 +1,45 @@
+"""The commit: cases for the tuner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.commit_blocks import pallas_triton as triton
+from pallas_kernels.commit_blocks.api import commit_blocks
+from pallas_kernels.tuning.case import Case
+
+
+def cases(small: bool) -> Iterator[Case]:
+    """Blocks of 32 KiB out of a staging area, a tenth of them to be committed."""
+    rows, links = (64, 2) if small else (3072, 8)
+    slots = jnp.ones((rows, 64, 2, 128), jnp.bfloat16)
+    staged = jnp.full_like(slots, 2)
+    order = jax.random.permutation(jax.random.key(0), rows).astype(jnp.int32)
+    chance = jax.random.uniform(jax.random.key(1), (rows,))
+    indices = jnp.where(chance < 0.1, order, -1)
+
+    def run(name, config, slots, staged, indices):
+        def step(_, slots):
+            if config is None:
+                return commit_blocks(slots, staged, indices, implementation=name)
+            return triton.commit_blocks_triton(slots, staged, indices, config=config)
+
+        # A loop carries the slots, as decode does: they are updated in place.
+        return jax.lax.fori_loop(0, links, step, slots)
+
+    yield Case(
+        {},
+        (slots, staged, indices),
+        run,
+        {
+            "triton": [
+                triton.Config(programs, part * 1024)
+                for programs in (132, 528)
+                for part in (8, 16, 32)
+            ]
+        },
+        links=links,
+    )

@@ -1,0 +1,32 @@
+"""The plan of slots: cases for the tuner."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+from pallas_kernels.benchmarks.plan_slots import chain, inputs
+from pallas_kernels.plan_slots import pallas_triton as triton
+from pallas_kernels.plan_slots.xla import plan_slots_xla
+from pallas_kernels.tuning.case import Case
+
+
+def cases(small: bool) -> Iterator[Case]:
+    """Lists of a decode step of the 8B shape, a tenth of each missing."""
+    budget, layers = (4, 2) if small else (96, 16)
+    for rows in (2,) if small else (16, 64):
+        operands = inputs(layers, rows, budget, budget)
+
+        def run(name, config, *operands):
+            f = plan_slots_xla
+            if name != "xla":
+                f = functools.partial(triton.plan_slots_triton, config=config)
+            return chain(f, *operands)
+
+        yield Case(
+            {"R": rows, "C": budget, "P": budget},
+            operands,
+            run,
+            {"triton": [triton.Config(warps) for warps in (1, 2, 4)]},
+            links=layers,
+        )
