@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from sparda_jax.config import CacheConfig, ConfigError
 from sparda_jax.engine.model import LanguageModel
-from sparda_jax.engine.requests import PromptLike, check_length, encode_prompt
+from sparda_jax.engine.requests import PromptLike, Prompts, check_length, encode_prompt
 from sparda_jax.engine.results import Conversation, GenerateOutput
 from sparda_jax.engine.session import Session
 from sparda_jax.engine.stream import Stream
@@ -69,7 +69,7 @@ def forward(lm: LanguageModel, ids: PromptLike) -> Float[Array, "T V"]:
 
 def generate(
     lm: LanguageModel,
-    prompts: Sequence[PromptLike],
+    prompts: Prompts,
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -92,7 +92,8 @@ def generate(
 
     Args:
       lm: A loaded model.
-      prompts: One text or sequence of token ids each; lengths may differ.
+      prompts: One text or sequence of token ids each; lengths may differ. Or an
+        integer array [B, T]: B prompts of T tokens.
       max_new_tokens: Most output tokens of each sequence.
       temperature: 0 is greedy.
       top_k, top_p, min_p, repetition_penalty: See `SamplingConfig`.
@@ -138,7 +139,7 @@ def generate(
 
 def stream(
     lm: LanguageModel,
-    prompts: Sequence[PromptLike],
+    prompts: Prompts,
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,

@@ -2,40 +2,75 @@
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from sparda_jax.config import ConfigError
 from sparda_jax.engine.model import LanguageModel
 
-PromptLike = str | Sequence[int] | np.ndarray
+PromptLike = str | Sequence[int] | np.ndarray | jax.Array
+Prompts = Sequence[PromptLike] | np.ndarray | jax.Array
 
 
-def check_prompts(prompts: Sequence[PromptLike]) -> None:
+def prompt_rows(prompts: Prompts) -> Sequence[PromptLike]:
+    """The prompts, one an entry; a two-dimensional array has one a row.
+
+    Raises:
+      ConfigError: If they are no list of prompts, or none.
+    """
+    if isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim == 2:
+        prompts = list(np.asarray(prompts))
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        shape = getattr(prompts, "shape", None)
+        got = type(prompts).__name__ + ("" if shape is None else f" of shape {shape}")
         raise ConfigError(
             "prompts must be a list with one prompt per sequence, each text or token "
-            f"ids; got {type(prompts).__name__}"
+            f"ids, or an integer array [B, T]; got {got}"
         )
     if not prompts:
         raise ConfigError("prompts is empty: it must hold at least one prompt")
+    return prompts
 
 
-def encode_prompt(lm: LanguageModel, prompt: PromptLike, field: str) -> list[int]:
+def _encode_text(
+    lm: LanguageModel, text: str, field: str, *, begins: bool
+) -> list[int]:
+    """Ids of a text; one that begins a sequence gets one BOS if the model wants it."""
+    if lm.tokenizer is None:
+        raise ConfigError(
+            f"{field} is text, and model {lm.config.name!r} has no tokenizer: give "
+            "token ids"
+        )
+    head: list[int] = []
+    if begins and lm.config.bos_id is not None:
+        head = [lm.config.bos_id]
+        # A text that brings the BOS along, by its name, must not get two.
+        text = text.removeprefix(lm.tokenizer.token(lm.config.bos_id) or "")
+    try:
+        return [*head, *lm.tokenizer.encode(text)]
+    except ValueError as error:
+        raise ConfigError(f"{field}: {error}") from error
+
+
+def encode_prompt(
+    lm: LanguageModel, prompt: PromptLike, field: str, *, begins: bool = True
+) -> list[int]:
     """Token ids of a prompt.
+
+    Args:
+      lm: The model.
+      prompt: Text or token ids. Names of special tokens in a text are text, except for
+        the BOS's at its beginning; ids are taken as they are.
+      field: What to call it in messages.
+      begins: Whether it begins a sequence: a text then gets the model's BOS. A further
+        turn of a conversation does not.
 
     Raises:
       ConfigError: If it is empty, text without a tokenizer, or has ids that are not in
         the vocabulary.
     """
     if isinstance(prompt, str):
-        if lm.tokenizer is None:
-            raise ConfigError(
-                f"{field} is text, and model {lm.config.name!r} has no tokenizer: give "
-                "token ids"
-            )
-        ids = list(lm.tokenizer.encode(prompt))
-        if lm.config.bos_id is not None:
-            ids = [lm.config.bos_id, *ids]
+        ids = _encode_text(lm, prompt, field, begins=begins)
     else:
         array = np.asarray(prompt)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):

@@ -1,7 +1,9 @@
 """What calls return: outputs, their measured figures, conversations, stream events."""
 
 import dataclasses
+import threading
 
+from sparda_jax.config import ConfigError
 from sparda_jax.engine.offload_stats import OffloadStats
 from sparda_jax.inference.generate import GenerateState
 
@@ -69,6 +71,30 @@ class Conversation:
     state: GenerateState
     lengths: tuple[int, ...]
     rope_length: int
+    # Held by the one turn that goes on from here: one thread can take it, once.
+    _taken: threading.Lock = dataclasses.field(
+        default_factory=threading.Lock, repr=False, compare=False
+    )
+
+    def check_unused(self) -> None:
+        """Raises ConfigError if another turn has gone on from here."""
+        if self._taken.locked():
+            raise ConfigError(
+                "conversation is used up, by a further turn or a stream that was made "
+                "with it: continue with the one in that turn's output"
+            )
+
+    def take(self) -> GenerateState:
+        """The state, for the one turn that goes on from here.
+
+        The turn writes over the buffers, so no other may use them.
+
+        Raises:
+          ConfigError: If another turn has taken it.
+        """
+        if not self._taken.acquire(blocking=False):
+            self.check_unused()
+        return self.state
 
 
 @dataclasses.dataclass(frozen=True)

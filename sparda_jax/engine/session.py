@@ -25,10 +25,10 @@ from sparda_jax.engine.policy import (
     on_demand,
 )
 from sparda_jax.engine.requests import (
-    PromptLike,
+    Prompts,
     check_length,
-    check_prompts,
     encode_prompt,
+    prompt_rows,
 )
 from sparda_jax.engine.results import Conversation, GenerateOutput, GenerateStats
 from sparda_jax.inference.generate import (
@@ -55,7 +55,7 @@ class Session:
     def __init__(
         self,
         lm: LanguageModel,
-        prompts: Sequence[PromptLike],
+        prompts: Prompts,
         *,
         max_new_tokens: int,
         sampling: SamplingConfig,
@@ -66,7 +66,7 @@ class Session:
         max_context: int | None,
         prefill_chunk: int | None,
     ):
-        check_prompts(prompts)
+        prompts = prompt_rows(prompts)
         if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
             raise ConfigError(
                 f"max_new_tokens={max_new_tokens!r} is not allowed: it must be an "
@@ -75,17 +75,13 @@ class Session:
         self.lm = lm
         batch = len(prompts)
         rows = [
-            encode_prompt(lm, prompt, f"prompts[{index}]")
+            encode_prompt(lm, prompt, f"prompts[{index}]", begins=conversation is None)
             for index, prompt in enumerate(prompts)
         ]
         held = (0,) * batch
         if conversation is not None:
             held = conversation.lengths
-            if conversation.state.lengths.is_deleted():
-                raise ConfigError(
-                    "conversation is used up: continue with the one in the output of "
-                    "the turn that used it"
-                )
+            conversation.check_unused()
             if len(held) != batch:
                 raise ConfigError(
                     f"prompts has {batch} sequences: the conversation has {len(held)}"
@@ -171,7 +167,7 @@ class Session:
             )
         else:
             self.state = next_turn(
-                conversation.state, self.shapes, self.settings, self.cache
+                conversation.take(), self.shapes, self.settings, self.cache
             )
 
     def _cache_kind(self, conversation: Conversation | None) -> CacheConfig:

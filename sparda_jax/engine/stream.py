@@ -1,5 +1,6 @@
 """Tokens as they come."""
 
+import threading
 from collections.abc import Callable, Iterator
 
 from sparda_jax.engine.results import GenerateOutput, StreamEvent
@@ -7,7 +8,17 @@ from sparda_jax.engine.session import Session
 
 
 class Stream:
-    """Tokens as they come: iterate over it; `output` holds the result afterwards."""
+    """Tokens as they come: an iterator, consumed once.
+
+    A loop that is left goes on where it stopped when the stream is iterated again; once
+    all events are out there are no more. Several threads may take events from one
+    stream: each event goes to one of them. After an error a stream does not go on.
+
+        stream = sj.stream(lm, ["Once upon a time"], max_new_tokens=64)
+        for event in stream:
+            print(event.text, end="", flush=True)
+        stream.output.finish_reasons
+    """
 
     def __init__(
         self,
@@ -18,14 +29,41 @@ class Stream:
         self._session = session
         self._tokens_per_call = tokens_per_call
         self._on_progress = on_progress
-        self.output: GenerateOutput | None = None
+        self._output: GenerateOutput | None = None
+        self._error: BaseException | None = None
+        self._events = self._run()
+        # Reentrant, so that a progress callback that asks for an event gets an error
+        # and not a deadlock.
+        self._lock = threading.RLock()
+
+    @property
+    def output(self) -> GenerateOutput | None:
+        """What `generate` would return; None until a loop over it has ended."""
+        return self._output
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the longest prompt: what the progress callback counts up to."""
         return max(len(row) for row in self._session.rows)
 
-    def __iter__(self) -> Iterator[StreamEvent]:
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> StreamEvent:
+        with self._lock:
+            if self._error is not None:
+                raise RuntimeError(
+                    "the stream does not go on: it ended with an error before"
+                ) from self._error
+            try:
+                return next(self._events)
+            except StopIteration:
+                raise
+            except BaseException as error:
+                self._error = error
+                raise
+
+    def _run(self) -> Iterator[StreamEvent]:
         session = self._session
         tokenizer = session.lm.tokenizer
         decoders = [
@@ -48,4 +86,4 @@ class Stream:
             rest = "" if decoder is None else decoder.flush()
             if rest:
                 yield StreamEvent(index, -1, rest)
-        self.output = session.output(split=True)
+        self._output = session.output(split=True)
