@@ -272,12 +272,12 @@ def _time(call, settings, model, state, request, mode: str, arguments) -> tuple:
             state, taken = chunk(state, steps=0)
             empty.append(taken)
         outside = statistics.median(empty)
-    before = int(np.sum(np.asarray(state.traffic.fetched)))
+    before = int(np.sum(state.fetches.fetched.to_numpy()))
     seconds = []
     for _ in range(arguments.steps // CHUNK):
         state, taken = chunk(state)
         seconds.append((taken - outside) / CHUNK)
-    fetched = int(np.sum(np.asarray(state.traffic.fetched))) - before
+    fetched = int(np.sum(state.fetches.fetched.to_numpy())) - before
     if arguments.profile is not None:
         with jax.profiler.trace(arguments.profile / f"{mode}-{batch}"):
             state, _ = chunk(state)

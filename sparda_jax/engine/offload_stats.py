@@ -2,10 +2,9 @@
 
 import dataclasses
 
-import numpy as np
-
 from sparda_jax.cache.fetch import FetchRoute
-from sparda_jax.inference.layer_store import OffloadSettings, Traffic
+from sparda_jax.inference.counters import FetchTotals, WideCount
+from sparda_jax.inference.layer_store import OffloadSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +18,9 @@ class OffloadStats:
       hits_by_layer: Listed blocks that were in a device slot.
       misses_by_layer: Listed blocks that came from the host.
       repaired_by_layer: Of those, the ones that only `exactness="verify"` asked for.
-      recalled_by_layer, wanted_by_layer: Blocks that the layers' own queries chose by
-        score and the forecast chose too, and all that they chose by score, in the
-        sampled steps.
+      recall_hits_by_layer, recall_total_by_layer: Blocks that the layers' own queries
+        chose by score and the forecast chose too, and all that they chose by score, in
+        the sampled steps.
     """
 
     route: FetchRoute
@@ -30,8 +29,8 @@ class OffloadStats:
     hits_by_layer: tuple[int, ...]
     misses_by_layer: tuple[int, ...]
     repaired_by_layer: tuple[int, ...]
-    recalled_by_layer: tuple[int, ...]
-    wanted_by_layer: tuple[int, ...]
+    recall_hits_by_layer: tuple[int, ...]
+    recall_total_by_layer: tuple[int, ...]
 
     @property
     def hits(self) -> int:
@@ -62,31 +61,31 @@ class OffloadStats:
     @property
     def recall(self) -> float | None:
         """Share of the own queries' scored choice that the forecast made too."""
-        wanted = sum(self.wanted_by_layer)
-        return sum(self.recalled_by_layer) / wanted if wanted else None
+        total = sum(self.recall_total_by_layer)
+        return sum(self.recall_hits_by_layer) / total if total else None
 
     @property
     def recall_by_layer(self) -> tuple[float | None, ...]:
         """`recall`, layer by layer."""
-        pairs = zip(self.recalled_by_layer, self.wanted_by_layer, strict=True)
-        return tuple(got / wanted if wanted else None for got, wanted in pairs)
+        pairs = zip(self.recall_hits_by_layer, self.recall_total_by_layer, strict=True)
+        return tuple(hits / total if total else None for hits, total in pairs)
 
 
 def offload_stats(
-    traffic: Traffic, offload: OffloadSettings, *, block_bytes: int
+    fetches: FetchTotals, offload: OffloadSettings, *, block_bytes: int
 ) -> OffloadStats:
     """The statistics of a call from its counters."""
 
-    def layers(counter: object) -> tuple[int, ...]:
-        return tuple(int(value) for value in np.asarray(counter))
+    def layers(counter: WideCount) -> tuple[int, ...]:
+        return tuple(int(value) for value in counter.to_numpy())
 
     return OffloadStats(
         route=offload.route,
         lookahead=offload.lookahead,
         block_bytes=block_bytes,
-        hits_by_layer=layers(traffic.hits),
-        misses_by_layer=layers(traffic.fetched),
-        repaired_by_layer=layers(traffic.repaired),
-        recalled_by_layer=layers(traffic.recalled),
-        wanted_by_layer=layers(traffic.wanted),
+        hits_by_layer=layers(fetches.hits),
+        misses_by_layer=layers(fetches.fetched),
+        repaired_by_layer=layers(fetches.repaired),
+        recall_hits_by_layer=layers(fetches.recall_hits),
+        recall_total_by_layer=layers(fetches.recall_total),
     )

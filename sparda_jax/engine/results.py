@@ -31,8 +31,8 @@ class GenerateStats:
     decode_seconds: float | None
     total_seconds: float
     compile_seconds: float
-    prefill_blocks: tuple[float, float]
-    decode_blocks: tuple[float, float]
+    prefill_blocks: tuple[int, int]
+    decode_blocks: tuple[int, int]
     offload: OffloadStats | None = None
     policy: str = ""
 

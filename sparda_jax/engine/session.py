@@ -251,7 +251,7 @@ class Session:
         return steps - warm - timed
 
     def _fetched(self) -> int:
-        return int(np.sum(np.asarray(self.state.traffic.fetched)))
+        return int(np.sum(self.state.fetches.fetched.to_numpy()))
 
     def _longest(self) -> int:
         return int(np.max(np.asarray(self.state.generated)))
@@ -364,7 +364,7 @@ class Session:
         if offload is None or not isinstance(cache, OffloadCache):
             return None
         block_bytes = math.prod(cache.store.shape[4:]) * cache.store.dtype.itemsize
-        return offload_stats(self.state.traffic, offload, block_bytes=block_bytes)
+        return offload_stats(self.state.fetches, offload, block_bytes=block_bytes)
 
     def output(self, *, split: bool) -> GenerateOutput:
         """The result after the last call."""
@@ -374,8 +374,7 @@ class Session:
         texts = [] if tokenizer is None else [tokenizer.decode(row) for row in tokens]
         state = self.state
         blocks = [
-            (float(counts.attended), float(counts.present))
-            for counts in (state.prefill_counts, state.decode_counts)
+            counts.to_ints() for counts in (state.prefill_counts, state.decode_counts)
         ]
         prefill_seconds, decode_seconds = self.prefill_seconds, self.decode_seconds
         stats = GenerateStats(

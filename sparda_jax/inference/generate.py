@@ -18,11 +18,12 @@ from jaxtyping import Array, Bool, Float, Int
 from sparda_jax.cache.offload import OffloadCache, grow_offload, init_offload
 from sparda_jax.cache.resident import grow, init_cache
 from sparda_jax.config import CacheConfig, ConfigError, ModelConfig
+from sparda_jax.inference.counters import BlockCounts, FetchTotals
 from sparda_jax.inference.decode import decode_step
-from sparda_jax.inference.layer_store import LayerSettings, Traffic
+from sparda_jax.inference.layer_store import LayerSettings
 from sparda_jax.inference.prefill import padded_length, prefill
 from sparda_jax.inference.sampling import SamplingState, sample
-from sparda_jax.inference.stack import BlockCounts, Cache, StackCarry, block_counts
+from sparda_jax.inference.stack import Cache, StackCarry, block_counts
 from sparda_jax.models.decoder import Decoder, logits
 from sparda_jax.models.rope import Rope
 
@@ -43,7 +44,7 @@ class GenerateState(NamedTuple):
       done: Rows that have ended [B].
       seen: Tokens of prompt and output (repetition penalty) [B, V].
       prefill_counts, decode_counts: Blocks read and present.
-      traffic: Counters of an offloaded cache by layer [L]; zeros for a resident one.
+      fetches: Counters of an offloaded cache by layer [L]; zeros for a resident one.
     """
 
     cache: Cache
@@ -55,7 +56,7 @@ class GenerateState(NamedTuple):
     seen: Bool[Array, "B V"]
     prefill_counts: BlockCounts
     decode_counts: BlockCounts
-    traffic: Traffic
+    fetches: FetchTotals
 
 
 class Prompt(NamedTuple):
@@ -182,8 +183,8 @@ def after_step(
         lengths=state.lengths + fed,
         decode_counts=state.decode_counts.plus(counts),
     )
-    if carry.traffic is not None:
-        state = state._replace(traffic=state.traffic.plus(carry.traffic))
+    if carry.fetches is not None:
+        state = state._replace(fetches=state.fetches.add(carry.fetches))
     return _emit(state, scores, active, request)
 
 
@@ -355,7 +356,7 @@ def new_state(
         seen=jnp.zeros((batch, settings.config.vocab_size), bool),
         prefill_counts=BlockCounts.zero(),
         decode_counts=BlockCounts.zero(),
-        traffic=Traffic.zero(settings.config.num_layers),
+        fetches=FetchTotals.zero(settings.config.num_layers),
     )
 
 
@@ -379,7 +380,7 @@ def next_turn(
         generated=jnp.zeros((batch,), jnp.int32),
         prefill_counts=BlockCounts.zero(),
         decode_counts=BlockCounts.zero(),
-        traffic=Traffic.zero(settings.config.num_layers),
+        fetches=FetchTotals.zero(settings.config.num_layers),
     )
 
 

@@ -33,6 +33,7 @@ from sparda_jax.cache.offload import OffloadLayer
 from sparda_jax.cache.resident import LayerCache, append_tokens
 from sparda_jax.cache.slots import SlotTable, slot_of
 from sparda_jax.config import ModelConfig, SparseConfig
+from sparda_jax.inference.counters import FetchCounters
 from sparda_jax.models.rope import Rotation
 from sparda_jax.sparse.compression import append_windows
 from sparda_jax.sparse.selection import SelectionTile
@@ -191,34 +192,6 @@ class Flight(NamedTuple):
     fetched: Int[Array, ""]
     hits: Int[Array, ""]
     staged: Float[Array, "J block 2 H"] | None
-
-
-class Traffic(NamedTuple):
-    """Counters of one layer and step, summed over rows and kv heads.
-
-    Attributes:
-      hits: Listed blocks that were in a slot.
-      fetched: Listed blocks that came from the host.
-      repaired: Of those, the ones that only `verify` asked for.
-      recalled, wanted: Blocks that the layer's own queries chose by score and the
-        forecast chose as well, and all that they chose by score; counted in sampled
-        steps (forced blocks are in both lists and do not count).
-    """
-
-    hits: Int[Array, "*L"]
-    fetched: Int[Array, "*L"]
-    repaired: Int[Array, "*L"]
-    recalled: Int[Array, "*L"]
-    wanted: Int[Array, "*L"]
-
-    @staticmethod
-    def zero(*shape: int) -> "Traffic":
-        """Nothing counted."""
-        return Traffic(*(jnp.zeros(shape, jnp.int32) for _ in Traffic._fields))
-
-    def plus(self, other: "Traffic") -> "Traffic":
-        """Both together."""
-        return Traffic(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class Ahead(NamedTuple):
@@ -450,7 +423,7 @@ class OffloadStore(NamedTuple):
       outlook: The next layer, if it is looked ahead for.
       token: The step's keys and values until they are in a slot.
       wanted: What the layer's own queries choose, to verify the flight by, or None.
-      traffic: What the layer's list cost.
+      fetches: What the layer's list cost.
     """
 
     own: OffloadLayer
@@ -459,7 +432,7 @@ class OffloadStore(NamedTuple):
     table: SlotTable
     flight: Flight | None
     link: Link
-    traffic: Traffic
+    fetches: FetchCounters
     outlook: Outlook | None = None
     token: TokenKV | None = None
     wanted: Int[Array, "B K P"] | None = None
@@ -602,15 +575,15 @@ class OffloadStore(NamedTuple):
         assert flight is not None and flight.staged is not None
         flat = slots.reshape(-1, *slots.shape[4:])
         flat = commit_staged(flat, flight.staged, flight.places, flight.bound)
-        traffic = self.traffic._replace(
-            hits=self.traffic.hits + flight.hits,
-            fetched=self.traffic.fetched + flight.fetched,
+        fetches = self.fetches._replace(
+            hits=self.fetches.hits + flight.hits,
+            fetched=self.fetches.fetched + flight.fetched,
         )
         return self._replace(
             own=self.own._replace(slots=flat.reshape(slots.shape)),
             flight=flight._replace(staged=None),
             link=self.link.give_back(flight.staged, offload),
-            traffic=traffic,
+            fetches=fetches,
         )
 
     def _verify(
@@ -619,22 +592,22 @@ class OffloadStore(NamedTuple):
         """Replaces the forecast list by the own queries' and fetches what lacks."""
         forecast, offload = self.flight, settings.offload
         assert forecast is not None and offload is not None
-        before = self.traffic
+        before = self.fetches
         result = self._list(wanted, tile, settings)._fetch_own(settings)
         result = result._arrive(offload)
         assert result.flight is not None
-        recalled, wanted = _overlap(
+        recall_hits, recall_total = _overlap(
             forecast.blocks, result.flight.blocks, tile, settings
         )
-        repaired = result.traffic.fetched - before.fetched
+        repaired = result.fetches.fetched - before.fetched
         # Hits and misses of the list count once, as the forecast found them.
-        traffic = result.traffic._replace(
+        fetches = result.fetches._replace(
             hits=before.hits,
             repaired=before.repaired + repaired,
-            recalled=before.recalled + recalled,
-            wanted=before.wanted + wanted,
+            recall_hits=before.recall_hits + recall_hits,
+            recall_total=before.recall_total + recall_total,
         )
-        return result._replace(traffic=traffic, wanted=None)
+        return result._replace(fetches=fetches, wanted=None)
 
     def _count_recall(
         self,
@@ -654,14 +627,14 @@ class OffloadStore(NamedTuple):
             return _overlap(flight.blocks, chosen, tile, settings)
 
         zero = jnp.int32(0)
-        recalled, wanted = lax.cond(
+        hits, total = lax.cond(
             step % offload.recall_every == 0, compare, lambda: (zero, zero)
         )
-        traffic = self.traffic._replace(
-            recalled=self.traffic.recalled + recalled,
-            wanted=self.traffic.wanted + wanted,
+        fetches = self.fetches._replace(
+            recall_hits=self.fetches.recall_hits + hits,
+            recall_total=self.fetches.recall_total + total,
         )
-        return self._replace(traffic=traffic)
+        return self._replace(fetches=fetches)
 
     def _write_token(self, tile: TileState, settings: LayerSettings) -> "OffloadStore":
         token, slots = self.token, self.own.slots

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sparda_jax.cache.offload import OffloadCache, OffloadLayer, flush_tails
 from sparda_jax.cache.resident import KVCache
 from sparda_jax.cache.slots import SlotTable
+from sparda_jax.inference.counters import BlockCounts, FetchCounters, WideCount
 from sparda_jax.inference.layer_step import (
     LayerOutput,
     decoder_layer,
@@ -23,28 +24,11 @@ from sparda_jax.inference.layer_store import (
     Outlook,
     ResidentStore,
     TileState,
-    Traffic,
 )
 from sparda_jax.models.decoder import Decoder, DecoderLayer, embed
 from sparda_jax.sparse.selection import budget_width
 
 Cache = KVCache | OffloadCache
-
-
-class BlockCounts(NamedTuple):
-    """KV blocks read and KV blocks present, summed over tokens, kv heads and layers."""
-
-    attended: Float[Array, ""]
-    present: Float[Array, ""]
-
-    @staticmethod
-    def zero() -> "BlockCounts":
-        """No blocks."""
-        return BlockCounts(jnp.float32(0), jnp.float32(0))
-
-    def plus(self, other: "BlockCounts") -> "BlockCounts":
-        """Both together."""
-        return BlockCounts(self.attended + other.attended, self.present + other.present)
 
 
 class Tokens(NamedTuple):
@@ -59,7 +43,7 @@ class Tokens(NamedTuple):
 
     hidden: Float[Array, "B T D"]
     phi: Float[Array, "B T K H"] | None
-    attended: Float[Array, ""]
+    attended: WideCount
     blocks: Int[Array, "L B K T P"] | None
 
 
@@ -70,13 +54,13 @@ class StackCarry(NamedTuple):
       tokens: Hidden states, forecasts and counters.
       cache: The KV cache.
       flight: The next layer's block list, on its way (look-ahead decode), or None.
-      traffic: Counters of the offloaded cache by layer [L], or None.
+      fetches: Counters of the offloaded cache by layer [L], or None.
     """
 
     tokens: Tokens
     cache: Cache
     flight: Flight | None = None
-    traffic: Traffic | None = None
+    fetches: FetchCounters | None = None
 
     @property
     def hidden(self) -> Float[Array, "B T D"]:
@@ -109,10 +93,10 @@ def start_stack(
         width = budget_width(settings.sparse, cache.num_blocks)
         shape = (config.num_layers, tokens.shape[0], config.num_kv_heads)
         blocks = jnp.full((*shape, tokens.shape[1], width), -1, jnp.int32)
-    traffic = None
+    fetches = None
     if settings.offload is not None and tile.decoding:
-        traffic = Traffic.zero(config.num_layers)
-    return StackCarry(Tokens(h, phi, jnp.float32(0), blocks), cache, None, traffic)
+        fetches = FetchCounters.zero(config.num_layers)
+    return StackCarry(Tokens(h, phi, WideCount.zero(), blocks), cache, None, fetches)
 
 
 def _causal_lists(
@@ -183,8 +167,8 @@ def after_layer(
     attended, lists, blocks = tokens.attended, out.store.blocks, tokens.blocks
     if lists is not None:
         valid = jnp.arange(size) < tile.count[:, None]
-        picked = jnp.sum((lists >= 0) & valid[:, None, :, None], dtype=jnp.int32)
-        attended = attended + picked.astype(jnp.float32)
+        picked = jnp.sum((lists >= 0) & valid[:, None, :, None], dtype=jnp.uint32)
+        attended = attended.add(picked)
     if blocks is not None:
         if lists is None:
             shape = (*blocks.shape[1:3], size, blocks.shape[-1])
@@ -254,20 +238,20 @@ def layer_on_tile(
             table=table_at(own, place),
             flight=carry.flight,
             link=link,
-            traffic=Traffic.zero(),
+            fetches=FetchCounters.zero(),
             outlook=outlook,
         )
     )
     own = opened.own._replace(table=put_table(opened.own, opened.table, place))
     cache = cache.replace_layer(index, own)
-    assert carry.traffic is not None
-    traffic = Traffic(
+    assert carry.fetches is not None
+    fetches = FetchCounters(
         *(
             total.at[layer_index].set(one)
-            for total, one in zip(carry.traffic, opened.traffic, strict=True)
+            for total, one in zip(carry.fetches, opened.fetches, strict=True)
         )
     )
-    carry = carry._replace(traffic=traffic)
+    carry = carry._replace(fetches=fetches)
     return _close(carry, tokens, cache, opened, layer_index)
 
 
@@ -391,7 +375,6 @@ def block_counts(
     token = jnp.arange(width)
     blocks = (start[:, None] + token) // settings.sparse.block_size + 1
     blocks = jnp.where(token < count[:, None], blocks, 0)
-    present = jnp.sum(blocks.astype(jnp.float32))
-    present = present * (config.num_kv_heads * config.num_layers)
+    present = WideCount.total(blocks * (config.num_kv_heads * config.num_layers))
     lists = settings.selector.lists_blocks(carry.cache.num_blocks, settings.sparse)
     return BlockCounts(carry.tokens.attended if lists else present, present)

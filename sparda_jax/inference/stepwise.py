@@ -21,6 +21,7 @@ from sparda_jax.cache.memory import host_sharding
 from sparda_jax.cache.offload import OffloadCache, OffloadLayer
 from sparda_jax.cache.resident import LayerCache
 from sparda_jax.cache.slots import slot_of
+from sparda_jax.inference.counters import FetchCounters
 from sparda_jax.inference.generate import GenerateState, Request, after_step
 from sparda_jax.inference.layer_step import (
     LayerMiddle,
@@ -34,7 +35,6 @@ from sparda_jax.inference.layer_store import (
     OffloadStore,
     ResidentStore,
     TileState,
-    Traffic,
 )
 from sparda_jax.inference.stack import (
     StackCarry,
@@ -128,7 +128,7 @@ def _choose(
         table=table_at(own, 0),
         flight=flight,
         link=Link(None),
-        traffic=Traffic.zero(),
+        fetches=FetchCounters.zero(),
         outlook=_outlook(ahead, index + 1),
     )
     return layer_before_fetch(
@@ -144,7 +144,7 @@ def _attend(
     ahead: OffloadLayer | None,
     tile: TileState,
     settings: LayerSettings,
-) -> tuple[Tokens, OffloadLayer, OffloadLayer | None, Flight | None, Traffic]:
+) -> tuple[Tokens, OffloadLayer, OffloadLayer | None, Flight | None, FetchCounters]:
     """The rest of the layer, its blocks staged."""
     out = layer_after_fetch(layer, middle, tile, settings)
     store = out.store
@@ -152,7 +152,7 @@ def _attend(
     tokens = after_layer(tokens, out, 0, 0, 1, tile, settings)
     own = store.own._replace(table=put_table(store.own, store.table, 0))
     ahead, flight = _looked(store, ahead)
-    return tokens, own, ahead, flight, store.traffic
+    return tokens, own, ahead, flight, store.fetches
 
 
 @_static
@@ -166,7 +166,7 @@ def _whole(
     flight: Flight | None,
     tile: TileState,
     settings: LayerSettings,
-) -> tuple[Tokens, OffloadLayer, OffloadLayer | None, Flight | None, Traffic]:
+) -> tuple[Tokens, OffloadLayer, OffloadLayer | None, Flight | None, FetchCounters]:
     """A layer whose blocks are staged already (or that has a slot for every block)."""
     middle = _choose(layer, head, tokens, own, ahead, index, flight, tile, settings)
     return _attend(layer, middle, tokens, ahead, tile, settings)
@@ -177,11 +177,11 @@ def _finish(
     model: Decoder,
     state: GenerateState,
     tokens: Tokens,
-    traffic: Traffic,
+    fetches: FetchCounters,
     request: Request,
     settings: LayerSettings,
 ) -> GenerateState:
-    carry = StackCarry(tokens, state.cache, None, traffic)
+    carry = StackCarry(tokens, state.cache, None, fetches)
     scores = logits(model, tokens.hidden[:, 0])
     return after_step(state, carry, scores, request, settings)
 
@@ -255,7 +255,7 @@ def advance_stepwise(
         if done.all():
             break
         tokens, tile = _start(model, state, request, cache, settings)
-        counts = [Traffic.zero()] * resident
+        counts = [FetchCounters.zero()] * resident
         flight = None
         if first is not None:
             ahead = layers[0] if looks else None
@@ -289,8 +289,8 @@ def advance_stepwise(
         full = ~done & (lengths % block_size == block_size - 1)
         if full.any():
             _save_tails(host, layers, full, lengths // block_size)
-        traffic = jax.tree.map(lambda *parts: jnp.stack(parts), *counts)
-        state = _finish(model, state, tokens, traffic, request, settings)
+        fetches = jax.tree.map(lambda *parts: jnp.stack(parts), *counts)
+        state = _finish(model, state, tokens, fetches, request, settings)
 
     cache = cache._replace(
         store=jax.device_put(host, host_sharding()),

@@ -115,7 +115,7 @@ def _steps(model, kept, lengths, ends, rope, settings, steps):
         scores = jnp.where(active[:, None], scores, 0)
         lists = sorted_blocks(carry.blocks[:, :, :, 0])
         lists = jnp.where(active[:, None, None], lists, -1)
-        return (carry.cache, lengths + active), (scores, lists, carry.traffic)
+        return (carry.cache, lengths + active), (scores, lists, carry.fetches)
 
     return jax.lax.scan(step, (kept, lengths), jnp.arange(steps))
 
@@ -213,15 +213,15 @@ CASES = (
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_conversation_equals_resident(case, deeper, resident):
     got = _check(case, TALK, deeper, resident)
-    traffic = got[0][2]
+    fetches = got[0][2]
     everything = case.attention == "dense" or case.slots == WIDE
-    assert (int(traffic.fetched.sum()) == 0) == everything
+    assert (int(fetches.fetched.sum()) == 0) == everything
     if case.layer0 == "resident":
-        assert int(traffic.fetched[:, 0].sum()) == int(traffic.hits[:, 0].sum()) == 0
+        assert int(fetches.fetched[:, 0].sum()) == int(fetches.hits[:, 0].sum()) == 0
     if case.exactness == "verify":
-        assert 0 < int(traffic.repaired.sum()) < int(traffic.fetched.sum())
+        assert 0 < int(fetches.repaired.sum()) < int(fetches.fetched.sum())
     if case.recall_every or case.exactness == "verify":
-        assert 0 < int(traffic.recalled.sum()) <= int(traffic.wanted.sum())
+        assert 0 < int(fetches.recall_hits.sum()) <= int(fetches.recall_total.sum())
 
 
 # Every way to attend with the budget, one more, twice as many and all; storage and
@@ -302,8 +302,8 @@ def test_ended_rows_cost_no_transfers(deeper):
     """Rows that have ended list nothing, so nothing is fetched for them."""
     talk = dataclasses.replace(TALK, steps=(100, 20, 20))
     got = _run(Case(layer0="offload"), deeper(False, "stacked"), talk, offload=True)
-    traffic = got[0][2]
-    asked = np.asarray(traffic.hits + traffic.fetched).sum(1)
+    fetches = got[0][2]
+    asked = np.asarray(fetches.hits + fetches.fetched).sum(1)
     # Two kv heads, three layers, at most six blocks; 500 tokens are eight blocks.
     assert asked[50] <= 2 * 3 * 6
     assert asked[10] > asked[50]
