@@ -1,10 +1,31 @@
-"""What the Triton kernels that copy listed blocks share."""
+"""The Triton kernel that copies listed blocks, behind the gather and the commit.
+
+Persistent programs walk over (entry of the list, part of a block) pairs. What is copied
+from where to where, and what a skipped entry does, is the operation's.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common.triton import require_launch
+from pallas_kernels.lowering import silence_triton_deprecation
+
+# The smallest part that is worth a program's turn.
+MIN_PART_BYTES = 256
+
+# Copies a part: references to the operands and the result, the entry's number, the row
+# that it lists, the columns of the part.
+type Move = Callable[[Sequence[Any], Any, Array, Array, Any], None]
 
 
 @dataclass(frozen=True)
@@ -24,8 +45,91 @@ class CopyConfig:
     def __post_init__(self):
         if self.programs < 1:
             raise ValueError(f"programs is {self.programs}; it must be at least 1")
-        if self.part_bytes < 256 or self.part_bytes & (self.part_bytes - 1):
+        part = self.part_bytes
+        if part < MIN_PART_BYTES or part & (part - 1):
             raise ValueError(
-                f"part_bytes is {self.part_bytes}; it must be a power of two >= 256"
+                f"part_bytes is {part}; it must be a power of two >= {MIN_PART_BYTES}"
             )
         require_launch(self.num_warps, num_stages=1)
+
+
+def copy_listed(
+    move: Move,
+    operands: Sequence[Float[Array, " _ *E"]],
+    indices: Int[Array, " J"],
+    count: Int[Array, ""] | None,
+    *,
+    out: jax.ShapeDtypeStruct,
+    config: CopyConfig,
+    name: str,
+    in_place: bool = False,
+    staggered: bool = False,
+    num_stages: int = 1,
+    interpret: bool = False,
+) -> Float[Array, " R *E"]:
+    """Runs ``move`` for every part of every listed entry.
+
+    Args:
+      move: copies one part; sees blocks as rows of their elements.
+      operands: arrays of blocks, all of one shape and dtype.
+      indices: the list.
+      count: entries that are looked at; all if None.
+      out: shape and dtype of the result.
+      config: settings.
+      name: of the kernel, in profiles and messages.
+      in_place: the result is the first operand, updated.
+      staggered: a program has another place in every turn. Where each so-and-so-many-th
+        entry belongs to one row, no program then has all of that row's.
+      num_stages: stages of the pipeline.
+      interpret: run in Pallas's interpreter, on any device.
+
+    Raises:
+      NotImplementedError: for blocks whose size has no power of two of bytes in it.
+    """
+    shape, dtype = out.shape[1:], out.dtype
+    elements, itemsize = operands[0].size // operands[0].shape[0], dtype.itemsize
+    size = min(elements & -elements, config.part_bytes // itemsize)
+    if size * itemsize < MIN_PART_BYTES:
+        raise NotImplementedError(
+            f"triton needs blocks of a multiple of {MIN_PART_BYTES} bytes, not "
+            f"{elements} elements of {dtype}"
+        )
+    listed, parts = indices.shape[0], elements // size
+    programs = min(config.programs, listed * parts)
+    if count is None:
+        count = jnp.int32(listed)
+
+    def kernel(*refs):
+        *blocks_refs, indices_ref, count_ref, out_ref = refs
+        program = pl.program_id(0)
+        units = jnp.minimum(count_ref[0], listed) * parts
+
+        def body(i, carry):
+            if staggered:
+                unit = i * programs + lax.rem(program + i, programs)
+            else:
+                unit = program + i * programs
+
+            @pl.when(unit < units)
+            def _():
+                j, part = lax.div(unit, jnp.int32(parts)), lax.rem(unit, parts)
+                row = indices_ref[j]
+                move(blocks_refs, out_ref, j, row, pl.ds(part * size, size))
+
+            return carry
+
+        lax.fori_loop(0, lax.div(units + programs - 1, programs), body, 0)
+
+    silence_triton_deprecation()
+    result = pl.pallas_call(
+        kernel,
+        grid=(programs,),
+        out_shape=jax.ShapeDtypeStruct((out.shape[0], elements), dtype),
+        input_output_aliases={0: 0} if in_place else {},
+        compiler_params=plt.CompilerParams(
+            num_warps=config.num_warps, num_stages=num_stages
+        ),
+        interpret=interpret,
+        name=name,
+    )(*(x.reshape(-1, elements) for x in operands), indices, count.reshape(1))
+    return result.reshape(out.shape[0], *shape)

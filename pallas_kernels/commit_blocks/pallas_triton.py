@@ -19,16 +19,13 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.copies import CopyConfig
+from pallas_kernels._common.copies import CopyConfig, copy_listed
 from pallas_kernels._common.devices import require_cuda
 from pallas_kernels._common.numerics import in_32_bit
 from pallas_kernels.dispatch import tuned_config
-from pallas_kernels.lowering import silence_triton_deprecation
 
 
 @dataclass(frozen=True)
@@ -68,58 +65,26 @@ def commit_blocks_triton(
     """
     if not interpret:
         require_cuda("triton", 8.0)
-    rows, shape = slots.shape[0], slots.shape[1:]
-    elements, itemsize = slots.size // rows, slots.dtype.itemsize
+    rows = slots.shape[0]
     config = config or Config(
-        **tuned_config("commit_blocks", "triton", {"elements": elements})
+        **tuned_config("commit_blocks", "triton", {"elements": slots.size // rows})
     )
-    size = min(elements & -elements, config.part_bytes // itemsize)
-    if size * itemsize < 256:
-        raise NotImplementedError(
-            f"triton needs blocks of a multiple of 256 bytes, not {elements} elements "
-            f"of {slots.dtype}"
-        )
-    listed, parts = indices.shape[0], elements // size
-    programs = min(config.programs, listed * parts)
-    if count is None:
-        count = jnp.int32(listed)
 
-    def kernel(_, staged_ref, indices_ref, count_ref, slots_ref):
-        program = pl.program_id(0)
-        units = jnp.minimum(count_ref[0], listed) * parts
+    def move(operands, slots_ref, j, row, columns):
+        _, staged_ref = operands
 
-        def body(i, carry):
-            unit = program + i * programs
+        @pl.when(row >= 0)
+        def _():
+            slots_ref[jnp.minimum(row, rows - 1), columns] = staged_ref[j, columns]
 
-            @pl.when(unit < units)
-            def _():
-                j, part = lax.div(unit, jnp.int32(parts)), lax.rem(unit, parts)
-                row = indices_ref[j]
-                columns = pl.ds(part * size, size)
-
-                @pl.when(row >= 0)
-                def _():
-                    slots_ref[jnp.minimum(row, rows - 1), columns] = staged_ref[
-                        j, columns
-                    ]
-
-            return carry
-
-        lax.fori_loop(0, lax.div(units + programs - 1, programs), body, 0)
-
-    silence_triton_deprecation()
-    out = pl.pallas_call(
-        kernel,
-        grid=(programs,),
-        out_shape=jax.ShapeDtypeStruct((rows, elements), slots.dtype),
-        input_output_aliases={0: 0},
-        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
-        interpret=interpret,
-        name="commit_blocks_triton",
-    )(
-        slots.reshape(rows, elements),
-        staged.reshape(listed, elements),
+    return copy_listed(
+        move,
+        (slots, staged),
         indices,
-        count.reshape(1),
+        count,
+        out=jax.ShapeDtypeStruct(slots.shape, slots.dtype),
+        config=config,
+        name="commit_blocks_triton",
+        in_place=True,
+        interpret=interpret,
     )
-    return out.reshape(rows, *shape)

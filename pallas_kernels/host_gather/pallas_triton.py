@@ -18,16 +18,13 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common.copies import CopyConfig
+from pallas_kernels._common.copies import CopyConfig, copy_listed
 from pallas_kernels._common.devices import require_cuda
 from pallas_kernels._common.numerics import in_32_bit
 from pallas_kernels.dispatch import tuned_config
-from pallas_kernels.lowering import silence_triton_deprecation
 
 
 @dataclass(frozen=True)
@@ -68,59 +65,28 @@ def host_gather_triton(
     if not interpret:
         require_cuda("triton", 8.0)
     rows, shape = blocks.shape[0], blocks.shape[1:]
-    elements = blocks.size // rows
-    if config is None:
-        found = tuned_config("host_gather", "triton", {"elements": elements})
-        config = Config(**found) if found else Config()
-    itemsize = blocks.dtype.itemsize
-    size = min(elements & -elements, config.part_bytes // itemsize)
-    if size * itemsize < 256:
-        raise NotImplementedError(
-            f"triton needs blocks of a multiple of 256 bytes, not {elements} elements "
-            f"of {blocks.dtype}"
+    config = config or Config(
+        **tuned_config("host_gather", "triton", {"elements": blocks.size // rows})
+    )
+
+    def move(operands, out_ref, j, row, columns):
+        [blocks_ref] = operands
+        # A masked load moves nothing for a skipped entry.
+        wanted = jnp.full((columns.size,), row >= 0)
+        part = plt.load(
+            blocks_ref.at[jnp.clip(row, 0, rows - 1), columns], mask=wanted, other=0.0
         )
-    listed, parts = indices.shape[0], elements // size
-    programs = min(config.programs, listed * parts)
-    if count is None:
-        count = jnp.int32(listed)
+        plt.store(out_ref.at[j, columns], part, mask=None if zero_skipped else wanted)
 
-    def kernel(blocks_ref, indices_ref, count_ref, out_ref):
-        program = pl.program_id(0)
-        units = jnp.minimum(count_ref[0], listed) * parts
-
-        def body(i, carry):
-            # Another place in every turn, as in the Mosaic form.
-            unit = i * programs + lax.rem(program + i, programs)
-
-            @pl.when(unit < units)
-            def _():
-                j, part = lax.div(unit, jnp.int32(parts)), lax.rem(unit, parts)
-                row = indices_ref[j]
-                columns = pl.ds(part * size, size)
-                # A masked load moves nothing for a skipped entry.
-                wanted = jnp.full((size,), row >= 0)
-                part_of_row = plt.load(
-                    blocks_ref.at[jnp.clip(row, 0, rows - 1), columns],
-                    mask=wanted,
-                    other=0.0,
-                )
-                plt.store(
-                    out_ref.at[j, columns],
-                    part_of_row,
-                    mask=None if zero_skipped else wanted,
-                )
-
-            return carry
-
-        lax.fori_loop(0, lax.div(units + programs - 1, programs), body, 0)
-
-    silence_triton_deprecation()
-    out = pl.pallas_call(
-        kernel,
-        grid=(programs,),
-        out_shape=jax.ShapeDtypeStruct((listed, elements), blocks.dtype),
-        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=2),
-        interpret=interpret,
+    return copy_listed(
+        move,
+        (blocks,),
+        indices,
+        count,
+        out=jax.ShapeDtypeStruct((indices.shape[0], *shape), blocks.dtype),
+        config=config,
         name="host_gather_triton",
-    )(blocks.reshape(rows, elements), indices, count.reshape(1))
-    return out.reshape(listed, *shape)
+        staggered=True,
+        num_stages=2,
+        interpret=interpret,
+    )
