@@ -241,6 +241,10 @@ def held_out_rows(
 def data_identity(corpora: list[Corpus]) -> list[dict[str, Any]]:
     """What tells two data sets apart, as JSON: a resumed run must see the same."""
     return [
-        {"tokens": corpus.num_tokens, "documents": sum(map(len, corpus.ends))}
+        {
+            "tokens": corpus.num_tokens,
+            "documents": sum(map(len, corpus.ends)),
+            "sha256": corpus.digest(),
+        }
         for corpus in corpora
     ]

@@ -52,6 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, CheckpointError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(
+            "interrupted: the checkpoints are whole, and the same command continues",
+            file=sys.stderr,
+        )
+        return 130
     print(f"{result.forecast}: step {int(result.state.step)}")
     if result.evaluation is not None:
         for name, value in result.evaluation.means().items():

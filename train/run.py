@@ -1,5 +1,6 @@
 """A training run from its configuration: load, resume, train, evaluate, export."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,7 +19,7 @@ import sparda_jax
 from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.loading import default_dtype
-from train.checkpoint import Checkpoints, check_writable, export_forecast
+from train.checkpoint import Checkpoints, export_forecast
 from train.config import TrainConfig, check
 from train.data import (
     Row,
@@ -31,6 +32,8 @@ from train.data import (
 from train.init import regression_heads
 from train.loss import Documents
 from train.metrics import Evaluation, NoLog, RunLog, make_evaluate, plot_curves
+from train.processes import from_first, on_first
+from train.run_directory import check_writable, hold_directory
 from train.step import (
     AXIS,
     Batch,
@@ -267,10 +270,17 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
 
     Raises:
       ConfigError: Something in the configuration or the data cannot be used, or the
-        directory holds another run.
-      CheckpointError: The model or a checkpoint cannot be read.
+        directory holds another run, or another trainer runs in it.
+      CheckpointError: The model or the checkpoints cannot be read, or the disk is full.
       TrainingError: Too many consecutive steps were not finite.
     """
+    out = check_writable(config.out)
+    with contextlib.ExitStack() as held:
+        on_first(lambda: held.enter_context(hold_directory(out)))
+        return _train(config, progress=progress)
+
+
+def _train(config: TrainConfig, *, progress: bool) -> TrainResult:
     run = Run(config)
     # Opening them checks that this run is the one that they are of.
     checkpoints = Checkpoints(run.out, config.checkpoint, run.identity, run.mesh)
@@ -320,6 +330,9 @@ def _loop(
     steps, rate = config.optimizer.steps, learning_rate(config.optimizer)
     evaluation = run.measure(log, start) if start in (0, steps) else None
     limit = math.inf if config.max_minutes is None else config.max_minutes * 60
+    # Clocks differ, and so may the limits: the first process decides for all, so that
+    # they take the same steps.
+    limited = bool(from_first(limit < math.inf))
     begin = time.monotonic()
     pending: tuple[int, StepMetrics] | None = None
     for step in range(start + 1, steps + 1):
@@ -329,7 +342,9 @@ def _loop(
         if pending is not None:
             _report(config, log, *pending, rate)
         pending = (step, metrics)
-        last = step == steps or time.monotonic() - begin > limit
+        last = step == steps
+        if limited:
+            last |= bool(from_first(time.monotonic() - begin > limit))
         recall = None
         if last or step % config.eval.every == 0:
             evaluation = run.measure(log, step)

@@ -14,16 +14,21 @@ import pathlib
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from sparda_jax.checkpoint.atomic import new_directory
+from sparda_jax.checkpoint.errors import show
 from sparda_jax.config import ConfigError
 
 FORMAT = "sparda-tokens"
+# Bytes; a few fields are in it.
+_MAX_INDEX = 1 << 20
 INDEX = "index.json"
 SHARD_TOKENS = 1 << 26
+# Tokens that are looked at together.
+_CHUNK = 1 << 20
 _TEXT = (".txt", ".md", ".rst", ".py")
 _SUFFIXES = (*_TEXT, ".gz", ".jsonl")
 # Of the standard library, what is not code that people read.
@@ -63,6 +68,21 @@ class Corpus:
     def num_tokens(self) -> int:
         """Tokens of all documents."""
         return sum(len(shard) for shard in self.tokens)
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """All token ids, some at a time: they may be far more than memory."""
+        for shard in self.tokens:
+            for begin in range(0, len(shard), _CHUNK):
+                yield shard[begin : begin + _CHUNK]
+
+    def digest(self) -> str:
+        """Hash of all documents, however they are stored or divided into shards."""
+        found = hashlib.sha256()
+        for chunk in self.chunks():
+            found.update(np.ascontiguousarray(chunk, "<u4"))
+        for ends in self.ends:
+            found.update(np.diff(ends, prepend=0).astype("<i8"))
+        return found.hexdigest()
 
     def documents(self) -> Iterator[tuple[int, int, int]]:
         """(shard, begin, end) of every document."""
@@ -171,9 +191,10 @@ def tokenize(
         ids = np.asarray(tokenizer.encode(text), np.int64)
         if ids.size == 0:
             continue
-        if ids.max() >= vocab_size:
+        if ids.max() >= vocab_size or ids.min() < 0:
+            wrong = ids.max() if ids.max() >= vocab_size else ids.min()
             raise DataError(
-                f"{name}: the tokenizer made id {ids.max()}, but the model has "
+                f"{name}: the tokenizer made id {wrong}, but the model has "
                 f"{vocab_size} tokens: it is another model's tokenizer"
             )
         pieces.append(ids.astype(np.uint32))
@@ -226,30 +247,81 @@ def load_corpus(path: str | pathlib.Path, vocab_size: int) -> Corpus:
     """Opens a directory of `save_corpus`; tokens stay in the files.
 
     Raises:
-      DataError: If it is damaged, or was made with another vocabulary.
+      DataError: If it is damaged, or was made with another vocabulary, or holds ids
+        that are not in it.
     """
     path = pathlib.Path(path).expanduser()
     try:
-        index = json.loads((path / INDEX).read_text())
-        if index["format"] != FORMAT:
-            raise ValueError(f"format is {index['format']!r}, not {FORMAT!r}")
-        held, numbers = int(index["vocab_size"]), range(int(index["shards"]))
-        tokens = tuple(
-            np.load(path / f"tokens-{number:05d}.npy", mmap_mode="r")
-            for number in numbers
-        )
-        ends = tuple(np.load(path / f"ends-{number:05d}.npy") for number in numbers)
-        for shard, stops in zip(tokens, ends, strict=True):
-            if len(stops) == 0 or stops[-1] != len(shard):
-                raise ValueError("a shard is shorter than its documents")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no usable token corpus: {error}") from error
+        index = _read_index(path)
+        held, count = index["vocab_size"], index["shards"]
+        tokens, ends = [], []
+        for number in range(count):
+            file = path / f"tokens-{number:05d}.npy"
+            tokens.append(_integers(file, np.load(file, mmap_mode="r")))
+            file = path / f"ends-{number:05d}.npy"
+            ends.append(_integers(file, np.load(file)))
+            _check_ends(file, ends[-1], len(tokens[-1]))
+    except (OSError, ValueError, EOFError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} is no usable token corpus: {reason}") from error
     if held != vocab_size:
         raise DataError(
             f"{path} was tokenized with a vocabulary of {held}, and the model's is "
             f"{vocab_size}: prepare it again with this model"
         )
-    return Corpus(str(path), tokens, ends, vocab_size)
+    corpus = Corpus(str(path), tuple(tokens), tuple(ends), vocab_size)
+    _check_ids(corpus)
+    return corpus
+
+
+def _read_index(path: pathlib.Path) -> dict[str, Any]:
+    """The index of a directory of `save_corpus`; ValueError if it is none."""
+    with open(path / INDEX, "rb") as file:
+        data = file.read(_MAX_INDEX + 1)
+    if len(data) > _MAX_INDEX:
+        raise ValueError(f"{INDEX} has more than {_MAX_INDEX} bytes")
+    try:
+        index = json.loads(data)
+    except RecursionError as error:
+        raise ValueError(f"{INDEX} is nested too deeply") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise ValueError(f"{INDEX} does not say that its format is {FORMAT!r}")
+    for field in ("vocab_size", "shards"):
+        value = index.get(field)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{INDEX}: {field} is {show(value)}, not 1 or more")
+    return index
+
+
+def _integers(file: pathlib.Path, array: Any) -> np.ndarray:
+    if (
+        not isinstance(array, np.ndarray)
+        or array.ndim != 1
+        or array.dtype.kind not in "iu"
+    ):
+        raise ValueError(f"{file.name} does not hold one axis of integers")
+    return array
+
+
+def _check_ends(file: pathlib.Path, ends: np.ndarray, tokens: int) -> None:
+    """Documents lie one after the other and fill their shard."""
+    if len(ends) == 0 or ends[-1] != tokens:
+        raise ValueError(
+            f"{file.name}: its documents do not fill their {tokens} tokens"
+        )
+    if ends[0] < 0 or np.any(ends[1:] < ends[:-1]):
+        raise ValueError(f"{file.name}: its ends of documents are not in rising order")
+
+
+def _check_ids(corpus: Corpus) -> None:
+    for chunk in corpus.chunks():
+        for wrong in (int(chunk.min()), int(chunk.max())):
+            if not 0 <= wrong < corpus.vocab_size:
+                raise DataError(
+                    f"{corpus.name} holds the token id {wrong}, and allowed are 0 to "
+                    f"{corpus.vocab_size - 1}: it is damaged, or was made by another "
+                    "tokenizer"
+                )
 
 
 def open_source(source: str, tokenizer: Encoder | None, vocab_size: int) -> Corpus:

@@ -210,6 +210,8 @@ def test_other_bad_input_is_one_clear_error(tmp_path):
     save_corpus(_corpus(), tmp_path / "shards")
     with pytest.raises(DataError, match="vocabulary of 128, and the model's is 256"):
         load_corpus(tmp_path / "shards", 256)
+    with pytest.raises(DataError, match="the tokenizer made id -1, but"):
+        tokenize("x", ["a"], type("T", (), {"encode": lambda s, t: [3, -1]})(), 128)
     (tmp_path / "shards" / "tokens-00000.npy").write_bytes(b"junk")
     with pytest.raises(DataError, match="no usable token corpus"):
         load_corpus(tmp_path / "shards", 128)
@@ -219,3 +221,78 @@ def test_other_bad_input_is_one_clear_error(tmp_path):
     data = dataclasses.replace(DATA, sources=((str(tmp_path / "none"), 1.0),))
     with pytest.raises(DataError, match="does not exist"):
         open_sources(data, Bytes(), 256)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ends", "message"),
+    [
+        (np.array([1, 2, 128, 4], "u4"), [2, 4], "holds the token id 128, .* 0 to 127"),
+        (np.array([1, -2, 3, 4]), [2, 4], "holds the token id -2"),
+        (np.arange(4.0), [2, 4], "tokens-00000.npy does not hold one axis of integers"),
+        (np.ones((2, 2), "u2"), [2], "tokens-00000.npy does not hold one axis"),
+        (np.array([{}, 1]), [2], "no usable token corpus"),
+        (np.arange(4), [3, 2, 4], "ends-00000.npy: its ends .* not in rising order"),
+        (np.arange(4), [-1, 2, 4], "ends-00000.npy: its ends .* not in rising order"),
+        (np.arange(4), [9, 4], "not in rising order"),
+        (np.arange(4), [2, 3], "documents do not fill their 4 tokens"),
+        (np.arange(4), [], "does not hold one axis|do not fill"),
+        (np.arange(4), [[2, 4]], "does not hold one axis"),
+        (np.arange(4), [True], "does not hold one axis"),
+    ],
+)
+def test_damaged_corpora_are_refused_at_the_start(
+    tmp_path, monkeypatch, tokens, ends, message
+):
+    monkeypatch.setattr("train.text._CHUNK", 3)
+    path = tmp_path / "shards"
+    save_corpus(_corpus(documents=2), path)
+    np.save(path / "tokens-00000.npy", tokens, allow_pickle=True)
+    np.save(path / "ends-00000.npy", np.asarray(ends))
+    with pytest.raises(DataError, match=message) as error:
+        load_corpus(path, 128)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "[]",
+        "[" * 100_000,
+        "1" * 5000,
+        '{"format": "sparda-tokens", "vocab_size": 128, "shards": 0}',
+        '{"format": "sparda-tokens", "vocab_size": 128, "shards": 1e400}',
+        '{"format": "sparda-tokens", "vocab_size": 128, "shards": 7}',
+        '{"format": "sparda-tokens", "vocab_size": true, "shards": 1}',
+        '{"format": "sparda-tokens", "vocab_size": "128", "shards": 1}',
+        '{"format": ' + " " * (1 << 21),
+        b"\xff",
+    ],
+)
+def test_damaged_indices_are_refused(tmp_path, index):
+    path = tmp_path / "shards"
+    save_corpus(_corpus(documents=2), path)
+    (path / "index.json").write_bytes(
+        index if isinstance(index, bytes) else index.encode()
+    )
+    with pytest.raises(DataError, match="no usable token corpus") as error:
+        load_corpus(path, 128)
+    assert len(str(error.value)) < 500
+
+
+def test_the_digest_is_of_the_text_and_not_of_its_files(tmp_path, monkeypatch):
+    corpus = _corpus()
+    known = corpus.digest()
+    monkeypatch.setattr("train.text.SHARD_TOKENS", 4000)
+    save_corpus(corpus, tmp_path / "shards")
+    again = load_corpus(tmp_path / "shards", 128)
+    assert len(again.tokens) > 1 and again.tokens[0].dtype != corpus.tokens[0].dtype
+    assert again.digest() == known
+    tokens = corpus.tokens[0].copy()
+    tokens[-1] ^= 1
+    moved = corpus.ends[0].copy()
+    moved[3] -= 1
+    for changed in (
+        Corpus("a", (tokens,), corpus.ends, 128),
+        Corpus("a", corpus.tokens, (moved,), 128),
+    ):
+        assert changed.num_tokens == corpus.num_tokens and changed.digest() != known

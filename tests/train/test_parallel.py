@@ -108,7 +108,7 @@ def get_config():
 
 @pytest.mark.slow
 def test_killed_run_resumes_from_a_whole_checkpoint(tmp_path):
-    """SIGKILL at several moments; the result is that of a run left alone."""
+    """SIGKILL, and Ctrl-C once; the result is that of a run left alone."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 128, 40_000).astype(np.uint32)
     ends = np.arange(1000, 40_001, 1000)
@@ -137,14 +137,17 @@ def test_killed_run_resumes_from_a_whole_checkpoint(tmp_path):
     kills = 0
     for wanted in (4, 17, 40):
         process = start("killed")
-        # Killed as soon as a directory of that step or a later one appears, whole or
+        # Ended as soon as a directory of that step or a later one appears, whole or
         # not: in the middle of writing it.
         while process.poll() is None:
             names = [x.name.split(".")[0] for x in folder.glob("*")]
             if any(name.isdigit() and int(name) >= wanted for name in names):
-                process.send_signal(signal.SIGKILL)
+                process.send_signal(signal.SIGINT if wanted == 17 else signal.SIGKILL)
                 kills += 1
-                process.communicate()
+                text, _ = process.communicate()
+                if wanted == 17:
+                    assert process.returncode == 130, text[-3000:]
+                    assert text.startswith("interrupted:") and text.count("\n") == 1
                 break
             time.sleep(0.002)
     assert kills == 3
@@ -189,12 +192,12 @@ def test_two_processes_equal_one(tmp_path):
     save_corpus(Corpus("x", (tokens,), (ends,), 128), tmp_path / "data")
     (tmp_path / "config.py").write_text(TWO_STEPS)
 
-    def start(out: str, *flags: str) -> subprocess.Popen:
+    def start(out: str, *flags: str, limit: str = "None") -> subprocess.Popen:
         sources = f"data.sources=[({str(tmp_path / 'data')!r}, 1.0)]"
         command = [sys.executable, "-m", "train.main", "--quiet", *flags]
         command += ["--config", str(tmp_path / "config.py"), "--set", sources]
         return subprocess.Popen(
-            [*command, f"out={tmp_path / out}", "fsdp=True"],
+            [*command, f"out={tmp_path / out}", "fsdp=True", f"max_minutes={limit}"],
             env=_environment(JAX_CPU_COLLECTIVES_IMPLEMENTATION="gloo"),
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -202,18 +205,33 @@ def test_two_processes_equal_one(tmp_path):
             text=True,
         )
 
-    address = f"127.0.0.1:{_free_port()}"
-    shared = ("--coordinator", address, "--num-processes", "2", "--process-id")
-    running = [start("one"), *(start("two", *shared, str(i)) for i in range(2))]
-    try:
-        for process in running:
-            text, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, text[-3000:]
-    finally:
-        for process in running:
-            process.kill()
+    def both(*limits: str) -> list[subprocess.Popen]:
+        shared = ("--coordinator", f"127.0.0.1:{_free_port()}", "--num-processes", "2")
+        return [
+            start("two", *shared, "--process-id", str(i), limit=limit)
+            for i, limit in enumerate(limits)
+        ]
+
+    def finish(running: list[subprocess.Popen]) -> None:
+        try:
+            for process in running:
+                text, _ = process.communicate(timeout=240)
+                assert process.returncode == 0, text[-3000:]
+        finally:
+            for process in running:
+                process.kill()
+
+    # The first process's clock counts: both stop after one step, and go on later.
+    finish([start("one"), *both("0.0", "None")])
+    steps = [x.name for x in (tmp_path / "two" / "checkpoints").iterdir()]
+    assert steps == ["1"]
+    finish(both("None", "0.0"))
     one, two = (read_log(tmp_path / out / "log.jsonl") for out in ("one", "two"))
-    assert sorted(x["kind"] for x in two) == ["eval", "eval", "train", "train"]
+    kinds = [(x["step"], x["kind"]) for x in one]
+    assert sorted(kinds) == [(0, "eval"), (1, "train"), (2, "eval"), (2, "train")]
+    # The step that was the last one for a while was evaluated.
+    two = [x for x in two if (x["step"], x["kind"]) != (1, "eval")]
+    assert [(x["step"], x["kind"]) for x in two] == kinds
     for a, b in zip(one, two, strict=True):
         for name in ("loss", "gradient_norm", "kl", "recall"):
             if name in a:

@@ -26,6 +26,7 @@ from train.config import (
 from train.main import main
 from train.metrics import RunLog, read_log
 from train.run import TrainingError, train
+from train.run_directory import hold_directory
 from train.text import Corpus, save_corpus
 
 
@@ -194,6 +195,8 @@ def test_resumed_run_equals_uninterrupted_run(finished, shards, tmp_path, monkey
         return [{n: x.get(n) for n in names} for x in read_log(path / "log.jsonl")]
 
     assert told(tmp_path) == told(out)
+    for name in ("forecast.safetensors", "forecast-best.safetensors", "config.json"):
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
 
 
 def test_other_runs_are_refused_and_nothing_is_damaged(finished, shards):
@@ -205,6 +208,16 @@ def test_other_runs_are_refused_and_nothing_is_damaged(finished, shards):
         }
 
     before = files()
+    exported = (out / "forecast.safetensors").read_bytes()
+    # The same counts, and one other word.
+    tokens = shards / "tokens-00000.npy"
+    held = np.load(tokens)
+    np.save(tokens, np.concatenate(([1 - min(held[0], 1)], held[1:])).astype("u2"))
+    try:
+        with pytest.raises(ConfigError, match=r"data\.0\.sha256 was '.*' now\. Cont"):
+            train(_config(shards, out), progress=False)
+    finally:
+        np.save(tokens, held)
     changed = _config(shards, out, seed=7)
     with pytest.raises(ConfigError, match=r"config.seed was 42, and is 7 now"):
         train(changed, progress=False)
@@ -212,6 +225,9 @@ def test_other_runs_are_refused_and_nothing_is_damaged(finished, shards):
     with pytest.raises(ConfigError, match=r"model was 'tiny', and is 'tiny-nosa' now"):
         train(model, progress=False)
     assert files() == before
+    # The run itself, whose steps are done, writes what it wrote.
+    assert train(_config(shards, out), progress=False).resumed_from == 6
+    assert (out / "forecast.safetensors").read_bytes() == exported
     # What may change: more logging, other devices, and the steps are done.
     free = _config(shards, out, log_every=3, eval=EvalConfig(every=3, batches=1))
     assert train(free, progress=False).resumed_from == 6
@@ -251,6 +267,23 @@ def test_unwritable_directory_is_one_clear_error(shards, tmp_path):
     blocked.write_text("")
     with pytest.raises(ConfigError, match="a directory that can be written to"):
         train(_config(shards, blocked / "run"), progress=False)
+    with (
+        hold_directory(tmp_path),
+        pytest.raises(ConfigError, match="no other trainer runs, and process"),
+    ):
+        train(_config(shards, tmp_path), progress=False)
+
+
+def test_an_interrupted_command_ends_with_one_line(tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.main.train", interrupted)
+    path = tmp_path / "run.py"
+    path.write_text("from train.config import *\nget_config = TrainConfig")
+    assert main(["--config", str(path)]) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("interrupted: the checkpoints are whole")
 
 
 def test_command_line(shards, tmp_path, capsys):
