@@ -32,6 +32,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.lowering import silence_triton_deprecation
 from sparda_jax.models.layers import matmul
 from sparda_jax.models.presets import get_preset
+from sparda_jax.models.spec import layer_shapes
 
 FORMS = ("per_layer", "slices", "scan", "indexed")
 Weights = dict[str, Float[Array, "*L D F"]]
@@ -128,14 +129,8 @@ def _indexed(x: Array, stack: Weights) -> Array:
 
 
 def _draw(config, layers: int, dtype) -> Weights:
-    width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    hidden, ffn = config.hidden_size, config.ffn_size
-    shapes = {
-        "qkv": (hidden, width),
-        "out": (config.num_heads * config.head_dim, hidden),
-        "gate_up": (hidden, 2 * ffn),
-        "down": (ffn, hidden),
-    }
+    names = ("qkv", "out", "gate_up", "down")
+    shapes = {name: layer_shapes(config)[name] for name in names}
 
     @functools.partial(jax.jit, static_argnums=1)
     def draw(key: Array, shape: tuple[int, ...]) -> Array:

@@ -83,48 +83,6 @@ def _trace(tokens: int) -> None:
         )
 
 
-def _random_decoder(config):
-    """A decoder with random bfloat16 weights, made on the device."""
-    import jax
-    import jax.numpy as jnp
-
-    from sparda_jax.models.decoder import Decoder, DecoderLayer
-
-    width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    hidden, ffn = config.hidden_size, config.ffn_size
-    shapes = {
-        "attention_norm": (hidden,),
-        "qkv": (hidden, width),
-        "out": (config.num_heads * config.head_dim, hidden),
-        "mlp_norm": (hidden,),
-        "gate_up": (hidden, 2 * ffn),
-        "down": (ffn, hidden),
-    }
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def draw(key, shape):
-        if len(shape) == 1:
-            return jnp.ones(shape, jnp.bfloat16)
-        return jax.random.normal(key, shape, jnp.bfloat16) * 0.02
-
-    keys = iter(jax.random.split(jax.random.key(0), 8 * config.num_layers + 8))
-    layers = [
-        DecoderLayer({name: draw(next(keys), shape) for name, shape in shapes.items()})
-        for _ in range(config.num_layers)
-    ]
-    vocabulary = (config.vocab_size, hidden)
-    shape = (hidden, config.num_kv_heads * config.head_dim)
-    heads: list[jax.Array] = [draw(next(keys), shape) for _ in range(config.num_layers)]
-    return Decoder(
-        config,
-        embedding=draw(next(keys), vocabulary),
-        layers=layers,
-        final_norm=draw(next(keys), (hidden,)),
-        head=None if config.tie_embeddings else draw(next(keys), vocabulary),
-        forecast=heads,
-    )
-
-
 def _drifting(scores, rate: float):
     """`scores`, computed and then replaced by ones whose top list drifts.
 
@@ -364,7 +322,8 @@ def main() -> None:
     from sparda_jax.checkpoint.atomic import write_json
     from sparda_jax.inference.measure import measure_rates
     from sparda_jax.models.presets import get_preset
-    from sparda_jax.models.weights import num_parameters
+    from sparda_jax.models.spec import num_parameters
+    from sparda_jax.models.weights import random_decoder
 
     preset = get_preset(arguments.model)
     config = dataclasses.replace(
@@ -385,7 +344,7 @@ def main() -> None:
         f"{rates.fetch / 1e9:.1f} GB/s, device memory {rates.memory / 1e9:.0f} GB/s",
         flush=True,
     )
-    model = _random_decoder(config)
+    model = random_decoder(config, "bfloat16", forecast=True)
     rows: list[dict] = []
     figures = {
         "device": device,

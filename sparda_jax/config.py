@@ -132,6 +132,7 @@ class ModelConfig:
       rope: Rotary embedding.
       tie_embeddings: The head is the transposed embedding.
       attention_bias: Q, K and V projections have a bias (Qwen2).
+      output_bias: The attention's output projection has a bias.
       qk_norm: RMSNorm over each q and k head before RoPE (Qwen3).
       key_bias: NOSA's value-derived additive key bias, c = A ⊙ softplus(delta(v)).
       embed_scale: Multiplier of the embeddings (muP scale_emb).
@@ -155,6 +156,7 @@ class ModelConfig:
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
     tie_embeddings: bool = False
     attention_bias: bool = False
+    output_bias: bool = False
     qk_norm: bool = False
     key_bias: bool = False
     embed_scale: float = 1.0

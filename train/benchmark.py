@@ -15,7 +15,6 @@ Every phase is reported as it ends, on stderr, and what is known so far is writt
 
 import argparse
 import dataclasses
-import functools
 import json
 import pathlib
 import statistics
@@ -31,8 +30,9 @@ from jaxtyping import Array
 from pallas_kernels.block_sparse_attention import api as attention_op
 from pallas_kernels.dispatch import candidates
 from sparda_jax.config import ModelConfig
-from sparda_jax.models.decoder import Decoder, DecoderLayer
+from sparda_jax.models.decoder import Decoder
 from sparda_jax.models.presets import get_preset
+from sparda_jax.models.weights import random_decoder
 from train.config import LossConfig, OptimizerConfig
 from train.loss import Documents
 from train.metrics import keep_json
@@ -59,42 +59,6 @@ LOSSES = {
         floor=0.0,
     ),
 }
-
-
-def random_decoder(config: ModelConfig, dtype: jnp.dtype) -> Decoder:
-    """Random stacked weights of a shape without biases or extra norms."""
-    hidden, ffn, layers = config.hidden_size, config.ffn_size, config.num_layers
-    queries = config.num_heads * config.head_dim
-    keys = config.num_kv_heads * config.head_dim
-    shapes = {
-        "attention_norm": (hidden,),
-        "qkv": (hidden, queries + 2 * keys),
-        "out": (queries, hidden),
-        "mlp_norm": (hidden,),
-        "gate_up": (hidden, 2 * ffn),
-        "down": (ffn, hidden),
-    }
-
-    def draw(key: Array, shape: tuple[int, ...]) -> Array:
-        return (0.02 * jax.random.normal(key, shape)).astype(dtype)
-
-    @functools.partial(jax.jit, static_argnames="shape")
-    def stack(seed: int, shape: tuple[int, ...]) -> Array:
-        if len(shape) == 1:
-            return jnp.ones((layers, *shape), dtype)
-        # Layer by layer: the generator's intermediates are several times as large.
-        keys = jax.random.split(jax.random.key(seed), layers)
-        return jax.lax.map(lambda key: draw(key, shape), keys)
-
-    stacked: dict[str, Array] = {}
-    for seed, (name, shape) in enumerate(shapes.items()):
-        stacked[name] = stack(seed, shape)
-    table = draw(jax.random.key(len(shapes)), (config.vocab_size, hidden))
-    norm = jnp.ones((hidden,), dtype)
-    first = DecoderLayer({name: x[:1] for name, x in stacked.items()})
-    model = Decoder(config, table, [first], norm, None)
-    model.layers = DecoderLayer(stacked)
-    return model
 
 
 class Report:
@@ -244,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
         teacher_kernels=settings.teacher_kernels or "tiles",
     )
     dtype = jnp.float32 if cpu else jnp.bfloat16
-    model = random_decoder(config, jnp.dtype(dtype))
+    model = random_decoder(config, jnp.dtype(dtype), storage="stacked")
     heads = initial_heads(model, "from_query", 0)
     jax.block_until_ready((jax.tree.leaves(model), heads))
     report.add("weights made", dtype=str(jnp.dtype(dtype)))

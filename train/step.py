@@ -26,15 +26,9 @@ from pallas_kernels.block_scores import api as block_scores
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from pallas_kernels.dispatch import candidates
 from sparda_jax.config import ModelConfig, SparseConfig
-from sparda_jax.models.decoder import (
-    Decoder,
-    DecoderLayer,
-    embed,
-    project_qkv,
-    value_key_bias,
-)
+from sparda_jax.models.block import after_attention, before_attention
+from sparda_jax.models.decoder import Decoder, DecoderLayer, embed
 from sparda_jax.models.forecast import project_forecast
-from sparda_jax.models.layers import matmul, rms_norm, swiglu
 from sparda_jax.models.rope import Rotation, apply_rope, model_rope, rotation
 from sparda_jax.models.weights import from_query_heads
 from train.config import LossConfig, OptimizerConfig
@@ -247,13 +241,9 @@ def _finish_layer(
     attended: Float[Array, "B T NH"],
 ) -> Float[Array, "B T D"]:
     """Output projection and MLP, some rows at a time."""
-    scale = jnp.asarray(config.residual_scale, h.dtype)
 
     def rows(inputs: tuple[Array, Array]) -> Array:
-        h, attended = inputs
-        h = h + scale * matmul(attended, layer.out[...])
-        x = rms_norm(h, layer.mlp_norm[...], config.rms_norm_eps)
-        return h + scale * swiglu(x, layer.gate_up[...], layer.down[...])
+        return after_attention(layer, config, *inputs)
 
     count = h.shape[0] * h.shape[1]
     parts = max(1, count // _MLP_ROWS)
@@ -301,15 +291,14 @@ def run_backbone[Out](
     ) -> tuple[tuple[Array, Array], Out]:
         (h, before), (layer, head, index) = carry, xs
         layer = gather(layer)
-        x = rms_norm(h, layer.attention_norm[...], config.rms_norm_eps)
-        q, k, v = project_qkv(layer, config, x, turn)
+        x, q, k, v, key_bias = before_attention(layer, config, h, turn)
         # Layer 0 forecasts for itself, the others are forecast by the layer before.
         source = jnp.where(index == 0, x, before)
         view = LayerView(
             q=q,
             k=k,
             v=v,
-            key_bias=value_key_bias(layer, v) if config.key_bias else None,
+            key_bias=key_bias,
             source=source,
             head=head,
             turn=turn,

@@ -90,3 +90,8 @@ def can_dequantize(kind: gguf.GGMLQuantizationType) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+def dequantized_types() -> list[gguf.GGMLQuantizationType]:
+    """The formats that `dequantize` knows."""
+    return [kind for kind in gguf.GGMLQuantizationType if can_dequantize(kind)]

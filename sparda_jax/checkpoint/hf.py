@@ -27,6 +27,7 @@ from sparda_jax.checkpoint.tokenizer import (
     tokenizer_from_directory,
 )
 from sparda_jax.config import ModelConfig, SparseConfig
+from sparda_jax.models.spec import EMBEDDING, HEAD
 
 SHARD_BYTES = 5_000_000_000
 
@@ -37,6 +38,7 @@ _DTYPES = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+_ROWS = 4096  # Rows of the vocabulary that are compared at a time.
 # Tables that old files hold beside the weights; they follow from the configuration.
 _DERIVED = re.compile(
     r"(?:model\.layers\.\d+\.self_attn|model)\.rotary_emb\.[a-z_]+",
@@ -140,6 +142,26 @@ def _read_tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def _is_tied(found: Mapping[str, StoredTensor]) -> bool:
+    """Whether a model said to be tied is: a head that is stored must be the embedding.
+
+    Files exist that say it and hold another head; it is the weights that count.
+    """
+    if HEAD not in found or EMBEDDING not in found:
+        return True
+    head, embedding = found[HEAD].view, found[EMBEDDING].view
+    if head.shape != embedding.shape or head.ndim != 2:
+        return False
+    # In pieces: heads that differ do so at once, and equal ones are read only.
+    return all(
+        np.array_equal(
+            head[start : start + _ROWS].astype(np.float32),
+            embedding[start : start + _ROWS].astype(np.float32),
+        )
+        for start in range(0, head.shape[0], _ROWS)
+    )
+
+
 def _select(
     directory: pathlib.Path,
     config: ModelConfig,
@@ -151,7 +173,7 @@ def _select(
     forecast = layout.check_forecast(directory, config, shapes)
     known = set(names)
     for name in shapes:
-        tied_head = name == layout.HEAD and config.tie_embeddings
+        tied_head = name == HEAD and config.tie_embeddings
         if name in known or tied_head or layout.parse_forecast_name(name):
             continue
         if not _DERIVED.fullmatch(name):
@@ -206,11 +228,15 @@ def read_directory(directory: str | os.PathLike) -> Directory:
     config = model_config(
         path,
         values,
-        has_head=layout.HEAD in found,
-        has_key_bias=any(name.endswith(".self_attn.A") for name in found),
+        tensors=found,
+        has_head=HEAD in found,
         bos_id=bos_id,
         eos_ids=eos_ids,
     )
+    if config.tie_embeddings and EMBEDDING not in found and HEAD in found:
+        found[EMBEDDING] = found.pop(HEAD)
+    if config.tie_embeddings and not _is_tied(found):
+        config = dataclasses.replace(config, tie_embeddings=False)
     if tokenizer is not None and tokenizer.plain_vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{directory}: the tokenizer has {tokenizer.plain_vocab_size} tokens, "

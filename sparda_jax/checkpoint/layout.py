@@ -1,77 +1,17 @@
-"""Names and shapes of a model's tensors, in Hugging Face terms (linears [out, in]).
-
-Letters: V vocabulary, D hidden size, F ffn size, N query heads, K kv heads, H head dim,
-L layers.
-"""
+"""Checks of a model's tensors against its configuration, in Hugging Face terms."""
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from sparda_jax.checkpoint.errors import CheckpointError, show
 from sparda_jax.config import ModelConfig
-
-Shape = tuple[int, ...]
-
-EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
+from sparda_jax.models.spec import Shape, base_shapes, forecast_shape, layer_name
 
 _FORECAST = re.compile(
     r"(?:(?:module|model)\.)*layers\.(\d{1,5})\.self_attn\."
     r"(q_future_proj|q_curr_proj)\.weight"
 )
-
-
-def layer_name(layer: int, rest: str) -> str:
-    """Name of a tensor of one layer, such as `self_attn.q_proj.weight`."""
-    return f"model.layers.{layer}.{rest}"
-
-
-def layer_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Shapes of one layer's tensors, by the name after `model.layers.{l}.`."""
-    hidden, ffn = config.hidden_size, config.ffn_size
-    q_size = config.num_heads * config.head_dim
-    kv_size = config.num_kv_heads * config.head_dim
-    shapes: dict[str, Shape] = {
-        "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (q_size, hidden),
-        "self_attn.k_proj.weight": (kv_size, hidden),
-        "self_attn.v_proj.weight": (kv_size, hidden),
-        "self_attn.o_proj.weight": (hidden, q_size),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (ffn, hidden),
-        "mlp.up_proj.weight": (ffn, hidden),
-        "mlp.down_proj.weight": (hidden, ffn),
-    }
-    if config.attention_bias:
-        shapes["self_attn.q_proj.bias"] = (q_size,)
-        shapes["self_attn.k_proj.bias"] = (kv_size,)
-        shapes["self_attn.v_proj.bias"] = (kv_size,)
-    if config.qk_norm:
-        shapes["self_attn.q_norm.weight"] = (config.head_dim,)
-        shapes["self_attn.k_norm.weight"] = (config.head_dim,)
-    if config.key_bias:
-        shapes["self_attn.A"] = (config.num_kv_heads,)
-        shapes["self_attn.delta.weight"] = (config.num_kv_heads, kv_size)
-    return shapes
-
-
-def base_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    """Yields name and shape of every tensor of the base model.
-
-    It is a generator because `num_layers` may come from a damaged file: the consumer
-    stops at the first layer that is not there.
-    """
-    table = (config.vocab_size, config.hidden_size)
-    yield EMBEDDING, table
-    yield FINAL_NORM, (config.hidden_size,)
-    if not config.tie_embeddings:
-        yield HEAD, table
-    per_layer = layer_shapes(config)
-    for layer in range(config.num_layers):
-        for rest, shape in per_layer.items():
-            yield layer_name(layer, rest), shape
 
 
 def future_name(layer: int) -> str:
@@ -88,7 +28,7 @@ def forecast_shapes(config: ModelConfig) -> dict[str, Shape]:
     The last layer has no successor to forecast for; its projection, which some files
     hold, is never used.
     """
-    shape = (config.num_kv_heads * config.head_dim, config.hidden_size)
+    shape = forecast_shape(config)[::-1]
     names = [future_name(layer) for layer in range(config.num_layers - 1)]
     return dict.fromkeys([*names, CURRENT], shape)
 

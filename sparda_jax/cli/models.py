@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from sparda_jax.models.presets import PRESETS
-from sparda_jax.models.weights import num_forecast_parameters, num_parameters
+from sparda_jax.models.spec import num_forecast_parameters, num_parameters
 from sparda_jax.sparse.selectors import get_selector, selector_names
 
 

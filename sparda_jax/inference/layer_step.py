@@ -11,7 +11,6 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparda_jax.config import ModelConfig
@@ -21,13 +20,10 @@ from sparda_jax.inference.layer_store import (
     TileState,
     TokenKV,
 )
-from sparda_jax.models.decoder import (
-    DecoderLayer,
-    project_qkv,
-    value_key_bias,
-)
+from sparda_jax.models.block import after_attention, before_attention
+from sparda_jax.models.decoder import DecoderLayer
 from sparda_jax.models.forecast import project_forecast
-from sparda_jax.models.layers import matmul, rms_norm, swiglu
+from sparda_jax.models.layers import rms_norm
 from sparda_jax.models.rope import Rotation
 
 
@@ -84,12 +80,11 @@ def layer_before_fetch(
 ) -> LayerMiddle:
     """The layer up to the blocks that must be fetched; see `decoder_layer`."""
     config = settings.config
-    x = rms_norm(h, layer.attention_norm[...], config.rms_norm_eps)
-    q, k, v = project_qkv(layer, config, x, tile.turn)
+    x, q, k, v, key_bias = before_attention(layer, config, h, tile.turn)
     phi_next = None
     if next_head is not None:
         phi_next = project_forecast(x, next_head, tile.turn)
-    new = TokenKV(k, v, value_key_bias(layer, v) if config.key_bias else None)
+    new = TokenKV(k, v, key_bias)
     store = store.look_ahead(phi_next, tile, settings)
     store = store.append(new, tile, settings)
     store = store.plan(q, phi, tile, settings)
@@ -106,11 +101,8 @@ def layer_after_fetch(
     h, q, phi_next, store = middle
     store = store.land(q, tile, settings)
     attended = store.attend(q, tile, settings)
-    scale = jnp.asarray(settings.config.residual_scale, h.dtype)
     flat = attended.reshape(*h.shape[:2], -1)
-    h = h + scale * matmul(flat, layer.out[...])
-    x = rms_norm(h, layer.mlp_norm[...], settings.config.rms_norm_eps)
-    h = h + scale * swiglu(x, layer.gate_up[...], layer.down[...])
+    h = after_attention(layer, settings.config, h, flat)
     return LayerOutput(h, phi_next, store)
 
 

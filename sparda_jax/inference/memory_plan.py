@@ -31,7 +31,8 @@ from sparda_jax.config import CacheConfig, ModelConfig
 from sparda_jax.inference.generate import GenerateState, Shapes, new_state
 from sparda_jax.inference.layer_store import LayerSettings
 from sparda_jax.inference.prefill import padded_length
-from sparda_jax.models.decoder import Decoder, DecoderLayer, Storage
+from sparda_jax.models.decoder import Decoder, Storage
+from sparda_jax.models.weights import abstract_decoder
 from sparda_jax.sparse.block_scores import own_query_block_scores
 from sparda_jax.sparse.selection import own_query_scores
 
@@ -139,49 +140,6 @@ class MemoryPlan:
         else:
             named += [("decode scratch", self.decode_scratch)]
         return [(name, size) for name, size in named if size]
-
-
-def abstract_decoder(
-    config: ModelConfig, dtype: DTypeLike, *, storage: Storage, forecast: bool
-) -> Decoder:
-    """A decoder of shapes without values."""
-    hidden, ffn = config.hidden_size, config.ffn_size
-    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-    width = (heads + 2 * kv_heads) * dim
-    shapes = {
-        "attention_norm": (hidden,),
-        "qkv": (hidden, width),
-        "out": (heads * dim, hidden),
-        "mlp_norm": (hidden,),
-        "gate_up": (hidden, 2 * ffn),
-        "down": (ffn, hidden),
-    }
-    if config.attention_bias:
-        shapes["qkv_bias"] = (width,)
-    if config.qk_norm:
-        shapes |= {"q_norm": (dim,), "k_norm": (dim,)}
-    if config.key_bias:
-        shapes["key_bias_scale"] = (kv_heads,)
-        shapes["key_bias_delta"] = (kv_heads * dim, kv_heads)
-
-    def make() -> Decoder:
-        layers = [
-            DecoderLayer({name: jnp.zeros(s, dtype) for name, s in shapes.items()})
-            for _ in range(config.num_layers)
-        ]
-        table = (config.vocab_size, hidden)
-        heads_of = [jnp.zeros((hidden, kv_heads * dim), dtype) for _ in layers]
-        return Decoder(
-            config,
-            embedding=jnp.zeros(table, dtype),
-            layers=layers,
-            final_norm=jnp.zeros((hidden,), dtype),
-            head=None if config.tie_embeddings else jnp.zeros(table, dtype),
-            forecast=heads_of if forecast else None,
-            storage=storage,
-        )
-
-    return jax.eval_shape(make)
 
 
 def abstract_state(

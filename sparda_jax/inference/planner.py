@@ -38,7 +38,7 @@ from sparda_jax.inference.limits import (
 )
 from sparda_jax.inference.memory_plan import GIB, MemoryPlan, memory_plan
 from sparda_jax.models.presets import get_preset
-from sparda_jax.models.weights import num_parameters
+from sparda_jax.models.spec import num_parameters
 from sparda_jax.sparse.selection import own_query_scores
 from sparda_jax.sparse.selectors import Selector, get_selector
 

@@ -21,8 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from sparda_jax.config import ModelConfig
 from sparda_jax.models.forecast import Forecast
-from sparda_jax.models.layers import matmul, rms_norm
-from sparda_jax.models.rope import Rotation, apply_rope
+from sparda_jax.models.layers import rms_norm
 
 Storage = Literal["stacked", "per_layer"]
 
@@ -34,7 +33,7 @@ class DecoderLayer(nnx.Module):
     """
 
     def __init__(self, weights: dict[str, Array]):
-        """Takes the arrays by the names of `layer_shapes`."""
+        """Takes the arrays by the names of `spec.layer_shapes`."""
         self.attention_norm = nnx.Param(weights["attention_norm"])
         self.qkv = nnx.Param(weights["qkv"])
         self.out = nnx.Param(weights["out"])
@@ -42,6 +41,7 @@ class DecoderLayer(nnx.Module):
         self.gate_up = nnx.Param(weights["gate_up"])
         self.down = nnx.Param(weights["down"])
         self.qkv_bias = _optional(weights, "qkv_bias")
+        self.out_bias = _optional(weights, "out_bias")
         self.q_norm = _optional(weights, "q_norm")
         self.k_norm = _optional(weights, "k_norm")
         self.key_bias_scale = _optional(weights, "key_bias_scale")
@@ -68,7 +68,7 @@ class Decoder(nnx.Module):
         self,
         config: ModelConfig,
         embedding: Float[Array, "V D"],
-        layers: list[DecoderLayer],
+        layers: DecoderLayer | list[DecoderLayer],
         final_norm: Float[Array, " D"],
         head: Float[Array, "V D"] | None,
         forecast: list[Float[Array, "D KH"]] | None = None,
@@ -78,9 +78,11 @@ class Decoder(nnx.Module):
         self.embedding = nnx.Param(embedding)
         self.final_norm = nnx.Param(final_norm)
         self.head = None if head is None else nnx.Param(head)
-        if storage == "stacked":
-            stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-            self.layers: DecoderLayer | nnx.List[DecoderLayer] = stack
+        if isinstance(layers, DecoderLayer):
+            assert storage == "stacked", "one layer is a stack of all"
+            self.layers: DecoderLayer | nnx.List[DecoderLayer] = layers
+        elif storage == "stacked":
+            self.layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
         else:
             self.layers = nnx.List(layers)
         self.forecast: Forecast | nnx.List[Forecast] | None = nnx.data(None)
@@ -183,38 +185,3 @@ def logits(model: Decoder, h: Float[Array, "rows D"]) -> Float[Array, "rows V"]:
         (((1,), (1,)), ((), ())),
         preferred_element_type=jnp.float32,
     ).T
-
-
-def project_qkv(
-    layer: DecoderLayer,
-    config: ModelConfig,
-    x: Float[Array, "B T D"],
-    turn: Rotation,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """Q and K after RoPE, and V, of the normalised input x (specification §1)."""
-    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-    fused = matmul(x, layer.qkv[...])
-    if layer.qkv_bias is not None:
-        fused = fused + layer.qkv_bias[...].astype(fused.dtype)
-    fused = fused.reshape(*x.shape[:2], heads + 2 * kv_heads, dim)
-    qk, v = jnp.split(fused, (heads + kv_heads,), axis=2)
-    if layer.q_norm is not None and layer.k_norm is not None:
-        weight = jnp.concatenate(
-            (
-                jnp.broadcast_to(layer.q_norm[...], (heads, dim)),
-                jnp.broadcast_to(layer.k_norm[...], (kv_heads, dim)),
-            )
-        )
-        qk = rms_norm(qk, weight, config.rms_norm_eps)
-    q, k = jnp.split(apply_rope(qk, turn), (heads,), axis=2)
-    return q, k, v
-
-
-def value_key_bias(
-    layer: DecoderLayer, v: Float[Array, "B T K H"]
-) -> Float[Array, "B T K"]:
-    """NOSA's key bias c = A ⊙ softplus(delta(v)), float32 (specification §1.2)."""
-    assert layer.key_bias_scale is not None and layer.key_bias_delta is not None
-    flat = v.reshape(*v.shape[:2], -1)
-    gate = jax.nn.softplus(matmul(flat, layer.key_bias_delta[...]))
-    return (layer.key_bias_scale[...] * gate).astype(jnp.float32)

@@ -1,9 +1,8 @@
-"""Hugging Face tensor names ↔ the decoder's fused weights; random weights for tests.
-
-The names are those of the specification, §1.3; linear weights there are [out, in].
-"""
+"""A decoder from a checkpoint's tensors; random and abstract ones of any shape."""
 
 import concurrent.futures
+import functools
+import itertools
 import os
 from collections.abc import Callable, Mapping
 
@@ -13,52 +12,34 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from sparda_jax.checkpoint.layout import base_shapes
 from sparda_jax.config import ConfigError, ModelConfig
 from sparda_jax.models.decoder import Decoder, DecoderLayer, Storage
 from sparda_jax.models.forecast import heads_from_query
+from sparda_jax.models.spec import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    Shape,
+    base_shapes,
+    forecast_shape,
+    joined,
+    layer_name,
+    layer_parameters,
+    layer_shapes,
+    model_shapes,
+)
 
 Load = Callable[[str], np.ndarray]
-
-
-def num_parameters(config: ModelConfig) -> int:
-    """Parameters of the base model, Forecast heads not counted."""
-    return sum(int(np.prod(shape)) for _, shape in base_shapes(config))
-
-
-def num_forecast_parameters(config: ModelConfig) -> int:
-    """Parameters of the Forecast heads: L matrices of [D, K·H]."""
-    width = config.num_kv_heads * config.head_dim
-    return config.num_layers * config.hidden_size * width
 
 
 def _layer_weights(
     config: ModelConfig, index: int, load: Load, dtype: DTypeLike
 ) -> dict[str, Array]:
-    layer = f"model.layers.{index}."
-    attention = layer + "self_attn."
-
-    def fused(*names: str) -> np.ndarray:
-        return np.concatenate([load(name) for name in names], axis=0)
-
-    qkv = [attention + f"{part}_proj" for part in "qkv"]
-    mlp = [layer + f"mlp.{part}_proj.weight" for part in ("gate", "up")]
-    arrays = {
-        "attention_norm": load(layer + "input_layernorm.weight"),
-        "qkv": fused(*(name + ".weight" for name in qkv)).T,
-        "out": load(attention + "o_proj.weight").T,
-        "mlp_norm": load(layer + "post_attention_layernorm.weight"),
-        "gate_up": fused(*mlp).T,
-        "down": load(layer + "mlp.down_proj.weight").T,
-    }
-    if config.attention_bias:
-        arrays["qkv_bias"] = fused(*(name + ".bias" for name in qkv))
-    if config.qk_norm:
-        arrays["q_norm"] = load(attention + "q_norm.weight")
-        arrays["k_norm"] = load(attention + "k_norm.weight")
-    if config.key_bias:
-        arrays["key_bias_scale"] = load(attention + "A")
-        arrays["key_bias_delta"] = load(attention + "delta.weight").T
+    arrays = {}
+    for array, parts in joined(layer_parameters(config)):
+        stored = [load(layer_name(index, part.hf)) for part in parts]
+        whole = stored[0] if len(stored) == 1 else np.concatenate(stored)
+        arrays[array] = whole.T if parts[0].is_linear else whole
     return {name: jnp.asarray(array, dtype) for name, array in arrays.items()}
 
 
@@ -107,12 +88,12 @@ def build_decoder(
                 on_layer()
     head = None
     if not config.tie_embeddings:
-        head = jnp.asarray(load("lm_head.weight"), dtype)
+        head = jnp.asarray(load(HEAD), dtype)
     return Decoder(
         config,
-        embedding=jnp.asarray(load("model.embed_tokens.weight"), dtype),
+        embedding=jnp.asarray(load(EMBEDDING), dtype),
         layers=layers,
-        final_norm=jnp.asarray(load("model.norm.weight"), dtype),
+        final_norm=jnp.asarray(load(FINAL_NORM), dtype),
         head=head,
         storage=storage,
     )
@@ -155,3 +136,85 @@ def random_tensors(
         name: jax.tree_util.Partial(make, index, name)
         for index, name in enumerate(shapes)
     }
+
+
+def abstract_decoder(
+    config: ModelConfig, dtype: DTypeLike, *, storage: Storage, forecast: bool
+) -> Decoder:
+    """A decoder of shapes without values."""
+
+    def zeros(shape: Shape) -> Array:
+        return jnp.zeros(shape, dtype)
+
+    def make() -> Decoder:
+        layer = layer_shapes(config)
+        layers = [
+            DecoderLayer({name: zeros(shape) for name, shape in layer.items()})
+            for _ in range(config.num_layers)
+        ]
+        outside = {name: zeros(shape) for name, shape in model_shapes(config).items()}
+        heads = [zeros(forecast_shape(config)) for _ in layers]
+        return Decoder(
+            config,
+            embedding=outside["embedding"],
+            layers=layers,
+            final_norm=outside["final_norm"],
+            head=outside.get("head"),
+            forecast=heads if forecast else None,
+            storage=storage,
+        )
+
+    return jax.eval_shape(make)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _draw(key: Array, shape: Shape, dtype: DTypeLike) -> Array:
+    if len(shape) == 1:  # Norms, and biases, of which ones are as good as any.
+        return jnp.ones(shape, dtype)
+    return (0.02 * jax.random.normal(key, shape)).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("layers", "shape", "dtype"))
+def _draw_stack(key: Array, layers: int, shape: Shape, dtype: DTypeLike) -> Array:
+    # Layer by layer: the generator's intermediates are several times as large.
+    keys = jax.random.split(key, layers)
+    return jax.lax.map(lambda key: _draw(key, shape, dtype), keys)
+
+
+def random_decoder(
+    config: ModelConfig,
+    dtype: DTypeLike,
+    *,
+    storage: Storage = "per_layer",
+    forecast: bool = False,
+    seed: int = 0,
+) -> Decoder:
+    """A decoder of random weights, drawn on the device (speed experiments)."""
+    keys = map(jax.random.key, itertools.count(seed << 16))
+    layer = layer_shapes(config)
+
+    def draw(shape: Shape) -> Array:
+        return _draw(next(keys), shape, dtype)
+
+    def draw_stack(shape: Shape) -> Array:
+        return _draw_stack(next(keys), config.num_layers, shape, dtype)
+
+    layers: DecoderLayer | list[DecoderLayer]
+    if storage == "stacked":
+        layers = DecoderLayer({name: draw_stack(s) for name, s in layer.items()})
+    else:
+        layers = [
+            DecoderLayer({name: draw(shape) for name, shape in layer.items()})
+            for _ in range(config.num_layers)
+        ]
+    outside = {name: draw(shape) for name, shape in model_shapes(config).items()}
+    heads = [draw(forecast_shape(config)) for _ in range(config.num_layers)]
+    return Decoder(
+        config,
+        embedding=outside["embedding"],
+        layers=layers,
+        final_norm=outside["final_norm"],
+        head=outside.get("head"),
+        forecast=heads if forecast else None,
+        storage=storage,
+    )

@@ -9,8 +9,8 @@ import pytest
 
 from sparda_jax.checkpoint.layout import CURRENT, future_name
 from sparda_jax.config import SparseConfig
-from sparda_jax.models.decoder import DecoderLayer
 from sparda_jax.models.presets import get_preset
+from sparda_jax.models.weights import abstract_decoder
 from sparda_jax.sparse.selection import sorted_blocks
 from train.config import LossConfig, OptimizerConfig
 from train.loss import Documents, distill_layer
@@ -216,39 +216,12 @@ def test_clip_is_over_all_heads():
     np.testing.assert_allclose(np.linalg.norm(first) / 0.1, 0.5, rtol=1e-5)
 
 
-def _abstract_decoder(name: str):
-    """Shapes of a preset's stacked bfloat16 weights; nothing is allocated."""
-    from sparda_jax.models.decoder import Decoder
-
-    config = get_preset(name).model
-    hidden, ffn, layers = config.hidden_size, config.ffn_size, config.num_layers
-    queries = config.num_heads * config.head_dim
-    keys = config.num_kv_heads * config.head_dim
-    shapes = {
-        "attention_norm": (hidden,),
-        "qkv": (hidden, queries + 2 * keys),
-        "out": (queries, hidden),
-        "mlp_norm": (hidden,),
-        "gate_up": (hidden, 2 * ffn),
-        "down": (ffn, hidden),
-    }
-
-    def make():
-        layer = {n: jnp.zeros((1, *s), jnp.bfloat16) for n, s in shapes.items()}
-        table = jnp.zeros((config.vocab_size, hidden), jnp.bfloat16)
-        norm = jnp.zeros((hidden,), jnp.bfloat16)
-        model = Decoder(config, table, [DecoderLayer(layer)], norm, table)
-        stacked = {n: jnp.zeros((layers, *s), jnp.bfloat16) for n, s in shapes.items()}
-        model.layers = DecoderLayer(stacked)
-        return model
-
-    return jax.eval_shape(make)
-
-
 @pytest.mark.slow
 def test_8b_step_at_64k_fits_in_8_gb_beside_its_weights():
     preset = get_preset("minicpm4.1-8b")
-    model = _abstract_decoder("minicpm4.1-8b")
+    model = abstract_decoder(
+        preset.model, jnp.bfloat16, storage="stacked", forecast=False
+    )
     optimizer = make_optimizer(OptimizerConfig())
     shape = (32, 4096, 256)
     state = jax.eval_shape(

@@ -13,6 +13,7 @@ import pytest
 
 from sparda_jax.checkpoint import layout
 from sparda_jax.config import ModelConfig
+from sparda_jax.models.spec import base_shapes
 
 Types = gguf.GGMLQuantizationType
 
@@ -63,7 +64,7 @@ class Kit:
         rng = np.random.default_rng(seed)
         return {
             name: rng.standard_normal(shape).astype(np.float32)
-            for name, shape in layout.base_shapes(config)
+            for name, shape in base_shapes(config)
         }
 
     def forecast(self, config: ModelConfig, seed: int = 1) -> dict[str, np.ndarray]:
@@ -138,15 +139,17 @@ class Kit:
     ) -> dict[str, np.ndarray]:
         """Hugging Face arrays to GGUF names, q and k permuted as the converter does."""
         names = {
-            layout.EMBEDDING: "token_embd.weight",
-            layout.FINAL_NORM: "output_norm.weight",
-            layout.HEAD: "output.weight",
+            "model.embed_tokens.weight": "token_embd.weight",
+            "model.norm.weight": "output_norm.weight",
+            "lm_head.weight": "output.weight",
         }
         parts = {
             "input_layernorm": "attn_norm",
             "self_attn.q_proj": "attn_q",
             "self_attn.k_proj": "attn_k",
             "self_attn.v_proj": "attn_v",
+            "self_attn.q_norm": "attn_q_norm",
+            "self_attn.k_norm": "attn_k_norm",
             "self_attn.o_proj": "attn_output",
             "post_attention_layernorm": "ffn_norm",
             "mlp.gate_proj": "ffn_gate",

@@ -201,7 +201,12 @@ def test_refused_metadata(kit, changes, message):
         ({"blk.1.attn_k.weight": None}, r"layers.1.self_attn.k_proj.weight of shape"),
         ({"token_embd.weight": None}, "token_embd.weight is missing"),
         ({"blk.0.ffn_gate_exps.weight": np.ones(4, np.float32)}, "ffn_gate_exps"),
-        ({"blk.0.attn_output.bias": np.ones(32, np.float32)}, "attn_output.bias"),
+        (
+            {"blk.0.attn_output.bias": np.ones(32, np.float32)},
+            "1.self_attn.o_proj.bias",
+        ),
+        ({"blk.0.attn_q_norm.weight": np.ones(8, np.float32)}, "not part of this"),
+        ({"blk.0.ffn_down.bias": np.ones(32, np.float32)}, "ffn_down.bias"),
         ({"blk.00.attn_norm.weight": np.ones(32, np.float32)}, "blk.00.attn_norm"),
         (
             {"blk.0.ffn_up.weight": np.ones((32, 64), np.float32)},

@@ -19,6 +19,7 @@ from sparda_jax.checkpoint.hf import save_hf
 from sparda_jax.checkpoint.source import open_checkpoint
 from sparda_jax.checkpoint.tensors import fingerprint
 from sparda_jax.config import ModelConfig, RopeConfig, SparseConfig
+from sparda_jax.models import spec
 
 LISTS = {"short_factors": (1.0, 1.5, 2.0, 3.0), "long_factors": (1.0, 2.0, 4.0, 8.0)}
 ROPES = {
@@ -40,8 +41,10 @@ ROPES = {
 FEATURES = {
     "llama": {},
     "untied": {"tie_embeddings": False, "bos_id": 1, "eos_ids": (2, 5)},
+    "biases": {"attention_bias": True, "output_bias": True},
     "qwen2": {"attention_bias": True},
     "qwen3": {"qk_norm": True},
+    "qwen3 biases": {"qk_norm": True, "attention_bias": True, "output_bias": True},
     "nosa": {"key_bias": True, "tie_embeddings": False},
     # 1.4/√7 and 32/3 are no round numbers: both must come back exactly.
     "minicpm": {
@@ -105,7 +108,7 @@ def test_bfloat16_shards_forecast_tokenizer_and_sparse(kit):
     # The hash is of the values: rounded ones are another model's; its Forecast is not
     # part of it.
     rounded = {
-        n: loaded[n].astype(np.float32) for n, _ in layout.base_shapes(source.config)
+        n: loaded[n].astype(np.float32) for n, _ in spec.base_shapes(source.config)
     }
     assert source.fingerprint == fingerprint(rounded) == fingerprint(loaded)
     assert source.fingerprint != gguf.fingerprint
@@ -126,7 +129,7 @@ def test_fingerprint_tells_models_apart(kit):
     assert len(first) == 64
     assert first == fingerprint(dict(reversed(tensors.items())))
     assert first == fingerprint(tensors | kit.forecast(kit.config))
-    name = layout.EMBEDDING
+    name = spec.EMBEDDING
     changed = tensors[name].copy()
     changed[-1, -1] += 1
     assert first != fingerprint(tensors | {name: changed})
@@ -211,8 +214,40 @@ def test_yarn_stretches_the_context(kit, saved):
 
 def test_tying_follows_the_weights_where_the_file_is_silent(kit, saved):
     assert not _config(kit, saved, tie_word_embeddings=None).tie_embeddings
+
+
+def test_a_stored_head_that_differs_is_kept_whatever_the_file_says(kit, saved):
+    """Many fine-tuned models say they are tied, and hold a head of their own."""
+    assert not _config(kit, saved, tie_word_embeddings=True).tie_embeddings
+    stored = safetensors.numpy.load_file(saved / "model.safetensors")
+    source = open_checkpoint(saved)
+    np.testing.assert_array_equal(source.tensors[spec.HEAD](), stored[spec.HEAD])
+
+    def last_element(tensors):
+        tensors[spec.HEAD] = tensors[spec.EMBEDDING].copy()
+        tensors[spec.HEAD][-1, -1] += 1
+
+    _edit_tensors(saved, last_element)
+    assert not open_checkpoint(saved).config.tie_embeddings
+
+    def same(tensors):
+        tensors[spec.HEAD] = tensors[spec.EMBEDDING].astype(np.float16)
+        tensors[spec.EMBEDDING] = tensors[spec.HEAD].astype(np.float32)
+
+    _edit_tensors(saved, same)
+    source = open_checkpoint(saved)
+    assert source.config.tie_embeddings
+    assert spec.HEAD not in source.tensors
+
+
+def test_a_tied_model_may_hold_the_head_alone(kit, saved):
+    stored = safetensors.numpy.load_file(saved / "model.safetensors")
+    _edit_tensors(saved, lambda tensors: tensors.pop(spec.EMBEDDING))
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight .* is missing"):
+        _config(kit, saved, tie_word_embeddings=False)
     assert _config(kit, saved, tie_word_embeddings=True).tie_embeddings
-    assert layout.HEAD not in open_checkpoint(saved).tensors
+    source = open_checkpoint(saved)
+    np.testing.assert_array_equal(source.tensors[spec.EMBEDDING](), stored[spec.HEAD])
 
 
 def test_head_dim_and_kv_heads_have_defaults(kit):
@@ -229,7 +264,8 @@ def test_head_dim_and_kv_heads_have_defaults(kit):
         ({"model_type": None}, "model_type = None"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"mlp_bias": True}, "mlp_bias = True"),
-        ({"attention_bias": True}, "attention_bias = True.*o_proj bias"),
+        ({"attention_bias": True}, "q_proj.bias of shape .* is missing"),
+        ({"attention_bias": 1}, "attention_bias = 1"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ({"use_sliding_window": True}, "use_sliding_window = True"),
@@ -363,7 +399,7 @@ def test_missing_files(saved):
             "tensor 'x' is missing",
         ),
         (lambda map_: map_.clear(), "weight_map = {}"),
-        (lambda map_: map_.pop(layout.FINAL_NORM), "model.norm.weight .* is missing"),
+        (lambda map_: map_.pop(spec.FINAL_NORM), "model.norm.weight .* is missing"),
     ],
 )
 def test_damaged_index(kit, change, message):
@@ -510,7 +546,7 @@ def test_nothing_is_left_of_a_failed_write(kit, monkeypatch):
     with pytest.raises(CheckpointError, match="unknown is not part of the model"):
         save_hf(kit.folder / "out", kit.config, tensors | {"unknown": np.ones(1)})
     both = dataclasses.replace(kit.config, qk_norm=True, attention_bias=True)
-    with pytest.raises(CheckpointError, match="qwen2 and qwen3 together"):
+    with pytest.raises(CheckpointError, match="attention_bias and qk_norm; allowed"):
         save_hf(kit.folder / "out", both, kit.tensors(both))
     assert list(kit.folder.iterdir()) == []
     (kit.folder / "out").mkdir()
@@ -523,7 +559,7 @@ def test_nothing_is_left_of_a_failed_write(kit, monkeypatch):
 
 
 def test_arrays_are_views_that_jax_takes(saved):
-    array = open_checkpoint(saved).tensors[layout.FINAL_NORM]()
+    array = open_checkpoint(saved).tensors[spec.FINAL_NORM]()
     assert not array.flags.writeable
     assert not array.flags.owndata
     np.testing.assert_array_equal(np.asarray(jax.numpy.asarray(array)), array)

@@ -35,7 +35,6 @@ from sparda_jax.inference.limits import (
 from sparda_jax.inference.measure import measure_rates
 from sparda_jax.inference.memory_plan import (
     GIB,
-    abstract_decoder,
     abstract_state,
     memory_plan,
     tree_bytes,
@@ -44,7 +43,8 @@ from sparda_jax.inference.planner import Rates, plan, recorded_rates, step_time
 from sparda_jax.inference.sampling import SamplingConfig, sampling_state
 from sparda_jax.models.presets import PRESETS
 from sparda_jax.models.rope import model_rope
-from sparda_jax.models.weights import num_forecast_parameters, num_parameters
+from sparda_jax.models.spec import num_forecast_parameters, num_parameters
+from sparda_jax.models.weights import abstract_decoder
 from sparda_jax.sparse.selectors import get_selector
 
 TINY, NOSA, MINICPM = (PRESETS[n] for n in ("tiny", "tiny-nosa", "minicpm4.1-8b"))

@@ -6,18 +6,18 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from textbook import textbook_logits
 
 import sparda_jax as sj
-from sparda_jax.checkpoint.layout import base_shapes
-from sparda_jax.config import ConfigError, ModelConfig, RopeConfig, SparseConfig
+from sparda_jax.config import ConfigError, RopeConfig, SparseConfig
 from sparda_jax.models.presets import PRESETS, get_preset
 from sparda_jax.models.rope import rope_frequencies
-from sparda_jax.models.weights import (
-    build_decoder,
+from sparda_jax.models.spec import (
+    base_shapes,
     num_forecast_parameters,
     num_parameters,
-    random_tensors,
 )
+from sparda_jax.models.weights import build_decoder, random_tensors
 from sparda_jax.sparse.selectors import get_selector
 
 
@@ -105,66 +105,12 @@ def test_longrope_takes_one_list_for_a_request():
     assert scale == pytest.approx(math.sqrt(1 + math.log(4) / math.log(100)))
 
 
-def _numpy_dense(config: ModelConfig, tensors, ids):
-    """The textbook decoder in float64 NumPy, written for this test alone."""
-    w = {name: load().astype(np.float64) for name, load in tensors.items()}
-
-    def norm(x, weight):
-        scale = np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps)
-        return x / scale * weight
-
-    inv_freq, _ = rope_frequencies(config.rope, config.head_dim, len(ids))
-    angle = np.arange(len(ids))[:, None] * inv_freq.astype(np.float64)
-    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
-
-    def rope(x):
-        a, b = np.split(x, 2, axis=-1)
-        return np.concatenate((a * cos - b * sin, b * cos + a * sin), -1)
-
-    h = w["model.embed_tokens.weight"][ids] * config.embed_scale
-    causal = np.tril(np.ones((len(ids), len(ids)), bool))
-    for index in range(config.num_layers):
-        layer = f"model.layers.{index}."
-        x = norm(h, w[layer + "input_layernorm.weight"])
-
-        def heads(part, layer=layer, x=x):
-            name = f"{layer}self_attn.{part}_proj."
-            y = x @ w[name + "weight"].T
-            if config.attention_bias:
-                y = y + w[name + "bias"]
-            y = y.reshape(len(ids), -1, config.head_dim)
-            if config.qk_norm and part != "v":
-                y = norm(y, w[f"{layer}self_attn.{part}_norm.weight"])
-            return y
-
-        q, k, v = rope(heads("q")), rope(heads("k")), heads("v")
-        k, v = (np.repeat(y, config.group_size, axis=1) for y in (k, v))
-        scores = np.einsum("tnh,snh->nts", q, k) / math.sqrt(config.head_dim)
-        if config.key_bias:
-            flat = heads("v").reshape(len(ids), -1)
-            gate = np.log1p(np.exp(flat @ w[layer + "self_attn.delta.weight"].T))
-            bias = w[layer + "self_attn.A"] * gate
-            scores += np.repeat(bias, config.group_size, axis=1).T[:, None]
-        scores = np.where(causal, scores, -np.inf)
-        p = np.exp(scores - scores.max(-1, keepdims=True))
-        p /= p.sum(-1, keepdims=True)
-        out = np.einsum("nts,snh->tnh", p, v).reshape(len(ids), -1)
-        h = h + config.residual_scale * out @ w[layer + "self_attn.o_proj.weight"].T
-        x = norm(h, w[layer + "post_attention_layernorm.weight"])
-        gate = x @ w[layer + "mlp.gate_proj.weight"].T
-        up = x @ w[layer + "mlp.up_proj.weight"].T
-        mlp = (gate / (1 + np.exp(-gate)) * up) @ w[layer + "mlp.down_proj.weight"].T
-        h = h + config.residual_scale * mlp
-    x = norm(h, w["model.norm.weight"]) / config.logits_divisor
-    head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
-    return x @ w[head + ".weight"].T
-
-
 @pytest.mark.parametrize(
     "changes",
     [
         {},
         {"attention_bias": True},
+        {"attention_bias": True, "output_bias": True},
         {"qk_norm": True},
         {"tie_embeddings": False},
         {"key_bias": True},
@@ -195,5 +141,8 @@ def test_every_option_equals_a_textbook_decoder(changes):
     ids = np.random.default_rng(0).integers(0, config.vocab_size, 50)
     got = sj.forward(dense, ids)
     np.testing.assert_allclose(
-        got, _numpy_dense(config, tensors, ids), atol=2e-4, rtol=1e-4
+        got,
+        textbook_logits(config, {n: load() for n, load in tensors.items()}, ids),
+        atol=2e-4,
+        rtol=1e-4,
     )

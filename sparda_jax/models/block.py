@@ -1,0 +1,79 @@
+"""One decoder layer around its attention: the same for inference and training."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparda_jax.config import ModelConfig
+from sparda_jax.models.decoder import DecoderLayer
+from sparda_jax.models.layers import matmul, rms_norm, swiglu
+from sparda_jax.models.rope import Rotation, apply_rope
+
+
+class AttentionInputs(NamedTuple):
+    """What a layer's attention works on.
+
+    Attributes:
+      x: The layer's normalised input, which Forecast heads read.
+      q, k: Queries and keys after RoPE.
+      v: Values.
+      key_bias: NOSA's c of each token, float32, or None.
+    """
+
+    x: Float[Array, "B T D"]
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B T K H"]
+    v: Float[Array, "B T K H"]
+    key_bias: Float[Array, "B T K"] | None
+
+
+def before_attention(
+    layer: DecoderLayer, config: ModelConfig, h: Float[Array, "B T D"], turn: Rotation
+) -> AttentionInputs:
+    """Input norm, projections, norms of q and k, RoPE (specification §1)."""
+    x = rms_norm(h, layer.attention_norm[...], config.rms_norm_eps)
+    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    fused = matmul(x, layer.qkv[...])
+    if layer.qkv_bias is not None:
+        fused = fused + layer.qkv_bias[...].astype(fused.dtype)
+    fused = fused.reshape(*x.shape[:2], heads + 2 * kv_heads, dim)
+    qk, v = jnp.split(fused, (heads + kv_heads,), axis=2)
+    if layer.q_norm is not None and layer.k_norm is not None:
+        weight = jnp.concatenate(
+            (
+                jnp.broadcast_to(layer.q_norm[...], (heads, dim)),
+                jnp.broadcast_to(layer.k_norm[...], (kv_heads, dim)),
+            )
+        )
+        qk = rms_norm(qk, weight, config.rms_norm_eps)
+    q, k = jnp.split(apply_rope(qk, turn), (heads,), axis=2)
+    return AttentionInputs(x, q, k, v, _key_bias(layer, v))
+
+
+def _key_bias(
+    layer: DecoderLayer, v: Float[Array, "B T K H"]
+) -> Float[Array, "B T K"] | None:
+    """NOSA's key bias c = A ⊙ softplus(delta(v)), float32 (specification §1.2)."""
+    if layer.key_bias_scale is None or layer.key_bias_delta is None:
+        return None
+    flat = v.reshape(*v.shape[:2], -1)
+    gate = jax.nn.softplus(matmul(flat, layer.key_bias_delta[...]))
+    return (layer.key_bias_scale[...] * gate).astype(jnp.float32)
+
+
+def after_attention(
+    layer: DecoderLayer,
+    config: ModelConfig,
+    h: Float[Array, "*rows D"],
+    attended: Float[Array, "*rows NH"],
+) -> Float[Array, "*rows D"]:
+    """Output projection and MLP, each added to its input (specification §1)."""
+    scale = jnp.asarray(config.residual_scale, h.dtype)
+    out = matmul(attended, layer.out[...])
+    if layer.out_bias is not None:
+        out = out + layer.out_bias[...].astype(out.dtype)
+    h = h + scale * out
+    x = rms_norm(h, layer.mlp_norm[...], config.rms_norm_eps)
+    return h + scale * swiglu(x, layer.gate_up[...], layer.down[...])
