@@ -14,14 +14,10 @@ from sparda_jax.config import (
     SparseConfig,
 )
 from sparda_jax.engine.api import forward, generate, stream
+from sparda_jax.engine.conversation import Conversation
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.offload_stats import OffloadStats
-from sparda_jax.engine.results import (
-    Conversation,
-    GenerateOutput,
-    GenerateStats,
-    StreamEvent,
-)
+from sparda_jax.engine.results import GenerateOutput, GenerateStats, StreamEvent
 from sparda_jax.engine.stream import Stream
 from sparda_jax.inference.measure import measure_rates
 from sparda_jax.inference.planner import Plan, Rates, plan, recorded_rates

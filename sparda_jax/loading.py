@@ -79,7 +79,8 @@ def _install_forecast(
     source: CheckpointSource | None,
     forecast: str | os.PathLike | None,
     dtype: DTypeLike,
-) -> None:
+) -> SparseConfig | None:
+    """Gives the model its heads; returns what they were trained for, if it is known."""
     if forecast == "from_query":
         model.set_forecast(from_query_heads(model))
     elif forecast is not None:
@@ -89,10 +90,13 @@ def _install_forecast(
         )
         heads = forecast_heads(config, weights.future, weights.current, dtype)
         model.set_forecast(heads)
+        return weights.sparse
     elif source is not None:
         own = _own_heads(source)
         if own is not None:
             model.set_forecast(forecast_heads(config, *own, dtype))
+            return source.sparse
+    return None
 
 
 def load(
@@ -153,7 +157,7 @@ def load(
     decoder = build_decoder(
         config, tensors, dtype=dtype, storage=storage, on_layer=on_layer
     )
-    _install_forecast(decoder, config, sparse, source, forecast, dtype)
+    trained = _install_forecast(decoder, config, sparse, source, forecast, dtype)
     return LanguageModel(
         model=decoder,
         config=config,
@@ -163,6 +167,7 @@ def load(
         fingerprint=None if source is None else source.fingerprint,
         implementation=implementation,
         cache=cache or CacheConfig(),
+        forecast_sparse=trained,
     )
 
 
@@ -226,14 +231,13 @@ def with_attention(
     forecast: str | None = None,
     cache: CacheConfig | None = None,
 ) -> LanguageModel:
-    """The same weights with another way to attend.
+    """The same weights with another way to attend; `lm` stays as it is.
 
     Args:
       lm: A loaded model.
       attention: As for `load`.
       sparse: Another block selection; None keeps it.
-      forecast: "from_query" adds training-free heads to the (shared) decoder if it has
-        none; None keeps what it has.
+      forecast: "from_query" takes training-free heads; None keeps the model's own.
       cache: Where generation keeps its KV; None keeps it.
 
     Raises:
@@ -244,13 +248,14 @@ def with_attention(
         raise ConfigError(
             f"forecast={forecast!r} is not allowed: it must be None or 'from_query'"
         )
-    if forecast == "from_query" and lm.model.forecast is None:
-        lm.model.set_forecast(from_query_heads(lm.model))
-    selector.check(lm.config, has_forecast=lm.model.forecast is not None)
+    model, trained = lm.model, lm.forecast_sparse
+    if forecast == "from_query":
+        model, trained = model.with_forecast(from_query_heads(model)), None
     return dataclasses.replace(
         lm,
+        model=model,
         selector=selector,
         sparse=sparse or lm.sparse,
         cache=cache or lm.cache,
-        _compiled={},
+        forecast_sparse=trained,
     )

@@ -28,6 +28,7 @@ import pytest  # noqa: E402
 
 from sparda_jax.checkpoint.layout import CURRENT, future_name  # noqa: E402
 from sparda_jax.config import ModelConfig, RopeConfig, SparseConfig  # noqa: E402
+from sparda_jax.engine.compile_cache import PROGRAMS  # noqa: E402
 from sparda_jax.models.decoder import Decoder  # noqa: E402
 from sparda_jax.models.weights import build_decoder, forecast_heads  # noqa: E402
 
@@ -205,6 +206,7 @@ def without_type_checks():
 def _compiled_code_is_dropped():
     """Every compiled program holds memory maps, of which a process has only so many."""
     yield
+    PROGRAMS.clear()
     jax.clear_caches()
 
 
@@ -212,4 +214,5 @@ def _compiled_code_is_dropped():
 def _slow_tests_drop_their_compiled_code(request: pytest.FixtureRequest):
     yield
     if request.node.get_closest_marker("slow") is not None:
+        PROGRAMS.clear()
         jax.clear_caches()

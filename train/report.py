@@ -128,12 +128,12 @@ def _perplexities(
     for name in ("dense", "infllm_v2"):
         chosen = sj.with_attention(lm, name)
         found[name] = perplexity(chosen, list(rows), first=first)
-    compiled: dict = {}
     for name, matrices in heads.items():
-        lm.model.set_forecast(list(matrices.astype(lm.model.embedding[...].dtype)))
-        chosen = sj.with_attention(lm, "sparda")
-        # Other matrices, the same program.
-        chosen = dataclasses.replace(chosen, _compiled=compiled)
+        cast = list(matrices.astype(lm.model.embedding[...].dtype))
+        headed = dataclasses.replace(
+            lm, model=lm.model.with_forecast(cast), forecast_sparse=None
+        )
+        chosen = sj.with_attention(headed, "sparda")
         found[f"sparda, {name}"] = perplexity(chosen, list(rows), first=first)
     return found
 

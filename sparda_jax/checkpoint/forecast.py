@@ -30,7 +30,7 @@ VERSION = "1"
 
 # The fields on which the scores depend: which keys are averaged, and which averages a
 # block takes its score from.
-_GEOMETRY = ("kernel_size", "kernel_stride", "block_size")
+GEOMETRY = ("kernel_size", "kernel_stride", "block_size")
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _FLOATS = tuple(
     np.dtype(kind) for kind in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
@@ -104,7 +104,7 @@ def save_forecast(
 def _check_geometry(
     path: pathlib.Path, held: SparseConfig, asked: SparseConfig
 ) -> None:
-    for field in _GEOMETRY:
+    for field in GEOMETRY:
         found, want = getattr(held, field), getattr(asked, field)
         if found != want:
             raise CheckpointError(

@@ -2,17 +2,25 @@
 
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparda_jax.config import CacheConfig, ConfigError
+from sparda_jax.engine.compile_cache import PROGRAMS
+from sparda_jax.engine.conversation import Conversation
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.requests import PromptLike, Prompts, check_length, encode_prompt
-from sparda_jax.engine.results import Conversation, GenerateOutput
+from sparda_jax.engine.results import GenerateOutput
 from sparda_jax.engine.session import Session
 from sparda_jax.engine.stream import Stream
-from sparda_jax.inference.generate import new_state, pad_rows, plan_shapes
+from sparda_jax.inference.generate import (
+    Prompt,
+    Shapes,
+    new_state,
+    pad_rows,
+    plan_shapes,
+)
+from sparda_jax.inference.layer_store import LayerSettings
 from sparda_jax.inference.prefill import prefill
 from sparda_jax.inference.sampling import SamplingConfig
 from sparda_jax.models.decoder import Decoder, logits
@@ -42,29 +50,34 @@ def forward(lm: LanguageModel, ids: PromptLike) -> Float[Array, "T V"]:
         tile_size=lm.tile_size,
         block_size=lm.sparse.block_size,
     )
-    padded, count = pad_rows([tokens], shapes.prompt)
-    settings = lm.settings
+    prompt = pad_rows([tokens], shapes.prompt)
+    arguments = (lm.model, prompt, model_rope(lm.config, len(tokens)))
+    static = {"settings": lm.settings, "shapes": shapes}
+    program, _ = PROGRAMS.get(_forward, arguments, static)
+    return program(*arguments)[: len(tokens)]
 
-    def whole(model: Decoder, tokens: Array, count: Array, rope: Rope) -> Array:
-        state = new_state(model, settings, 1, shapes, CacheConfig())
-        start = jnp.zeros_like(count)
-        carry = prefill(
-            model,
-            state.cache,
-            tokens,
-            start,
-            count,
-            rope,
-            settings,
-            tile_size=shapes.tile,
-        )
-        return logits(model, carry.hidden[0])
 
-    key = ("forward", shapes)
-    if key not in lm._compiled:
-        lm._compiled[key] = jax.jit(whole)
-    rope = model_rope(lm.config, len(tokens))
-    return lm._compiled[key](lm.model, padded, count, rope)[: len(tokens)]
+def _forward(
+    model: Decoder,
+    prompt: Prompt,
+    rope: Rope,
+    *,
+    settings: LayerSettings,
+    shapes: Shapes,
+) -> Float[Array, "T V"]:
+    """Logits of one padded sequence, on a cache of its own."""
+    state = new_state(model, settings, 1, shapes, CacheConfig())
+    carry = prefill(
+        model,
+        state.cache,
+        prompt.tokens,
+        jnp.zeros_like(prompt.count),
+        prompt.count,
+        rope,
+        settings,
+        tile_size=shapes.tile,
+    )
+    return logits(model, carry.hidden[0])
 
 
 def generate(

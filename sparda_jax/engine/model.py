@@ -5,17 +5,33 @@ import dataclasses
 import jax
 
 from pallas_kernels.dispatch import Implementation
+from sparda_jax.checkpoint.forecast import GEOMETRY
 from sparda_jax.checkpoint.tokenizer import Tokenizer
-from sparda_jax.config import CacheConfig, ModelConfig, SparseConfig
+from sparda_jax.config import CacheConfig, ConfigError, ModelConfig, SparseConfig
 from sparda_jax.inference.generate import tile_tokens
 from sparda_jax.inference.layer_store import LayerSettings
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.sparse.selectors import Selector
 
 
-@dataclasses.dataclass(frozen=True)
+def check_same_geometry(trained: SparseConfig, asked: SparseConfig) -> None:
+    """Raises ConfigError if Forecast heads do not score the averages that are asked."""
+    for field in GEOMETRY:
+        made, given = getattr(trained, field), getattr(asked, field)
+        if made != given:
+            raise ConfigError(
+                f"SparseConfig.{field}={given} is not allowed: the Forecast heads were "
+                f"trained for {field}={made}; or take forecast='from_query', the "
+                "training-free heads, which fit any"
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModel:
     """A loaded model with a way to attend; made by `sparda_jax.load`.
+
+    A value: no call changes it, and `dataclasses.replace` or `with_attention` give
+    another one. It checks itself when it is made.
 
     Attributes:
       model: The decoder with its weights.
@@ -26,6 +42,12 @@ class LanguageModel:
       fingerprint: Hash of the base weights, which Forecast files name.
       implementation: Attention kernels (see `LayerSettings`).
       cache: Where generation keeps its KV.
+      forecast_sparse: The selection that the Forecast heads were trained for; None
+        without heads, and with heads that fit any (training-free) or do not tell.
+
+    Raises:
+      ConfigError: If the model cannot attend in this way, or its heads were trained
+        for another window geometry.
     """
 
     model: Decoder
@@ -36,7 +58,20 @@ class LanguageModel:
     fingerprint: str | None
     implementation: Implementation | None = None
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
-    _compiled: dict = dataclasses.field(default_factory=dict, repr=False)
+    forecast_sparse: SparseConfig | None = None
+
+    def __post_init__(self) -> None:
+        has_forecast = self.model.forecast is not None
+        self.selector.check(self.config, has_forecast=has_forecast)
+        if self.selector.needs_forecast and self.forecast_sparse is not None:
+            check_same_geometry(self.forecast_sparse, self.sparse)
+
+    def __repr__(self) -> str:
+        return (
+            f"LanguageModel({self.config.name!r}, attention={self.selector.name!r}, "
+            f"{self.model.embedding[...].dtype}, storage={self.model.storage!r}, "
+            f"cache={self.cache.kind!r})"
+        )
 
     @property
     def settings(self) -> LayerSettings:

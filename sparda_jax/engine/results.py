@@ -1,11 +1,9 @@
 """What calls return: outputs, their measured figures, conversations, stream events."""
 
 import dataclasses
-import threading
 
-from sparda_jax.config import ConfigError
+from sparda_jax.engine.conversation import Conversation
 from sparda_jax.engine.offload_stats import OffloadStats
-from sparda_jax.inference.generate import GenerateState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,46 +56,7 @@ class GenerateStats:
         return attended / present if present else None
 
 
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-    """A cache to which further turns can be appended; used up by the next turn.
-
-    Attributes:
-      state: Device state after the last turn.
-      lengths: Tokens in the cache, per row.
-      rope_length: Longest context that the rotary frequencies were chosen for.
-    """
-
-    state: GenerateState
-    lengths: tuple[int, ...]
-    rope_length: int
-    # Held by the one turn that goes on from here: one thread can take it, once.
-    _taken: threading.Lock = dataclasses.field(
-        default_factory=threading.Lock, repr=False, compare=False
-    )
-
-    def check_unused(self) -> None:
-        """Raises ConfigError if another turn has gone on from here."""
-        if self._taken.locked():
-            raise ConfigError(
-                "conversation is used up, by a further turn or a stream that was made "
-                "with it: continue with the one in that turn's output"
-            )
-
-    def take(self) -> GenerateState:
-        """The state, for the one turn that goes on from here.
-
-        The turn writes over the buffers, so no other may use them.
-
-        Raises:
-          ConfigError: If another turn has taken it.
-        """
-        if not self._taken.acquire(blocking=False):
-            self.check_unused()
-        return self.state
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class GenerateOutput:
     """What `generate` returns.
 
@@ -114,6 +73,21 @@ class GenerateOutput:
     finish_reasons: list[str]
     stats: GenerateStats
     conversation: Conversation
+
+    def __repr__(self) -> str:
+        counts = ", ".join(str(len(row)) for row in self.tokens[:8])
+        more = ", …" if len(self.tokens) > 8 else ""
+        first = f", texts[0]={shorten(self.texts[0])}" if self.texts else ""
+        return (
+            f"GenerateOutput({len(self.tokens)} rows of {counts}{more} new tokens, "
+            f"finish_reasons={sorted(set(self.finish_reasons))}{first}, "
+            f"{self.stats.total_seconds:.3g} s, {self.conversation!r})"
+        )
+
+
+def shorten(text: str, most: int = 60) -> str:
+    """A text as a short literal."""
+    return repr(text if len(text) <= most else f"{text[: most - 1]}…")
 
 
 @dataclasses.dataclass(frozen=True)

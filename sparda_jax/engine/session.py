@@ -3,8 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +12,14 @@ from jaxtyping import Array
 
 from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.config import CacheConfig, ConfigError
+from sparda_jax.engine.compile_cache import PROGRAMS, signature
+from sparda_jax.engine.conversation import Conversation, MadeWith
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.offload_stats import OffloadStats, offload_stats
 from sparda_jax.engine.policy import (
     PROBE_TIMED,
     PROBE_WARM,
+    PROBES,
     Probe,
     fetch_rate,
     hidden_share,
@@ -30,17 +32,17 @@ from sparda_jax.engine.requests import (
     encode_prompt,
     prompt_rows,
 )
-from sparda_jax.engine.results import Conversation, GenerateOutput, GenerateStats
+from sparda_jax.engine.results import GenerateOutput, GenerateStats
 from sparda_jax.inference.generate import (
     Prompt,
     Request,
-    advance_call,
-    begin_call,
+    advance,
+    begin,
     new_state,
     next_turn,
     pad_rows,
     plan_shapes,
-    run_call,
+    run,
     stop_array,
 )
 from sparda_jax.inference.limits import refuse_what_cannot_fit, why_not
@@ -80,12 +82,8 @@ class Session:
         ]
         held = (0,) * batch
         if conversation is not None:
+            conversation.check(lm, batch)
             held = conversation.lengths
-            conversation.check_unused()
-            if len(held) != batch:
-                raise ConfigError(
-                    f"prompts has {batch} sequences: the conversation has {len(held)}"
-                )
             # The last token of the turn before was sampled but never fed.
             pending = np.asarray(conversation.state.pending)
             rows = [[int(pending[i]), *row] for i, row in enumerate(rows)]
@@ -147,6 +145,8 @@ class Session:
         self.settings = dataclasses.replace(
             lm.settings, offload=offload_settings(self.cache, lm.selector)
         )
+        self._model_types = signature(lm.model)
+        self._programs: dict[Hashable, Callable] = {}
         self._decide_prefetch()
         self.compile_seconds = 0.0
         self.prefill_seconds = 0.0
@@ -205,11 +205,14 @@ class Session:
         if not offload.lookahead:
             self.policy.append("on demand: this attention makes no forecast")
             return
-        known = self.lm._compiled.get(("policy", self.batch, self.shapes))
+        known = PROBES.get(self._probe_key())
         if known is None:
             self._undecided = True
         else:
             self._settle(known)
+
+    def _probe_key(self) -> Hashable:
+        return self._model_types, self.settings, self.cache, self.batch, self.shapes
 
     def _settle(self, probe: Probe) -> None:
         self.policy.append(probe.reason())
@@ -244,9 +247,9 @@ class Session:
             fetch_rate=fetch_rate(offload.route, block, head_dim, cache.store.dtype),
             hidden=hidden_share(offload.route),
         )
-        self.lm._compiled[("policy", self.batch, self.shapes)] = probe
-        self._undecided = False
         self.settings = ahead
+        PROBES.put(self._probe_key(), probe)
+        self._undecided = False
         self._settle(probe)
         return steps - warm - timed
 
@@ -267,25 +270,27 @@ class Session:
         )
 
     def _call(
-        self, function: Any, *arguments: Prompt | Request, **static: Any
+        self, function: Callable, *arguments: Prompt | Request, **static: Hashable
     ) -> float:
-        """Runs a jitted part on the state; returns its seconds without compilation."""
-        lm = self.lm
-        settings = self.settings
-        if function is begin_call and settings.offload is not None:
+        """Runs a part on the state; returns its seconds without compilation."""
+        model, settings = self.lm.model, self.settings
+        if function is begin and settings.offload is not None:
             # Prefill is the same program whether decode looks ahead or not.
             offload = on_demand(settings.offload)
             settings = dataclasses.replace(settings, offload=offload)
-        key = (function, self.batch, self.shapes, settings)
-        if key not in lm._compiled:
-            begun = time.perf_counter()
-            lowered = function.lower(
-                lm.model, self.state, *arguments, settings=settings, **static
+        # In one session the types of all arguments are the same in every call.
+        program = self._programs.get((function, settings))
+        if program is None:
+            program, seconds = PROGRAMS.get(
+                function,
+                (model, self.state, *arguments),
+                {"settings": settings, **static},
+                donate=(1,),
             )
-            lm._compiled[key] = lowered.compile()
-            self.compile_seconds += time.perf_counter() - begun
+            self._programs[function, settings] = program
+            self.compile_seconds += seconds
         begun = time.perf_counter()
-        self.state = lm._compiled[key](lm.model, self.state, *arguments)
+        self.state = program(model, self.state, *arguments)
         jax.block_until_ready(self.state.done)
         return time.perf_counter() - begun
 
@@ -300,9 +305,7 @@ class Session:
             prompt = pad_rows(pieces, self.shapes.prompt)
             request = self.request(0, limit)
             tile = self.shapes.tile
-            self.prefill_seconds += self._call(
-                begin_call, prompt, request, tile_size=tile
-            )
+            self.prefill_seconds += self._call(begin, prompt, request, tile_size=tile)
             if on_progress is not None:
                 on_progress(max(len(piece) for piece in pieces))
 
@@ -324,7 +327,7 @@ class Session:
             jax.block_until_ready(self.state.done)
             self.decode_seconds += time.perf_counter() - begun
             return
-        self.decode_seconds += self._call(advance_call, request)
+        self.decode_seconds += self._call(advance, request)
 
     def whole(self) -> None:
         """Prompt and all tokens in one call."""
@@ -347,7 +350,7 @@ class Session:
         prompt = pad_rows(self.rows, self.shapes.prompt)
         request = self.request(int(self.max_new[0]), self.max_new)
         tile = self.shapes.tile
-        self.prefill_seconds += self._call(run_call, prompt, request, tile_size=tile)
+        self.prefill_seconds += self._call(run, prompt, request, tile_size=tile)
 
     @property
     def finished(self) -> bool:
@@ -396,5 +399,7 @@ class Session:
             texts=texts,
             finish_reasons=["stop" if row[-1] in stops else "length" for row in tokens],
             stats=stats,
-            conversation=Conversation(state, lengths, self.rope_length),
+            conversation=Conversation(
+                state, lengths, self.rope_length, MadeWith.of(self.lm, self.cache)
+            ),
         )

@@ -41,6 +41,10 @@ class Stream:
         """What `generate` would return; None until a loop over it has ended."""
         return self._output
 
+    def __repr__(self) -> str:
+        end = "not finished" if self._output is None else f"finished: {self._output!r}"
+        return f"Stream({self._session.batch} rows, {end})"
+
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the longest prompt: what the progress callback counts up to."""

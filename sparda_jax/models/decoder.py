@@ -89,6 +89,14 @@ class Decoder(nnx.Module):
         if forecast is not None:
             self.set_forecast(forecast)
 
+    def __repr__(self) -> str:
+        config = self.config
+        return (
+            f"Decoder({config.name!r}, {config.num_layers} layers, "
+            f"{self.embedding[...].dtype}, storage={self.storage!r}, "
+            f"forecast={'yes' if self.forecast is not None else 'no'})"
+        )
+
     @property
     def storage(self) -> Storage:
         """How the layer weights are held."""
@@ -100,6 +108,12 @@ class Decoder(nnx.Module):
             self.forecast = Forecast(jnp.stack(list(heads)))
         else:
             self.forecast = nnx.List([Forecast(head) for head in heads])
+
+    def with_forecast(self, heads: list[Float[Array, "D KH"]]) -> "Decoder":
+        """A decoder with these Forecast heads; all other arrays are shared."""
+        other = jax.tree.map(lambda array: array, self)
+        other.set_forecast(heads)
+        return other
 
     def forecast_head(self, layer: int | Int[Array, ""]) -> Float[Array, "D KH"]:
         """The head whose forecast layer `layer` (mod L) consumes."""

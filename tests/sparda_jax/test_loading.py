@@ -138,3 +138,40 @@ def test_selector_of_the_callers_own(ids):
     assert sj.forward(lm, ids).shape == (600, 128)
     few = sj.forward(lm, ids)[:300], sj.forward(dense, ids)[:300]
     np.testing.assert_allclose(*few, atol=2e-5, rtol=1e-5)
+
+
+def test_with_attention_leaves_the_model_as_it_was():
+    lm = sj.load("tiny", storage="stacked")
+    headed = sj.with_attention(lm, "sparda", forecast="from_query")
+    assert lm.model.forecast is None and headed.model.forecast is not None
+    assert headed.model.embedding[...] is lm.model.embedding[...]
+    again = sj.with_attention(headed, "sparda", forecast="from_query")
+    assert again.model is not headed.model
+
+
+def test_heads_for_another_geometry_are_refused_everywhere(
+    tmp_path, directory, forecast_arrays
+):
+    future, current = forecast_arrays
+    path = tmp_path / "heads.safetensors"
+    save_forecast(
+        path,
+        ForecastWeights(future=future, current=current, sparse=SPARSE),
+        base_name=CONFIG.name,
+    )
+    other = sj.SparseConfig(
+        kernel_size=16, kernel_stride=8, local_blocks=2, block_budget=6
+    )
+    lm = sj.load(directory, sparse=SPARSE, forecast=path)
+    assert lm.forecast_sparse == SPARSE
+    named = r"SparseConfig.kernel_size=16.*trained for kernel_size=32"
+    with pytest.raises(ConfigError, match=named):
+        sj.with_attention(lm, "sparda", sparse=other)
+    # An attention that does not forecast may have any geometry.
+    dense = sj.with_attention(lm, "dense", sparse=other)
+    with pytest.raises(ConfigError, match=named):
+        sj.with_attention(dense, "sparda")
+    free = sj.with_attention(dense, "sparda", forecast="from_query")
+    assert free.forecast_sparse is None
+    budget = sj.SparseConfig(local_blocks=1, block_budget=4)
+    assert sj.with_attention(lm, "sparda", sparse=budget).sparse == budget

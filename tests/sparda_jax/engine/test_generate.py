@@ -117,7 +117,7 @@ def test_stop_id_ends_only_its_row(lm, prompts, greedy):
 def test_eos_of_the_model_ends_a_row(lm, prompts, greedy):
     token = greedy.tokens[2][3]
     config = dataclasses.replace(lm.config, eos_ids=(token,))
-    changed = dataclasses.replace(lm, config=config, _compiled={})
+    changed = dataclasses.replace(lm, config=config)
     out = sj.generate(changed, [prompts[2]], max_new_tokens=24)
     end = greedy.tokens[2].index(token) + 1
     assert out.tokens[0] == greedy.tokens[2][:end]

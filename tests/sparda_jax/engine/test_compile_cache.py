@@ -1,0 +1,107 @@
+"""The compile cache: bounded, keyed by everything static, safe under threads."""
+
+import concurrent.futures
+import dataclasses
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparda_jax as sj
+from sparda_jax.engine.compile_cache import PROGRAMS, BoundedCache, Programs
+
+
+def test_what_was_not_used_for_longest_makes_room():
+    cache = BoundedCache(2)
+    cache.put("a", 1)
+    cache.put("b", 2)
+    assert cache.get("a") == 1
+    cache.put("c", 3)
+    assert (cache.get("a"), cache.get("b"), cache.get("c")) == (1, None, 3)
+    assert len(cache) == 2
+    cache.clear()
+    assert len(cache) == 0
+
+
+def test_threads_that_want_one_value_make_it_once():
+    cache, together, made = BoundedCache(4), threading.Barrier(8), []
+
+    def make():
+        made.append(threading.get_ident())
+        return len(made)
+
+    def want(_):
+        together.wait(30)
+        return cache.get_or_make("key", make)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(want, range(8))) == [1] * 8
+    assert len(made) == 1
+
+
+def test_a_failure_leaves_nothing():
+    cache = BoundedCache(4)
+
+    def fail():
+        raise RuntimeError("no")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no"):
+            cache.get_or_make("key", fail)
+    assert len(cache) == 0
+    assert cache.get_or_make("key", lambda: 5) == 5
+
+
+def _scaled(x, *, factor):
+    return x * factor
+
+
+def test_programs_are_keyed_by_all_that_is_static():
+    programs = Programs(8)
+    two = jnp.arange(2.0)
+    for arguments, factor in (
+        ((two,), 2),
+        ((two,), 3),
+        ((jnp.arange(3.0),), 2),
+        ((jnp.arange(2),), 2),
+    ):
+        program, seconds = programs.get(_scaled, arguments, {"factor": factor})
+        assert seconds > 0
+        np.testing.assert_array_equal(program(*arguments), arguments[0] * factor)
+    with jax.default_matmul_precision("bfloat16"):
+        programs.get(_scaled, (two,), {"factor": 2})
+    assert programs.compiled == len(programs) == 5
+    _, seconds = programs.get(_scaled, (two + 1,), {"factor": 2})
+    assert seconds == 0 and programs.compiled == 5
+
+
+def test_the_number_of_programs_is_bounded():
+    programs = Programs(2)
+    for factor in range(4):
+        programs.get(_scaled, (jnp.arange(2.0),), {"factor": factor})
+    assert (len(programs), programs.compiled) == (2, 4)
+
+
+def test_forward_of_a_replaced_model_is_its_own(token_ids):
+    """Shapes alone are no key: the budget of the second model must count."""
+    sparse = sj.SparseConfig(local_blocks=1, init_blocks=0, block_budget=2)
+    options = {"attention": "infllm_v2", "storage": "stacked"}
+    first = sj.load("tiny", sparse=sparse, **options)
+    ids = token_ids(300)
+    narrow = sj.forward(first, ids)
+    wide = dataclasses.replace(
+        first, sparse=dataclasses.replace(sparse, block_budget=4)
+    )
+    fresh = sj.load("tiny", sparse=wide.sparse, **options)
+    replaced = sj.forward(wide, ids)
+    assert np.abs(np.asarray(replaced) - np.asarray(narrow)).max() > 1e-4
+    compiled = PROGRAMS.compiled
+    # Another model of the same shape: the same program, its own weights.
+    np.testing.assert_array_equal(replaced, sj.forward(fresh, ids))
+    other = dataclasses.replace(
+        first, model=jax.tree.map(lambda weights: weights * 0.9, first.model)
+    )
+    assert np.abs(np.asarray(sj.forward(other, ids) - narrow)).max() > 1e-4
+    assert PROGRAMS.compiled == compiled

@@ -1,0 +1,105 @@
+"""Conversations belong to what began them; what is printed of results stays short."""
+
+import dataclasses
+
+import jax
+import pytest
+
+import sparda_jax as sj
+from sparda_jax.config import CacheConfig, ConfigError
+from sparda_jax.engine.compile_cache import PROGRAMS
+from sparda_jax.engine.conversation import MadeWith
+
+SPARSE = sj.SparseConfig(local_blocks=2, block_budget=6)
+SHORT = {"max_new_tokens": 3, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return sj.load("tiny", attention="infllm_v2", sparse=SPARSE, storage="stacked")
+
+
+@pytest.fixture(scope="module")
+def begun(lm):
+    """An output whose conversation the refusals of this module leave as it is."""
+    return sj.generate(lm, [[5, 6], [7, 8, 9]], **SHORT)
+
+
+def _replaced(lm, **changes):
+    return dataclasses.replace(lm, **changes)
+
+
+_OTHERS = {
+    "attention='infllm_v2'.*'dense'": lambda lm: sj.with_attention(lm, "dense"),
+    "block_budget=6.*7": lambda lm: _replaced(
+        lm, sparse=dataclasses.replace(SPARSE, block_budget=7)
+    ),
+    "kind='resident'.*'offload'": lambda lm: _replaced(
+        lm, cache=CacheConfig(kind="offload")
+    ),
+    "exactness='forecast'": lambda lm: _replaced(
+        lm, cache=CacheConfig(exactness="verify")
+    ),
+    "rms_norm_eps": lambda lm: _replaced(
+        lm, config=dataclasses.replace(lm.config, rms_norm_eps=1e-3)
+    ),
+    "other weights": lambda lm: _replaced(
+        lm, model=jax.tree.map(lambda weights: weights, lm.model)
+    ),
+    "vocab_size": lambda lm: sj.load(
+        "tiny-nosa", attention="infllm_v2", sparse=SPARSE, storage="stacked"
+    ),
+}
+
+
+@pytest.mark.parametrize("named", list(_OTHERS))
+def test_another_model_is_refused_before_it_compiles(lm, begun, named):
+    other = _OTHERS[named](lm)
+    if named == "vocab_size":
+        named = "ModelConfig.key_bias=False"
+    compiled = PROGRAMS.compiled
+    with pytest.raises(ConfigError, match=f"conversation was made with.*{named}"):
+        sj.generate(other, [[4], [4]], conversation=begun.conversation)
+    assert PROGRAMS.compiled == compiled
+    assert not begun.conversation.used_up
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"kind": "resident"}, "kind='offload'"),
+        ({"device_blocks": 9}, "device_blocks=8"),
+        ({"prefetch": "none"}, "prefetch=None"),
+        ({"layer0": "offload"}, "layer0='resident'"),
+        ({"route": "steps"}, "route='slices'"),
+    ],
+)
+def test_another_offloaded_cache_is_refused(lm, change, named):
+    cache = CacheConfig(kind="offload", device_blocks=8, route="slices")
+    made = MadeWith.of(lm, cache)
+    limits = dataclasses.replace(cache, host_limit=2**30, recall_every=4)
+    for same in (cache, limits, dataclasses.replace(cache, kind="auto")):
+        made.check(dataclasses.replace(lm, cache=same))
+    other = dataclasses.replace(lm, cache=dataclasses.replace(cache, **change))
+    with pytest.raises(ConfigError, match=named):
+        made.check(other)
+
+
+def test_texts_of_results_are_short(lm):
+    out = sj.generate(lm, [[5, 6], [7, 8, 9]], **SHORT)
+    assert repr(lm) == (
+        "LanguageModel('tiny', attention='infllm_v2', float32, storage='stacked', "
+        "cache='resident')"
+    )
+    assert "2 rows of 4, 5 tokens, resident" in repr(out.conversation)
+    stream = sj.stream(lm, [[4], [4]], conversation=out.conversation, **SHORT)
+    assert "not finished" in repr(stream)
+    list(stream)
+    # The first output's buffers are gone; what it says stays.
+    assert "2 rows of 3, 3 new tokens" in repr(out)
+    assert "used up" in repr(out) and "used up" in repr(out.conversation)
+    assert "finished: " in repr(stream) and "used up" not in repr(stream)
+    for value in (lm, lm.model, out, out.conversation, stream, stream.output):
+        assert len(repr(value)) < 400 and "\n" not in repr(value)
+    # Identity: comparing arrays would raise.
+    assert out == out and out != stream.output
