@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable
 
 import jax
@@ -12,6 +11,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.dispatch import Implementation
 from sparda_jax.checkpoint.fetch import fetch_default_model
+from sparda_jax.checkpoint.files import is_file
 from sparda_jax.checkpoint.forecast import load_forecast
 from sparda_jax.checkpoint.layout import CURRENT, future_name
 from sparda_jax.checkpoint.source import CheckpointSource, open_checkpoint
@@ -201,7 +201,7 @@ def _check_early(
     """Refuses what cannot work before gigabytes are read."""
     own = source is not None and CURRENT in source.tensors
     selector.check(config, has_forecast=forecast is not None or own)
-    if forecast not in (None, "from_query") and not pathlib.Path(forecast).is_file():
+    if forecast not in (None, "from_query") and not is_file(forecast):
         raise ConfigError(
             f"forecast={os.fspath(forecast)!r} is not a file: it must be a Forecast "
             "weights file or 'from_query'"

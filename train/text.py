@@ -20,6 +20,7 @@ import numpy as np
 
 from sparda_jax.checkpoint.atomic import new_directory
 from sparda_jax.checkpoint.errors import show
+from sparda_jax.checkpoint.files import open_regular, read_json
 from sparda_jax.config import ConfigError
 
 FORMAT = "sparda-tokens"
@@ -105,9 +106,10 @@ def _decoded(data: bytes, where: str) -> str:
 
 def _read(path: pathlib.Path) -> bytes:
     try:
-        data = path.read_bytes()
+        with open_regular(path) as file:
+            data = file.read()
         return gzip.decompress(data) if path.suffix == ".gz" else data
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
@@ -276,15 +278,8 @@ def load_corpus(path: str | pathlib.Path, vocab_size: int) -> Corpus:
 
 def _read_index(path: pathlib.Path) -> dict[str, Any]:
     """The index of a directory of `save_corpus`; ValueError if it is none."""
-    with open(path / INDEX, "rb") as file:
-        data = file.read(_MAX_INDEX + 1)
-    if len(data) > _MAX_INDEX:
-        raise ValueError(f"{INDEX} has more than {_MAX_INDEX} bytes")
-    try:
-        index = json.loads(data)
-    except RecursionError as error:
-        raise ValueError(f"{INDEX} is nested too deeply") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
+    index = read_json(path / INDEX, _MAX_INDEX)
+    if index is None or index.get("format") != FORMAT:
         raise ValueError(f"{INDEX} does not say that its format is {FORMAT!r}")
     for field in ("vocab_size", "shards"):
         value = index.get(field)

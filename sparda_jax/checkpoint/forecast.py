@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from sparda_jax.checkpoint import layout
 from sparda_jax.checkpoint.atomic import new_file, write_safetensors
 from sparda_jax.checkpoint.errors import CheckpointError, show
+from sparda_jax.checkpoint.files import open_regular
 from sparda_jax.checkpoint.hf import read_safetensors
 from sparda_jax.checkpoint.hf_config import sparse_config
 from sparda_jax.checkpoint.torch_file import TorchTensor, read_torch_file
@@ -227,7 +228,7 @@ def _from_torch(path: pathlib.Path) -> _Held:
 def _is_torch_file(path: pathlib.Path) -> bool:
     """By the name, or by the first bytes of a zip file."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return path.suffix.lower() in _TORCH_SUFFIXES or file.read(4) == b"PK\3\4"
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error

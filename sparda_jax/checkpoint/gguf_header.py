@@ -22,6 +22,7 @@ import gguf
 import numpy as np
 
 from sparda_jax.checkpoint.errors import CheckpointError, show
+from sparda_jax.checkpoint.files import open_regular
 
 _VERSIONS = (2, 3)
 _MAX_KEY = 65535  # GGUF's own limit.
@@ -311,7 +312,7 @@ def read_header(path: str | os.PathLike) -> GGUFHeader:
     """
     path = pathlib.Path(path)
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise CheckpointError(f"{path}: the file is empty, wanted a GGUF file")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:

@@ -18,12 +18,12 @@ import safetensors
 from sparda_jax.checkpoint import layout
 from sparda_jax.checkpoint.atomic import new_directory, write_safetensors
 from sparda_jax.checkpoint.errors import CheckpointError, show
+from sparda_jax.checkpoint.files import is_file, open_regular, read_json
 from sparda_jax.checkpoint.hf_config import config_json, model_config, sparse_config
 from sparda_jax.checkpoint.tensors import StoredTensor, TensorLoader
 from sparda_jax.checkpoint.tokenizer import (
     Tokenizer,
     eos_ids_of,
-    read_json,
     tokenizer_from_directory,
 )
 from sparda_jax.config import ModelConfig, SparseConfig
@@ -60,10 +60,11 @@ def read_safetensors(
       CheckpointError: It is missing, damaged or holds another type of numbers.
     """
     try:
-        # The library checks the header: lengths, offsets, sizes, holes and overlaps.
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = dict(file.metadata() or {})
-        with open(path, "rb") as raw:
+        # The library would wait for a pipe. It checks the header: lengths, offsets,
+        # sizes, holes and overlaps.
+        with open_regular(path) as raw:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                metadata = dict(file.metadata() or {})
             length = int.from_bytes(raw.read(8), "little")
             header: dict[str, Any] = json.loads(raw.read(length))
         header.pop("__metadata__", None)
@@ -98,7 +99,7 @@ def _shards(directory: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[str] |
     index = read_json(index_path)
     if index is None:
         path = directory / _SINGLE
-        if not path.is_file():
+        if not is_file(path):
             raise CheckpointError(
                 f"{directory}: holds neither {_SINGLE} nor {_INDEX}, one is needed"
             )
@@ -121,7 +122,7 @@ def _shards(directory: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[str] |
         files.setdefault(filename, []).append(name)
     for filename, names in files.items():
         path = directory / filename
-        if not path.is_file():
+        if not is_file(path):
             raise CheckpointError(
                 f"{path}: is missing; {_INDEX} wants {len(names)} tensors of it, "
                 f"such as {show(names[0])}"

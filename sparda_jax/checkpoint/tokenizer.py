@@ -2,7 +2,6 @@
 
 import codecs
 import functools
-import json
 import os
 import pathlib
 import threading
@@ -13,12 +12,13 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from sparda_jax.checkpoint.errors import CheckpointError, show
+from sparda_jax.checkpoint.files import is_file, read_json, read_text
 from sparda_jax.checkpoint.gguf_header import GGUFHeader
 
 if TYPE_CHECKING:
     from sparda_jax.checkpoint.chat import ChatTemplate
 
-_MAX_JSON = 1 << 26  # The index of a large model has a few MB.
+_MAX_TEMPLATE = 1 << 20  # Bytes; the longest templates in use have 30,000.
 _MAX_TOKENIZER = 1 << 28  # The largest tokenizer.json in use has about 40 MB.
 _HELD = 8  # Tokens after which an unfinished character is given up.
 
@@ -236,6 +236,7 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        **variables: Any,
     ) -> str:
         """Writes a conversation in the model's own form.
 
@@ -244,15 +245,19 @@ class Tokenizer:
         Args:
           messages: Each with `role` and `content`.
           add_generation_prompt: End with the opening of the assistant's answer.
+          **variables: Further variables of the template, such as `tools` or
+            `enable_thinking`.
 
         Returns:
           The text.
 
         Raises:
-          ValueError: `messages` is empty or malformed.
+          ConfigError: `messages` is empty or malformed, or a variable is no JSON.
           CheckpointError: There is no template, or it failed.
         """
-        return self._chat.render(messages, add_generation_prompt=add_generation_prompt)
+        return self._chat.render(
+            messages, add_generation_prompt=add_generation_prompt, **variables
+        )
 
 
 def _byte_level(use_regex: bool) -> pre_tokenizers.PreTokenizer:
@@ -391,28 +396,6 @@ def tokenizer_from_gguf(header: GGUFHeader) -> Tokenizer | None:
     )
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any] | None:
-    """Reads a JSON object; None if there is no such file.
-
-    Raises:
-      CheckpointError: The file is no JSON object or unreasonably large.
-    """
-    try:
-        size = path.stat().st_size
-        if size > _MAX_JSON:
-            raise CheckpointError(f"{path}: {size} bytes, allowed: {_MAX_JSON}")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is no valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds {show(value)}, wanted a JSON object")
-    return value
-
-
 def _token_text(value: object) -> str | None:
     """The text of a token in tokenizer_config.json: a string, or an object with it."""
     if isinstance(value, dict):
@@ -424,11 +407,9 @@ def _directory_template(
     directory: pathlib.Path, settings: Mapping[str, Any]
 ) -> str | None:
     path = directory / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    text = read_text(path, _MAX_TEMPLATE)
+    if text is not None:
+        return text
     template = settings.get("chat_template")
     if isinstance(template, list):
         named = {
@@ -485,7 +466,7 @@ def tokenizer_from_directory(
     """
     directory = pathlib.Path(directory)
     path = directory / "tokenizer.json"
-    if not path.is_file():
+    if not is_file(path):
         return None
     settings = read_json(directory / "tokenizer_config.json") or {}
     size = path.stat().st_size

@@ -30,6 +30,7 @@ import ml_dtypes
 import numpy as np
 
 from sparda_jax.checkpoint.errors import CheckpointError, show
+from sparda_jax.checkpoint.files import open_regular
 
 _MAX_PICKLE = 1 << 22  # Bytes; a 33-tensor state with its optimiser takes 50 kB.
 _MAX_DIRECTORY = 1 << 23  # Bytes; torch writes about 70 a tensor.
@@ -221,7 +222,7 @@ def _zip_errors(path: pathlib.Path) -> Generator[None]:
 
 def _check_directory(path: pathlib.Path) -> None:
     """Refuses a central directory that zipfile would take long and much memory for."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         size = file.seek(0, os.SEEK_END)
         start = max(size - _ZIP_TAIL, 0)
         file.seek(start)

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 
 import sparda_jax as sj
+from sparda_jax.checkpoint.errors import CheckpointError
+from sparda_jax.checkpoint.files import read_text
 from sparda_jax.cli.cache_options import add_cache_options, cache_config, cache_lines
 from sparda_jax.cli.console import (
     HelpFormatter,
@@ -125,14 +127,12 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def _read(path: pathlib.Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--prompt-file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"--prompt-file {path} is not UTF-8: byte {error.start} is "
-            f"{error.object[error.start]:#04x}"
-        ) from error
+        text = read_text(path)
+    except CheckpointError as error:
+        raise ConfigError(f"--prompt-file {error}") from error
+    if text is None:
+        raise ConfigError(f"--prompt-file {path}: No such file")
+    return text
 
 
 def _prompt_ids(lm: LanguageModel, arguments: argparse.Namespace) -> list[int]:

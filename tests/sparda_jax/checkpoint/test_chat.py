@@ -1,10 +1,25 @@
-import time
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
 
+import jinja2.ext
+import jinja2.sandbox
 import pytest
 
 from sparda_jax.checkpoint.chat import ChatTemplate
 from sparda_jax.checkpoint.errors import CheckpointError
+from sparda_jax.checkpoint.render_process import RenderLimits
+from sparda_jax.config import ConfigError
 
+_NESTED = (
+    "{% set ns = namespace(l=[1]) %}{% for i in range(40) %}"
+    "{% set ns.l = [ns.l, ns.l] %}{% endfor %}"
+)
 USER = [{"role": "user", "content": 'héllo <b> & "q"'}]
 
 
@@ -64,6 +79,7 @@ def test_template_may_refuse():
         "{% include '/etc/passwd' %}",
         "{% import 'os' as os %}",
         "{{ ('{0.__class__.__base__}').format(1) }}",
+        "{{ '{0.__class__}' | format(1) }}{{ '{x.__class__}'.format_map({'x': 1}) }}",
         "{{ ('%s' % messages.__class__) }}",
     ],
 )
@@ -100,13 +116,45 @@ def test_sandbox(source):
         "{% set ns = namespace(s='aaaaaaaa') %}{% for i in range(60) %}"
         "{% set ns.s = ns.s + ns.s %}{% endfor %}",
         "{% for i in range(90000) %}{{ 'a' * 10000 }}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}"
+        "{{ f(60) }}",
+        "{% set x=9 %}" + "{% set x=x*x %}" * 45 + "{{ x % 7 }}",
+        "{{ []|slice(1000000000000)|list }}",
+        "{% for n in [40] recursive %}{% if n %}{{ loop([n-1,n-1]) }}{% endif %}"
+        "{% endfor %}",
+        "{% set x='a'*60000000 %}{{ x.join(['b']*250)|length }}",
+        _NESTED + "{{ ns.l }}",
+        _NESTED + "{% set ns.m = [ns.l] %}{{ ns.l == ns.m[0] }}{{ ns.l|string }}",
+        "{% set _counted = 5 %}{% for a in range(99999) %}{% for b in range(99999) %}"
+        "{% endfor %}{% endfor %}",
+        "{% set x='a'*1000000 %}{{ x|replace('a',x)|length }}",
+        "{{ [1]|batch(1000000000,'x')|list|length }}",
+        "{{ ('a '*3000000)|wordwrap(1)|length }}",
+        "{{ lipsum(10000000) }}",
+        "{{ range(99999)|map('string')|join('a'*99999)|length }}",
     ],
 )
 def test_bounds(source):
-    start = time.monotonic()
-    with pytest.raises(CheckpointError, match="chat template"):
-        render(source)
-    assert time.monotonic() - start < 20
+    """Refused by the limits of the process: a little of its time and memory."""
+    limits = dataclasses.replace(RenderLimits(), seconds=0.2)
+    template = ChatTemplate(source, "model.gguf", {}, limits)
+    with pytest.raises(CheckpointError, match=r"model\.gguf: chat template: "):
+        template.render(USER)
+    template.close()
+
+
+def test_process_over_a_limit_is_replaced():
+    source = "{% if n %}{{ 'a' * n }}{% else %}{% for i in range(99999) %}"
+    source += "{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
+    template = ChatTemplate(source, "f", {})
+    assert template.render(USER, n=2) == "aa"
+    for n, reason in ((0, "more than 0.5 seconds"), (10**9, "MiB of memory")):
+        with pytest.raises(CheckpointError, match=f"f: chat template: took .*{reason}"):
+            template.render(USER, n=n)
+        assert template.render(USER, n=2) == "aa"
+    with pytest.raises(CheckpointError, match="output grew over"):
+        template.render(USER, n=10**7)
+    template.close()
 
 
 @pytest.mark.parametrize(
@@ -128,3 +176,245 @@ def test_undefined_values_are_empty():
     assert render("{{ nothing }}{{ messages[0].nothing }}") == ""
     with pytest.raises(CheckpointError, match="undefined"):
         render("{{ nothing.inside }}")
+
+
+class _Generation(jinja2.ext.Extension):
+    tags = {"generation"}  # noqa: RUF012 - read from the class.
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _reference(source, variables):
+    """The same rendering inside this process, set up as transformers does it."""
+
+    def fail(message):
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+    )
+    environment.filters["tojson"] = lambda value, **options: json.dumps(
+        value, **({"ensure_ascii": False} | options)
+    )
+    environment.globals["raise_exception"] = fail
+    environment.globals["strftime_now"] = datetime.datetime.now().strftime
+    return environment.from_string(source).render(**variables)
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "description": "Adds <numbers> & more",
+            "parameters": {"type": "object", "properties": {"a": {"type": "number"}}},
+        },
+    }
+]
+TALK = [
+    {"role": "system", "content": "  Be brief. "},
+    {"role": "user", "content": 'What is 1 < 2?\n"é" & 😀'},
+    {
+        "role": "assistant",
+        "content": "<think>\nhm\n</think>\n\nTrue.",
+        "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}],
+    },
+    {"role": "tool", "content": "3"},
+    {"role": "user", "content": [{"type": "text", "text": "And 2?"}, {"type": "x"}]},
+]
+FAMILIES = {
+    "chatml": """
+{%- if messages[0].role == 'system' %}
+    {%- set first = messages[0].content | trim %}
+{%- endif %}
+{% for m in messages %}
+{{- '<|im_start|>' + m.role + '\n' }}
+    {%- if m.content is string %}{{ m.content }}{% else %}
+        {%- for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}
+    {%- endif %}
+{{- '<|im_end|>\n' }}
+{% endfor %}
+{%- if first is defined %}[{{ first }}]{% endif %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}
+""",
+    "thinking": """
+{%- set ns = namespace(last=messages|length - 1, tools=false) %}
+{%- for m in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if m.role == 'user' and not ns.tools %}
+        {%- set ns.tools = true %}{%- set ns.last = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for m in messages %}
+    {%- if m.role == 'assistant' %}
+        {%- set text = m.content.split('</think>')[-1].lstrip('\n') %}
+        {%- set why = '' %}
+        {%- if '</think>' in m.content %}
+            {%- set why = m.content.split('</think>')[0].rstrip('\n') %}
+            {%- set why = why.split('<think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last or (loop.last and why) %}{{ why }}{% endif %}
+        {%- generation %}{{ text }}{% endgeneration %}
+        {%- for call in m.tool_calls %}
+            {{- '\n<tool_call>\n' }}{{ call.function | tojson }}{{ '\n</tool_call>' }}
+        {%- endfor %}
+    {%- elif m.role == 'tool' %}
+        {{- '<tool_response>%s</tool_response>' % m.content }}
+        {%- continue %}
+    {%- else %}
+        {{- '{}:{}'.format(m.role, loop.index) }}
+    {%- endif %}
+{%- endfor %}
+{%- if enable_thinking is defined and enable_thinking is false %}
+    {{- '<think>\n\n</think>\n\n' }}
+{%- endif %}
+""",
+    "tools": """
+{%- macro show(type, many=false) -%}
+    {%- if type == 'object' -%}{{ 'object' }}{%- elif many -%}{{ type ~ '[]' }}
+    {%- else -%}{{ type }}{%- endif -%}
+{%- endmacro -%}
+{{- bos_token }}
+{%- if tools is not none and tools | length > 0 %}
+    {%- for tool in tools %}
+        {{- tool | tojson(indent=4) }}
+        {%- for name, p in tool.function.parameters.properties.items() %}
+            {{- '// %s: %s' | format(name, show(p.type, many=true)) }}
+        {%- endfor %}
+        {{- tool.function.parameters | dictsort | list | length }}
+    {%- endfor %}
+{%- endif %}
+{{- 'Date: ' + strftime_now('%Y') + (date_string or '') }}
+{%- set roles = messages | map(attribute='role') | unique | list %}
+{{- roles | join(', ') }} {{ messages | selectattr('role', 'equalto', 'user') | list
+    | length }} {{ messages[1].content | upper | replace('\n', ' ') | e }}
+{%- for m in messages recursive %}{{ loop.depth }}{{ loop.cycle('a', 'b') }}{% endfor %}
+{{- '%-12s|' % 'left' }}{{ 'x'.center(9) }}{{ '{:>8}'.format(eos_token) }}
+""",
+    "strict": """
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set system = messages[0]['content'] -%}{%- set rest = messages[1:] -%}
+{%- else -%}
+    {%- set rest = messages -%}
+{%- endif -%}
+{%- for m in rest -%}
+    {%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) and not tools -%}
+        {{- raise_exception('roles must alternate: ' ~ m['role']) -%}
+    {%- endif -%}
+    {%- if loop.first and system is defined -%}<<SYS>>{{ system }}<</SYS>>{%- endif -%}
+    [INST] {{ m['content'] | string | trim }} [/INST]
+{%- endfor -%}
+""",
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_renders_as_transformers_does(name):
+    """Constructs of known families, with and without tools and other variables."""
+    template = ChatTemplate(FAMILIES[name], "f", {"bos_token": "<s>", "eos_token": "e"})
+    for variables in ({}, {"tools": TOOLS, "enable_thinking": False, "n": 1.5}):
+        whole = {"tools": None, "documents": None, "add_generation_prompt": True}
+        whole |= {"bos_token": "<s>", "eos_token": "e", "messages": TALK} | variables
+        try:
+            expected = _reference(FAMILIES[name], whole)
+        except jinja2.TemplateError as error:
+            with pytest.raises(CheckpointError) as found:
+                template.render(TALK, **variables)
+            assert str(found.value) == f"f: chat template: {error}"
+        else:
+            assert template.render(TALK, **variables) == expected
+    template.close()
+
+
+def test_limits_grow_with_the_conversation():
+    """A document of many megabytes goes through."""
+    content = "é😀" * 2_000_000
+    talk = [{"role": "user", "content": content}]
+    source = "{{ messages[0].content | trim ~ '!' }}{{ messages[0].content | tojson }}"
+    assert render(source, talk) == f'{content}!"{content}"'
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"tools": [len]}, r"tools\[0\] = <built-in"),
+        ({"x": {1: 2}}, "x has the key 1"),
+        ({"x": "\ud800"}, "valid Unicode"),
+        ({"x": {"\ud800": 1}}, "valid Unicode"),
+        ({"x": 10**30}, "not below"),
+        ({"x": {2}}, "x = .2. is not allowed"),
+    ],
+)
+def test_variables_that_are_no_json(variables, message):
+    with pytest.raises(ConfigError, match=message):
+        render("x", **variables)
+    nested = []
+    nested.append(nested)
+    with pytest.raises(ConfigError, match="deep"):
+        render("x", [{"role": "user", "content": nested}])
+
+
+def test_threads_share_a_process():
+    template = ChatTemplate("{{ messages[0].content }}", "f", {})
+    wrong = []
+
+    def work(number):
+        for _ in range(30):
+            if template.render([{"role": "user", "content": number}]) != str(number):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    template.close()
+
+
+def _alive(pid):
+    """Whether the process runs; one that only waits to be waited for does not."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().split()[2] not in "ZX"
+    except OSError:
+        return False
+
+
+_PROGRAM = """
+import sys
+from sparda_jax.checkpoint.chat import ChatTemplate
+template = ChatTemplate("{{ messages[0].content }}", "f", {})
+text = template.render([{"role": "user", "content": "é"}])
+print(ascii(text), template._process._process.pid, flush=True)
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize(
+    ("ending", "given"),
+    [("", "-c"), ("import os; os.kill(os.getpid(), 9)", "-c"), ("1 / 0", "-")],
+)
+def test_nothing_is_left_behind(ending, given):
+    """However the program ends; also one that comes from standard input."""
+    program = _PROGRAM + ending
+    command = [sys.executable, given, *([program] if given == "-c" else [])]
+    done = subprocess.run(
+        command,
+        input=None if given == "-c" else program,
+        stdin=subprocess.DEVNULL if given == "-c" else None,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    text, pid = done.stdout.split()
+    assert text == ascii("é")
+    for _ in range(300):
+        if not _alive(pid):
+            return
+        threading.Event().wait(0.1)
+    pytest.fail("the process that renders still runs")
