@@ -12,7 +12,7 @@ Modes, all in one run: `resident` (own-query selection, KV on the device), `spar
 query, offloaded, each layer waits), `sparda-none` (Forecast, offloaded, each layer
 waits), `sparda` (Forecast, looking one layer ahead). Every figure is the median over
 timed chunks of steps, with the least and the most. `bound` is the least step time that
-the bandwidths measured in the same run allow (`inference.planner.step_time`), `reached`
+the bandwidths measured in the same run allow (`planning.step.step_time`), `reached`
 the bound over the median.
 """
 
@@ -139,8 +139,8 @@ def _state(model, settings, batch: int, context: int, new: int, cache):
 def _settings(config, sparse, mode: str, arguments):
     """A mode's cache and how its layers run."""
     from sparda_jax.config import CacheConfig
-    from sparda_jax.engine.policy import offload_settings
     from sparda_jax.inference.layer_store import LayerSettings
+    from sparda_jax.planning.auto import offload_settings
 
     selector = _selector(mode, arguments.miss * sparse.block_budget)
     cache = CacheConfig(
@@ -246,7 +246,7 @@ def _row(mode, cache, settings, seconds, fetched, capacity, rates, arguments, ba
     """The figures of one mode."""
     import jax.numpy as jnp
 
-    from sparda_jax.inference.planner import step_time
+    from sparda_jax.planning.step import step_time
 
     config, sparse = settings.config, settings.sparse
     block_bytes = sparse.block_size * 2 * config.head_dim * 2
@@ -320,10 +320,10 @@ def main() -> None:
         _trace(arguments.tokens)
         return
     from sparda_jax.checkpoint.atomic import write_json
-    from sparda_jax.inference.measure import measure_rates
     from sparda_jax.models.presets import get_preset
     from sparda_jax.models.spec import num_parameters
     from sparda_jax.models.weights import random_decoder
+    from sparda_jax.planning.measure import measure_rates
 
     preset = get_preset(arguments.model)
     config = dataclasses.replace(

@@ -19,11 +19,12 @@ from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.offload_stats import OffloadStats
 from sparda_jax.engine.results import GenerateOutput, GenerateStats, StreamEvent
 from sparda_jax.engine.stream import Stream
-from sparda_jax.inference.measure import measure_rates
-from sparda_jax.inference.planner import Plan, Rates, plan, recorded_rates
 from sparda_jax.loading import load, with_attention
 from sparda_jax.models.forecast import Forecast
 from sparda_jax.models.presets import PRESETS
+from sparda_jax.planning.measure import measure_rates
+from sparda_jax.planning.plan import Plan, plan
+from sparda_jax.planning.rates import Rates, recorded_rates
 from sparda_jax.runtime import configure_offload
 from sparda_jax.sparse.selectors import Selector, selector_names
 

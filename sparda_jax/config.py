@@ -318,7 +318,7 @@ class CacheConfig:
         length of a block list, more are a larger cache with least-recently-used reuse.
       prefetch: `lookahead`: layer l's Forecast starts the fetch for layer l + 1, while
         layer l computes. `none`: a layer selects and fetches for itself, and waits.
-        `auto`: decided by measurement (`engine.policy`). None is `lookahead` where
+        `auto`: decided by measurement (`planning.auto`). None is `lookahead` where
         the attention forecasts, else `none`.
       layer0: Where layer 0's KV lives, for which nothing can look ahead.
       route: How blocks are fetched (`cache.fetch`); `auto` takes the recorded one.

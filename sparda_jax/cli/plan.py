@@ -10,17 +10,16 @@ from pallas_kernels.device import current_device_kind
 from sparda_jax.cache.fetch import recorded_routes
 from sparda_jax.cli.console import HelpFormatter
 from sparda_jax.config import CacheConfig, ConfigError, Route, SparseConfig
-from sparda_jax.inference.measure import MachineRates, Measured, measure_rates
-from sparda_jax.inference.planner import (
+from sparda_jax.machine import size_text
+from sparda_jax.models.presets import get_preset
+from sparda_jax.planning.measure import MachineRates, Measured, measure_rates
+from sparda_jax.planning.plan import (
     ASSUMED_MISS,
     Option,
     Plan,
-    Rates,
     plan,
-    recorded_rates,
 )
-from sparda_jax.machine import size_text
-from sparda_jax.models.presets import get_preset
+from sparda_jax.planning.rates import Rates, recorded_rates
 from sparda_jax.sparse.selectors import selector_names
 
 _EXAMPLES = """\

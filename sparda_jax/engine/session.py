@@ -12,20 +12,10 @@ from jaxtyping import Array
 
 from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.config import CacheConfig, ConfigError
-from sparda_jax.engine.compile_cache import PROGRAMS, signature
+from sparda_jax.engine.compile_cache import PROGRAMS, BoundedCache, signature
 from sparda_jax.engine.conversation import Conversation, MadeWith
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.offload_stats import OffloadStats, offload_stats
-from sparda_jax.engine.policy import (
-    PROBE_TIMED,
-    PROBE_WARM,
-    PROBES,
-    Probe,
-    fetch_rate,
-    hidden_share,
-    offload_settings,
-    on_demand,
-)
 from sparda_jax.engine.requests import (
     Prompts,
     check_length,
@@ -45,10 +35,22 @@ from sparda_jax.inference.generate import (
     run,
     stop_array,
 )
-from sparda_jax.inference.limits import refuse_what_cannot_fit, why_not
 from sparda_jax.inference.sampling import SamplingConfig, sampling_state
 from sparda_jax.inference.stepwise import advance_stepwise
 from sparda_jax.models.rope import model_rope
+from sparda_jax.planning.auto import (
+    PROBE_TIMED,
+    PROBE_WARM,
+    Probe,
+    fetch_rate,
+    hidden_share,
+    offload_settings,
+    on_demand,
+)
+from sparda_jax.planning.limits import refuse_what_cannot_fit, why_not
+
+# What the first steps of `prefetch="auto"` showed, by all that the programs depend on.
+_PROBES: BoundedCache[Probe] = BoundedCache(256)
 
 
 class Session:
@@ -205,7 +207,7 @@ class Session:
         if not offload.lookahead:
             self.policy.append("on demand: this attention makes no forecast")
             return
-        known = PROBES.get(self._probe_key())
+        known = _PROBES.get(self._probe_key())
         if known is None:
             self._undecided = True
         else:
@@ -248,7 +250,7 @@ class Session:
             hidden=hidden_share(offload.route),
         )
         self.settings = ahead
-        PROBES.put(self._probe_key(), probe)
+        _PROBES.put(self._probe_key(), probe)
         self._undecided = False
         self._settle(probe)
         return steps - warm - timed

@@ -1,7 +1,14 @@
 """Fixtures of the tests that run models."""
 
+import functools
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from sparda_jax.models.decoder import Decoder
+from sparda_jax.models.presets import PRESETS
+from sparda_jax.models.weights import build_decoder, from_query_heads, random_tensors
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +20,18 @@ def token_ids():
         return rng.integers(2, 128, size=length).tolist()
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def deeper():
+    """`deeper(nosa, storage)` is a model of three layers, as offload tests need."""
+
+    @functools.cache
+    def make(nosa: bool, storage: str) -> Decoder:
+        preset = PRESETS["tiny-nosa" if nosa else "tiny"].model
+        tensors = random_tensors(preset, seed=1, scale=0.15)
+        model = build_decoder(preset, tensors, dtype=jnp.float32, storage=storage)
+        model.set_forecast(from_query_heads(model))
+        return model
+
+    return make

@@ -119,21 +119,6 @@ def _config(nosa: bool) -> ModelConfig:
 
 
 @pytest.fixture(scope="session")
-def deeper():
-    """`deeper(nosa, storage)` is a model of three layers, as offload tests need."""
-
-    @functools.cache
-    def make(nosa: bool, storage: str) -> Decoder:
-        preset = PRESETS["tiny-nosa" if nosa else "tiny"].model
-        tensors = random_tensors(preset, seed=1, scale=0.15)
-        model = build_decoder(preset, tensors, dtype=jnp.float32, storage=storage)
-        model.set_forecast(from_query_heads(model))
-        return model
-
-    return make
-
-
-@pytest.fixture(scope="session")
 def runner():
     """`runner(attention, nosa=…, storage=…, **sparse)` makes a `Runner`."""
 

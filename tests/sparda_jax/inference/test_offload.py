@@ -16,13 +16,13 @@ import pytest
 import sparda_jax as sj
 from sparda_jax.cache.lint import lint_host_operands
 from sparda_jax.config import CacheConfig, ConfigError, SparseConfig
-from sparda_jax.engine.policy import offload_settings
 from sparda_jax.inference.decode import decode_step
 from sparda_jax.inference.generate import Shapes, new_state
 from sparda_jax.inference.layer_store import LayerSettings
 from sparda_jax.inference.prefill import prefill
 from sparda_jax.models.decoder import logits
 from sparda_jax.models.rope import model_rope
+from sparda_jax.planning.auto import offload_settings
 from sparda_jax.sparse.selection import sorted_blocks
 from sparda_jax.sparse.selectors import get_selector
 

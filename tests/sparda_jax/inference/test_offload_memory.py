@@ -13,7 +13,6 @@ import pytest
 
 from sparda_jax.cache.memory import host_shape
 from sparda_jax.config import CacheConfig
-from sparda_jax.engine.policy import offload_settings
 from sparda_jax.inference.generate import (
     Prompt,
     Request,
@@ -22,11 +21,12 @@ from sparda_jax.inference.generate import (
     begin_call,
 )
 from sparda_jax.inference.layer_store import LayerSettings
-from sparda_jax.inference.memory_plan import abstract_state
 from sparda_jax.inference.sampling import SamplingConfig, sampling_state
 from sparda_jax.models.presets import get_preset
 from sparda_jax.models.rope import model_rope
 from sparda_jax.models.weights import abstract_decoder
+from sparda_jax.planning.auto import offload_settings
+from sparda_jax.planning.memory import abstract_state
 from sparda_jax.sparse.selectors import get_selector
 
 SHORT, LONG = 32_768, 131_072

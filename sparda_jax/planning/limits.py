@@ -12,9 +12,9 @@ from jax.typing import DTypeLike
 from sparda_jax.config import CacheConfig, ConfigError
 from sparda_jax.inference.generate import GenerateState, Shapes
 from sparda_jax.inference.layer_store import LayerSettings
-from sparda_jax.inference.memory_plan import GIB, MemoryPlan, memory_plan
 from sparda_jax.machine import Limit, physical_memory, size_text
 from sparda_jax.models.decoder import Storage
+from sparda_jax.planning.memory import GIB, MemoryPlan, memory_plan
 from sparda_jax.runtime import HOST_LIMIT
 
 _MOST_SEQUENCES = 4096

@@ -31,8 +31,8 @@ from sparda_jax.checks import (
     optional,
 )
 from sparda_jax.config import Route
-from sparda_jax.inference.planner import Rates
 from sparda_jax.machine import physical_memory, size_text
+from sparda_jax.planning.rates import Rates
 
 _REPEATS = 7
 

@@ -1,220 +1,40 @@
 """Plans a deployment: what fits, how fast decode can be, and whether offload pays.
 
-Memory is that of `memory_plan`. Speed is a bound, not a measurement: a step moves its
-device bytes at the device's bandwidth, computes at its peak, and fetches its misses at
-the rate of the fetch route. With look-ahead a step takes as long as the slowest of the
-three; without, the fetch comes on top. How many listed blocks are not in a slot is an
-input: it depends on model and text.
+Memory is that of `planning.memory`; speed is the bound of `planning.step`.
 """
 
 import dataclasses
 import functools
-from typing import get_args
 
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.dispatch import tuned_record
-from sparda_jax.cache.fetch import FetchRoute, recorded_routes
 from sparda_jax.checks import (
     ConfigError,
-    choice,
     float_dtype,
     instance,
     integer,
     number,
     optional,
-    settle,
     text,
 )
 from sparda_jax.config import CacheConfig, ModelConfig, SparseConfig
 from sparda_jax.inference.generate import Shapes, plan_shapes, tile_tokens
 from sparda_jax.inference.layer_store import LayerSettings, OffloadSettings
-from sparda_jax.inference.limits import (
+from sparda_jax.models.presets import get_preset
+from sparda_jax.planning.limits import (
     Limit,
     MemoryLimits,
     largest_batch,
     shortfall,
 )
-from sparda_jax.inference.memory_plan import GIB, MemoryPlan, memory_plan
-from sparda_jax.models.presets import get_preset
-from sparda_jax.models.spec import num_parameters
-from sparda_jax.sparse.selection import own_query_scores
+from sparda_jax.planning.memory import GIB, MemoryPlan, memory_plan
+from sparda_jax.planning.rates import Rates
+from sparda_jax.planning.step import StepTime, step_time
 from sparda_jax.sparse.selectors import Selector, get_selector
 
 # Nobody has published how many listed blocks miss; our experiments on a GPU took this.
 ASSUMED_MISS = 0.10
 _LONGEST = 2**21
-
-# Dense bf16 peak of the vendor's data sheet, FLOP/s. A bound that decode seldom meets.
-_PEAKS = (("NVIDIA H200", 989e12), ("NVIDIA H100", 989e12), ("NVIDIA A100", 312e12))
-
-
-@dataclasses.dataclass(frozen=True)
-class Rates:
-    """What a machine moves and computes.
-
-    Attributes:
-      memory: Device bytes a second, reads and writes counted.
-      fetch: Bytes a second of blocks fetched from host memory by `route`.
-      link: Bytes a second of one large copy to the device; None if not known.
-      peak: FLOP/s of a matrix product; None leaves compute out of the bound.
-      route: How blocks are fetched.
-      source: Where the figures come from.
-    """
-
-    memory: float
-    fetch: float
-    link: float | None = None
-    peak: float | None = None
-    route: FetchRoute = "slices"
-    source: str = "given"
-
-    def __post_init__(self) -> None:
-        rate = number(above=0)
-        settle(
-            self,
-            memory=rate,
-            fetch=rate,
-            link=optional(rate),
-            peak=optional(rate),
-            route=choice(*get_args(FetchRoute)),
-            source=text,
-        )
-
-
-def recorded_rates(device_kind: str) -> Rates | None:
-    """The figures that the project measured on a device kind, or None.
-
-    Raises:
-      ConfigError: If the name is no text.
-    """
-    text("device_kind", device_kind)
-    routes = recorded_routes().get(device_kind, {})
-    copy = tuned_record("paged_decode_attention", device_kind)
-    memory = copy.get("copy_gigabytes_per_second")
-    fetch = routes.get(routes.get("route", ""))
-    if memory is None or fetch is None:
-        return None
-    peak = next((p for name, p in _PEAKS if device_kind.startswith(name)), None)
-    link = routes.get("link")
-    return Rates(
-        memory=memory * 1e9,
-        fetch=fetch * 1e9,
-        link=None if link is None else link * 1e9,
-        peak=peak,
-        route=routes["route"],
-        source=f"recorded for {device_kind}, JAX {routes['jax']}",
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class StepTime:
-    """The bound of one decode step, in seconds.
-
-    Attributes:
-      memory: Device bytes over bandwidth.
-      compute: FLOPs over peak; 0 where the peak is not known.
-      fetch: Missed bytes over the route's rate; 0 for a resident cache.
-      hidden: The part of `fetch` that can run beside the rest.
-    """
-
-    memory: float
-    compute: float
-    fetch: float
-    hidden: float
-
-    @property
-    def seconds(self) -> float:
-        """The whole step."""
-        device = max(self.memory, self.compute)
-        return max(device, self.hidden) + self.fetch - self.hidden
-
-    @property
-    def bound_by(self) -> str:
-        """What the step waits for most."""
-        costs = {
-            "memory": self.memory,
-            "compute": self.compute,
-            "fetch": self.fetch,
-        }
-        return max(costs, key=lambda name: costs[name])
-
-
-@functools.lru_cache(64)
-def _parameters(config: ModelConfig) -> int:
-    return num_parameters(config)
-
-
-def step_time(
-    settings: LayerSettings,
-    cache: CacheConfig,
-    rates: Rates,
-    *,
-    batch: int,
-    capacity: int,
-    context: int,
-    dtype: DTypeLike,
-    miss: float,
-) -> StepTime:
-    """The bound of a decode step whose rows hold `context` tokens.
-
-    Args:
-      settings: How the request runs.
-      cache: Where layer 0 lives.
-      rates: The machine.
-      batch: Sequences.
-      capacity: Tokens of room in each.
-      context: Tokens held by each.
-      dtype: Type of weights and cache.
-      miss: Share of listed blocks that no slot holds.
-    """
-    config, sparse, selector = settings.config, settings.sparse, settings.selector
-    size, block = jnp.dtype(dtype).itemsize, sparse.block_size
-    held = -(-context // block)
-    room = capacity // block
-    lists = selector.lists_blocks(room, sparse)
-    attended = min(held, selector.list_width(room, sparse)) if lists else held
-    heads = batch * config.num_kv_heads * config.num_layers
-    block_bytes = block * 2 * config.head_dim * size
-
-    parameters = _parameters(config)
-    if not config.tie_embeddings:
-        parameters -= config.vocab_size * config.hidden_size
-    if selector.needs_forecast:
-        kv_width = config.num_kv_heads * config.head_dim
-        parameters += config.num_layers * config.hidden_size * kv_width
-    moved = parameters * size + heads * attended * block_bytes
-    flops = 2 * parameters * batch
-    per_key = 4 * config.group_size * config.head_dim
-    flops += heads * attended * block * per_key
-    if lists:
-        windows = held * sparse.windows_per_block
-        moved += heads * windows * config.head_dim * size
-        queries = config.group_size if selector.scores is own_query_scores else 1
-        flops += 2 * heads * windows * queries * config.head_dim
-
-    fetch = hidden = 0.0
-    offload = settings.offload
-    if (
-        offload is not None
-        and cache.slots(room, selector.list_width(room, sparse)) < room
-    ):
-        away = config.num_layers - (1 if cache.layer0 == "resident" else 0)
-        # A row's own block is always in its slot.
-        missed = miss * (attended - 1) * batch * config.num_kv_heads * block_bytes
-        fetch = away * missed / rates.fetch
-        # Fetched blocks are written, read and written again on their way to a slot.
-        moved += 3 * away * missed
-        if offload.lookahead:
-            # Nobody looks ahead for layer 0.
-            hidden = (config.num_layers - 1) * missed / rates.fetch
-    return StepTime(
-        memory=moved / rates.memory,
-        compute=0.0 if rates.peak is None else flops / rates.peak,
-        fetch=fetch,
-        hidden=hidden,
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,16 +15,13 @@ from jax.typing import DTypeLike
 from pallas_kernels.device import current_device_kind
 from sparda_jax.cache.fetch import FetchRoute, recorded_routes, resolve_route
 from sparda_jax.config import CacheConfig, ConfigError
-from sparda_jax.engine.compile_cache import BoundedCache
 from sparda_jax.inference.layer_store import OffloadSettings
-from sparda_jax.inference.measure import measure_fetch
+from sparda_jax.planning.measure import measure_fetch
 from sparda_jax.runtime import warn_if_serial
 from sparda_jax.sparse.selectors import Selector
 
 # Steps that `prefetch="auto"` decodes on demand: to warm up, and to measure.
 PROBE_WARM, PROBE_TIMED = 4, 8
-# What was found out, by everything that the programs depend on.
-PROBES: "BoundedCache[Probe]" = BoundedCache(256)
 # Looking ahead must save this share of a step: scoring and staging are not free.
 _WORTH = 0.03
 

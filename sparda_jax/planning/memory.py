@@ -16,16 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from pallas_kernels.block_scores.xla import CPU_TOKENS, CPU_WINDOWS, TILE_LOGITS
-from pallas_kernels.block_sparse_attention.xla import (
-    DENSE_KEYS,
-    DENSE_QUERIES,
-    SPARSE_KEYS,
-    SPARSE_QUERIES_MIN,
-    SPARSE_ROWS,
-)
-from pallas_kernels.device import current_platform
-from pallas_kernels.paged_decode_attention.xla import CHUNK_KEYS, GATHER_KEYS
+from pallas_kernels.block_scores import api as block_scores
+from pallas_kernels.block_sparse_attention import api as block_sparse_attention
+from pallas_kernels.paged_decode_attention import api as paged_decode_attention
 from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.config import CacheConfig, ModelConfig
 from sparda_jax.inference.generate import GenerateState, Shapes, new_state
@@ -264,7 +257,7 @@ def _tile_scratch(
     """
     config, sparse = settings.config, settings.sparse
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-    tile, group = shapes.tile, config.group_size
+    tile = shapes.tile
     if not sparse.mask_future_blocks:
         tile = shapes.prompt
     blocks = shapes.capacity // sparse.block_size
@@ -275,19 +268,18 @@ def _tile_scratch(
     kv = 2 * rows * kv_heads * dim * size
     forecast = rows * kv_heads * dim * size if settings.selector.needs_forecast else 0
 
-    # Attention: a few tokens of every row against a chunk of keys, in float32.
-    tokens, keys, held = DENSE_QUERIES, DENSE_KEYS, 0
-    if lists:
-        tokens, keys = max(SPARSE_QUERIES_MIN, SPARSE_ROWS // group), SPARSE_KEYS
-        held = 2 * rows * kv_heads * width * 4
-    count = -(-tile // min(tokens, tile))
-    tokens = -(-tile // count)
-    keys = max(1, min(blocks, keys // sparse.block_size)) * sparse.block_size
-    logits = 2 * batch * tokens * heads * keys * 4
-    chunk = 2 * batch * kv_heads * keys * dim * size
-    accumulator = batch * tokens * heads * dim * 4
-    outputs = q if count > 1 else 0
-    attend = hidden + q + outputs + held + logits + chunk + accumulator
+    attend = hidden + q
+    attend += block_sparse_attention.scratch_bytes(
+        batch=batch,
+        tokens=tile,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=dim,
+        block=sparse.block_size,
+        blocks=blocks,
+        listed=width if lists else None,
+        itemsize=size,
+    )
 
     choose = 0
     if lists:
@@ -318,19 +310,22 @@ def _choice_scratch(
         {selector.scores, selector.prefill} & set(own)
     )
     heads = config.num_heads if softmax else config.num_kv_heads
-    pooled = batch * tile * config.num_kv_heads * blocks * 4
     if selector.prefill is None:
         # Float32 scores of all windows, the masked ones beside them.
+        pooled = batch * tile * config.num_kv_heads * blocks * 4
         return 2 * batch * tile * heads * windows * 4 + pooled
-    # A few tokens against a chunk of windows; the softmax form keeps all chunks.
-    tokens, span = max(1, TILE_LOGITS // (batch * heads * windows)), windows
-    if current_platform() == "cpu":
-        tokens, span = min(tokens, CPU_TOKENS), min(windows, CPU_WINDOWS)
-    tokens = min(tokens, tile)
-    tokens = -(-tile // -(-tile // tokens))
-    logits = batch * tokens * heads * (span + (windows if softmax else span)) * 4
-    queries = batch * tile * heads * config.head_dim * size if tokens < tile else 0
-    return queries + logits + pooled
+    return block_scores.scratch_bytes(
+        batch=batch,
+        tokens=tile,
+        heads=heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        windows=windows,
+        blocks=blocks,
+        per_block=settings.sparse.windows_per_block,
+        softmax=softmax,
+        itemsize=size,
+    )
 
 
 def _decode_scratch(
@@ -346,11 +341,15 @@ def _decode_scratch(
     block, dim = sparse.block_size, config.head_dim
     blocks = shapes.capacity // block
     lists = settings.selector.lists_blocks(blocks, sparse)
-    per_head = batch * config.num_kv_heads
-    gathered = min(
-        width if lists else blocks, (GATHER_KEYS if lists else CHUNK_KEYS) // block
+    attend = paged_decode_attention.scratch_bytes(
+        batch=batch,
+        kv_heads=config.num_kv_heads,
+        head_dim=dim,
+        block=block,
+        capacity=blocks,
+        listed=width if lists else None,
+        itemsize=size,
     )
-    attend = 2 * per_head * max(1, gathered) * block * dim * size
     own = settings.selector.scores is own_query_scores
     per_token = config.num_heads if own else config.num_kv_heads
     choose = (

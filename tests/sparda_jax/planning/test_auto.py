@@ -7,7 +7,7 @@ import pytest
 
 import sparda_jax as sj
 from sparda_jax.config import CacheConfig
-from sparda_jax.engine.policy import Probe
+from sparda_jax.planning.auto import Probe
 
 SPARSE = sj.SparseConfig(local_blocks=2, block_budget=6)
 # 10 ms a step, 100 MB missed at 20 GB/s: half of the step is the fetch.

@@ -1,0 +1,69 @@
+"""What a machine moves and computes, as given or as recorded for its device kind."""
+
+import dataclasses
+from typing import get_args
+
+from pallas_kernels.dispatch import tuned_record
+from sparda_jax.cache.fetch import FetchRoute, recorded_routes
+from sparda_jax.checks import choice, number, optional, settle, text
+
+# Dense bf16 peak of the vendor's data sheet, FLOP/s. A bound that decode seldom meets.
+_PEAKS = (("NVIDIA H200", 989e12), ("NVIDIA H100", 989e12), ("NVIDIA A100", 312e12))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What a machine moves and computes.
+
+    Attributes:
+      memory: Device bytes a second, reads and writes counted.
+      fetch: Bytes a second of blocks fetched from host memory by `route`.
+      link: Bytes a second of one large copy to the device; None if not known.
+      peak: FLOP/s of a matrix product; None leaves compute out of the bound.
+      route: How blocks are fetched.
+      source: Where the figures come from.
+    """
+
+    memory: float
+    fetch: float
+    link: float | None = None
+    peak: float | None = None
+    route: FetchRoute = "slices"
+    source: str = "given"
+
+    def __post_init__(self) -> None:
+        rate = number(above=0)
+        settle(
+            self,
+            memory=rate,
+            fetch=rate,
+            link=optional(rate),
+            peak=optional(rate),
+            route=choice(*get_args(FetchRoute)),
+            source=text,
+        )
+
+
+def recorded_rates(device_kind: str) -> Rates | None:
+    """The figures that the project measured on a device kind, or None.
+
+    Raises:
+      ConfigError: If the name is no text.
+    """
+    text("device_kind", device_kind)
+    routes = recorded_routes().get(device_kind, {})
+    copy = tuned_record("paged_decode_attention", device_kind)
+    memory = copy.get("copy_gigabytes_per_second")
+    fetch = routes.get(routes.get("route", ""))
+    if memory is None or fetch is None:
+        return None
+    peak = next((p for name, p in _PEAKS if device_kind.startswith(name)), None)
+    link = routes.get("link")
+    return Rates(
+        memory=memory * 1e9,
+        fetch=fetch * 1e9,
+        link=None if link is None else link * 1e9,
+        peak=peak,
+        route=routes["route"],
+        source=f"recorded for {device_kind}, JAX {routes['jax']}",
+    )

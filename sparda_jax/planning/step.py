@@ -1,0 +1,128 @@
+"""The least time of a decode step: a bound from a machine's rates, no measurement.
+
+A step moves its device bytes at the device's bandwidth, computes at its peak, and
+fetches its misses at the rate of the fetch route. With look-ahead it takes as long as
+the slowest of the three; without, the fetch comes on top. How many listed blocks are
+not in a slot is an input: it depends on model and text.
+"""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from sparda_jax.config import CacheConfig, ModelConfig
+from sparda_jax.inference.layer_store import LayerSettings
+from sparda_jax.models.spec import num_parameters
+from sparda_jax.planning.rates import Rates
+from sparda_jax.sparse.selection import own_query_scores
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """The bound of one decode step, in seconds.
+
+    Attributes:
+      memory: Device bytes over bandwidth.
+      compute: FLOPs over peak; 0 where the peak is not known.
+      fetch: Missed bytes over the route's rate; 0 for a resident cache.
+      hidden: The part of `fetch` that can run beside the rest.
+    """
+
+    memory: float
+    compute: float
+    fetch: float
+    hidden: float
+
+    @property
+    def seconds(self) -> float:
+        """The whole step."""
+        device = max(self.memory, self.compute)
+        return max(device, self.hidden) + self.fetch - self.hidden
+
+    @property
+    def bound_by(self) -> str:
+        """What the step waits for most."""
+        costs = {
+            "memory": self.memory,
+            "compute": self.compute,
+            "fetch": self.fetch,
+        }
+        return max(costs, key=lambda name: costs[name])
+
+
+@functools.lru_cache(64)
+def _parameters(config: ModelConfig) -> int:
+    return num_parameters(config)
+
+
+def step_time(
+    settings: LayerSettings,
+    cache: CacheConfig,
+    rates: Rates,
+    *,
+    batch: int,
+    capacity: int,
+    context: int,
+    dtype: DTypeLike,
+    miss: float,
+) -> StepTime:
+    """The bound of a decode step whose rows hold `context` tokens.
+
+    Args:
+      settings: How the request runs.
+      cache: Where layer 0 lives.
+      rates: The machine.
+      batch: Sequences.
+      capacity: Tokens of room in each.
+      context: Tokens held by each.
+      dtype: Type of weights and cache.
+      miss: Share of listed blocks that no slot holds.
+    """
+    config, sparse, selector = settings.config, settings.sparse, settings.selector
+    size, block = jnp.dtype(dtype).itemsize, sparse.block_size
+    held = -(-context // block)
+    room = capacity // block
+    lists = selector.lists_blocks(room, sparse)
+    attended = min(held, selector.list_width(room, sparse)) if lists else held
+    heads = batch * config.num_kv_heads * config.num_layers
+    block_bytes = block * 2 * config.head_dim * size
+
+    parameters = _parameters(config)
+    if not config.tie_embeddings:
+        parameters -= config.vocab_size * config.hidden_size
+    if selector.needs_forecast:
+        kv_width = config.num_kv_heads * config.head_dim
+        parameters += config.num_layers * config.hidden_size * kv_width
+    moved = parameters * size + heads * attended * block_bytes
+    flops = 2 * parameters * batch
+    per_key = 4 * config.group_size * config.head_dim
+    flops += heads * attended * block * per_key
+    if lists:
+        windows = held * sparse.windows_per_block
+        moved += heads * windows * config.head_dim * size
+        queries = config.group_size if selector.scores is own_query_scores else 1
+        flops += 2 * heads * windows * queries * config.head_dim
+
+    fetch = hidden = 0.0
+    offload = settings.offload
+    if (
+        offload is not None
+        and cache.slots(room, selector.list_width(room, sparse)) < room
+    ):
+        away = config.num_layers - (1 if cache.layer0 == "resident" else 0)
+        # A row's own block is always in its slot.
+        missed = miss * (attended - 1) * batch * config.num_kv_heads * block_bytes
+        fetch = away * missed / rates.fetch
+        # Fetched blocks are written, read and written again on their way to a slot.
+        moved += 3 * away * missed
+        if offload.lookahead:
+            # Nobody looks ahead for layer 0.
+            hidden = (config.num_layers - 1) * missed / rates.fetch
+    return StepTime(
+        memory=moved / rates.memory,
+        compute=0.0 if rates.peak is None else flops / rates.peak,
+        fetch=fetch,
+        hidden=hidden,
+    )
