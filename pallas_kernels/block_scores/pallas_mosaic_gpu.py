@@ -7,8 +7,7 @@ Three kernels, all with 128 tokens a thread block, 64 a warpgroup:
   block side by side, so that one TMA copy a window offset brings the keys at that
   offset of 64 consecutive blocks. The products are then aligned by block, and pooling
   is a maximum in registers. Grid: (token tiles, block tiles, B * K).
-* ``lse``: the log-sum-exp of a head over the visible windows, an online softmax
-  without values over a ring of 128 windows a stage. Grid: (token tiles, N, B).
+* ``lse`` (``mosaic_lse.py``): the log-sum-exp of a head over the visible windows.
 * ``softmax`` (own queries), as ``raw``, but the heads of the group come through a ring
   of query tiles; one sum over heads a window offset stays in registers, and masks and
   pooling follow once at the end. Grid as ``raw``.
@@ -32,7 +31,6 @@ suits prefill, not decode.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,14 +40,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common.mosaic import (
-    LOWEST,
     SHARED_BYTES,
     WARPGROUP_ROWS,
     fill_and_refill,
     operand_transforms,
     require_mosaic_sizes,
 )
-from pallas_kernels._common.numerics import LN_2, LOG2_E, NEG_INF, cdiv, in_32_bit
+from pallas_kernels._common.numerics import LOG2_E, NEG_INF, cdiv, in_32_bit
+from pallas_kernels.block_scores.mosaic_lse import log_sum_exp
+from pallas_kernels.block_scores.mosaic_tiles import (
+    BLOCKS,
+    COMPUTE,
+    TOKENS,
+    Keys,
+    lay_out,
+    product,
+)
 from pallas_kernels.block_scores.rule import Rule
 from pallas_kernels.block_scores.slabs import (
     Chosen,
@@ -60,9 +66,6 @@ from pallas_kernels.block_scores.slabs import (
 )
 from pallas_kernels.choose_blocks.api import choose_blocks
 
-COMPUTE = 2  # warpgroups
-TOKENS = COMPUTE * WARPGROUP_ROWS
-BLOCKS = 64
 QUERY_STAGES = 2  # of the ring of query tiles of the softmax kernel
 
 
@@ -127,16 +130,6 @@ class _Tile:
         plgpu.wait_smem_to_gmem(0)
 
 
-def _product(q_ref, k_ref, columns: int):
-    """Rows of queries times a tile of keys, float32."""
-
-    def product(acc_ref):
-        plgpu.wgmma(acc_ref, q_ref, k_ref.transpose((1, 0)))
-        return acc_ref[...]
-
-    return pl.run_scoped(product, plgpu.ACC((WARPGROUP_ROWS, columns), jnp.float32))
-
-
 def _raw_body(refs, scoped, *, rule: Rule, head_dim: int, kv_heads: int, sizes):
     q_smem, k_smem, out_smem, q_ready, k_ready = scoped
     rows_per_pair, tiles, windows = sizes
@@ -161,7 +154,7 @@ def _raw_body(refs, scoped, *, rule: Rule, head_dim: int, kv_heads: int, sizes):
         position, block = at.places()
         pooled = at.filled(NEG_INF)
         for i in range(rule.offsets):
-            scores = _product(q_smem.at[wg], k_smem.at[i], BLOCKS) * rule.scale
+            scores = product(q_smem.at[wg], k_smem.at[i], BLOCKS) * rule.scale
             seen, _ = at.seen(i, position, block)
             pooled = jnp.maximum(pooled, jnp.where(seen, scores, NEG_INF))
         finish(pooled, position, block)
@@ -221,7 +214,7 @@ def _softmax_body(
             shift = lax.broadcast_in_dim(lse, at.shape, [0])
             totals = list(totals)
             for i in range(rule.offsets):
-                logits = _product(q_smem.at[stage, at.wg], k_smem.at[i], BLOCKS)
+                logits = product(q_smem.at[stage, at.wg], k_smem.at[i], BLOCKS)
                 totals[i] += jnp.exp2(logits * (rule.scale * LOG2_E) - shift)
             plgpu.barrier_arrive(q_done.at[stage])
             return tuple(totals)
@@ -238,112 +231,6 @@ def _softmax_body(
         out_smem[at.wg] = rule.force(pooled, block, position)
         plgpu.commit_smem()
         at.write(refs["out"], out_smem, tiles)
-
-
-def _lse_body(refs, scoped, *, rule: Rule, stages: int, keys: int, sizes):
-    q_smem, k_smem, lse_smem, q_ready, k_ready, k_done = scoped
-    kv_heads, groups, tiles, windows = sizes
-    tile, head, b = (lax.axis_index(n) for n in ("tile", "head", "b"))
-    wg = lax.axis_index("wg")
-    pair = b * kv_heads + lax.div(head, jnp.int32(groups))
-    first = refs["start"][b] + tile * TOKENS
-    count = jnp.minimum(refs["count"][b], windows)
-    reach = rule.kernel_size - 1 if rule.softmax else 0
-    visible = jnp.maximum(first + (TOKENS - 1) - reach + rule.kernel_stride, 0)
-    visible = jnp.clip(lax.div(visible, jnp.int32(rule.kernel_stride)), 0, count)
-    steps = lax.div(visible + (keys - 1), jnp.int32(keys))
-
-    @pl.when(wg == COMPUTE)
-    def _memory():
-        plgpu.set_max_registers(40, action="decrease")
-
-        def fetch(step, stage):
-            # What lies beyond the windows arrives as zeros and is masked.
-            plgpu.copy_gmem_to_smem(
-                refs["keys"].at[pair, pl.ds(step * keys, keys)],
-                k_smem.at[stage],
-                k_ready.at[stage],
-            )
-
-        fill_and_refill(fetch, steps, stages, (k_done,))
-
-    @pl.when(wg < COMPUTE)
-    def _compute():
-        plgpu.set_max_registers(232, action="increase")
-        row = ((b * (kv_heads * groups) + head) * tiles + tile) * TOKENS
-        rows = pl.ds(
-            pl.multiple_of(row + wg * WARPGROUP_ROWS, WARPGROUP_ROWS), WARPGROUP_ROWS
-        )
-        plgpu.copy_gmem_to_smem(refs["query"].at[rows], q_smem.at[wg], q_ready.at[wg])
-        plgpu.barrier_wait(q_ready.at[wg])
-        shape = (WARPGROUP_ROWS, keys)
-        my_first = first + wg * WARPGROUP_ROWS
-
-        def iota(dimension):
-            return plgpu.broadcasted_iota(
-                jnp.int32, shape, dimension, layout=plgpu.Layout.WGMMA
-            )
-
-        def mask(logits, start):
-            window = start + iota(1)
-            seen = rule.visible(window, my_first + iota(0)) & (window < count)
-            return jnp.where(seen, logits, NEG_INF)
-
-        def step_body(step, carry):
-            top, total = carry
-            stage = lax.rem(step, jnp.int32(stages))
-            plgpu.barrier_wait(k_ready.at[stage])
-            logits = _product(q_smem.at[wg], k_smem.at[stage], keys)
-            plgpu.barrier_arrive(k_done.at[stage])
-            logits = logits * (rule.scale * LOG2_E)
-            last = step * keys + (keys - 1)
-            whole = (last < count) & (last * rule.kernel_stride + reach <= my_first)
-            logits = lax.cond(whole, lambda x, _: x, mask, logits, step * keys)
-            new_top = jnp.maximum(top, logits.max(axis=1))
-            weights = jnp.exp2(logits - lax.broadcast_in_dim(new_top, shape, [0]))
-            return new_top, total * jnp.exp2(top - new_top) + weights.sum(axis=1)
-
-        def filled(value):
-            rows = jnp.full((WARPGROUP_ROWS,), value, jnp.float32)
-            return plgpu.layout_cast(rows, plgpu.Layout.WGMMA.reduce(1))
-
-        start = (filled(LOWEST), filled(0.0))
-        top, total = lax.fori_loop(0, steps, step_body, start)
-        empty = total == 0.0
-        total = jnp.where(empty, 1.0, total)
-        lse_smem[wg] = jnp.where(empty, NEG_INF, top * LN_2 + jnp.log(total))
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(lse_smem.at[wg], refs["lse"].at[rows])
-        plgpu.wait_smem_to_gmem(0)
-
-
-class _Keys(NamedTuple):
-    """A layer's compressed keys in the two orders that the kernels read.
-
-    Attributes:
-      by_block: for each block the keys of its windows, one after the other.
-      by_window: the keys as they are, W rounded up to a multiple of 8.
-      windows: W.
-    """
-
-    by_block: Float[Array, "BKrows offsetsH"]
-    by_window: Float[Array, "BK padded H"]
-    windows: int
-
-
-def _lay_out(compressed_keys, layer, rule: Rule) -> _Keys:
-    """Takes the layer's keys out of the stack, in both orders."""
-    keys = compressed_keys[layer]
-    batch, kv_heads, windows, head_dim = keys.shape
-    padded = jnp.pad(keys, ((0, 0), (0, 0), (0, -windows % 8), (0, 0)))
-    padded = padded.reshape(batch * kv_heads, -1, head_dim)
-    rows = cdiv(rule.blocks, BLOCKS) * BLOCKS
-    keys = keys[:, :, : rows * rule.per_block]
-    after = rows * rule.per_block - keys.shape[2]
-    keys = jnp.pad(keys, ((0, 0), (0, 0), (rule.before, after), (0, 0)))
-    parts = [keys[:, :, i :: rule.per_block][:, :, :rows] for i in range(rule.offsets)]
-    by_block = jnp.concatenate(parts, -1).reshape(batch * kv_heads * rows, -1)
-    return _Keys(by_block, padded, windows)
 
 
 def _check(query, compressed_keys, rule: Rule) -> None:
@@ -364,55 +251,7 @@ def _check(query, compressed_keys, rule: Rule) -> None:
         )
 
 
-def _lse(query, keys: _Keys, q_start, num_windows, rule: Rule):
-    """Log-sum-exp [B, K, G, padded T] of queries by head."""
-    batch, kv_heads, groups, padded, head_dim = query.shape
-    columns = 128 if head_dim <= 128 else 64
-    room = (SHARED_BYTES - 8192) // (2 * head_dim) - TOKENS
-    stages = min(4, room // columns)
-    tiles = padded // TOKENS
-    names = ("start", "count", "query", "keys", "lse")
-
-    def block_scores_lse_mosaic_gpu(*refs):
-        tiled = operand_transforms()
-        pl.run_scoped(
-            lambda *scoped: _lse_body(
-                dict(zip(names, refs, strict=True)),
-                scoped,
-                rule=rule,
-                stages=stages,
-                keys=columns,
-                sizes=(kv_heads, groups, tiles, keys.windows),
-            ),
-            plgpu.SMEM(
-                (COMPUTE, WARPGROUP_ROWS, head_dim), query.dtype, transforms=tiled
-            ),
-            plgpu.SMEM((stages, columns, head_dim), query.dtype, transforms=tiled),
-            plgpu.SMEM((COMPUTE, WARPGROUP_ROWS), jnp.float32),
-            plgpu.Barrier(num_barriers=COMPUTE),
-            plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
-            collective_axes="wg",
-        )
-
-    lse = plgpu.kernel(
-        block_scores_lse_mosaic_gpu,
-        out_type=jax.ShapeDtypeStruct((query.size // head_dim,), jnp.float32),
-        grid=(tiles, kv_heads * groups, batch),
-        grid_names=("tile", "head", "b"),
-        num_threads=COMPUTE + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(
-        q_start,
-        num_windows,
-        query.reshape(-1, head_dim),
-        keys.by_window,
-    )
-    return lse.reshape(query.shape[:-1])
-
-
-def _call(query, keys: _Keys, q_start, num_windows, rule: Rule, lse: bool):
+def _call(query, keys: Keys, q_start, num_windows, rule: Rule, lse: bool):
     """Scores [B, K, T, M] and log-sum-exp [B, T, N] (None unless asked or needed)."""
     batch, length, _, head_dim = query.shape
     kv_heads = keys.by_window.shape[0] // batch
@@ -421,7 +260,7 @@ def _call(query, keys: _Keys, q_start, num_windows, rule: Rule, lse: bool):
     tiles, block_tiles = padded // TOKENS, cdiv(rule.blocks, BLOCKS)
     found = None
     if lse or rule.softmax:
-        found = _lse(grouped, keys, q_start, num_windows, rule)
+        found = log_sum_exp(grouped, keys, q_start, num_windows, rule)
     operands = {
         "start": q_start,
         "count": num_windows,
@@ -502,7 +341,7 @@ def block_scores_mosaic_gpu(
         a Hopper device.
     """
     _check(query, compressed_keys, rule)
-    keys = _lay_out(compressed_keys, layer, rule)
+    keys = lay_out(compressed_keys, layer, rule)
     return _call(query, keys, q_start, num_windows, rule, lse)
 
 
@@ -539,7 +378,7 @@ def select_blocks_mosaic_gpu(
       NotImplementedError: as ``block_scores_mosaic_gpu``.
     """
     _check(query, compressed_keys, rule)
-    keys = _lay_out(compressed_keys, layer, rule)
+    keys = lay_out(compressed_keys, layer, rule)
     kv_heads = compressed_keys.shape[2]
 
     def one(query, start):
