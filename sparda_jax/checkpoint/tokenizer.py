@@ -5,7 +5,7 @@ import functools
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import tokenizers
@@ -199,6 +199,22 @@ class Tokenizer:
         # space, for instance) stands for its own text.
         known = [value for value in values if value is not None]
         return bytes(known) if len(known) == len(values) else token.encode()
+
+    @functools.cached_property
+    def _bytes_of_all(self) -> list[bytes]:
+        ids = range(self.vocab_size)
+        return [self._token_bytes(token_id, skip_special=True) for token_id in ids]
+
+    def tokens_with(self, byte_values: Set[int]) -> list[int] | None:
+        """Ids of the tokens whose UTF-8 holds one of these bytes.
+
+        None for a tokenizer that is not byte-level: what a token adds to the text then
+        depends on those before it. Special tokens have no text.
+        """
+        if not isinstance(self._backend.decoder, decoders.ByteLevel):
+            return None
+        every = enumerate(self._bytes_of_all)
+        return [index for index, held in every if not byte_values.isdisjoint(held)]
 
     def token(self, token_id: int) -> str | None:
         """The token's own string, None if there is no such id."""

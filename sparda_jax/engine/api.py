@@ -9,7 +9,13 @@ from sparda_jax.config import CacheConfig, ConfigError
 from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.engine.conversation import Conversation
 from sparda_jax.engine.model import LanguageModel
-from sparda_jax.engine.requests import PromptLike, Prompts, check_length, encode_prompt
+from sparda_jax.engine.requests import (
+    PromptLike,
+    Prompts,
+    check_length,
+    encode_prompt,
+    repeat_prompts,
+)
 from sparda_jax.engine.results import GenerateOutput
 from sparda_jax.engine.session import Session
 from sparda_jax.engine.stream import Stream
@@ -91,6 +97,8 @@ def generate(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     seed: int | Sequence[int] = 0,
+    n: int = 1,
+    stop: str | Sequence[str] = (),
     stop_ids: Sequence[int] = (),
     ignore_eos: bool = False,
     conversation: Conversation | None = None,
@@ -112,6 +120,13 @@ def generate(
       top_k, top_p, min_p, repetition_penalty: See `SamplingConfig`.
       seed: One seed for all, or one each. A sequence's tokens depend on its own prompt
         and seed alone, so equal prompts with one seed give equal outputs.
+      n: Outputs of each prompt, one after the other: output i of a prompt is that of
+        `seed` + i. Every one is prefilled; to prefill a long prompt once, see
+        `Conversation.fork`.
+      stop: Texts that end a sequence, wherever in a token they begin or end. The text
+        of an output ends before the first of them; its tokens, and so the conversation,
+        end with the one that completed it. The name of a special token ends a sequence
+        at that token.
       stop_ids: Token ids that end a sequence, beside the model's EOS.
       ignore_eos: Let EOS pass.
       conversation: From the output before: the prompts are appended to its cache. It is
@@ -130,12 +145,14 @@ def generate(
       ConfigError: If an argument is out of range, a prompt is empty or too long, or an
         id is not in the vocabulary.
     """
+    prompts, seed = repeat_prompts(prompts, seed, n)
     session = Session(
         lm,
         prompts,
         max_new_tokens=max_new_tokens,
         sampling=SamplingConfig(repetition_penalty, temperature, top_k, top_p, min_p),
         seed=seed,
+        stop=stop,
         stop_ids=stop_ids,
         ignore_eos=ignore_eos,
         conversation=conversation,
@@ -161,6 +178,8 @@ def stream(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     seed: int | Sequence[int] = 0,
+    n: int = 1,
+    stop: str | Sequence[str] = (),
     stop_ids: Sequence[int] = (),
     ignore_eos: bool = False,
     conversation: Conversation | None = None,
@@ -179,12 +198,14 @@ def stream(
         raise ConfigError(
             f"tokens_per_call={tokens_per_call} is not allowed: it must be at least 1"
         )
+    prompts, seed = repeat_prompts(prompts, seed, n)
     session = Session(
         lm,
         prompts,
         max_new_tokens=max_new_tokens,
         sampling=SamplingConfig(repetition_penalty, temperature, top_k, top_p, min_p),
         seed=seed,
+        stop=stop,
         stop_ids=stop_ids,
         ignore_eos=ignore_eos,
         conversation=conversation,

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from sparda_jax.config import ConfigError
+from sparda_jax.checks import ConfigError, integer, several
 from sparda_jax.engine.model import LanguageModel
 
 PromptLike = str | Sequence[int] | np.ndarray | jax.Array
+_MOST_SEED = 2**32 - 1
 Prompts = Sequence[PromptLike] | np.ndarray | jax.Array
 
 
@@ -30,6 +31,34 @@ def prompt_rows(prompts: Prompts) -> Sequence[PromptLike]:
     if not prompts:
         raise ConfigError("prompts is empty: it must hold at least one prompt")
     return prompts
+
+
+def repeat_prompts(
+    prompts: Prompts, seed: int | Sequence[int], n: int
+) -> tuple[Sequence[PromptLike], int | Sequence[int]]:
+    """Every prompt n times in a row, and the seed of each output.
+
+    A prompt's outputs have the seeds s, s + 1, …, from its own s on.
+
+    Raises:
+      ConfigError: If n is not a count, or the seeds are not one a prompt.
+    """
+    rows = prompt_rows(prompts)
+    n = integer(1)("n", n)
+    if n == 1:
+        return rows, seed
+    one = integer(0, _MOST_SEED)
+    if np.ndim(seed) == 0:
+        seeds = (one("seed", seed),) * len(rows)
+    else:
+        seeds = several(one, "integers")("seed", seed)
+    if len(seeds) != len(rows):
+        raise ConfigError(
+            f"seed has {len(seeds)} values: it must be one integer, or {len(rows)} of "
+            "them (one a prompt)"
+        )
+    repeated = [row for row in rows for _ in range(n)]
+    return repeated, [(first + i) & _MOST_SEED for first in seeds for i in range(n)]
 
 
 def _encode_text(

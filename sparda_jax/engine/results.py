@@ -62,8 +62,9 @@ class GenerateOutput:
 
     Attributes:
       tokens: Output token ids of each sequence, with the one that ended it.
-      texts: Decoded outputs without special tokens; empty without a tokenizer.
-      finish_reasons: "stop" (EOS or a stop id) or "length", per sequence.
+      texts: Decoded outputs without special tokens, each up to the stop string that
+        ended it; empty without a tokenizer.
+      finish_reasons: "stop" (EOS, a stop id or string) or "length", per sequence.
       stats: Measured figures.
       conversation: To continue with `generate(..., conversation=...)`.
     """
@@ -92,7 +93,15 @@ def shorten(text: str, most: int = 60) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class StreamEvent:
-    """One token of one sequence as it comes; `text` is what it completes."""
+    """One token of one sequence as it comes.
+
+    Attributes:
+      index: The sequence.
+      token: Its id; −1 in a last event that only brings text.
+      text: What it completes. Text that may be the beginning of a stop string comes
+        with a later event, or not at all; the texts of a sequence's events join to its
+        output's.
+    """
 
     index: int
     token: int

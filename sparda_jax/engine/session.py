@@ -1,9 +1,10 @@
 """One call of `generate` or `stream`: shapes, compilations, state and figures."""
 
+import collections
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,17 @@ from sparda_jax.engine.requests import (
     encode_prompt,
     prompt_rows,
 )
-from sparda_jax.engine.results import GenerateOutput, GenerateStats
+from sparda_jax.engine.results import (
+    GenerateOutput,
+    GenerateStats,
+    StreamEvent,
+)
+from sparda_jax.engine.stop_strings import (
+    RowText,
+    check_stop,
+    pause_tokens,
+    special_ids,
+)
 from sparda_jax.inference.generate import (
     Prompt,
     Request,
@@ -64,6 +75,7 @@ class Session:
         max_new_tokens: int,
         sampling: SamplingConfig,
         seed: int | Sequence[int],
+        stop: str | Sequence[str],
         stop_ids: Sequence[int],
         ignore_eos: bool,
         conversation: Conversation | None,
@@ -109,7 +121,13 @@ class Session:
             if conversation.rope_length > self.rope_length:
                 self.rope_length = conversation.rope_length
         stops = set(stop_ids) | (set() if ignore_eos else set(lm.config.eos_ids))
+        self.stop_strings = check_stop(lm, stop)
+        stops |= special_ids(lm.tokenizer, self.stop_strings)
         self.stops = stop_array(stops, lm.config)
+        self.pause = pause_tokens(lm, self.stop_strings)
+        self.texts = [RowText(lm.tokenizer, self.stop_strings) for _ in rows]
+        self._num_read = [0] * batch
+        self._events: collections.deque[StreamEvent] = collections.deque()
         self.sampling = sampling_state(sampling, seed, batch)
         self.max_new = jnp.full((batch,), max_new_tokens, jnp.int32)
         self.rope = model_rope(lm.config, self.rope_length)
@@ -269,6 +287,7 @@ class Session:
             max_new=max_new,
             steps=jnp.int32(steps),
             rope=self.rope,
+            pause=self.pause,
         )
 
     def _call(
@@ -310,6 +329,8 @@ class Session:
             self.prefill_seconds += self._call(begin, prompt, request, tile_size=tile)
             if on_progress is not None:
                 on_progress(max(len(piece) for piece in pieces))
+        if self.stop_strings:
+            self._read()
 
     def decode(self, steps: int) -> None:
         """Decodes up to `steps` more tokens."""
@@ -319,6 +340,43 @@ class Session:
             self._decode(steps)
 
     def _decode(self, steps: int) -> None:
+        """`decode`, in as many calls as there are pauses for stop strings."""
+        while steps > 0 and not self.finished:
+            before = np.asarray(self.state.generated)
+            self._advance(steps)
+            steps -= int(np.max(np.asarray(self.state.generated) - before))
+            if self.stop_strings:
+                self._read()
+
+    def _read(self) -> None:
+        """Takes in the new tokens, and ends the rows whose stop string is complete.
+
+        Decoding pauses after every token that may complete one, so these rows have no
+        token behind it.
+        """
+        done = np.array(self.state.done)
+        for index, row in enumerate(self.tokens()):
+            text = self.texts[index]
+            for token in row[self._num_read[index] :]:
+                self._events.append(StreamEvent(index, token, text.push(token)))
+            self._num_read[index] = len(row)
+            done[index] |= text.matched
+            rest = text.flush() if done[index] else ""
+            if rest:
+                self._events.append(StreamEvent(index, -1, rest))
+        if self.stop_strings:
+            self.state = self.state._replace(done=jnp.asarray(done))
+
+    def take_events(self) -> Iterator[StreamEvent]:
+        """The tokens that have come since it was called last, with their texts.
+
+        A row that has ended may have text left: then its last event has token −1.
+        """
+        self._read()
+        while self._events:
+            yield self._events.popleft()
+
+    def _advance(self, steps: int) -> None:
         request = self.request(steps, self.max_new)
         offload = self.settings.offload
         if offload is not None and offload.route == "steps":
@@ -349,6 +407,11 @@ class Session:
                 "single_call=True is not allowed with CacheConfig.route='steps': that "
                 "route is a call a layer"
             )
+        if self.stop_strings:
+            raise ConfigError(
+                "single_call=True is not allowed with stop: the text is looked at "
+                "between calls"
+            )
         prompt = pad_rows(self.rows, self.shapes.prompt)
         request = self.request(int(self.max_new[0]), self.max_new)
         tile = self.shapes.tile
@@ -377,6 +440,8 @@ class Session:
         stops = {int(token) for token in np.asarray(self.stops)}
         tokenizer = self.lm.tokenizer
         texts = [] if tokenizer is None else [tokenizer.decode(row) for row in tokens]
+        if self.stop_strings:
+            texts = [text.text for text in self.texts]
         state = self.state
         blocks = [
             counts.to_ints() for counts in (state.prefill_counts, state.decode_counts)
@@ -399,7 +464,10 @@ class Session:
         return GenerateOutput(
             tokens=tokens,
             texts=texts,
-            finish_reasons=["stop" if row[-1] in stops else "length" for row in tokens],
+            finish_reasons=[
+                "stop" if row[-1] in stops or text.matched else "length"
+                for row, text in zip(tokens, self.texts, strict=True)
+            ],
             stats=stats,
             conversation=Conversation(
                 state, lengths, self.rope_length, MadeWith.of(self.lm, self.cache)

@@ -69,25 +69,9 @@ class Stream:
 
     def _run(self) -> Iterator[StreamEvent]:
         session = self._session
-        tokenizer = session.lm.tokenizer
-        decoders = [
-            None if tokenizer is None else tokenizer.stream()
-            for _ in range(session.batch)
-        ]
-        told = [0] * session.batch
         session.prefill(on_progress=self._on_progress)
-        while True:
-            for index, row in enumerate(session.tokens()):
-                for token in row[told[index] :]:
-                    decoder = decoders[index]
-                    text = "" if decoder is None else decoder.push(token)
-                    yield StreamEvent(index, token, text)
-                told[index] = len(row)
-            if session.finished:
-                break
+        yield from session.take_events()
+        while not session.finished:
             session.decode(self._tokens_per_call)
-        for index, decoder in enumerate(decoders):
-            rest = "" if decoder is None else decoder.flush()
-            if rest:
-                yield StreamEvent(index, -1, rest)
+            yield from session.take_events()
         self._output = session.output(split=True)

@@ -80,6 +80,8 @@ class Request(NamedTuple):
       max_new: Output tokens at which a row ends [B].
       steps: Most tokens that the call decodes after the prefill.
       rope: Rotary frequencies of the request.
+      pause: Tokens after which the call ends early, for the caller to look at the
+        text; None for none.
     """
 
     sampling: SamplingState
@@ -87,6 +89,7 @@ class Request(NamedTuple):
     max_new: Int[Array, " B"]
     steps: Int[Array, ""]
     rope: Rope
+    pause: Bool[Array, " V"] | None = None
 
 
 def _emit(
@@ -188,17 +191,26 @@ def after_step(
     return _emit(state, scores, active, request)
 
 
+def must_pause(state: GenerateState, request: Request) -> Bool[Array, ""]:
+    """Whether a row that goes on has just got one of the request's pause tokens."""
+    if request.pause is None:
+        return jnp.bool_(False)
+    return jnp.any(request.pause[state.pending] & ~state.done)
+
+
 def advance(
     model: Decoder, state: GenerateState, request: Request, *, settings: LayerSettings
 ) -> GenerateState:
-    """Decodes up to `request.steps` tokens, until every row has ended."""
+    """Decodes up to `request.steps` tokens, until a pause or until all rows ended."""
 
-    def unfinished(loop: tuple[Array, GenerateState]) -> Array:
-        step, state = loop
-        return (step < request.steps) & jnp.any(~state.done)
+    def unfinished(loop: tuple[Array, Array, GenerateState]) -> Array:
+        step, paused, state = loop
+        return (step < request.steps) & jnp.any(~state.done) & ~paused
 
-    def step(loop: tuple[Array, GenerateState]) -> tuple[Array, GenerateState]:
-        number, state = loop
+    def step(
+        loop: tuple[Array, Array, GenerateState],
+    ) -> tuple[Array, Array, GenerateState]:
+        number, _, state = loop
         active = ~state.done
         carry = decode_step(
             model,
@@ -210,9 +222,11 @@ def advance(
             settings,
         )
         scores = logits(model, carry.hidden[:, 0])
-        return number + 1, after_step(state, carry, scores, request, settings)
+        state = after_step(state, carry, scores, request, settings)
+        return number + 1, must_pause(state, request), state
 
-    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
+    begun = (jnp.int32(0), jnp.bool_(False), state)
+    return jax.lax.while_loop(unfinished, step, begun)[2]
 
 
 def run(

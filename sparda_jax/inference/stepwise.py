@@ -22,7 +22,12 @@ from sparda_jax.cache.offload import OffloadCache, OffloadLayer
 from sparda_jax.cache.resident import LayerCache
 from sparda_jax.cache.slots import slot_of
 from sparda_jax.inference.counters import FetchCounters
-from sparda_jax.inference.generate import GenerateState, Request, after_step
+from sparda_jax.inference.generate import (
+    GenerateState,
+    Request,
+    after_step,
+    must_pause,
+)
 from sparda_jax.inference.layer_step import (
     LayerMiddle,
     layer_after_fetch,
@@ -231,7 +236,7 @@ def _staged(flight: Flight, store: np.ndarray) -> Flight:
 def advance_stepwise(
     model: Decoder, state: GenerateState, request: Request, *, settings: LayerSettings
 ) -> GenerateState:
-    """Decodes up to `request.steps` tokens; `generate.advance` for the `steps` route.
+    """Decodes as `generate.advance` does, for the `steps` route.
 
     Args:
       model: The decoder.
@@ -291,6 +296,8 @@ def advance_stepwise(
             _save_tails(host, layers, full, lengths // block_size)
         fetches = jax.tree.map(lambda *parts: jnp.stack(parts), *counts)
         state = _finish(model, state, tokens, fetches, request, settings)
+        if must_pause(state, request):
+            break
 
     cache = cache._replace(
         store=jax.device_put(host, host_sharding()),

@@ -197,6 +197,7 @@ def test_run_is_one_program(lm, prompts, greedy):
         max_new_tokens=24,
         sampling=SamplingConfig(),
         seed=0,
+        stop=(),
         stop_ids=(),
         ignore_eos=True,
         conversation=None,
