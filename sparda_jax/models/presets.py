@@ -121,21 +121,14 @@ _MINICPM41 = ModelConfig(
     eos_ids=(2, 73440),
 )
 
-_NOSA_8B = ModelConfig(
+_NOSA_8B = dataclasses.replace(
+    _MINICPM41,
     name="nosa-8b",
-    vocab_size=73448,
-    hidden_size=4096,
-    ffn_size=16384,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=2,
-    head_dim=128,
     max_context=32768,
-    rms_norm_eps=1e-6,
-    rope=RopeConfig(theta=10000.0),
     key_bias=True,
-    bos_id=1,
-    eos_ids=(2, 73440),
+    embed_scale=1.0,
+    residual_scale=1.0,
+    logits_divisor=1.0,
 )
 
 _LLAMA31 = ModelConfig(
@@ -151,6 +144,16 @@ _LLAMA31 = ModelConfig(
     rope=_LLAMA3_ROPE,
     bos_id=128000,
     eos_ids=(128001, 128008, 128009),
+)
+
+_MISTRAL = dataclasses.replace(
+    _LLAMA31,
+    name="mistral-7b-v0.3",
+    vocab_size=32768,
+    max_context=32768,
+    rope=RopeConfig(theta=1e6),
+    bos_id=1,
+    eos_ids=(2,),
 )
 
 _TINY = ModelConfig(
@@ -181,6 +184,7 @@ PRESETS = types.MappingProxyType(
             Preset(_MINICPM41, _MINICPM, "MiniCPM4.1-8B, sparse pretrained"),
             Preset(_NOSA_8B, _NOSA, "NOSA-8B, sparse pretrained with key bias"),
             Preset(_LLAMA31, _DENSE_8B, "Llama 3.1 8B Instruct, dense pretrained"),
+            Preset(_MISTRAL, _DENSE_8B, "Mistral 7B v0.3, dense pretrained"),
             _qwen2("qwen2.5-0.5b", 896, 4864, 24, 14, 2),
             _qwen2("qwen2.5-1.5b", 1536, 8960, 28, 12, 2),
             _qwen2("qwen2.5-3b", 2048, 11008, 36, 16, 2),

@@ -103,9 +103,13 @@ class Kit:
         *,
         arch: str = "llama",
         kinds: Mapping[str, Types] | None = None,
+        raw_kinds: Mapping[str, Types] | None = None,
         name: str = "model.gguf",
     ) -> pathlib.Path:
-        """Writes a GGUF file with the library's writer; None leaves a key out."""
+        """Writes a GGUF file with the library's writer; None leaves a key out.
+
+        Tensors of `kinds` are quantised, those of `raw_kinds` are already.
+        """
         path = self.folder / name
         writer = gguf.GGUFWriter(path, arch)
         for key, value in metadata.items():
@@ -116,14 +120,17 @@ class Kit:
             elif isinstance(value, str):
                 writer.add_string(key, value)
             elif isinstance(value, int):
-                writer.add_uint32(key, value)
+                (writer.add_uint32 if value >= 0 else writer.add_int32)(key, value)
             elif isinstance(value, float):
                 writer.add_float32(key, value)
             else:
                 writer.add_array(key, value)
         for key, array in tensors.items():
             kind = (kinds or {}).get(key)
-            if kind is None:
+            raw_kind = (raw_kinds or {}).get(key)
+            if raw_kind is not None:
+                writer.add_tensor(key, np.ascontiguousarray(array), raw_dtype=raw_kind)
+            elif kind is None:
                 writer.add_tensor(key, np.ascontiguousarray(array))
             else:
                 raw = gguf.quantize(np.ascontiguousarray(array), kind)

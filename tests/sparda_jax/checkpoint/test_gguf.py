@@ -106,6 +106,106 @@ def test_fast_dequantisation_is_exact(kind):
     np.testing.assert_array_equal(found, wanted)
 
 
+def _library_types() -> list[Types]:
+    """Types that the library dequantises; it says so for a block of zeros."""
+    found = []
+    for kind, (_, block_bytes) in gguf.GGML_QUANT_SIZES.items():
+        try:
+            gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+        except NotImplementedError:
+            continue
+        found.append(kind)
+    return found
+
+
+@pytest.mark.parametrize("kind", _library_types(), ids=lambda kind: kind.name)
+def test_every_type_that_the_library_dequantises_is_read(kit, kind):
+    """From the file to the arrays, whole and by samples."""
+    per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    config = dataclasses.replace(kit.config, hidden_size=256, num_layers=1)
+    tensors = kit.gguf_tensors(config, kit.tensors(config), permute=True)
+    rng = np.random.default_rng(0)
+    shape = (64, 256 // per_block * block_bytes)
+    raw = rng.integers(0, 256, shape, dtype=np.uint8)
+    tensors["blk.0.ffn_up.weight"] = raw
+    metadata = kit.metadata(config) | {"llama.attention.key_length": 8}
+    path = kit.write_gguf(metadata, tensors, raw_kinds={"blk.0.ffn_up.weight": kind})
+    loader = open_checkpoint(path).tensors["model.layers.0.mlp.up_proj.weight"]
+    with np.errstate(all="ignore"):
+        wanted = gguf.dequantize(raw, kind).reshape(64, 256).astype(np.float32)
+        found = loader().astype(np.float32)
+        np.testing.assert_array_equal(found, wanted)
+        places = np.array([0, 17, 255, 256, 16383])
+        sampled = loader.sample(places)
+    np.testing.assert_array_equal(sampled, wanted.reshape(-1)[places])
+
+
+def _split(kit, count, changes=None):
+    """A model in `count` files, the metadata in the first one; paths in order."""
+    tensors = kit.gguf_tensors(kit.config, kit.tensors(kit.config), permute=True)
+    names = sorted(tensors)
+    paths = []
+    for number in range(count):
+        held = names[number::count]
+        metadata = kit.metadata(kit.config) if number == 0 else {}
+        metadata |= {"split.no": number, "split.count": count}
+        metadata["split.tensors.count"] = len(names)
+        metadata |= (changes or {}).get(number, {})
+        paths.append(
+            kit.write_gguf(
+                metadata,
+                {name: tensors[name] for name in held},
+                name=f"big-{number + 1:05d}-of-{count:05d}.gguf",
+            )
+        )
+    return paths
+
+
+def test_split_files_are_one_model(kit):
+    paths = _split(kit, 3)
+    whole = open_checkpoint(kit.tiny_gguf())
+    for path in paths:
+        source = open_checkpoint(path)
+        assert source.config == whole.config
+        assert source.fingerprint == whole.fingerprint
+        assert source.tokenizer.encode("hello") == whole.tokenizer.encode("hello")
+    loaded = open_checkpoint(paths[0]).load()
+    for name, array in whole.load().items():
+        np.testing.assert_array_equal(loaded[name], array)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({1: {"split.count": 3}}, "00002-of-00002.gguf: GGUF split.count = 3"),
+        ({1: {"split.no": 0}}, "00002-of-00002.gguf: GGUF split.no = 0, allowed: 1"),
+        ({0: {"split.count": -1}}, "split.count = -1"),
+        ({0: {"split.count": True}}, "split.count = True"),
+        ({0: {"split.count": 9}}, "split.count = 9, .*NAME-00001-of-00009.gguf"),
+        ({0: {"split.tensors.count": 5}}, "split.tensors.count = 5, allowed: 20"),
+    ],
+)
+def test_split_files_that_do_not_fit(kit, changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(_split(kit, 2, changes)[0])
+
+
+def test_split_files_missing_or_mixed_up(kit):
+    paths = _split(kit, 2)
+    paths[0].write_bytes(paths[1].read_bytes())
+    with pytest.raises(CheckpointError, match=r"split\.no = 1, allowed: 0 in part 1"):
+        open_checkpoint(paths[1])
+    paths[0].unlink()
+    with pytest.raises(CheckpointError, match=r"00001-of-00002.*is missing.*part 1 of"):
+        open_checkpoint(paths[1])
+    first = _split(kit, 2)[0]
+    twice = {"split.no": 1, "split.count": 2}
+    held = kit.gguf_tensors(kit.config, kit.tensors(kit.config), permute=True)
+    kit.write_gguf(twice, held, name=paths[1].name)
+    with pytest.raises(CheckpointError, match=r"is in big-00001-of-00002\.gguf as"):
+        open_checkpoint(first)
+
+
 @pytest.mark.parametrize(
     ("kind", "supported"),
     [(Types.Q4_K, True), (Types.Q6_K, True), (Types.IQ4_NL, True), (Types.I8, False)],
