@@ -34,8 +34,8 @@ def main() -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from sparda_jax.cache.fetch import fetch_blocks
     from sparda_jax.cache.memory import host_sharding, to_device, to_host
+    from sparda_jax.cache.routes import named_route, route_names
     from sparda_jax.checkpoint.atomic import write_json
     from sparda_jax.runtime import configure_offload
 
@@ -48,29 +48,16 @@ def main() -> None:
     held = np.broadcast_to(numbers, (rows, *shape)).astype(jnp.bfloat16)
     store = jax.device_put(held, host_sharding())
     chosen = np.random.default_rng(0).choice(rows, listed, replace=False)
-    wanted, count = jnp.asarray(chosen, jnp.int32), jnp.int32(listed)
-    area = jnp.zeros((listed, *shape), jnp.bfloat16)
-
-    def route(name):
-        def call(store, wanted, count, area):
-            into = area if name == "slices" else None
-            return fetch_blocks(store, wanted, count, into, name, aside=False)
-
-        jitted = jax.jit(call)
-        return lambda: jitted(store, wanted, count, area)
+    wanted = jnp.asarray(chosen, jnp.int32)
 
     def gather(store, wanted):
         return to_device(store.at[to_host(wanted)].get(mode="promise_in_bounds"))
 
     gathered = jax.jit(gather)
     copied = jax.jit(lambda store: to_device(store[:listed]))
-    view = np.asarray(store)
     calls = {
         "one contiguous copy": lambda: copied(store),
-        "mosaic": route("mosaic"),
-        "triton": route("triton"),
-        "slices": route("slices"),
-        "steps (NumPy, device_put)": lambda: jax.device_put(view[chosen]),
+        **{name: named_route(name).repeatable(store, chosen) for name in route_names()},
         "gather on the host array": lambda: gathered(store, wanted),
     }
     device = jax.devices()[0].device_kind

@@ -170,15 +170,15 @@ def _request(config, batch: int, context: int, new: int):
 
 def _is_stepwise(settings) -> bool:
     """Whether decode is a Python loop of one call a layer."""
-    return settings.offload is not None and settings.offload.route == "steps"
+    return settings.offload is not None and not settings.offload.route.in_program
 
 
 def _compile(model, state, request, settings: list) -> list:
     """One program a mode, and the seconds that each took.
 
-    The route `steps` has no program: it compiles as it goes, in the warm-up. The first
-    program is compiled alone: the products' kernels are chosen by timing them, and what
-    was chosen serves the others, which are compiled side by side.
+    The route `host_loop` has no program: it compiles as it goes, in the warm-up. The
+    first program is compiled alone: the products' kernels are chosen by timing them,
+    and what was chosen serves the others, which are compiled side by side.
     """
     from sparda_jax.inference.generate import advance_call
     from sparda_jax.inference.stepwise import advance_stepwise
@@ -223,8 +223,8 @@ def _time(call, settings, model, state, request, mode: str, arguments) -> tuple:
         state, _ = chunk(state)
     outside = 0.0
     if _is_stepwise(settings):
-        # `steps` takes the store into NumPy's memory and back in every call, which is
-        # no part of a step.
+        # `host_loop` takes the store into NumPy's memory and back in every call, which
+        # is no part of a step.
         empty = []
         for _ in range(3):
             state, taken = chunk(state, steps=0)

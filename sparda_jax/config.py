@@ -7,6 +7,8 @@ M blocks, P selected blocks, W compressed-key windows, L layers.
 """
 
 import dataclasses
+import types
+import warnings
 from typing import Literal, get_args
 
 from sparda_jax.checks import (
@@ -38,7 +40,9 @@ __all__ = [
 RopeType = Literal["default", "linear", "llama3", "longrope", "yarn"]
 CacheKind = Literal["resident", "offload", "auto"]
 Prefetch = Literal["lookahead", "none", "auto"]
-Route = Literal["auto", "mosaic", "triton", "slices", "steps"]
+Route = Literal["auto", "mosaic", "triton", "dynamic_slice", "host_loop"]
+# What routes were called before; to be taken for one version more.
+OLD_ROUTES = types.MappingProxyType({"slices": "dynamic_slice", "steps": "host_loop"})
 
 # Bounds that no model passes by far: what is beyond them is a damaged or hostile file,
 # whose arithmetic would not end.
@@ -307,6 +311,23 @@ class SparseConfig:
         return self.block_size // self.kernel_stride
 
 
+def route_name(field: str, value: object) -> Route:
+    """A check of a route's name; an old one is taken with a warning.
+
+    Raises:
+      ConfigError: If there is no such route.
+    """
+    if isinstance(value, str) and value in OLD_ROUTES:
+        warnings.warn(
+            f"{field}={value!r} is called {OLD_ROUTES[value]!r} now; the old name will "
+            "go with the next version",
+            FutureWarning,
+            stacklevel=2,
+        )
+        value = OLD_ROUTES[value]
+    return choice(*get_args(Route))(field, value)
+
+
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
     """Where the KV cache lives, and how its blocks come to the device.
@@ -321,7 +342,7 @@ class CacheConfig:
         `auto`: decided by measurement (`planning.auto`). None is `lookahead` where
         the attention forecasts, else `none`.
       layer0: Where layer 0's KV lives, for which nothing can look ahead.
-      route: How blocks are fetched (`cache.fetch`); `auto` takes the recorded one.
+      route: How blocks are fetched (`cache.routes`); `auto` takes the recorded one.
       exactness: `forecast`: the forecast list is what is attended. `verify`: the
         layer's own queries choose, the forecast only prefetches, and what it missed is
         fetched before attention: the output is that of own-query selection.
@@ -349,7 +370,7 @@ class CacheConfig:
             device_blocks=optional(integer(1, _BLOCKS)),
             prefetch=optional(choice(*get_args(Prefetch))),
             layer0=choice("resident", "offload"),
-            route=choice(*get_args(Route)),
+            route=route_name,
             exactness=choice("forecast", "verify"),
             recall_every=integer(0),
             device_limit=size,

@@ -18,7 +18,7 @@ from jax.sharding import (
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from sparda_jax.config import ConfigError
+from sparda_jax.checks import ConfigError
 
 HOST_KIND = "pinned_host"
 

@@ -68,8 +68,8 @@ class OffloadCache(NamedTuple):
       store: Host blocks [Lo, B, K, M, block, 2, H].
       layers: Lo `OffloadLayer`s of one layer each, or one stacked one.
       first: Layer 0 when it is resident: then layer l is the store's l − 1.
-      spare: Staging areas of the `slices` route, each [B*K*P, block, 2, H]: one, or
-        two when fetches overlap; the kernels bring their own.
+      spare: Staging areas, each [B*K*P, block, 2, H], where the route reuses them: one,
+        or two when fetches overlap.
     """
 
     store: Float[Array, "Lo B K M block 2 H"]

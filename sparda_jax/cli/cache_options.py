@@ -3,7 +3,7 @@
 import argparse
 from typing import get_args
 
-from sparda_jax.config import CacheConfig, CacheKind, Prefetch, Route
+from sparda_jax.config import OLD_ROUTES, CacheConfig, CacheKind, Prefetch, Route
 from sparda_jax.engine.offload_stats import OffloadStats
 
 
@@ -38,7 +38,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--route",
-        choices=get_args(Route),
+        choices=(*get_args(Route), *OLD_ROUTES),
         default="auto",
         help="how blocks are fetched; auto takes what is recorded for the device",
     )

@@ -7,9 +7,15 @@ from typing import Any, get_args
 import jax
 
 from pallas_kernels.device import current_device_kind
-from sparda_jax.cache.fetch import recorded_routes
+from sparda_jax.cache.routes import recorded_routes
 from sparda_jax.cli.console import HelpFormatter
-from sparda_jax.config import CacheConfig, ConfigError, Route, SparseConfig
+from sparda_jax.config import (
+    OLD_ROUTES,
+    CacheConfig,
+    ConfigError,
+    Route,
+    SparseConfig,
+)
 from sparda_jax.machine import size_text
 from sparda_jax.models.presets import get_preset
 from sparda_jax.planning.measure import MachineRates, Measured, measure_rates
@@ -137,7 +143,7 @@ def add_plan_parser(commands: Any) -> None:
     )
     machine.add_argument(
         "--route",
-        choices=get_args(Route),
+        choices=(*get_args(Route), *OLD_ROUTES),
         default="auto",
         help="how blocks are fetched, for --measure",
     )

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from sparda_jax.cache.fetch import FetchRoute
 from sparda_jax.inference.counters import FetchTotals, WideCount
 from sparda_jax.inference.layer_store import OffloadSettings
 
@@ -23,7 +22,7 @@ class OffloadStats:
         the sampled steps.
     """
 
-    route: FetchRoute
+    route: str
     lookahead: bool
     block_bytes: int
     hits_by_layer: tuple[int, ...]
@@ -80,7 +79,7 @@ def offload_stats(
         return tuple(int(value) for value in counter.to_numpy())
 
     return OffloadStats(
-        route=offload.route,
+        route=offload.route.name,
         lookahead=offload.lookahead,
         block_bytes=block_bytes,
         hits_by_layer=layers(fetches.hits),

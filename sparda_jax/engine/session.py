@@ -379,7 +379,7 @@ class Session:
     def _advance(self, steps: int) -> None:
         request = self.request(steps, self.max_new)
         offload = self.settings.offload
-        if offload is not None and offload.route == "steps":
+        if offload is not None and not offload.route.in_program:
             begun = time.perf_counter()
             self.state = advance_stepwise(
                 self.lm.model, self.state, request, settings=self.settings
@@ -402,10 +402,11 @@ class Session:
                 "prompt"
             )
         offload = self.settings.offload
-        if offload is not None and offload.route == "steps":
+        if offload is not None and not offload.route.in_program:
             raise ConfigError(
-                "single_call=True is not allowed with CacheConfig.route='steps': that "
-                "route is a call a layer"
+                "single_call=True is not allowed with "
+                f"CacheConfig.route={offload.route.name!r}: that route is a call a "
+                "layer"
             )
         if self.stop_strings:
             raise ConfigError(

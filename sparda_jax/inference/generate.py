@@ -349,7 +349,7 @@ def new_state(
     else:
         # Fetches that overlap need two areas; what `auto` decides shall not matter.
         two = offload.lookahead or cache.prefetch == "auto"
-        areas = 0 if offload.route != "slices" else 2 if two else 1
+        areas = offload.route.staging_areas(two_at_once=two)
         kv = init_offload(
             settings.config,
             settings.sparse,

@@ -25,12 +25,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
+from pallas_kernels.commit_blocks.api import commit_blocks
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.paged_decode_attention.api import paged_decode_attention
 from pallas_kernels.plan_slots.api import plan_slots
-from sparda_jax.cache.fetch import FetchRoute, commit_staged, fetch_blocks
 from sparda_jax.cache.offload import OffloadLayer
 from sparda_jax.cache.resident import LayerCache, append_tokens
+from sparda_jax.cache.routes import FetchRoute
 from sparda_jax.cache.slots import SlotTable, slot_of
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.inference.counters import FetchCounters
@@ -57,9 +58,9 @@ class OffloadSettings:
     recall_every: int = 0
 
     @property
-    def aside(self) -> bool:
+    def on_side_stream(self) -> bool:
         """Whether a look-ahead fetch gets a stream of its own."""
-        return self.lookahead and self.route in ("mosaic", "triton")
+        return self.lookahead and self.route.overlaps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,8 +257,8 @@ class Link(NamedTuple):
     """What a fetch needs beside its list.
 
     Attributes:
-      store: The host blocks; None where they are fetched outside (`steps`).
-      spare: Staging areas that are free (`slices`).
+      store: The host blocks; None where they are fetched outside of the program.
+      spare: Staging areas that are free, where the route reuses them.
     """
 
     store: Float[Array, "Lo B K M block 2 H"] | None
@@ -273,14 +274,14 @@ class Link(NamedTuple):
             *rest, into = spare
             spare = tuple(rest)
         flat = self.store.reshape(-1, *self.store.shape[4:])
-        staged = fetch_blocks(
-            flat, flight.rows, flight.bound, into, offload.route, aside=aside
+        staged = offload.route.fetch(
+            flat, flight.rows, flight.bound, into, on_side_stream=aside
         )
         return flight._replace(staged=staged), self._replace(spare=spare)
 
     def give_back(self, staged: Array, offload: OffloadSettings) -> "Link":
         """The link with a staging area that is free again."""
-        if offload.route != "slices":
+        if not offload.route.reuses_staging:
             return self
         return self._replace(spare=(*self.spare, staged))
 
@@ -574,7 +575,7 @@ class OffloadStore(NamedTuple):
         flight, slots = self.flight, self.own.slots
         assert flight is not None and flight.staged is not None
         flat = slots.reshape(-1, *slots.shape[4:])
-        flat = commit_staged(flat, flight.staged, flight.places, flight.bound)
+        flat = commit_blocks(flat, flight.staged, flight.places, count=flight.bound)
         fetches = self.fetches._replace(
             hits=self.fetches.hits + flight.hits,
             fetched=self.fetches.fetched + flight.fetched,
@@ -717,7 +718,9 @@ def _start_outlook[S: (ResidentStore, OffloadStore)](
     if store.outlook is None or store.outlook.flight is None or offload is None:
         return store
     assert store.link is not None
-    flight, link = store.link.start(store.outlook.flight, offload, aside=offload.aside)
+    flight, link = store.link.start(
+        store.outlook.flight, offload, aside=offload.on_side_stream
+    )
     return store._replace(outlook=store.outlook._replace(flight=flight), link=link)
 
 
@@ -730,7 +733,7 @@ def _fence[S: (ResidentStore, OffloadStore)](
     layer's blocks, and behind the start of the next layer's fetch.
     """
     offload, outlook = settings.offload, store.outlook
-    if offload is None or not offload.aside:
+    if offload is None or not offload.on_side_stream:
         return store, x
     leaving = None if outlook is None else outlook.flight
     arriving = store.flight if isinstance(store, OffloadStore) else None

@@ -1,4 +1,4 @@
-"""The `steps` route: decode as a Python loop of one jitted call a layer.
+"""The `host_loop` route: decode as a Python loop of one jitted call a layer.
 
 What anyone would write first, and the baseline of the pipeline that runs inside one
 program: NumPy gathers the listed blocks out of host memory, `jax.device_put` sends them
@@ -236,7 +236,7 @@ def _staged(flight: Flight, store: np.ndarray) -> Flight:
 def advance_stepwise(
     model: Decoder, state: GenerateState, request: Request, *, settings: LayerSettings
 ) -> GenerateState:
-    """Decodes as `generate.advance` does, for the `steps` route.
+    """Decodes as `generate.advance` does, for the `host_loop` route.
 
     Args:
       model: The decoder.

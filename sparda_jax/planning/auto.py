@@ -13,7 +13,7 @@ import functools
 from jax.typing import DTypeLike
 
 from pallas_kernels.device import current_device_kind
-from sparda_jax.cache.fetch import FetchRoute, recorded_routes, resolve_route
+from sparda_jax.cache.routes import FetchRoute, recorded_routes, resolve_route
 from sparda_jax.config import CacheConfig, ConfigError
 from sparda_jax.inference.layer_store import OffloadSettings
 from sparda_jax.planning.measure import measure_fetch
@@ -52,10 +52,10 @@ def offload_settings(cache: CacheConfig, selector: Selector) -> OffloadSettings 
             "attention makes none"
         )
     route = resolve_route(cache.route)
-    if route == "steps" and cache.exactness == "verify":
+    if not route.in_program and cache.exactness == "verify":
         raise ConfigError(
-            "CacheConfig.route='steps' is not allowed with exactness='verify': a layer "
-            "is one program there, and verifying fetches inside of it"
+            f"CacheConfig.route={route.name!r} is not allowed with exactness='verify': "
+            "a layer is one program there, and verifying fetches inside of it"
         )
     settings = OffloadSettings(
         route=route,
@@ -63,7 +63,7 @@ def offload_settings(cache: CacheConfig, selector: Selector) -> OffloadSettings 
         verify=cache.exactness == "verify",
         recall_every=cache.recall_every if forecasts else 0,
     )
-    if settings.aside:
+    if settings.on_side_stream:
         warn_if_serial()
     return settings
 
@@ -119,7 +119,7 @@ class Probe:
 def hidden_share(route: FetchRoute) -> float:
     """Share of a fetch that runs beside compute on this device, as recorded; else 0."""
     record = recorded_routes().get(current_device_kind(), {})
-    return record.get("hidden_percent", {}).get(route, 0) / 100
+    return record.get("hidden_percent", {}).get(route.name, 0) / 100
 
 
 @functools.cache

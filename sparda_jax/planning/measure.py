@@ -6,31 +6,28 @@ and the link is a copy within it.
 """
 
 import dataclasses
-import functools
 import statistics
 import time
 from collections.abc import Callable
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels.device import current_device_kind
-from sparda_jax.cache.fetch import FetchRoute, fetch_blocks, resolve_route
 from sparda_jax.cache.memory import host_sharding, to_device
+from sparda_jax.cache.routes import FetchRoute, resolve_route
 from sparda_jax.checks import (
     LARGEST_BYTES,
     ConfigError,
-    choice,
     float_dtype,
     integer,
     optional,
 )
-from sparda_jax.config import Route
+from sparda_jax.config import Route, route_name
 from sparda_jax.machine import physical_memory, size_text
 from sparda_jax.planning.rates import Rates
 
@@ -65,7 +62,7 @@ class MachineRates:
     fetch: Measured
     memory: Measured
     products: Measured
-    route: FetchRoute
+    route: str
     block_bytes: int
 
     @property
@@ -90,16 +87,6 @@ def _timed(call: Callable[[], object], work: int) -> Measured:
         seconds.append(time.perf_counter() - begun)
     low, median, high = statistics.quantiles(seconds[1:], n=4)
     return Measured(work / median, (high - low) / 2 / median)
-
-
-@functools.partial(jax.jit, static_argnames="route")
-def _fetch(
-    store: Float[Array, "R block 2 H"],
-    rows: Int[Array, " J"],
-    into: Float[Array, "J block 2 H"] | None,
-    route: FetchRoute,
-) -> Float[Array, "J block 2 H"]:
-    return fetch_blocks(store, rows, jnp.int32(rows.shape[0]), into, route, aside=False)
 
 
 def _block_bytes(block_size: int, head_dim: int, dtype: DTypeLike) -> int:
@@ -131,22 +118,10 @@ def _store_bytes() -> int:
 
 def _measure_fetch(store: Float[Array, "R block 2 H"], route: FetchRoute) -> Measured:
     """Bytes a second of a quarter of the store's blocks, in random order."""
-    rows, *shape = store.shape
+    rows = store.shape[0]
     listed = max(1, rows // 4)
-    chosen_rows = np.random.default_rng(0).choice(rows, listed, replace=False)
-    wanted = jnp.asarray(chosen_rows, jnp.int32)
-    if route == "steps":
-        held = np.asarray(store)
-
-        def fetch() -> object:
-            return jax.device_put(held[chosen_rows])
-    else:
-        into = jnp.zeros((listed, *shape), store.dtype) if route == "slices" else None
-
-        def fetch() -> object:
-            return _fetch(store, wanted, into, route)
-
-    return _timed(fetch, listed * store.nbytes // rows)
+    chosen = np.random.default_rng(0).choice(rows, listed, replace=False)
+    return _timed(route.repeatable(store, chosen), listed * store.nbytes // rows)
 
 
 def measure_fetch(
@@ -195,7 +170,7 @@ def measure_rates(
     size = optional(integer(1, LARGEST_BYTES))("store_bytes", store_bytes)
     size = size or _store_bytes()
     _refuse_more_than_memory(max(size, 2 * _block_bytes(block_size, head_dim, dtype)))
-    chosen = resolve_route(choice(*get_args(Route))("route", route))
+    chosen = resolve_route(route_name("route", route))
     cpu = jax.default_backend() == "cpu"
     store = _pinned_store(block_size, head_dim, dtype, size)
     link = _timed(lambda: to_device(store), store.nbytes)
@@ -218,6 +193,6 @@ def measure_rates(
         fetch=fetched,
         memory=copy,
         products=products,
-        route=chosen,
+        route=chosen.name,
         block_bytes=store.nbytes // store.shape[0],
     )

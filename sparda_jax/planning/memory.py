@@ -402,7 +402,7 @@ def memory_plan(
     block_bytes = sparse.block_size * 2 * config.head_dim * size
     area = batch * config.num_kv_heads * width * block_bytes
     staging, offload = state.staging, settings.offload
-    if offload is not None and offload.route != "slices":
+    if offload is not None and not offload.route.reuses_staging:
         # The kernels and NumPy bring their own: what lands, and what is under way.
         staging = area * (2 if offload.lookahead else 1)
     padded = padded_length(shapes.prompt, shapes.tile)

@@ -8,6 +8,7 @@ import functools
 
 from jax.typing import DTypeLike
 
+from sparda_jax.cache.routes import named_route
 from sparda_jax.checks import (
     ConfigError,
     float_dtype,
@@ -170,7 +171,8 @@ class _Planner:
         offload = None
         if kind == "offload":
             ahead = self.selector.needs_forecast and self.cache.prefetch != "none"
-            offload = OffloadSettings(self.rates.route, ahead and lookahead)
+            route = named_route(self.rates.route)
+            offload = OffloadSettings(route, ahead and lookahead)
         return LayerSettings(self.config, self.sparse, self.selector, offload=offload)
 
     def shapes(self, context: int) -> Shapes:

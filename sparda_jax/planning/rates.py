@@ -1,10 +1,9 @@
 """What a machine moves and computes, as given or as recorded for its device kind."""
 
 import dataclasses
-from typing import get_args
 
 from pallas_kernels.dispatch import tuned_record
-from sparda_jax.cache.fetch import FetchRoute, recorded_routes
+from sparda_jax.cache.routes import recorded_routes, route_names
 from sparda_jax.checks import choice, number, optional, settle, text
 
 # Dense bf16 peak of the vendor's data sheet, FLOP/s. A bound that decode seldom meets.
@@ -28,7 +27,7 @@ class Rates:
     fetch: float
     link: float | None = None
     peak: float | None = None
-    route: FetchRoute = "slices"
+    route: str = "dynamic_slice"
     source: str = "given"
 
     def __post_init__(self) -> None:
@@ -39,7 +38,7 @@ class Rates:
             fetch=rate,
             link=optional(rate),
             peak=optional(rate),
-            route=choice(*get_args(FetchRoute)),
+            route=choice(*route_names()),
             source=text,
         )
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from sparda_jax.cache.fetch import fetch_blocks
 from sparda_jax.cache.lint import lint_host_operands
 from sparda_jax.cache.memory import host_sharding, host_zeros, to_device, to_host
+from sparda_jax.cache.routes import named_route
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +69,15 @@ def test_what_is_allowed_passes(store):
     assert lint_host_operands(jax.jit(_allowed).trace(store).jaxpr) == []
 
 
-def test_slices_route_passes():
+def test_dynamic_slice_route_passes():
     numbers = np.arange(1, 8 * 4 * 2 * 64 + 1, dtype=np.float32)
     store = jax.device_put(numbers.reshape(8, 4, 2, 64), host_sharding())
     rows = jnp.asarray([3, -1, 0, -1], jnp.int32)
     into = jnp.zeros((4, 4, 2, 64))
 
     def fetch(store, rows, into):
-        return fetch_blocks(store, rows, jnp.int32(3), into, "slices", aside=False)
+        route = named_route("dynamic_slice")
+        return route.fetch(store, rows, jnp.int32(3), into, on_side_stream=False)
 
     got = jax.jit(fetch)(store, rows, into)
     np.testing.assert_array_equal(got[::2], np.asarray(store)[[3, 0]])

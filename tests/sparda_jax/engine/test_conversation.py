@@ -71,11 +71,11 @@ def test_another_model_is_refused_before_it_compiles(lm, begun, named):
         ({"device_blocks": 9}, "device_blocks=8"),
         ({"prefetch": "none"}, "prefetch=None"),
         ({"layer0": "offload"}, "layer0='resident'"),
-        ({"route": "steps"}, "route='slices'"),
+        ({"route": "host_loop"}, "route='dynamic_slice'"),
     ],
 )
 def test_another_offloaded_cache_is_refused(lm, change, named):
-    cache = CacheConfig(kind="offload", device_blocks=8, route="slices")
+    cache = CacheConfig(kind="offload", device_blocks=8, route="dynamic_slice")
     made = MadeWith.of(lm, cache)
     limits = dataclasses.replace(cache, host_limit=2**30, recall_every=4)
     for same in (cache, limits, dataclasses.replace(cache, kind="auto")):

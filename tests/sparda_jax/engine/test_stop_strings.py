@@ -124,7 +124,7 @@ def test_a_further_turn_follows_the_stop_string(text_lm, whole):
     assert turn.tokens == sj.generate(text_lm, prompts, **how).tokens
 
 
-@pytest.mark.parametrize("route", ["slices", "steps"])
+@pytest.mark.parametrize("route", ["dynamic_slice", "host_loop"])
 def test_stop_strings_of_an_offloaded_cache(text_lm, whole, route):
     cache = sj.CacheConfig(kind="offload", route=route, prefetch="none")
     lm = dataclasses.replace(text_lm, cache=cache)

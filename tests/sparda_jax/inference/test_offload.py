@@ -286,7 +286,7 @@ def test_large_ragged_batch_equals_resident(deeper, resident):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("prefetch", ["lookahead", "none"])
-@pytest.mark.parametrize("route", ["mosaic", "triton", "slices"])
+@pytest.mark.parametrize("route", ["mosaic", "triton", "dynamic_slice"])
 def test_routes_on_a_gpu(route, prefetch, deeper, resident):
     """Kernels that read pinned memory; a GPU's GEMMs may differ between programs."""
     case = Case(storage="per_layer", route=route, prefetch=prefetch)
@@ -362,18 +362,18 @@ def expected(lm, prompts):
 @pytest.mark.parametrize(
     "cache",
     [
-        CacheConfig(kind="offload", route="slices"),
+        CacheConfig(kind="offload", route="dynamic_slice"),
         pytest.param(
-            CacheConfig(kind="offload", route="steps"), marks=pytest.mark.slow
+            CacheConfig(kind="offload", route="host_loop"), marks=pytest.mark.slow
         ),
         pytest.param(
             CacheConfig(
-                kind="offload", route="steps", prefetch="none", layer0="offload"
+                kind="offload", route="host_loop", prefetch="none", layer0="offload"
             ),
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["slices", "steps", "steps, none, layer 0 offloaded"],
+    ids=["dynamic_slice", "host_loop", "host_loop, none, layer 0 offloaded"],
 )
 def test_generate_gives_the_same_tokens(lm, prompts, expected, token_ids, cache):
     offloaded = sj.with_attention(lm, "sparda", cache=cache)
@@ -391,7 +391,7 @@ def test_generate_gives_the_same_tokens(lm, prompts, expected, token_ids, cache)
 def test_routes_leave_the_same_cache(lm, prompts):
     """Keys and values of every generated token, in slots and host store."""
     caches = []
-    for route in ("slices", "steps"):
+    for route in ("dynamic_slice", "host_loop"):
         cache = CacheConfig(kind="offload", route=route, device_blocks=7)
         out = sj.generate(sj.with_attention(lm, "sparda", cache=cache), prompts, **HOT)
         caches.append(out.conversation.state.cache)
@@ -455,7 +455,11 @@ def test_bad_settings_are_refused(settings, message, without_type_checks):
         ("infllm_v2", {"exactness": "verify"}, "verifies a forecast"),
         ("sparda", {"route": "mosaic"}, "route='mosaic': .*needs a CUDA device"),
         ("sparda", {"route": "triton"}, "route='triton': .*needs a CUDA device"),
-        ("sparda", {"route": "steps", "exactness": "verify"}, "fetches inside of it"),
+        (
+            "sparda",
+            {"route": "host_loop", "exactness": "verify"},
+            "fetches inside",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused(lm, token_ids, attention, settings, message):
@@ -474,3 +478,12 @@ def test_no_host_memory_kind_is_refused(lm, token_ids, monkeypatch):
     chosen = sj.with_attention(lm, "sparda", cache=CacheConfig(kind="offload"))
     with pytest.raises(ConfigError, match="needs the memory kind 'tape'"):
         sj.generate(chosen, [token_ids(700)], max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("slices", "dynamic_slice"), ("steps", "host_loop")]
+)
+def test_old_names_of_routes_warn(old, new, without_type_checks):
+    with pytest.warns(FutureWarning, match=f"route='{old}' is called '{new}' now"):
+        cache = CacheConfig(kind="offload", route=old)
+    assert cache.route == new

@@ -52,7 +52,7 @@ def test_measured_prefetch_gives_the_same_tokens(lm, token_ids):
     settings = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 1.5}
     prompt = [token_ids(700)]
     expected = sj.generate(lm, prompt, **settings)
-    cache = CacheConfig(kind="offload", prefetch="auto", route="slices")
+    cache = CacheConfig(kind="offload", prefetch="auto", route="dynamic_slice")
     chosen = sj.with_attention(lm, "sparda", cache=cache)
     first = sj.generate(chosen, prompt, **settings)
     assert first.tokens == expected.tokens
@@ -110,7 +110,7 @@ def test_auto_without_a_forecast(lm, token_ids):
 
 
 def test_one_dispatch_cannot_measure(lm, token_ids):
-    cache = CacheConfig(kind="offload", prefetch="auto", route="slices")
+    cache = CacheConfig(kind="offload", prefetch="auto", route="dynamic_slice")
     chosen = sj.with_attention(lm, "sparda", cache=cache)
     with pytest.raises(sj.ConfigError, match="prefetch='auto'"):
         sj.generate(chosen, [token_ids(900)], max_new_tokens=4, single_call=True)

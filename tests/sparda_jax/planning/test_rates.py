@@ -23,8 +23,8 @@ def test_measured_rates_are_of_this_machine():
     assert found.route == rates.route
     for rate in (rates.memory, rates.fetch, rates.link, rates.peak):
         assert 1e6 < rate < 1e16
-    steps = measure_rates(route="steps", store_bytes=2**18, dtype=jnp.float32)
-    assert steps.route == "steps"
+    steps = measure_rates(route="host_loop", store_bytes=2**18, dtype=jnp.float32)
+    assert steps.route == "host_loop"
     with pytest.raises(ConfigError, match="needs a CUDA device"):
         measure_rates(route="mosaic")
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from sparda_jax.cache.routes import named_route
 from sparda_jax.config import CacheConfig
 from sparda_jax.inference.layer_store import LayerSettings, OffloadSettings
 from sparda_jax.models.presets import PRESETS
@@ -20,7 +21,7 @@ def _step(prefetch=None, layer0="resident", rates=RATES, miss=0.5, kind="offload
     config, sparse = MINICPM.model, MINICPM.sparse
     offload = None
     if kind == "offload":
-        offload = OffloadSettings("slices", prefetch != "none")
+        offload = OffloadSettings(named_route("dynamic_slice"), prefetch != "none")
     settings = LayerSettings(config, sparse, get_selector("sparda"), offload=offload)
     return step_time(
         settings,
