@@ -188,6 +188,8 @@ def _generate(arguments: argparse.Namespace) -> None:
             print(event.text, end="", flush=True)
     print()
     assert stream.output is not None
+    if "non_finite" in stream.output.finish_reasons:
+        note("note: the output ends here because the model's logits are not finite")
     if arguments.stats:
         _print_stats(stream.output.stats, lm)
 

@@ -4,6 +4,8 @@ import dataclasses
 import threading
 import weakref
 
+import numpy as np
+
 from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.config import CacheConfig, ConfigError, ModelConfig, SparseConfig
 from sparda_jax.engine.model import LanguageModel
@@ -145,3 +147,9 @@ class Conversation:
                 f"{len(self.lengths)}"
             )
         self.made_with.check(lm)
+        broken = np.flatnonzero(np.asarray(self.state.broken))
+        if broken.size:
+            raise ConfigError(
+                f"conversation cannot go on: row {broken[0]} ended on logits that are "
+                "not finite (finish_reasons says 'non_finite')"
+            )

@@ -466,8 +466,14 @@ class Session:
             tokens=tokens,
             texts=texts,
             finish_reasons=[
-                "stop" if row[-1] in stops or text.matched else "length"
-                for row, text in zip(tokens, self.texts, strict=True)
+                "non_finite"
+                if bad
+                else "stop"
+                if row[-1] in stops or text.matched
+                else "length"
+                for row, text, bad in zip(
+                    tokens, self.texts, np.asarray(state.broken), strict=True
+                )
             ],
             stats=stats,
             conversation=Conversation(

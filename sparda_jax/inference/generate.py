@@ -42,6 +42,8 @@ class GenerateState(NamedTuple):
       tokens: Output tokens [B, room], −1 where there is none yet.
       generated: Output tokens of each row [B].
       done: Rows that have ended [B].
+      broken: Rows that ended because their logits were not finite: no token follows
+        from such [B].
       seen: Tokens of prompt and output (repetition penalty) [B, V].
       prefill_counts, decode_counts: Blocks read and present.
       fetches: Counters of an offloaded cache by layer [L]; zeros for a resident one.
@@ -53,6 +55,7 @@ class GenerateState(NamedTuple):
     tokens: Int[Array, "B room"]
     generated: Int[Array, " B"]
     done: Bool[Array, " B"]
+    broken: Bool[Array, " B"]
     seen: Bool[Array, "B V"]
     prefill_counts: BlockCounts
     decode_counts: BlockCounts
@@ -99,6 +102,9 @@ def _emit(
     request: Request,
 ) -> GenerateState:
     """Samples a token for the rows in `writes` and records it."""
+    # NaN has no largest value, and neither have infinite ones: nothing can be chosen.
+    unclear = jnp.any(jnp.isnan(scores), axis=1) | jnp.isinf(jnp.max(scores, axis=1))
+    broken, writes = writes & unclear, writes & ~unclear
     token = sample(scores, state.seen, state.generated, request.sampling)
     rows = jnp.arange(token.shape[0])
     slot = jnp.where(writes, state.generated, state.tokens.shape[1])
@@ -110,7 +116,8 @@ def _emit(
         pending=jnp.where(writes, token, state.pending),
         tokens=state.tokens.at[rows, slot].set(token, mode="drop"),
         generated=generated,
-        done=state.done | ended,
+        done=state.done | ended | broken,
+        broken=state.broken | broken,
         seen=state.seen.at[rows, column].set(True, mode="drop"),
     )
 
@@ -367,6 +374,7 @@ def new_state(
         tokens=jnp.full((batch, shapes.new), -1, jnp.int32),
         generated=zeros(jnp.int32),
         done=jnp.ones((batch,), bool),
+        broken=jnp.zeros((batch,), bool),
         seen=jnp.zeros((batch, settings.config.vocab_size), bool),
         prefill_counts=BlockCounts.zero(),
         decode_counts=BlockCounts.zero(),

@@ -18,6 +18,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from sparda_jax.checks import ConfigError, require
 
+# Below this temperature quotients overflow float32, and the largest logit is all that
+# could be drawn anyway.
+_COLDEST = 1e-6
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
@@ -26,7 +30,8 @@ class SamplingConfig:
     Attributes:
       repetition_penalty: Logits of tokens seen in the prompt or the output are divided
         (positive ones) or multiplied (negative ones) by it; 1 is off.
-      temperature: Divisor of the logits; 0 is greedy and ignores the filters.
+      temperature: Divisor of the logits; 0 is greedy and ignores the filters, and so is
+        what is below 1e-6, by which logits would overflow.
       top_k: Keep the k best tokens; 0 is off.
       top_p: Keep the smallest set of best tokens whose probability reaches p; 1 is off.
       min_p: Keep tokens with at least min_p times the best one's probability; 0 is off.
@@ -153,10 +158,11 @@ def sample(
       state: Settings.
     """
     logits = _penalise(logits, seen, state.repetition_penalty)
+    hot = state.temperature >= _COLDEST
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw() -> Array:
-        heat = jnp.where(state.temperature > 0, state.temperature, 1.0)
+        heat = jnp.where(hot, state.temperature, 1.0)
         scaled = logits / heat[:, None]
         active = (state.top_k > 0) | (state.top_p < 1) | (state.min_p > 0)
         kept = jax.lax.cond(
@@ -169,7 +175,6 @@ def sample(
 
         return jax.vmap(one)(state.seed, position, kept).astype(jnp.int32)
 
-    hot = state.temperature > 0
     # Sorting a vocabulary is not free, so a greedy batch skips all of it.
     drawn = jax.lax.cond(jnp.any(hot), draw, lambda: greedy)
     return jnp.where(hot, drawn, greedy)

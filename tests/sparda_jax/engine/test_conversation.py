@@ -3,7 +3,9 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import sparda_jax as sj
 from sparda_jax.config import CacheConfig, ConfigError
@@ -103,3 +105,21 @@ def test_texts_of_results_are_short(lm):
         assert len(repr(value)) < 400 and "\n" not in repr(value)
     # Identity: comparing arrays would raise.
     assert out == out and out != stream.output
+
+
+def test_logits_that_are_not_finite_end_their_row_alone(lm, begun):
+    """NaN weights: no token is made up, the row says so, and its neighbour goes on."""
+    model = jax.tree.map(lambda weights: weights, lm.model)
+    model.head = nnx.data(
+        nnx.Param(lm.model.embedding[...])
+    )  # the tied head stays whole
+    model.embedding[...] = model.embedding[...].at[9].set(jnp.nan)
+    out = sj.generate(_replaced(lm, model=model), [[5, 6], [7, 8, 9]], **SHORT)
+    assert out.tokens == [begun.tokens[0], []]
+    assert out.finish_reasons == ["length", "non_finite"]
+    stream = sj.stream(_replaced(lm, model=model), [[9], [5, 6]], **SHORT)
+    assert [event.index for event in stream] == [1, 1, 1]
+    with pytest.raises(ConfigError, match="row 1 ended on logits that are not finite"):
+        sj.generate(
+            _replaced(lm, model=model), [[4], [4]], conversation=out.conversation
+        )

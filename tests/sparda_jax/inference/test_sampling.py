@@ -97,3 +97,11 @@ def test_penalty_weakens_seen_tokens_of_either_sign():
     assert int(sample(logits, seen, place, state)[0]) == 2
     only = jnp.array([[-3.0, -1.0, -4.0, -1.5]])
     assert int(sample(only, seen, place, state)[0]) == 3
+
+
+def test_a_temperature_that_would_overflow_is_greedy():
+    logits = _logits(3, rows=2)
+    state = sampling_state(SamplingConfig(temperature=1e-40), 0, 2)
+    seen = jnp.zeros(logits.shape, bool)
+    token = sample(logits, seen, jnp.zeros(2, jnp.int32), state)
+    np.testing.assert_array_equal(token, jnp.argmax(logits, axis=1))
