@@ -26,12 +26,11 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from sparda_jax.checkpoint.errors import CheckpointError
-from sparda_jax.config import ConfigError
+from sparda_jax.checks import ConfigError, require
 from train.config import (
     LossConfig,
     OptimizerConfig,
     TrainConfig,
-    check,
     load_config,
     with_overrides,
 )
@@ -211,9 +210,9 @@ def main(arguments: list[str] | None = None) -> int:
         config = with_overrides(load_config(options.config), options.set)
         known = variants(config, options.steps)
         for name in (*(options.only or ()), *options.save):
-            check(name in known, "variant", name, f"one of {', '.join(known)}")
+            require(name in known, "variant", name, f"one of {', '.join(known)}")
         run = Run(config)
-        check(bool(run.held_out), "data.held_out", 0.0, "above 0: it is compared")
+        require(bool(run.held_out), "data.held_out", 0.0, "above 0: it is compared")
         result = {
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,

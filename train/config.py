@@ -7,61 +7,89 @@ A run is described by one small Python file whose `get_config()` returns a
 import ast
 import dataclasses
 import difflib
-import math
+import functools
+import os
 import pathlib
 import runpy
 import typing
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from sparda_jax.config import ConfigError, SparseConfig
+from sparda_jax.checks import (
+    Check,
+    ConfigError,
+    choice,
+    flag,
+    instance,
+    integer,
+    number,
+    one_line,
+    optional,
+    require,
+    settle,
+    several,
+    shown,
+    text,
+)
+from sparda_jax.checks import path as check_path
+from sparda_jax.config import SparseConfig
+
+_positive, _count = integer(1), integer(0)
+# A seed is a key of JAX and of grain, 32 bits each; sources count on from it.
+_seed = integer(0)
+_fraction = number(least=0, most=1)
+_half = number(least=0, most=0.5)
+_rate = number(least=1e-12, most=1)
+_momentum = number(least=0, most=0.9999999)
+_norm = number(least=0, most=1e9)
+_floor = number(least=0, most=1e-3)
+# Weights are shares: one that is far too small would never have its turn.
+_share = number(least=1e-6, most=1e6)
+_maybe_positive = optional(_positive)
+_maybe_minutes = optional(number(least=0, most=1e6))
+_maybe_sparse = optional(instance(SparseConfig))
 
 
-def check(condition: bool, field: str, value: object, allowed: str) -> None:
-    """Raises ConfigError unless `condition` holds."""
-    if not condition:
-        raise ConfigError(f"{field}={value!r} is not allowed: it must be {allowed}")
+@functools.cache
+def _word_checks(kind: type) -> Mapping[str, Check[Any]]:
+    """Checks of all fields whose type is a Literal, one or None, or bool."""
+    checks: dict[str, Check[Any]] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        kinds = typing.get_args(hint)
+        for word in (hint, *kinds):
+            if word is bool:
+                checks[name] = flag
+            elif typing.get_origin(word) is Literal:
+                check = choice(*typing.get_args(word))
+                checks[name] = optional(check) if type(None) in kinds else check
+    return checks
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _settle(owner: Any, **checks: Check[Any]) -> None:
+    """Puts all fields through their checks."""
+    settle(owner, **_word_checks(type(owner)), **checks)
 
 
-def _is_number(value: object) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+def _name(field: str, value: object) -> str:
+    found = text(field, value)
+    require(bool(found.strip()), field, value, "a text that is not empty")
+    return found
 
 
-class _Checked:
-    """Field checks that the configurations share."""
+def _source(field: str, value: object) -> tuple[str, float]:
+    """A (name or path, weight) pair."""
+    pair = isinstance(value, list | tuple) and len(value) == 2
+    require(pair, field, value, "(name or path, weight above 0)")
+    source, weight = typing.cast(tuple[object, object], value)
+    return check_path(f"{field}[0]", source), _share(f"{field}[1]", weight)
 
-    def _ints(self, least: int, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            ok = _is_int(value) and value >= least
-            allowed = f"an integer of at least {least}"
-            check(ok, f"{type(self).__name__}.{name}", value, allowed)
 
-    def _numbers(self, low: float, high: float, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            ok = _is_number(value) and low <= value <= high
-            allowed = f"a number in [{low}, {high}]"
-            check(ok, f"{type(self).__name__}.{name}", value, allowed)
-
-    def _choices(self) -> None:
-        """Checks all fields whose type is a Literal, or bool."""
-        for name, kind in typing.get_type_hints(type(self)).items():
-            value, field = getattr(self, name), f"{type(self).__name__}.{name}"
-            if typing.get_origin(kind) is Literal:
-                choices = typing.get_args(kind)
-                check(value in choices, field, value, f"one of {choices}")
-            elif kind is bool:
-                check(isinstance(value, bool), field, value, "True or False")
+_sources = several(_source, "(name or path, weight) pairs")
 
 
 @dataclasses.dataclass(frozen=True)
-class LossConfig(_Checked):
+class LossConfig:
     """Variant of the distillation loss; the defaults are the reference's (§5).
 
     Attributes:
@@ -95,17 +123,14 @@ class LossConfig(_Checked):
     tile: int | None = None
 
     def __post_init__(self) -> None:
-        self._choices()
-        self._numbers(0.0, 1e-3, "floor")
+        _settle(self, floor=_floor, tile=_maybe_positive)
         fits = self.target == "mass" or self.student == "blocks"
         allowed = '"mass" unless student is "blocks"'
-        check(fits, "LossConfig.target", self.target, allowed)
-        if self.tile is not None:
-            self._ints(1, "tile")
+        require(fits, "LossConfig.target", self.target, allowed)
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig(_Checked):
+class OptimizerConfig:
     """AdamW and its schedule; the defaults are the reference's (runtime A3).
 
     Attributes:
@@ -137,18 +162,26 @@ class OptimizerConfig(_Checked):
     max_bad_steps: int = 5
 
     def __post_init__(self) -> None:
-        self._choices()
-        self._ints(1, "steps", "global_batch", "micro_batch", "max_bad_steps")
-        self._ints(0, "warmup_steps")
-        self._numbers(0.0, 1.0, "weight_decay", "final_fraction")
-        self._numbers(0.0, 0.9999999, "beta1", "beta2")
-        self._numbers(0.0, 1e9, "clip")
-        self._numbers(1e-12, 1.0, "lr", "eps")
+        _settle(
+            self,
+            lr=_rate,
+            eps=_rate,
+            beta1=_momentum,
+            beta2=_momentum,
+            weight_decay=_fraction,
+            final_fraction=_fraction,
+            clip=_norm,
+            warmup_steps=_count,
+            steps=_positive,
+            global_batch=_positive,
+            micro_batch=_positive,
+            max_bad_steps=_positive,
+        )
 
     def accumulation(self, devices: int) -> int:
         """Micro batches per step on that many devices."""
         at_once = self.micro_batch * devices
-        check(
+        require(
             self.global_batch % at_once == 0,
             "OptimizerConfig.global_batch",
             self.global_batch,
@@ -158,7 +191,7 @@ class OptimizerConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig(_Checked):
+class DataConfig:
     """Text, and how sequences are made of it.
 
     Attributes:
@@ -181,20 +214,19 @@ class DataConfig(_Checked):
     seed: int = 42
 
     def __post_init__(self) -> None:
-        self._choices()
-        self._ints(1, "seq_len")
-        self._ints(0, "seed")
-        self._numbers(0.0, 0.5, "held_out")
+        _settle(
+            self,
+            sources=_sources,
+            seq_len=_positive,
+            seed=_seed,
+            held_out=_half,
+        )
         field = "DataConfig.sources"
-        check(len(self.sources) > 0, field, self.sources, "at least one source")
-        for item in self.sources:
-            pair = isinstance(item, tuple) and len(item) == 2
-            ok = pair and isinstance(item[0], str) and _is_number(item[1])
-            check(ok and item[1] > 0, field, item, "(name or path, weight above 0)")
+        require(len(self.sources) > 0, field, self.sources, "at least one source")
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig(_Checked):
+class EvalConfig:
     """Held-out evaluation.
 
     Attributes:
@@ -209,12 +241,11 @@ class EvalConfig(_Checked):
     mass: bool = True
 
     def __post_init__(self) -> None:
-        self._choices()
-        self._ints(1, "every", "batches")
+        _settle(self, every=_positive, batches=_positive)
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig(_Checked):
+class CheckpointConfig:
     """What is kept on disk.
 
     Attributes:
@@ -228,12 +259,11 @@ class CheckpointConfig(_Checked):
     keep_best: int = 1
 
     def __post_init__(self) -> None:
-        self._ints(1, "every", "keep_last")
-        self._ints(0, "keep_best")
+        _settle(self, every=_positive, keep_last=_positive, keep_best=_count)
 
 
 @dataclasses.dataclass(frozen=True)
-class ParallelConfig(_Checked):
+class ParallelConfig:
     """Devices.
 
     Attributes:
@@ -246,13 +276,16 @@ class ParallelConfig(_Checked):
     fsdp: bool = False
 
     def __post_init__(self) -> None:
-        self._choices()
-        if self.devices is not None:
-            self._ints(1, "devices")
+        _settle(self, devices=_maybe_positive)
+
+
+_loss, _optimizer = instance(LossConfig), instance(OptimizerConfig)
+_data, _eval = instance(DataConfig), instance(EvalConfig)
+_checkpoint, _parallel = instance(CheckpointConfig), instance(ParallelConfig)
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(_Checked):
+class TrainConfig:
     """One training run.
 
     Attributes:
@@ -300,30 +333,35 @@ class TrainConfig(_Checked):
     parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
-        self._choices()
-        self._ints(1, "log_every", "init_batches")
-        self._ints(0, "seed")
-        for name in ("name", "model", "out"):
-            value = getattr(self, name)
-            ok = isinstance(value, str) and bool(value)
-            check(ok, f"TrainConfig.{name}", value, "a non-empty text")
-        if self.max_minutes is not None:
-            self._numbers(0.0, 1e6, "max_minutes")
-        names = ("mosaic_gpu", "triton", "xla", None)
-        field = "TrainConfig.implementation"
-        check(
-            self.implementation in names, field, self.implementation, f"one of {names}"
+        _settle(
+            self,
+            name=_name,
+            model=check_path,
+            out=check_path,
+            init_batches=_positive,
+            sparse=_maybe_sparse,
+            seed=_seed,
+            max_minutes=_maybe_minutes,
+            log_every=_positive,
+            loss=_loss,
+            optimizer=_optimizer,
+            data=_data,
+            eval=_eval,
+            checkpoint=_checkpoint,
+            parallel=_parallel,
         )
-        kinds = ("float32", "bfloat16", None)
-        check(self.dtype in kinds, "TrainConfig.dtype", self.dtype, f"one of {kinds}")
+        length, tile = self.data.seq_len, self.loss.tile
         if self.sparse is not None:
             block = self.sparse.block_size
-            check(
-                self.data.seq_len % block == 0,
+            require(
+                length % block == 0,
                 "DataConfig.seq_len",
-                self.data.seq_len,
+                length,
                 f"a multiple of SparseConfig.block_size={block}",
             )
+        if tile is not None:
+            allowed = f"at most DataConfig.seq_len={length}"
+            require(tile <= length, "LossConfig.tile", tile, allowed)
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the run that it continues, as JSON.
@@ -340,21 +378,34 @@ class TrainConfig(_Checked):
         return values
 
 
-def load_config(path: str | pathlib.Path) -> TrainConfig:
+def load_config(path: str | os.PathLike) -> TrainConfig:
     """Runs a configuration file and returns what its `get_config()` returns.
 
     Raises:
       ConfigError: If there is no such file, or it does not do that.
     """
-    path = pathlib.Path(path)
-    check(path.is_file(), "config", str(path), "a Python file with get_config()")
-    scope = runpy.run_path(str(path))
-    make = scope.get("get_config")
-    check(callable(make), "config", str(path), "a Python file with get_config()")
-    assert callable(make)
-    config = make()
+    file = pathlib.Path(check_path("config", path))
+    try:
+        found = file.is_file()
+    except (OSError, ValueError):  # A name that is too long.
+        found = False
+    wanted = "a Python file with get_config()"
+    require(found, "config", str(file), wanted)
+    try:
+        make = runpy.run_path(str(file)).get("get_config")
+        require(callable(make), "config", str(file), wanted)
+        assert callable(make)
+        config = make()
+    except ConfigError:
+        raise
+    # The file is the user's program: whatever it raises is about the file.
+    except Exception as error:
+        raise ConfigError(
+            f"config={shown(str(file))} is not allowed: it must be {wanted}, and it "
+            f"raised {type(error).__name__}: {one_line(str(error), 300)}"
+        ) from error
     ok = isinstance(config, TrainConfig)
-    check(ok, f"{path}: get_config()", config, "a train.config.TrainConfig")
+    require(ok, f"{file}: get_config()", config, "a train.config.TrainConfig")
     return config
 
 
@@ -371,20 +422,16 @@ def _fields(config: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _parse(name: str, text: str, kind: Any) -> Any:
+def _parse(text: str, kind: Any) -> Any:
     """The value that `text` stands for in a field of type `kind`."""
     if kind is str:
         return text
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    if kind is float and _is_int(value):
-        return float(value)
-    if kind is bool and isinstance(value, str):
-        return {"true": True, "false": False}.get(value.lower(), value)
-    if name == "data.sources" and isinstance(value, list | tuple):
-        return tuple(tuple(item) for item in value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Of doubtful escapes and the like.
+            value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return {"true": True, "false": False}.get(text.lower(), text)
     return value
 
 
@@ -406,16 +453,16 @@ def with_overrides(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
         allowed.
     """
     for setting in settings:
-        key, separator, text = setting.partition("=")
-        check(bool(separator), "--set", setting, "of the form key=value")
+        key, separator, value = text("--set", setting).partition("=")
+        require(bool(separator), "--set", setting, "of the form key=value")
         fields = _fields(config)
         names = [name for name in fields if name == key]
         names = names or [name for name in fields if name.split(".")[-1] == key]
         if not names:
-            near = difflib.get_close_matches(key, fields, n=3, cutoff=0.3)
+            near = difflib.get_close_matches(key[:80], fields, n=3, cutoff=0.3)
             hint = f" such as {', '.join(near)}" if near else ""
-            check(False, "--set", key, f"a field of TrainConfig{hint}")
-        check(len(names) == 1, "--set", key, f"one of {', '.join(names)}")
-        value = _parse(names[0], text, fields[names[0]])
-        config = _replaced(config, names[0].split("."), value)
+            require(False, "--set", key, f"a field of TrainConfig{hint}")
+        require(len(names) == 1, "--set", key, f"one of {', '.join(names)}")
+        parsed = _parse(value, fields[names[0]])
+        config = _replaced(config, names[0].split("."), parsed)
     return config

@@ -11,7 +11,15 @@ import sys
 import jax
 
 from sparda_jax.checkpoint.errors import CheckpointError
-from sparda_jax.config import ConfigError
+from sparda_jax.checks import (
+    ConfigError,
+    integer,
+    one_line,
+    optional,
+    require,
+    shown,
+    text,
+)
 from train.config import load_config, with_overrides
 from train.run import TrainingError, train
 
@@ -36,6 +44,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _join(coordinator: str | None, count: int | None, index: int | None) -> None:
+    """Joins the processes of a run; nothing where this one is alone.
+
+    Raises:
+      ConfigError: The flags do not fit together, or the processes did not meet.
+    """
+    if coordinator is None:
+        for field, value in (("--num-processes", count), ("--process-id", index)):
+            require(value is None, field, value, "given together with --coordinator")
+        return
+    count = optional(integer(1))("--num-processes", count)
+    index = optional(integer(0))("--process-id", index)
+    if count is not None and index is not None:
+        require(index < count, "--process-id", index, f"below --num-processes={count}")
+    try:
+        jax.distributed.initialize(text("--coordinator", coordinator), count, index)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"--coordinator={shown(coordinator)} is not allowed: it must be an address "
+            f"that all processes reach ({one_line(str(error), 300)})"
+        ) from error
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; also behind `sparda train`."""
     options = _parser().parse_args(arguments)
@@ -44,10 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.print:
             print(json.dumps(dataclasses.asdict(config), indent=2))
             return 0
-        if options.coordinator is not None:
-            jax.distributed.initialize(
-                options.coordinator, options.num_processes, options.process_id
-            )
+        _join(options.coordinator, options.num_processes, options.process_id)
         result = train(config, progress=not options.quiet)
     except (ConfigError, CheckpointError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)

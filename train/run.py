@@ -17,10 +17,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sparda_jax
 from sparda_jax.checkpoint.atomic import write_json
+from sparda_jax.checks import require
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.loading import default_dtype
 from train.checkpoint import Checkpoints, export_forecast
-from train.config import TrainConfig, check
+from train.config import TrainConfig
 from train.data import (
     Row,
     batches,
@@ -115,6 +116,7 @@ class Run:
     def __init__(self, config: TrainConfig):
         self.out = check_writable(config.out)
         self.config = config
+        _check_devices(config.parallel.devices)
         self.mesh = make_mesh(config.parallel.devices)
         self.accumulation = config.optimizer.accumulation(self.mesh.size)
         self.lm = _load(config)
@@ -254,11 +256,20 @@ def _load(config: TrainConfig) -> LanguageModel:
         )
 
 
+def _check_devices(wanted: int | None) -> None:
+    if wanted is None:
+        return
+    held, field = jax.device_count(), "ParallelConfig.devices"
+    require(wanted <= held, field, wanted, f"at most the {held} that there are")
+    alone = jax.process_count() == 1
+    require(alone or wanted == held, field, wanted, "all devices of all processes")
+
+
 def _check_shapes(config: TrainConfig, lm: LanguageModel, block: int) -> None:
     length, field = config.data.seq_len, "DataConfig.seq_len"
-    check(length % block == 0, field, length, f"a multiple of block_size={block}")
+    require(length % block == 0, field, length, f"a multiple of block_size={block}")
     longest = lm.config.max_context
-    check(length <= longest, field, length, f"at most max_context={longest}")
+    require(length <= longest, field, length, f"at most max_context={longest}")
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
