@@ -25,8 +25,8 @@ import optax
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from sparda_jax.checkpoint.errors import CheckpointError
-from sparda_jax.checks import ConfigError, require
+from sparda_jax.checks import integer, require
+from train.command import run_command
 from train.config import (
     LossConfig,
     OptimizerConfig,
@@ -198,7 +198,24 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=pathlib.Path, help="JSON file, kept up to date")
     options = parser.parse_args(arguments)
-    result: dict[str, Any] = {}
+    return run_command(lambda: _compare(options))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    config = with_overrides(load_config(options.config), options.set)
+    known = variants(config, integer(1)("--steps", options.steps))
+    for name in (*(options.only or ()), *options.save):
+        require(name in known, "variant", name, f"one of {', '.join(known)}")
+    run = Run(config)
+    require(bool(run.held_out), "data.held_out", 0.0, "above 0: it is compared")
+    result: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "steps": options.steps,
+        "global_batch": config.optimizer.global_batch,
+        "seq_len": config.data.seq_len,
+        "variants": {},
+    }
 
     def note(name: str, found: dict[str, Any]) -> None:
         result["variants"][name] = found
@@ -206,28 +223,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(name, json.dumps(shown), file=sys.stderr, flush=True)
         keep_json(options.out, result)
 
-    try:
-        config = with_overrides(load_config(options.config), options.set)
-        known = variants(config, options.steps)
-        for name in (*(options.only or ()), *options.save):
-            require(name in known, "variant", name, f"one of {', '.join(known)}")
-        run = Run(config)
-        require(bool(run.held_out), "data.held_out", 0.0, "above 0: it is compared")
-        result = {
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-            "steps": options.steps,
-            "global_batch": config.optimizer.global_batch,
-            "seq_len": config.data.seq_len,
-            "variants": {},
-        }
-        chosen = {name: known[name] for name in options.only or known}
-        ablate(run, chosen, note=note, save=tuple(options.save))
-    except (ConfigError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    chosen = {name: known[name] for name in options.only or known}
+    ablate(run, chosen, note=note, save=tuple(options.save))
     print(json.dumps(result, indent=1))
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import sys
 
 import jax
 
-from sparda_jax.checkpoint.errors import CheckpointError
 from sparda_jax.checks import (
     ConfigError,
     integer,
@@ -20,8 +19,9 @@ from sparda_jax.checks import (
     shown,
     text,
 )
+from train.command import run_command
 from train.config import load_config, with_overrides
-from train.run import TrainingError, train
+from train.run import train
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,28 +70,24 @@ def _join(coordinator: str | None, count: int | None, index: int | None) -> None
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; also behind `sparda train`."""
     options = _parser().parse_args(arguments)
-    try:
-        config = with_overrides(load_config(options.config), options.set)
-        if options.print:
-            print(json.dumps(dataclasses.asdict(config), indent=2))
-            return 0
-        _join(options.coordinator, options.num_processes, options.process_id)
-        result = train(config, progress=not options.quiet)
-    except (ConfigError, CheckpointError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "interrupted: the checkpoints are whole, and the same command continues",
-            file=sys.stderr,
-        )
-        return 130
+    return run_command(
+        lambda: _run(options),
+        interrupted=": the checkpoints are whole, and the same command continues",
+    )
+
+
+def _run(options: argparse.Namespace) -> None:
+    config = with_overrides(load_config(options.config), options.set)
+    if options.print:
+        print(json.dumps(dataclasses.asdict(config), indent=2))
+        return
+    _join(options.coordinator, options.num_processes, options.process_id)
+    result = train(config, progress=not options.quiet)
     print(f"{result.forecast}: step {int(result.state.step)}")
     if result.evaluation is not None:
         for name, value in result.evaluation.means().items():
             shown = "not measured" if value is None else f"{value:.4f}"
             print(f"  held-out {name.replace('_', ' ')}: {shown}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,11 +4,10 @@ import argparse
 import itertools
 import sys
 
-from sparda_jax.checkpoint.errors import CheckpointError
 from sparda_jax.checkpoint.fetch import fetch_default_model
 from sparda_jax.checkpoint.source import open_checkpoint
-from sparda_jax.config import ConfigError
 from sparda_jax.models.presets import PRESETS, get_preset
+from train.command import run_command
 from train.text import DataError, read_documents, save_corpus, tokenize
 
 
@@ -32,20 +31,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2-135m", help="whose tokenizer")
     parser.add_argument("--out", required=True, help="new or empty directory")
     options = parser.parse_args(arguments)
-    try:
-        source = _open(options.model)
-        if source.tokenizer is None:
-            raise DataError(f"model {options.model!r} has no tokenizer")
-        texts = itertools.chain.from_iterable(map(read_documents, options.sources))
-        name = "+".join(options.sources)
-        corpus = tokenize(name, texts, source.tokenizer, source.config.vocab_size)
-        save_corpus(corpus, options.out)
-    except (ConfigError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: _prepare(options))
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    source = _open(options.model)
+    if source.tokenizer is None:
+        raise DataError(f"model {options.model!r} has no tokenizer")
+    texts = itertools.chain.from_iterable(map(read_documents, options.sources))
+    name = "+".join(options.sources)
+    corpus = tokenize(name, texts, source.tokenizer, source.config.vocab_size)
+    save_corpus(corpus, options.out)
     documents = sum(map(len, corpus.ends))
     print(f"{options.out}: {corpus.num_tokens} tokens in {documents} documents")
-    return 0
 
 
 if __name__ == "__main__":

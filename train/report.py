@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparda_jax as sj
-from sparda_jax.checkpoint.errors import CheckpointError
 from sparda_jax.checkpoint.forecast import load_forecast
-from sparda_jax.config import ConfigError
+from sparda_jax.checks import integer, require
 from sparda_jax.evaluation.perplexity import perplexity
 from sparda_jax.models.weights import forecast_heads
+from train.command import run_command
 from train.config import TrainConfig, load_config, with_overrides
 from train.data import PackedRows
 from train.loss import Documents
@@ -141,15 +141,19 @@ def _perplexities(
 def main(arguments: list[str] | None = None) -> int:
     """Entry point."""
     options = _parser().parse_args(arguments)
-    try:
-        config = with_overrides(load_config(options.config), options.set)
-        figures = report(config, options)
-    except (ConfigError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    for field in ("rows", "batch"):
+        integer(1)(f"--{field}", getattr(options, field))
+    integer(0)("--perplexity", options.perplexity)
+    for item in options.heads:
+        require("=" in item, "--heads", item, "of the form NAME=FILE")
+    config = with_overrides(load_config(options.config), options.set)
+    figures = report(config, options)
     if options.out is None:
         print(json.dumps(figures, indent=1))
-    return 0
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from sparda_jax.checks import require
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.loading import default_dtype
 from train.checkpoint import Checkpoints, export_forecast
+from train.command import TrainingError
 from train.config import TrainConfig
 from train.data import (
     Row,
@@ -50,10 +51,6 @@ from train.step import (
     place,
     shard_model,
 )
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 from sparda_jax.checkpoint.atomic import new_directory
 from sparda_jax.checkpoint.errors import show
 from sparda_jax.checkpoint.files import open_regular, read_json
-from sparda_jax.config import ConfigError
+from sparda_jax.checks import ConfigError, shown
 
 FORMAT = "sparda-tokens"
 # Bytes; a few fields are in it.
@@ -153,6 +153,18 @@ def _pydoc_documents() -> Iterator[str]:
         yield topics[name]
 
 
+def _place(source: str) -> pathlib.Path | None:
+    """A source as a path; None if there is nothing of that name."""
+    try:
+        path = pathlib.Path(source).expanduser()
+        path.lstat()
+    # No such file, or a name that is too long, holds a null character, or begins with
+    # the home of nobody.
+    except (OSError, ValueError, RuntimeError):
+        return None
+    return path
+
+
 def read_documents(source: str) -> Iterator[str]:
     """The texts of a source, in an order that does not change.
 
@@ -165,15 +177,15 @@ def read_documents(source: str) -> Iterator[str]:
     if source == "pydoc":
         yield from _pydoc_documents()
         return
-    path = pathlib.Path(source).expanduser()
-    if path.is_file():
+    path = _place(source)
+    if path is not None and path.is_file():
         yield from _file_documents(path)
         return
-    if not path.is_dir():
+    if path is None or not path.is_dir():
         raise DataError(
-            f"source {source!r} does not exist: it must be 'stdlib', 'pydoc', a file "
-            f"or a directory with {', '.join(_SUFFIXES)} files, or a directory that "
-            "train.prepare wrote"
+            f"source {shown(source)} does not exist: it must be 'stdlib', 'pydoc', a "
+            f"file or a directory with {', '.join(_SUFFIXES)} files, or a directory "
+            "that train.prepare wrote"
         )
     for file in sorted(path.rglob("*")):
         if file.is_file() and file.suffix in _SUFFIXES:
@@ -242,7 +254,8 @@ def save_corpus(corpus: Corpus, path: str | pathlib.Path) -> None:
 
 def is_prepared(source: str) -> bool:
     """Whether a source is a directory of `save_corpus`."""
-    return (pathlib.Path(source).expanduser() / INDEX).is_file()
+    path = _place(source)
+    return path is not None and (path / INDEX).is_file()
 
 
 def load_corpus(path: str | pathlib.Path, vocab_size: int) -> Corpus:

@@ -296,3 +296,10 @@ def test_the_digest_is_of_the_text_and_not_of_its_files(tmp_path, monkeypatch):
         Corpus("a", corpus.tokens, (moved,), 128),
     ):
         assert changed.num_tokens == corpus.num_tokens and changed.digest() != known
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "~nobody-at-all/x", "/dev/null"])
+def test_names_that_no_file_has_are_one_line(name):
+    with pytest.raises(DataError, match="does not exist: it must be") as error:
+        open_source(name, Bytes(), 256)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
