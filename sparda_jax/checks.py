@@ -7,6 +7,7 @@ and what is allowed. Checks are made by the functions below and put together:
 `optional(integer(least=1))` takes None as well.
 """
 
+import dataclasses
 import math
 import operator
 import os
@@ -277,8 +278,10 @@ def several[T](check: Check[T], what: str) -> Check[tuple[T, ...]]:
 def settle(owner: object, **checks: Check[Any]) -> None:
     """Puts fields of a frozen dataclass through their checks, at construction.
 
-    Each field then holds what its check returned.
+    Each field then holds what its check returned. Every field needs a check.
     """
+    assert dataclasses.is_dataclass(owner)
+    assert checks.keys() == {field.name for field in dataclasses.fields(owner)}
     for name, check in checks.items():
         value = check(f"{type(owner).__name__}.{name}", getattr(owner, name))
         object.__setattr__(owner, name, value)

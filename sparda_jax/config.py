@@ -186,6 +186,7 @@ class ModelConfig:
             rope=instance(RopeConfig),
             tie_embeddings=flag,
             attention_bias=flag,
+            output_bias=flag,
             qk_norm=flag,
             key_bias=flag,
             embed_scale=positive,

@@ -3,20 +3,31 @@
 import dataclasses
 import os
 from collections.abc import Callable
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from pallas_kernels.dispatch import Implementation
+from pallas_kernels.dispatch import IMPLEMENTATIONS, Implementation
 from sparda_jax.checkpoint.fetch import fetch_default_model
 from sparda_jax.checkpoint.files import is_file
 from sparda_jax.checkpoint.forecast import load_forecast
 from sparda_jax.checkpoint.layout import CURRENT, future_name
 from sparda_jax.checkpoint.source import CheckpointSource, open_checkpoint
+from sparda_jax.checks import (
+    choice,
+    float_dtype,
+    function,
+    instance,
+    optional,
+    path,
+    shown,
+)
 from sparda_jax.config import CacheConfig, ConfigError, ModelConfig, SparseConfig
 from sparda_jax.engine.model import LanguageModel
+from sparda_jax.engine.requests import LANGUAGE_MODEL
 from sparda_jax.forecasts import published_forecast
 from sparda_jax.models.decoder import Decoder, Storage
 from sparda_jax.models.presets import PRESETS, Preset, get_preset
@@ -136,13 +147,17 @@ def load(
       ConfigError: If an argument is not allowed, or "sparda" has no Forecast weights.
       CheckpointError: If a file is missing, damaged or of an unsupported kind.
     """
+    name = path("model", model)
     selector = get_selector(attention)
-    if storage not in ("per_layer", "stacked"):
-        raise ConfigError(
-            f"storage={storage!r} is not allowed: it must be 'per_layer' or 'stacked'"
-        )
-    name = os.fspath(model)
-    dtype = default_dtype() if dtype is None else dtype
+    sparse = optional(instance(SparseConfig))("sparse", sparse)
+    forecast = optional(path)("forecast", forecast)
+    dtype = optional(float_dtype)("dtype", dtype) or default_dtype()
+    storage = choice(*get_args(Storage))("storage", storage)
+    implementation = optional(choice(*IMPLEMENTATIONS))(
+        "implementation", implementation
+    )
+    cache = optional(instance(CacheConfig))("cache", cache)
+    on_layer = optional(function)("on_layer", on_layer)
     source = None
     if name in _RANDOM:
         preset = get_preset(name)
@@ -203,7 +218,7 @@ def _check_early(
     selector.check(config, has_forecast=forecast is not None or own)
     if forecast not in (None, "from_query") and not is_file(forecast):
         raise ConfigError(
-            f"forecast={os.fspath(forecast)!r} is not a file: it must be a Forecast "
+            f"forecast={shown(forecast)} is not a file: it must be a Forecast "
             "weights file or 'from_query'"
         )
 
@@ -243,11 +258,11 @@ def with_attention(
     Raises:
       ConfigError: As `load`.
     """
+    lm = LANGUAGE_MODEL("lm", lm)
     selector = get_selector(attention)
-    if forecast not in (None, "from_query"):
-        raise ConfigError(
-            f"forecast={forecast!r} is not allowed: it must be None or 'from_query'"
-        )
+    sparse = optional(instance(SparseConfig))("sparse", sparse)
+    forecast = optional(choice("from_query"))("forecast", forecast)
+    cache = optional(instance(CacheConfig))("cache", cache)
     model, trained = lm.model, lm.forecast_sparse
     if forecast == "from_query":
         model, trained = model.with_forecast(from_query_heads(model)), None

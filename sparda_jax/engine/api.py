@@ -5,11 +5,13 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparda_jax.config import CacheConfig, ConfigError
+from sparda_jax.checks import flag, function, integer, optional
+from sparda_jax.config import CacheConfig
 from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.engine.conversation import Conversation
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.requests import (
+    LANGUAGE_MODEL,
     PromptLike,
     Prompts,
     check_length,
@@ -46,6 +48,7 @@ def forward(lm: LanguageModel, ids: PromptLike) -> Float[Array, "T V"]:
     Raises:
       ConfigError: If ids are empty, out of the vocabulary or longer than the context.
     """
+    lm = LANGUAGE_MODEL("lm", lm)
     tokens = encode_prompt(lm, ids, "ids")
     check_length(lm, len(tokens), 0, "ids")
     shapes = plan_shapes(
@@ -145,6 +148,7 @@ def generate(
       ConfigError: If an argument is out of range, a prompt is empty or too long, or an
         id is not in the vocabulary.
     """
+    single_call = flag("single_call", single_call)
     prompts, seed = repeat_prompts(prompts, seed, n)
     session = Session(
         lm,
@@ -163,7 +167,7 @@ def generate(
         session.whole()
         return session.output(split=False)
     session.prefill()
-    session.decode(max_new_tokens)
+    session.decode(session.max_new_tokens)
     return session.output(split=True)
 
 
@@ -194,10 +198,8 @@ def stream(
     after every call of a prompt cut by `prefill_chunk`, `on_progress(tokens)` is
     called. Other arguments and errors as there.
     """
-    if tokens_per_call < 1:
-        raise ConfigError(
-            f"tokens_per_call={tokens_per_call} is not allowed: it must be at least 1"
-        )
+    tokens_per_call = integer(1)("tokens_per_call", tokens_per_call)
+    on_progress = optional(function)("on_progress", on_progress)
     prompts, seed = repeat_prompts(prompts, seed, n)
     session = Session(
         lm,

@@ -4,9 +4,10 @@ import dataclasses
 
 import jax
 
-from pallas_kernels.dispatch import Implementation
+from pallas_kernels.dispatch import IMPLEMENTATIONS, Implementation
 from sparda_jax.checkpoint.forecast import GEOMETRY
 from sparda_jax.checkpoint.tokenizer import Tokenizer
+from sparda_jax.checks import choice, instance, optional, settle, text
 from sparda_jax.config import CacheConfig, ConfigError, ModelConfig, SparseConfig
 from sparda_jax.inference.generate import tile_tokens
 from sparda_jax.inference.layer_store import LayerSettings
@@ -61,6 +62,18 @@ class LanguageModel:
     forecast_sparse: SparseConfig | None = None
 
     def __post_init__(self) -> None:
+        settle(
+            self,
+            model=instance(Decoder),
+            config=instance(ModelConfig),
+            sparse=instance(SparseConfig),
+            selector=instance(Selector),
+            tokenizer=optional(instance(Tokenizer)),
+            fingerprint=optional(text),
+            implementation=optional(choice(*IMPLEMENTATIONS)),
+            cache=instance(CacheConfig),
+            forecast_sparse=optional(instance(SparseConfig)),
+        )
         has_forecast = self.model.forecast is not None
         self.selector.check(self.config, has_forecast=has_forecast)
         if self.selector.needs_forecast and self.forecast_sparse is not None:

@@ -5,11 +5,15 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from sparda_jax.checks import ConfigError, integer, several
+from sparda_jax.checks import ConfigError, instance, integer, several, shown
+from sparda_jax.checks import text as checked_text
 from sparda_jax.engine.model import LanguageModel
+from sparda_jax.inference.sampling import MOST_SEED, seed_list
 
 PromptLike = str | Sequence[int] | np.ndarray | jax.Array
-_MOST_SEED = 2**32 - 1
+LANGUAGE_MODEL = instance(LanguageModel, ", as `load` returns it")
+# Of one prompt; each is a row of the batch.
+_MOST_OUTPUTS = 2**16
 Prompts = Sequence[PromptLike] | np.ndarray | jax.Array
 
 
@@ -35,7 +39,7 @@ def prompt_rows(prompts: Prompts) -> Sequence[PromptLike]:
 
 def repeat_prompts(
     prompts: Prompts, seed: int | Sequence[int], n: int
-) -> tuple[Sequence[PromptLike], int | Sequence[int]]:
+) -> tuple[Sequence[PromptLike], Sequence[int]]:
     """Every prompt n times in a row, and the seed of each output.
 
     A prompt's outputs have the seeds s, s + 1, …, from its own s on.
@@ -44,27 +48,32 @@ def repeat_prompts(
       ConfigError: If n is not a count, or the seeds are not one a prompt.
     """
     rows = prompt_rows(prompts)
-    n = integer(1)("n", n)
-    if n == 1:
-        return rows, seed
-    one = integer(0, _MOST_SEED)
-    if np.ndim(seed) == 0:
-        seeds = (one("seed", seed),) * len(rows)
-    else:
-        seeds = several(one, "integers")("seed", seed)
-    if len(seeds) != len(rows):
-        raise ConfigError(
-            f"seed has {len(seeds)} values: it must be one integer, or {len(rows)} of "
-            "them (one a prompt)"
-        )
+    n = integer(1, _MOST_OUTPUTS)("n", n)
+    seeds = seed_list(seed, len(rows), "a prompt")
     repeated = [row for row in rows for _ in range(n)]
-    return repeated, [(first + i) & _MOST_SEED for first in seeds for i in range(n)]
+    return repeated, [(first + i) & MOST_SEED for first in seeds for i in range(n)]
+
+
+def _token_ids(prompt: object, field: str) -> list[int]:
+    """Token ids of a sequence or of any library's array, as integers."""
+    if isinstance(prompt, list) and all(type(token) is int for token in prompt):
+        return list(prompt)  # the common case, without a look at every entry's class
+    if hasattr(prompt, "__array__"):
+        array = np.asarray(prompt)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise ConfigError(
+                f"{field} has shape {array.shape} and dtype {array.dtype}: it must be "
+                "text or a one-dimensional sequence of integer token ids"
+            )
+        return array.tolist() if array.size else []
+    return list(several(integer(0), "token ids, or text")(field, prompt))
 
 
 def _encode_text(
     lm: LanguageModel, text: str, field: str, *, begins: bool
 ) -> list[int]:
     """Ids of a text; one that begins a sequence gets one BOS if the model wants it."""
+    text = checked_text(field, text)
     if lm.tokenizer is None:
         raise ConfigError(
             f"{field} is text, and model {lm.config.name!r} has no tokenizer: give "
@@ -101,19 +110,13 @@ def encode_prompt(
     if isinstance(prompt, str):
         ids = _encode_text(lm, prompt, field, begins=begins)
     else:
-        array = np.asarray(prompt)
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise ConfigError(
-                f"{field} has shape {array.shape} and dtype {array.dtype}: it must be "
-                "text or a one-dimensional sequence of integer token ids"
-            )
-        ids = [int(token) for token in array]
+        ids = _token_ids(prompt, field)
     if not ids:
         raise ConfigError(f"{field} is empty: it must hold at least one token")
     for token in ids:
         if not 0 <= token < lm.config.vocab_size:
             raise ConfigError(
-                f"{field} holds token id {token}: it must be in "
+                f"{field} holds token id {shown(token)}: it must be in "
                 f"[0, {lm.config.vocab_size}) for model {lm.config.name!r}"
             )
     return ids

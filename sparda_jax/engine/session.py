@@ -12,12 +12,14 @@ import numpy as np
 from jaxtyping import Array
 
 from sparda_jax.cache.offload import OffloadCache
+from sparda_jax.checks import flag, instance, integer, optional, several
 from sparda_jax.config import CacheConfig, ConfigError
 from sparda_jax.engine.compile_cache import PROGRAMS, BoundedCache, signature
 from sparda_jax.engine.conversation import Conversation, MadeWith
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.offload_stats import OffloadStats, offload_stats
 from sparda_jax.engine.requests import (
+    LANGUAGE_MODEL,
     Prompts,
     check_length,
     encode_prompt,
@@ -82,13 +84,15 @@ class Session:
         max_context: int | None,
         prefill_chunk: int | None,
     ):
+        lm = LANGUAGE_MODEL("lm", lm)
+        conversation = optional(instance(Conversation))("conversation", conversation)
+        max_new_tokens = integer(1)("max_new_tokens", max_new_tokens)
+        max_context = optional(integer(1))("max_context", max_context)
+        prefill_chunk = optional(integer(1))("prefill_chunk", prefill_chunk)
+        stop_ids = several(integer(0), "token ids")("stop_ids", stop_ids)
+        ignore_eos = flag("ignore_eos", ignore_eos)
         prompts = prompt_rows(prompts)
-        if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
-            raise ConfigError(
-                f"max_new_tokens={max_new_tokens!r} is not allowed: it must be an "
-                "integer of at least 1"
-            )
-        self.lm = lm
+        self.lm, self.max_new_tokens = lm, max_new_tokens
         batch = len(prompts)
         rows = [
             encode_prompt(lm, prompt, f"prompts[{index}]", begins=conversation is None)
@@ -138,10 +142,6 @@ class Session:
         # length or windows reach past their query (parity settings).
         chunkable = lm.sparse.dense_len <= 0 and lm.sparse.mask_future_blocks
         self.chunk = longest
-        if prefill_chunk is not None and prefill_chunk < 1:
-            raise ConfigError(
-                f"prefill_chunk={prefill_chunk} is not allowed: it must be at least 1"
-            )
         if prefill_chunk is not None and chunkable:
             self.chunk = min(longest, prefill_chunk)
         last = (longest - 1) // self.chunk * self.chunk
@@ -152,7 +152,7 @@ class Session:
                 for before, row in zip(held, rows, strict=True)
             ),
             longest=max(totals),
-            max_new=int(max_new_tokens),
+            max_new=max_new_tokens,
             tile_size=lm.tile_size,
             block_size=lm.sparse.block_size,
         )

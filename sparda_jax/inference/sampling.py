@@ -6,17 +6,19 @@ alone: neither on the batch around it nor on how generation is cut into calls.
 """
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from sparda_jax.checks import ConfigError, require
+from sparda_jax.checks import ConfigError, integer, number, require, settle, several
+
+# Logits divided by less are infinite in float32, and then no token is the best.
+_COLDEST = 1e-6
+MOST_SEED = 2**32 - 1
 
 # Below this temperature quotients overflow float32, and the largest logit is all that
 # could be drawn anyway.
@@ -44,27 +46,20 @@ class SamplingConfig:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        penalty, top_p, min_p = self.repetition_penalty, self.top_p, self.min_p
-        require(
-            math.isfinite(penalty) and penalty > 0,
-            "repetition_penalty",
-            penalty,
-            "a finite number above 0",
+        settle(
+            self,
+            repetition_penalty=number(least=1e-6, most=1e6, hint=" (1 is off)"),
+            temperature=number(least=0, most=1e6, hint=" (0 is greedy)"),
+            top_k=integer(0, hint=" (0 is off)"),
+            top_p=number(above=0, most=1, hint=" (1 is off)"),
+            min_p=number(least=0, most=1, hint=" (0 is off)"),
         )
         require(
-            math.isfinite(self.temperature) and self.temperature >= 0,
-            "temperature",
+            self.temperature == 0 or self.temperature >= _COLDEST,
+            "SamplingConfig.temperature",
             self.temperature,
-            "a finite number of at least 0 (0 is greedy)",
+            f"0 (greedy) or at least {_COLDEST:g}: float32 has no room for less",
         )
-        require(
-            isinstance(self.top_k, int) and self.top_k >= 0,
-            "top_k",
-            self.top_k,
-            "an integer of at least 0 (0 is off)",
-        )
-        require(0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1 (1 is off)")
-        require(0 <= min_p <= 1, "min_p", min_p, "from 0 (off) to 1")
 
 
 class SamplingState(NamedTuple):
@@ -76,6 +71,26 @@ class SamplingState(NamedTuple):
     top_p: Float[Array, " B"]
     min_p: Float[Array, " B"]
     seed: UInt[Array, " B"]
+
+
+def seed_list(
+    seed: int | Sequence[int], count: int, each: str = "a sequence"
+) -> tuple[int, ...]:
+    """One seed for each of `count`, from one for all or one each.
+
+    Raises:
+      ConfigError: If a seed is not in [0, 2³²), or their number is another.
+    """
+    one = integer(0, MOST_SEED)
+    if not isinstance(seed, Collection) or getattr(seed, "ndim", 1) == 0:
+        return (one("seed", seed),) * count
+    seeds = several(one, "seeds")("seed", seed)
+    if len(seeds) != count:
+        raise ConfigError(
+            f"seed has {len(seeds)} values: it must be one integer, or {count} of them "
+            f"(one {each})"
+        )
+    return seeds
 
 
 def sampling_state(
@@ -91,17 +106,7 @@ def sampling_state(
     Raises:
       ConfigError: If a seed is not in [0, 2³²), or the number of seeds is not B.
     """
-    seeds = [seed] * batch if isinstance(seed, int | np.integer) else list(seed)
-    if len(seeds) != batch:
-        raise ConfigError(
-            f"seed has {len(seeds)} values: it must be one integer, or {batch} of them "
-            "(one a sequence)"
-        )
-    for value in seeds:
-        if not (isinstance(value, int | np.integer) and 0 <= value < 2**32):
-            raise ConfigError(
-                f"seed={value!r} is not allowed: it must be an integer in [0, 2^32)"
-            )
+    seeds = seed_list(seed, batch)
 
     def fill(value: int | float, kind: DTypeLike) -> Array:
         return jnp.full((batch,), value, kind)

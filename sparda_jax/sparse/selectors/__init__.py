@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation
+from sparda_jax.checks import shown
 from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
 from sparda_jax.sparse.block_scores import (
     forecast_block_scores,
@@ -194,9 +195,9 @@ def get_selector(name: str | Selector) -> Selector:
     """
     if isinstance(name, Selector):
         return name
-    if name not in _REGISTRY:
+    if not isinstance(name, str) or name not in _REGISTRY:
         raise ConfigError(
-            f"attention={name!r} is not allowed: it must be one of "
+            f"attention={shown(name)} is not allowed: it must be one of "
             f"{', '.join(selector_names())}"
         )
     return _REGISTRY[name]

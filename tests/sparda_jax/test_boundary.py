@@ -1,0 +1,339 @@
+"""The boundary of the public functions: every argument has a row of values that are not
+allowed, and each of them is a ConfigError of one line, before any device work.
+
+A new argument, or a new public name, fails here until it has a row.
+"""
+
+import dataclasses
+import decimal
+import inspect
+import itertools
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparda_jax as sj
+from sparda_jax.checkpoint.errors import CheckpointError
+from sparda_jax.checks import shown
+from sparda_jax.engine import session
+from sparda_jax.inference.sampling import SamplingConfig
+from sparda_jax.planning import measure
+
+HUGE = 10**5000  # its repr alone is a ValueError
+RAGGED = [[1], [2, 3]]
+NOTHING = object()
+LONE = "\ud800"
+
+# Values that no argument of the kind may take.
+_NO_NUMBER = (math.nan, math.inf, -math.inf, HUGE, -HUGE, "3", True, 1j, b"3", RAGGED)
+_NO_NUMBER += (np.bool_(True), np.array([1, 2]), jnp.array([1]), None, NOTHING, {})
+INTEGER = (*_NO_NUMBER, 1.5, 2.0, np.float32(2), -(2**70), 2**70)
+NUMBER = (*_NO_NUMBER, -1.0)
+FLAG = (0, 1, "yes", None, math.nan, np.int64(1), [True], NOTHING)
+TEXT = (3, None, LONE, b"text", math.nan, ["text"], NOTHING)
+WORD = ("no such word", "", LONE, 3, None, True, math.nan, ["dense"], {}, HUGE, b"xla")
+PATH = (3, None, "", LONE, "a\0b", b"path", math.nan, True, [pathlib.Path("a")], HUGE)
+DTYPE = ("int4", "float64", np.int32, 3, NOTHING, math.nan, "f4,f4", ["float32"], LONE)
+CONFIG = ("offload", 3, True, {}, [], math.nan, NOTHING, sj.ConfigError("x"))
+FUNCTION = (3, "print", math.nan, [], {})
+IDS = (3, None, math.nan, "ab", b"ab", RAGGED, [1.5], [True], [None], [math.nan])
+IDS += (["1"], [HUGE], [-1], {1: 2}, itertools.count(), range(10**12), np.ones((2, 2)))
+STOP = (3, None, math.nan, [""], "", [3], [None], LONE, [LONE], b"ab", [b"ab"], {1: 2})
+STOP += ([["a"]], itertools.count(), NOTHING)
+NUMBERS = (3.0, None, "ab", [math.nan], [0.0], [True], [HUGE], RAGGED, {1: 2})
+SEEDS = (
+    *(value for value in INTEGER if not isinstance(value, jax.Array)),
+    "ab",
+    [1.5],
+    [[1], [2]],
+    [True],
+    [HUGE],
+    [-1],
+    itertools.count(),
+)
+PROMPT = (3, None, math.nan, LONE, b"ab", RAGGED, [True], [None], [1.5], [HUGE], [-1])
+PROMPT += ([10**6], [], [1, True], np.ones((1, 2, 2)), {1: 2}, itertools.count())
+PROMPTS = (3, None, math.nan, "text", [], {1: [1]}, itertools.count(), np.ones((2, 2)))
+PROMPTS += tuple([prompt] for prompt in PROMPT)
+
+
+def maybe(values: tuple) -> tuple:
+    """The same kind where None is allowed."""
+    return tuple(value for value in values if value is not None)
+
+
+_SAMPLING = {
+    "temperature": (*NUMBER, 1e-30, 1e30),
+    "top_k": (*INTEGER, -1),
+    "top_p": (*NUMBER, 0.0, 1.5),
+    "min_p": (*NUMBER, 1.5),
+    "repetition_penalty": (*NUMBER, 0.0, 1e-30, 1e30),
+}
+_REQUEST = {
+    "lm": CONFIG,
+    "prompts": PROMPTS,
+    "max_new_tokens": (*INTEGER, 0),
+    **_SAMPLING,
+    "seed": (*SEEDS, 2**32, [1, 2]),
+    "n": (*INTEGER, 0),
+    "stop_ids": (*IDS, [10**6]),
+    "stop": STOP,
+    "ignore_eos": FLAG,
+    "conversation": maybe(CONFIG),
+    "max_context": (*maybe(INTEGER), 0),
+    "prefill_chunk": (*maybe(INTEGER), 0),
+}
+_CHOSEN = {
+    "attention": WORD,
+    "sparse": maybe(CONFIG),
+    "cache": maybe(CONFIG),
+}
+ROWS = {
+    "load": {
+        "model": (*PATH, "no/such/model.gguf", "no-such-preset"),
+        **_CHOSEN,
+        "forecast": (*maybe(PATH), "no/such/file.safetensors"),
+        "dtype": DTYPE,
+        "storage": WORD,
+        "implementation": maybe(WORD),
+        "on_layer": FUNCTION,
+    },
+    "with_attention": {"lm": CONFIG, **_CHOSEN, "forecast": maybe(WORD)},
+    "forward": {"lm": CONFIG, "ids": PROMPT},
+    "generate": {**_REQUEST, "single_call": FLAG},
+    "stream": {**_REQUEST, "tokens_per_call": (*INTEGER, 0), "on_progress": FUNCTION},
+    "plan": {
+        "model": (*PATH, "no/such/model.gguf", {}),
+        "context": (*INTEGER, 0, 2**30),
+        "hbm_gib": (*NUMBER, 0.0),
+        "host_gib": (*NUMBER, 0.0),
+        "rates": CONFIG,
+        "batch": (*INTEGER, 0),
+        **_CHOSEN,
+        "miss": (*NUMBER, 1.5),
+        "dtype": (*DTYPE, None),
+        "max_new_tokens": (*INTEGER, 0),
+        "prefill_chunk": (*maybe(INTEGER), 0),
+    },
+    "measure_rates": {
+        "block_size": (*INTEGER, 0, 2**30),
+        "head_dim": (*INTEGER, 0, 2**30),
+        "dtype": (*DTYPE, None),
+        "route": WORD,
+        "store_bytes": (*maybe(INTEGER), 0, 2**60),
+    },
+    "recorded_rates": {"device_kind": TEXT},
+    "configure_offload": {},
+    "selector_names": {},
+    "Rates": {
+        **dict.fromkeys(("memory", "fetch"), (*NUMBER, 0.0)),
+        **dict.fromkeys(("link", "peak"), (*maybe(NUMBER), 0.0)),
+        "route": WORD,
+        "source": TEXT,
+    },
+    "RopeConfig": {
+        "kind": WORD,
+        **dict.fromkeys(
+            (
+                *("theta", "factor", "low_freq_factor", "high_freq_factor"),
+                *("beta_fast", "beta_slow"),
+            ),
+            (*NUMBER, 0.0),
+        ),
+        **dict.fromkeys(("original_max", "longrope_max"), (*maybe(INTEGER), 0)),
+        **dict.fromkeys(("short_factors", "long_factors"), NUMBERS),
+        "attention_factor": (*maybe(NUMBER), 0.0),
+    },
+    "ModelConfig": {
+        "name": TEXT,
+        **dict.fromkeys(
+            (
+                *("vocab_size", "hidden_size", "ffn_size", "num_layers", "num_heads"),
+                *("num_kv_heads", "head_dim", "max_context"),
+            ),
+            (*INTEGER, 0, -1),
+        ),
+        "rope": CONFIG,
+        **dict.fromkeys(
+            ("rms_norm_eps", "embed_scale", "residual_scale", "logits_divisor"),
+            (*NUMBER, 0.0),
+        ),
+        "bos_id": (*maybe(INTEGER), 10**6),
+        "eos_ids": (*IDS, [10**6]),
+    },
+    "SparseConfig": {
+        **dict.fromkeys(
+            (
+                *("kernel_size", "kernel_stride", "block_size", "local_blocks"),
+                "block_budget",
+            ),
+            (*INTEGER, 0, -1),
+        ),
+        "init_blocks": (*INTEGER, -1),
+        "query_blocks": (*INTEGER, -1),
+        "dense_len": (*INTEGER, -2),
+    },
+    "CacheConfig": {
+        **dict.fromkeys(("kind", "layer0", "route", "exactness"), WORD),
+        "prefetch": maybe(WORD),
+        "device_blocks": (*maybe(INTEGER), 0),
+        "recall_every": (*INTEGER, -1),
+        "device_limit": (*maybe(INTEGER), 0),
+        "host_limit": (*maybe(INTEGER), 0),
+    },
+    "SamplingConfig": _SAMPLING,
+    "LanguageModel": {
+        **dict.fromkeys(("model", "config", "sparse", "selector", "cache"), CONFIG),
+        **dict.fromkeys(("tokenizer", "forecast_sparse"), maybe(CONFIG)),
+        "fingerprint": maybe(TEXT),
+        "implementation": maybe(WORD),
+    },
+}
+# What the package makes and hands out, and names that are not called.
+RESULTS = {"Conversation", "Forecast", "GenerateOutput", "GenerateStats"}
+RESULTS |= {"OffloadStats", "Plan", "Stream", "StreamEvent", "Selector"}
+NOT_CALLED = {"ConfigError", "PRESETS"}
+
+
+def _call(name: str):
+    return SamplingConfig if name == "SamplingConfig" else getattr(sj, name)
+
+
+def _flags(name: str) -> list[str]:
+    """Boolean fields of a configuration."""
+    kind = _call(name)
+    if not dataclasses.is_dataclass(kind):
+        return []
+    return [field.name for field in dataclasses.fields(kind) if field.type is bool]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return sj.load("tiny", attention="infllm_v2", storage="stacked")
+
+
+@pytest.fixture(scope="module")
+def allowed(lm):
+    """Arguments with which each callable would do its work."""
+    small = {"hidden_size": 8, "ffn_size": 8, "num_layers": 2, "num_heads": 2}
+    small |= {"num_kv_heads": 1, "head_dim": 4, "max_context": 64, "vocab_size": 9}
+    machine = {"context": 2048, "hbm_gib": 1.0, "host_gib": 1.0}
+    request = {"lm": lm, "prompts": [[1]], "max_new_tokens": 2}
+    return {
+        "load": {"model": "tiny"},
+        "with_attention": {"lm": lm, "attention": "dense"},
+        "forward": {"lm": lm, "ids": [1]},
+        "generate": request,
+        "stream": request,
+        "plan": {"model": "tiny", "rates": sj.Rates(1e9, 1e9), **machine},
+        "recorded_rates": {"device_kind": "NVIDIA H200"},
+        "Rates": {"memory": 1e9, "fetch": 1e9},
+        "ModelConfig": {"name": "m", **small},
+        "LanguageModel": vars(lm),
+    }
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Fails where a refused call gets as far as making arrays."""
+
+    def never(*arguments, **named):
+        raise AssertionError("a bad value must be refused before this")
+
+    monkeypatch.setattr(sj.loading, "build_decoder", never)
+    monkeypatch.setattr(session, "new_state", never)
+    monkeypatch.setattr(measure, "_pinned_store", never)
+
+
+def test_every_public_name_is_in_the_table():
+    assert set(sj.__all__) == set(ROWS) - {"SamplingConfig"} | RESULTS | NOT_CALLED
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_argument_has_a_row(name):
+    assert {*ROWS[name], *_flags(name)} == set(
+        inspect.signature(_call(name)).parameters
+    )
+
+
+CASES = [(name, argument) for name in ROWS for argument in (*ROWS[name], *_flags(name))]
+
+
+@pytest.mark.usefixtures("without_type_checks", "no_work")
+@pytest.mark.parametrize(("name", "argument"), CASES)
+def test_bad_values_are_one_line(name, argument, allowed):
+    for bad in ROWS[name].get(argument, FLAG):
+        arguments = {**allowed.get(name, {}), argument: bad}
+        try:
+            _call(name)(**arguments)
+        except (sj.ConfigError, CheckpointError) as error:
+            line = str(error)
+            assert "\n" not in line
+            assert len(line) < 500
+            assert "object at" not in line or bad is NOTHING or "count" in repr(bad)
+        except Exception as error:
+            kind = type(error).__name__
+            pytest.fail(f"{argument}={shown(bad)} raised {kind}: {error}")
+        else:
+            pytest.fail(f"{argument}={shown(bad)} is taken")
+
+
+# Other libraries' values are taken where they are what is asked, and kept in one form.
+_SAME = {int: (np.int64, np.uint8, np.array, jnp.array), bool: (np.bool_,)}
+_SAME[float] = (np.float64, np.array, decimal.Decimal)
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize(
+    "name", ["RopeConfig", "ModelConfig", "SparseConfig", "CacheConfig", "Rates"]
+)
+def test_values_of_other_libraries(name, allowed):
+    made = _call(name)(**allowed.get(name, {}))
+    for field in dataclasses.fields(made):
+        value = getattr(made, field.name)
+        for form in _SAME.get(type(value), ()):
+            if value == -1 and form is np.uint8:
+                continue
+            if type(value) is int and value > 255 and form is np.uint8:
+                continue
+            other = dataclasses.replace(made, **{field.name: form(value)})
+            assert other == made
+            assert type(getattr(other, field.name)) is type(value)
+            assert hash(other) == hash(made)
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_sequences_and_integers_of_other_libraries():
+    rope = sj.RopeConfig(
+        kind="longrope",
+        original_max=np.int32(8),
+        short_factors=np.ones(2),
+        long_factors=[1, 2],
+    )
+    assert rope.short_factors == (1.0, 1.0)
+    assert rope.long_factors == (1.0, 2.0)
+    assert hash(rope)
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_a_request_of_other_libraries_values_is_the_plain_one(lm):
+    plain = sj.generate(
+        lm, [[3, 4], [5, 6]], max_new_tokens=3, seed=[1, 2], stop_ids=[7], top_k=2
+    )
+    other = sj.generate(
+        lm,
+        jnp.array([[3, 4], [5, 6]]),
+        max_new_tokens=np.int64(3),
+        temperature=np.float32(0.0),
+        top_k=jnp.array(2),
+        seed=np.array([1, 2]),
+        stop_ids={np.int32(7)},
+        ignore_eos=np.bool_(False),
+        prefill_chunk=np.uint16(512),
+    )
+    assert other.tokens == plain.tokens
+    assert other.stats.compile_seconds == 0
