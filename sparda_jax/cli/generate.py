@@ -22,6 +22,7 @@ from sparda_jax.cli.console import (
 from sparda_jax.cli.model_options import PREFILL_CHUNK, add_model_options, load_model
 from sparda_jax.config import ConfigError
 from sparda_jax.engine.model import LanguageModel
+from sparda_jax.engine.requests import encode_prompt
 from sparda_jax.engine.results import GenerateStats
 from sparda_jax.evaluation.passkey import question_prompt
 
@@ -113,6 +114,13 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of sampling")
     parser.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="end the output before this text; may be repeated",
+    )
+    parser.add_argument(
         "--stop-id",
         metavar="ID",
         type=int,
@@ -149,8 +157,7 @@ def _prompt_ids(lm: LanguageModel, arguments: argparse.Namespace) -> list[int]:
     if not chat:
         if arguments.answer_prefix:
             raise ConfigError("--answer-prefix needs --question or --chat")
-        begin = [] if lm.config.bos_id is None else [lm.config.bos_id]
-        return [*begin, *lm.tokenizer.encode(text)]
+        return encode_prompt(lm, text, "the prompt")
     if not lm.tokenizer.has_chat_template:
         raise ConfigError(
             f"--question and --chat need a chat template: model {lm.config.name!r} has "
@@ -178,6 +185,7 @@ def _generate(arguments: argparse.Namespace) -> None:
             min_p=arguments.min_p,
             repetition_penalty=arguments.repetition_penalty,
             seed=arguments.seed,
+            stop=arguments.stop,
             stop_ids=arguments.stop_id,
             ignore_eos=arguments.ignore_eos,
             prefill_chunk=PREFILL_CHUNK,
