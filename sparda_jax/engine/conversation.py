@@ -4,13 +4,16 @@ import dataclasses
 import threading
 import weakref
 
+import jax
 import numpy as np
 
 from sparda_jax.cache.offload import OffloadCache
+from sparda_jax.checks import integer
 from sparda_jax.config import CacheConfig, ConfigError, ModelConfig, SparseConfig
 from sparda_jax.engine.model import LanguageModel
-from sparda_jax.inference.generate import GenerateState
+from sparda_jax.inference.generate import GenerateState, copy_state
 from sparda_jax.models.decoder import Decoder
+from sparda_jax.planning.limits import refuse_copy
 from sparda_jax.sparse.selectors import Selector
 
 # What of an offloaded cache's configuration stands in the form of its arrays, or in the
@@ -83,9 +86,31 @@ def _check_fields(
             _refuse(f"{owner}.{name}", getattr(made, name), getattr(given, name))
 
 
+class _Claim:
+    """Whether a turn has gone on from a conversation: one can, once.
+
+    Attributes:
+      taken: Whether one has.
+      lock: Held while that is changed, or while the state must not be taken.
+    """
+
+    def __init__(self) -> None:
+        self.taken = False
+        self.lock = threading.Lock()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conversation:
     """A cache to which further turns can be appended; used up by the next turn.
+
+    `fork` copies it, so that many questions are asked on one prefill:
+
+        read = sj.generate(lm, [document], max_new_tokens=1).conversation
+        for question in questions:
+            sj.generate(lm, [question], conversation=read.fork())
+
+    Threads: of several that go on from one conversation the first does, the others get
+    a ConfigError; any number may fork it.
 
     Attributes:
       state: Device state after the last turn.
@@ -98,15 +123,12 @@ class Conversation:
     lengths: tuple[int, ...]
     rope_length: int
     made_with: MadeWith
-    # Held by the one turn that goes on from here: one thread can take it, once.
-    _taken: threading.Lock = dataclasses.field(
-        default_factory=threading.Lock, repr=False
-    )
+    _claim: _Claim = dataclasses.field(default_factory=_Claim, repr=False)
 
     @property
     def used_up(self) -> bool:
         """Whether another turn has gone on from here."""
-        return self._taken.locked()
+        return self._claim.taken
 
     def check_unused(self) -> None:
         """Raises ConfigError if another turn has gone on from here."""
@@ -124,9 +146,40 @@ class Conversation:
         Raises:
           ConfigError: If another turn has taken it.
         """
-        if not self._taken.acquire(blocking=False):
+        with self._claim.lock:
             self.check_unused()
+            self._claim.taken = True
         return self.state
+
+    def fork(self, rows: int | None = None) -> "Conversation":
+        """A copy with a cache of its own; this conversation stays as it is.
+
+        The copy takes as much memory again, on the device and of the host store.
+
+        Args:
+          rows: For a conversation of one row: copies of it in the new conversation, to
+            ask that many questions in one call. None copies every row once.
+
+        Raises:
+          ConfigError: If the conversation is used up, has several rows to be copied
+            `rows` times, or the copy does not fit.
+        """
+        held = len(self.lengths)
+        chosen = list(range(held))
+        if rows is not None:
+            chosen = [0] * integer(1)("rows", rows)
+            if held != 1:
+                raise ConfigError(
+                    f"rows={rows} is not allowed: this conversation has {held} rows, "
+                    "and only one row can be copied several times"
+                )
+        with self._claim.lock:
+            self.check_unused()
+            refuse_copy(self.state, len(chosen), self.made_with.cache)
+            # Once these are done, a turn may write over the buffers.
+            state = jax.block_until_ready(copy_state(self.state, chosen))
+        lengths = tuple(self.lengths[row] for row in chosen)
+        return dataclasses.replace(self, state=state, lengths=lengths, _claim=_Claim())
 
     def __repr__(self) -> str:
         kind = "offload" if isinstance(self.state.cache, OffloadCache) else "resident"

@@ -8,7 +8,8 @@ All limits are dynamic and lengths are bucketed: other requests do not recompile
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparda_jax.cache.offload import OffloadCache, grow_offload, init_offload
 from sparda_jax.cache.resident import grow, init_cache
+from sparda_jax.cache.rows import copy_rows
 from sparda_jax.config import CacheConfig, ConfigError, ModelConfig
 from sparda_jax.inference.counters import BlockCounts, FetchTotals
 from sparda_jax.inference.decode import decode_step
@@ -404,6 +406,26 @@ def next_turn(
         decode_counts=BlockCounts.zero(),
         fetches=FetchTotals.zero(settings.config.num_layers),
     )
+
+
+# Counters of a whole call; all else but the cache has the batch as its first axis.
+_WITHOUT_ROWS = ("prefill_counts", "decode_counts", "fetches")
+
+
+def copy_state(state: GenerateState, rows: Sequence[int]) -> GenerateState:
+    """A state of some of the rows, in buffers of its own.
+
+    Args:
+      state: Where generation stands; it keeps its buffers.
+      rows: Which of its rows; one may be copied several times.
+    """
+    chosen = jnp.asarray(rows)
+    copies: dict[str, Any] = {"cache": copy_rows(state.cache, rows)}
+    for name in _WITHOUT_ROWS:
+        copies[name] = jax.tree.map(jnp.copy, getattr(state, name))
+    for name in set(GenerateState._fields) - set(copies):
+        copies[name] = jnp.take(getattr(state, name), chosen, axis=0)
+    return GenerateState(**copies)
 
 
 def pad_rows(rows: list[list[int]], width: int) -> Prompt:

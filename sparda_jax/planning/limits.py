@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 from jax.typing import DTypeLike
 
+from sparda_jax.cache.memory import in_host_memory
 from sparda_jax.config import CacheConfig, ConfigError
 from sparda_jax.inference.generate import GenerateState, Shapes
 from sparda_jax.inference.layer_store import LayerSettings
@@ -251,3 +252,38 @@ def _refuse_beside_others(plan: MemoryPlan, limit: Limit, *, held: bool) -> None
             f"{_largest(plan)}. Ways out: drop earlier outputs (their conversation "
             "keeps its cache), fewer sequences at a time, CacheConfig(kind='offload')"
         )
+
+
+def refuse_copy(state: GenerateState, rows: int, cache: CacheConfig) -> None:
+    """Raises before `rows` rows of a state are copied, if the copy cannot fit.
+
+    Args:
+      state: What a row of it takes, a row of the copy will.
+      rows: Rows of the copy.
+      cache: The limits.
+
+    Raises:
+      ConfigError: If device or host memory are too small for both.
+    """
+    limits = memory_limits(cache)
+    leaves = jax.tree.leaves(state)
+    held_host = sum(leaf.nbytes for leaf in leaves if in_host_memory(leaf))
+    held_device = sum(leaf.nbytes for leaf in leaves) - held_host
+    share = rows / state.lengths.shape[0]
+    in_use = held_device
+    if cache.device_limit is None and limits.device is not None:
+        gc.collect()  # an earlier cache may only wait for this
+        stats = jax.devices()[0].memory_stats() or {}
+        in_use = max(in_use, int(stats.get("bytes_in_use", 0)))
+    device, host = in_use + share * held_device, held_host * (1 + share)
+    for what, need, limit in (
+        ("device memory", device, limits.device),
+        ("host memory", host, limits.host),
+        ("memory", device + host, limits.both),
+    ):
+        if limit is not None and need > limit.size:
+            raise ConfigError(
+                f"a fork of {rows} rows needs {size_text(int(need))} of {what} with "
+                f"what is there, and {limit} is the limit. Ways out: fewer rows, or "
+                "drop earlier outputs (their conversation keeps its cache)"
+            )

@@ -1,0 +1,51 @@
+"""Copies of a cache's rows, in buffers of their own."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Shaped
+
+from sparda_jax.cache.memory import host_sharding
+from sparda_jax.cache.offload import OffloadCache
+from sparda_jax.cache.resident import KVCache
+
+
+def _of_layers(
+    leaf: Shaped[Array, "layers B *rest"], rows: Sequence[int]
+) -> Shaped[Array, "layers N *rest"]:
+    return jnp.take(leaf, jnp.asarray(rows), axis=1)
+
+
+def copy_rows(
+    cache: KVCache | OffloadCache, rows: Sequence[int]
+) -> KVCache | OffloadCache:
+    """A cache of N rows, each a copy of a row of another.
+
+    Args:
+      cache: The cache to copy from; it keeps its buffers.
+      rows: Which of its rows, N of them; one may be copied several times.
+    """
+
+    def copy[Tree](tree: Tree) -> Tree:
+        return jax.tree.map(lambda leaf: _of_layers(leaf, rows), tree)
+
+    if isinstance(cache, KVCache):
+        return copy(cache)
+    # An index by a list copies; on a CPU the new array may go on using that memory.
+    store = np.asarray(cache.store)[:, list(rows)]
+    count = len(rows)
+
+    def empty(area: Array) -> Array:
+        """A staging area: what lies in one means nothing between two calls."""
+        return jnp.zeros(
+            (area.shape[0] // cache.batch * count, *area.shape[1:]), area.dtype
+        )
+
+    return OffloadCache(
+        store=jax.device_put(store, host_sharding()),
+        layers=copy(cache.layers),
+        first=copy(cache.first),
+        spare=tuple(empty(area) for area in cache.spare),
+    )

@@ -1,0 +1,120 @@
+"""Forks of a conversation: many questions on one prefill, each as if it were alone."""
+
+import concurrent.futures
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import sparda_jax as sj
+from sparda_jax.checks import ConfigError
+
+SPARSE = sj.SparseConfig(local_blocks=2, block_budget=6)
+HOW = {"max_new_tokens": 6, "ignore_eos": True}
+QUESTIONS = [[5, 6, 7], [9] * 20, [100]]
+OFFLOAD = sj.CacheConfig(kind="offload", prefetch="lookahead")
+
+
+@pytest.fixture(scope="module")
+def lm():
+    """A tiny model with SparDA attention, whose blocks do not all fit the budget."""
+    return sj.load(
+        "tiny",
+        attention="sparda",
+        forecast="from_query",
+        sparse=SPARSE,
+        storage="stacked",
+    )
+
+
+@pytest.fixture(scope="module")
+def document(token_ids):
+    return token_ids(700, seed=1)
+
+
+def _read(lm, document):
+    return sj.generate(lm, [document], **HOW).conversation
+
+
+@pytest.fixture(scope="module")
+def answers(lm, document):
+    """What each question gets on a prefill of its own."""
+    return [
+        sj.generate(lm, [q], conversation=_read(lm, document), **HOW).tokens[0]
+        for q in QUESTIONS
+    ]
+
+
+@pytest.mark.parametrize("cache", [sj.CacheConfig(), OFFLOAD], ids=lambda c: c.kind)
+def test_many_questions_on_one_prefill(lm, document, answers, cache):
+    """Whatever is asked before, and in whatever order (public report kvpress#170)."""
+    lm = dataclasses.replace(lm, cache=cache)
+    read = _read(lm, document)
+    before = jax.tree.map(np.array, read.state)
+    for index in (2, 0, 1, 0):
+        fork = read.fork()
+        out = sj.generate(lm, [QUESTIONS[index]], conversation=fork, **HOW)
+        assert out.tokens[0] == answers[index]
+        assert fork.used_up and not read.used_up
+    jax.tree.map(np.testing.assert_array_equal, read.state, before)
+    # A fork does not need the original any more.
+    fork, lengths = read.fork(), read.lengths
+    out = sj.generate(lm, [QUESTIONS[1]], conversation=read, **HOW)
+    assert out.tokens[0] == answers[1]
+    assert fork.lengths == lengths
+    out = sj.generate(lm, [QUESTIONS[2]], conversation=fork, **HOW)
+    assert out.tokens[0] == answers[2]
+
+
+@pytest.mark.parametrize("cache", [sj.CacheConfig(), OFFLOAD], ids=lambda c: c.kind)
+def test_questions_of_one_batch(lm, document, answers, cache):
+    lm = dataclasses.replace(lm, cache=cache)
+    read = _read(lm, document)
+    fork = read.fork(rows=3)
+    assert fork.lengths == read.lengths * 3
+    out = sj.generate(lm, QUESTIONS, conversation=fork, **HOW)
+    assert out.tokens == answers
+    # Rows of a batch are forked together, and again after a turn.
+    again = sj.generate(lm, QUESTIONS, conversation=out.conversation.fork(), **HOW)
+    turn = sj.generate(lm, QUESTIONS, conversation=out.conversation, **HOW)
+    assert again.tokens == turn.tokens
+
+
+def test_forks_from_threads(lm, document, answers):
+    """Any number fork while one goes on; those that come too late are told."""
+    read = _read(lm, document)
+
+    def ask(index):
+        try:
+            fork = read if index == 3 else read.fork()
+            out = sj.generate(lm, [QUESTIONS[index % 3]], conversation=fork, **HOW)
+        except ConfigError as error:
+            return str(error)
+        return out.tokens[0]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(ask, range(4)))
+    assert got[3] == answers[0]
+    for index in range(3):
+        assert got[index] == answers[index] or "used up" in got[index]
+
+
+def test_forks_that_cannot_be(lm, document):
+    read = _read(lm, document)
+    two = sj.generate(lm, [[5], [6]], **HOW).conversation
+    for conversation, rows, named in (
+        (read, 0, "rows=0 is not allowed"),
+        (two, 2, "this conversation has 2 rows"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            conversation.fork(rows)
+    limits = dataclasses.replace(read.made_with.cache, device_limit=10**6)
+    small = dataclasses.replace(
+        read, made_with=dataclasses.replace(read.made_with, cache=limits)
+    )
+    with pytest.raises(ConfigError, match=r"a fork of 40 rows needs .* device memory"):
+        small.fork(40)
+    sj.generate(lm, [[5]], conversation=read, **HOW)
+    with pytest.raises(ConfigError, match="used up"):
+        read.fork()
