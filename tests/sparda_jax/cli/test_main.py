@@ -81,6 +81,7 @@ def test_bad_model_options(capsys, arguments, named):
         (["--prompt", "x", "--top-p", "2"], "top_p=2.0"),
         (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens=0"),
         (["--prompt", "x", "--stop-id", "99999"], "stop_ids holds 99999"),
+        (["--prompt", "x", "--stop", ""], "texts of at least one character"),
         (["--prompt", "x", "--answer-prefix", "So"], "needs --question or --chat"),
     ],
 )
@@ -135,11 +136,15 @@ def test_generate_answers_and_reports(capsys, smollm2_path):
         "--prompt",
         "The capital of France is",
         "--max-new-tokens",
-        "3",
+        "8",
+        "--stop",
+        "is the",
+        "--stop",
+        ".",
         "--stats",
     )
     assert status == 0
-    assert "Paris" in out
+    assert out == " Paris\n"
     assert "tokens/s" in err
     assert "attention dense" in err
 
