@@ -32,7 +32,7 @@ def rate_text(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
 
 
-def share_text(blocks: tuple[float, float]) -> str:
+def share_text(blocks: tuple[int, int]) -> str:
     """The share of (attended, present) blocks, or a dash where none were present."""
     attended, present = blocks
     return "–" if not present else f"{100 * attended / present:.0f} %"
