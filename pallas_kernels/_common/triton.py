@@ -6,6 +6,7 @@ Triton tiles have power-of-two sizes and dot operands of at least 16 rows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -78,6 +79,20 @@ def require_launch(num_warps: int, num_stages: int) -> None:
         raise ValueError(f"num_warps is {num_warps}; allowed: 1 2 4 8 16")
     if num_stages < 1:
         raise ValueError(f"num_stages is {num_stages}; it must be >= 1")
+
+
+@dataclass(frozen=True)
+class WarpsConfig:
+    """Settings of a kernel of which a program serves a row.
+
+    Attributes:
+      num_warps: warps of a program.
+    """
+
+    num_warps: int = 4
+
+    def __post_init__(self):
+        require_launch(self.num_warps, 1)
 
 
 type Softmax = tuple[jax.Array, jax.Array, jax.Array]

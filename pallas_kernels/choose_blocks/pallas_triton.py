@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common.devices import require_cuda
 from pallas_kernels._common.numerics import NEG_INF, in_32_bit
-from pallas_kernels._common.triton import next_power_of_two, require_launch
+from pallas_kernels._common.triton import WarpsConfig, next_power_of_two
 from pallas_kernels.dispatch import tuned_config
 from pallas_kernels.lowering import silence_triton_deprecation
 
@@ -34,17 +34,8 @@ MOST_BLOCKS = 16384
 
 
 @dataclass(frozen=True)
-class Config:
-    """Settings of the kernel.
-
-    Attributes:
-      num_warps: warps of a program.
-    """
-
-    num_warps: int = 4
-
-    def __post_init__(self):
-        require_launch(self.num_warps, 1)
+class Config(WarpsConfig):
+    """Settings of the kernel."""
 
 
 def _kernel(scores_ref, own_ref, out_ref, *, blocks: int, budget: int):

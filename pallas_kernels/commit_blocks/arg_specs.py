@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels._common.copy_specs import CopySpec
+
 
 @dataclass(frozen=True)
-class ArgSpec:
-    """Sizes of a call.
-
-    Attributes:
-      name: short, unique, used as a test's id.
-      rows: slots (R).
-      block: shape of one block.
-      count: staged blocks (J), at most R.
-      skipped: fraction of them that is skipped.
-      tags: "ci" runs everywhere, "large" only in benchmarks.
-    """
-
-    name: str
-    rows: int
-    block: tuple[int, ...]
-    count: int
-    skipped: float = 0.0
-    tags: frozenset[str] = field(default=frozenset({"ci"}))
+class ArgSpec(CopySpec):
+    """Sizes of a call: rows are slots, of which no one is listed twice."""
 
     def make(self, dtype: Any, seed: int = 0) -> dict[str, Any]:
         """Draws keyword arguments of ``commit_blocks``; skipped blocks are NaN."""

@@ -37,7 +37,7 @@ from jaxtyping import Array, Bool, Int
 
 from pallas_kernels._common.devices import require_cuda
 from pallas_kernels._common.numerics import in_32_bit
-from pallas_kernels._common.triton import next_power_of_two, require_launch
+from pallas_kernels._common.triton import WarpsConfig, next_power_of_two
 from pallas_kernels.dispatch import tuned_config
 from pallas_kernels.lowering import silence_triton_deprecation
 from pallas_kernels.plan_slots.plan import SlotPlan
@@ -47,17 +47,8 @@ MOST_SLOTS = 1024
 
 
 @dataclass(frozen=True)
-class Config:
-    """Settings of the kernel.
-
-    Attributes:
-      num_warps: warps of a program.
-    """
-
-    num_warps: int = 4
-
-    def __post_init__(self):
-        require_launch(self.num_warps, 1)
+class Config(WarpsConfig):
+    """Settings of the kernel."""
 
 
 def _load(ref, row, count: int, other: int) -> Int[Array, " width"]:

@@ -1,6 +1,5 @@
 """Block-sparse attention against its float32 definition, and its edges."""
 
-import functools
 import re
 
 import jax
@@ -9,9 +8,6 @@ import numpy as np
 import pytest
 from kernel_cases import (
     assert_attention_matches,
-    combinations,
-    in_ci,
-    refused_by_triton,
     slow_but,
 )
 
@@ -23,19 +19,11 @@ from pallas_kernels._common.tolerances import (
 )
 from pallas_kernels._common.validation import with_layer_axis
 from pallas_kernels.block_sparse_attention.arg_specs import ARG_SPECS, ArgSpec
-from pallas_kernels.block_sparse_attention.pallas_triton import (
-    block_sparse_attention_triton,
-)
 from pallas_kernels.block_sparse_attention.reference import (
     block_sparse_attention_reference,
 )
-from pallas_kernels.lowering import cuda_lowering_text
 
-CI_SPECS = in_ci(ARG_SPECS)
 BY_NAME = {s.name: s for s in ARG_SPECS}
-QUICK = {"dense_g3_layers", "random_g4", "local_g16_layers_bias"}
-# What is slower to compile gets by with one.
-QUICKEST = {"local_g16_layers_bias"}
 
 # Compiled whole, once for each set of shapes.
 COMPILED_REFERENCE = jax.jit(block_sparse_attention_reference, static_argnames="scale")
@@ -62,74 +50,6 @@ def compute(args, implementation="xla"):
             **a, return_lse=True, implementation=implementation
         )
     )(args)
-
-
-@pytest.mark.parametrize(
-    ("spec", "dtype"),
-    combinations(ARG_SPECS, "float32", "bfloat16", "float16", quick=QUICK),
-)
-def test_xla_matches_reference(spec, dtype):
-    args = spec.make(dtype)
-    got = compute(args)
-    assert got[0].dtype == jnp.dtype(dtype)
-    assert got[1].dtype == jnp.float32
-    assert_attention_matches(got, reference(args), dtype)
-
-
-@pytest.mark.parametrize(
-    ("spec", "dtype"), combinations(ARG_SPECS, "bfloat16", "float32", quick=QUICKEST)
-)
-def test_triton_matches_reference_in_the_interpreter(spec, dtype):
-    args = spec.make(dtype)
-    kv, bias, layer = with_layer_axis(
-        args["kv"], args.get("key_bias"), args.get("layer"), spec.heads
-    )
-    run = functools.partial(
-        block_sparse_attention_triton, scale=spec.head_dim**-0.5, interpret=True
-    )
-    lists = args.get("block_indices")
-    operands = (args["q"], kv, args["q_start"], lists, layer, bias)
-    if refused_by_triton(spec, dtype):
-        with pytest.raises(NotImplementedError, match="no room for tiles"):
-            run(*operands)
-        return
-    got = jax.jit(run)(*operands)
-    assert_attention_matches(got, reference(args), dtype)
-
-
-@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
-@pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu"])
-@pytest.mark.parametrize(
-    ("spec", "dtype"), combinations(ARG_SPECS, "bfloat16", quick=QUICKEST)
-)
-def test_pallas_lowers_for_cuda(spec, dtype, implementation, x64):
-    def f(a):
-        return block_sparse_attention(
-            **a, return_lse=True, implementation=implementation
-        )
-
-    text = cuda_lowering_text(f, spec.make(dtype), x64=x64)
-    assert ("mosaic_gpu" if implementation == "mosaic_gpu" else "triton") in text
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton", "xla"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("spec", CI_SPECS, ids=lambda s: s.name)
-def test_native_matches_reference(spec, dtype, implementation):
-    args = spec.make(dtype)
-    f = jax.jit(
-        lambda a: block_sparse_attention(
-            **a, return_lse=True, implementation=implementation
-        )
-    )
-    try:
-        got = f(args)
-    except NotImplementedError as refusal:
-        pytest.skip(str(refusal))
-    assert_attention_matches(got, reference(args), dtype)
-    for x, y in zip(got, f(args), strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.gpu

@@ -15,7 +15,6 @@ from pallas_kernels._common.tolerances import relative_error, tolerance
 from pallas_kernels.compress_keys.arg_specs import ARG_SPECS, ArgSpec
 from pallas_kernels.compress_keys.pallas_triton import compress_keys_triton
 from pallas_kernels.compress_keys.reference import compress_keys_reference
-from pallas_kernels.lowering import cuda_lowering_text
 
 
 def keys(length, dtype="float32", head_dim=64, seed=0):
@@ -61,21 +60,6 @@ def test_every_length(length):
 def test_triton_in_the_interpreter(spec, dtype):
     args = spec.make(dtype)
     assert_matches(compress_keys_triton(**args, interpret=True), args, dtype)
-
-
-@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
-@pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu"])
-@specs
-def test_pallas_lowers_for_cuda(spec, implementation, x64):
-    args = spec.make("bfloat16")
-    sizes = {name: args[name] for name in ("kernel_size", "kernel_stride")}
-
-    def f(x):
-        return compress_keys(x, **sizes, implementation=implementation)
-
-    text = cuda_lowering_text(f, args["keys"], x64=x64)
-    name = "mosaic_gpu" if implementation == "mosaic_gpu" else "triton"
-    assert name in text or spec.name == "too_short"
 
 
 @pytest.mark.gpu

@@ -51,17 +51,6 @@ def test_triton_in_the_interpreter(spec, programs):
     )
 
 
-@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
-@pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu"])
-@specs
-def test_pallas_lowers_for_cuda(spec, implementation, x64):
-    def f(a):
-        return host_gather(**a, programs=16, implementation=implementation)
-
-    text = cuda_lowering_text(f, spec.make("bfloat16"), x64=x64)
-    assert ("mosaic_gpu" if implementation == "mosaic_gpu" else "triton") in text
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton", "xla"])

@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 from kernel_cases import (
     assert_attention_matches,
-    combinations,
-    in_ci,
-    refused_by_triton,
     slow_but,
 )
 
@@ -30,11 +27,7 @@ from pallas_kernels.paged_decode_attention.reference import (
     paged_decode_attention_reference,
 )
 
-CI_SPECS = in_ci(ARG_SPECS)
 BY_NAME = {s.name: s for s in ARG_SPECS}
-QUICK = {"dense_g3_layers", "dense_empty_row", "listed_g16_layers_bias"}
-# What is slower to compile gets by with one.
-QUICKEST = {"listed_g16_layers_bias"}
 
 # Compiled whole, once for each set of shapes.
 COMPILED_REFERENCE = jax.jit(paged_decode_attention_reference, static_argnames="scale")
@@ -64,39 +57,6 @@ def compute(args, implementation="xla"):
     )(args)
 
 
-@pytest.mark.parametrize(
-    ("spec", "dtype"),
-    combinations(ARG_SPECS, "float32", "bfloat16", "float16", quick=QUICK),
-)
-def test_xla_matches_reference(spec, dtype):
-    args = spec.make(dtype)
-    got = compute(args)
-    assert got[0].dtype == jnp.dtype(dtype)
-    assert got[1].dtype == jnp.float32
-    assert_attention_matches(got, reference(args), dtype)
-
-
-@pytest.mark.parametrize(
-    ("spec", "dtype"), combinations(ARG_SPECS, "bfloat16", "float32", quick=QUICKEST)
-)
-def test_triton_matches_reference_in_the_interpreter(spec, dtype):
-    args = spec.make(dtype)
-    kv, bias, layer = with_layer_axis(
-        args["kv"], args.get("key_bias"), args.get("layer"), spec.heads
-    )
-    run = functools.partial(
-        paged_decode_attention_triton, scale=spec.head_dim**-0.5, interpret=True
-    )
-    names = ("slots", "slot_lengths", "lengths")
-    operands = (args["q"], kv, *map(args.get, names), layer, bias)
-    if refused_by_triton(spec, dtype):
-        with pytest.raises(NotImplementedError, match="no room for tiles"):
-            run(*operands)
-        return
-    got = jax.jit(run)(*operands)
-    assert_attention_matches(got, reference(args), dtype)
-
-
 def test_triton_with_one_split_and_with_many():
     spec = BY_NAME["listed_g16_layers_bias"]
     args = spec.make(jnp.float32)
@@ -115,49 +75,6 @@ def test_triton_with_one_split_and_with_many():
             interpret=True,
         )
         assert_attention_matches(got, reference(args), "float32")
-
-
-@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
-@pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu"])
-@pytest.mark.parametrize(
-    ("spec", "dtype"), combinations(ARG_SPECS, "bfloat16", quick=QUICKEST)
-)
-def test_pallas_lowers_for_cuda(spec, dtype, implementation, x64):
-    args = spec.make(dtype)
-
-    def f(a):
-        return paged_decode_attention(
-            **a, return_lse=True, implementation=implementation
-        )
-
-    try:
-        text = cuda_lowering_text(f, args, x64=x64)
-    except NotImplementedError as refusal:
-        # Mosaic serves blocks of 64 and 128 tokens that fit in shared memory.
-        assert implementation == "mosaic_gpu"
-        assert spec.block < 64 or spec.head_dim == 256, refusal
-        return
-    assert ("mosaic_gpu" if implementation == "mosaic_gpu" else "triton") in text
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton", "xla"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("spec", CI_SPECS, ids=lambda s: s.name)
-def test_native_matches_reference(spec, dtype, implementation):
-    args = spec.make(dtype)
-    f = jax.jit(
-        lambda a: paged_decode_attention(
-            **a, return_lse=True, implementation=implementation
-        )
-    )
-    try:
-        got = f(args)
-    except NotImplementedError as refusal:
-        pytest.skip(str(refusal))
-    assert_attention_matches(got, reference(args), dtype)
-    for x, y in zip(got, f(args), strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 MOSAIC_CONFIGS = [

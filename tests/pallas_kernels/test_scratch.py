@@ -19,6 +19,9 @@ def shape(*size, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(size, dtype)
 
 
+ATTENTION = {"batch": B, "kv_heads": K, "head_dim": H, "block": BLOCK, "itemsize": 4}
+
+
 def _prefill(listed):
     arrays = {
         "q": shape(B, T, N, H),
@@ -28,35 +31,19 @@ def _prefill(listed):
     if listed:
         arrays["block_indices"] = shape(B, K, T, listed, dtype=jnp.int32)
     said = prefill.scratch_bytes(
-        batch=B,
-        tokens=T,
-        heads=N,
-        kv_heads=K,
-        head_dim=H,
-        block=BLOCK,
-        blocks=M,
-        listed=listed,
-        itemsize=4,
+        tokens=T, heads=N, blocks=M, listed=listed, **ATTENTION
     )
     return block_sparse_attention, arrays, said
 
 
 def _decode(listed):
     arrays = {"q": shape(B, N, H), "kv": shape(B, K, M, BLOCK, 2, H)}
+    lists = shape(B, K, listed or 1, dtype=jnp.int32)
     if listed:
-        lists = shape(B, K, listed, dtype=jnp.int32)
         arrays |= {"slots": lists, "slot_lengths": lists}
     else:
         arrays["lengths"] = shape(B, dtype=jnp.int32)
-    said = decode.scratch_bytes(
-        batch=B,
-        kv_heads=K,
-        head_dim=H,
-        block=BLOCK,
-        capacity=M,
-        listed=listed,
-        itemsize=4,
-    )
+    said = decode.scratch_bytes(capacity=M, listed=listed, **ATTENTION)
     return paged_decode_attention, arrays, said
 
 
@@ -67,17 +54,15 @@ def _scores(softmax):
         "compressed_keys": shape(B, K, WINDOWS, H),
         "q_start": shape(B, dtype=jnp.int32),
     }
+    sizes = {"tokens": T, "heads": heads, "windows": WINDOWS, "blocks": M}
     said = scores.scratch_bytes(
         batch=B,
-        tokens=T,
-        heads=heads,
         kv_heads=K,
         head_dim=H,
-        windows=WINDOWS,
-        blocks=M,
+        itemsize=4,
         per_block=4,
         softmax=softmax,
-        itemsize=4,
+        **sizes,
     )
     call = functools.partial(select_blocks, blocks=M, budget=P, softmax=softmax)
     return call, arrays, said
