@@ -164,7 +164,7 @@ def load(
         config, sparse = preset.model, sparse or preset.sparse
         tensors = random_tensors(config, seed=0)
     else:
-        source = _open(name)
+        source = open_model(name)
         config, sparse = source.config, sparse or _default_sparse(source)
         tensors = source.tensors
     forecast = _default_forecast(selector, sparse, source, forecast)
@@ -223,7 +223,13 @@ def _check_early(
         )
 
 
-def _open(name: str) -> CheckpointSource:
+def open_model(name: str) -> CheckpointSource:
+    """Opens a model by what `load` takes for it, without reading its weights.
+
+    Raises:
+      ConfigError: It is a preset whose weights must be named by a path.
+      CheckpointError: There is no such model, or it is damaged or not supported.
+    """
     if name not in PRESETS:
         return open_checkpoint(name)
     preset = PRESETS[name]

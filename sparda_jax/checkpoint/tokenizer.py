@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from sparda_jax.checkpoint.end_tokens import end_tokens
 from sparda_jax.checkpoint.errors import CheckpointError, show
 from sparda_jax.checkpoint.files import is_file, read_json, read_text
 from sparda_jax.checkpoint.gguf_header import GGUFHeader
@@ -322,6 +323,7 @@ _PRE = {
     "llama3": _llama3,
     "llama-v3": _llama3,
 }
+_END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 _ADDS_BOS = ("llama-bpe", "llama3", "llama-v3")  # Unless the file says otherwise.
 
 
@@ -401,11 +403,11 @@ def tokenizer_from_gguf(header: GGUFHeader) -> Tokenizer | None:
         if not _failed(error):
             raise
         raise fail("ggml.merges", str(error), "pairs of tokens") from error
-    ends = [get_id(key) for key in ("eos", "eot", "eom")]
+    named = [get_id(key) for key in _END_KEYS]
     return Tokenizer(
         backend,
         where=str(header.path),
-        eos_ids=[token_id for token_id in ends if token_id is not None],
+        eos_ids=end_tokens(tokens, kinds, named),
         bos_id=get_id("bos"),
         add_bos=get("ggml.add_bos_token", bool, pre in _ADDS_BOS),
         chat_source=get("chat_template", str),

@@ -56,7 +56,7 @@ class Kit:
             head_dim=8,
             max_context=256,
             tie_embeddings=True,
-            eos_ids=(2,),
+            eos_ids=(2, 0),
         )
 
     def tensors(self, config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:

@@ -515,7 +515,7 @@ def test_smollm2(smollm2_path):
     assert config.rope == RopeConfig(theta=100000.0)
     assert config.rms_norm_eps == 1e-5
     assert config.tie_embeddings
-    assert (config.bos_id, config.eos_ids) == (None, (2,))
+    assert (config.bos_id, config.eos_ids) == (None, (2, 0))
     arrays = source.load()
     assert sum(array.size for array in arrays.values()) == 134_515_008
     assert source.fingerprint == fingerprint(arrays)

@@ -263,6 +263,6 @@ def test_smollm2_goldens(smollm2_path, golden):
     prompt = tokenizer.chat([{"role": "user", "content": "What is gravity?"}])
     assert tokenizer.encode(prompt, special=True) == arrays["chat_ids"].tolist()
     assert tokenizer.has_chat_template
-    assert (tokenizer.eos_ids, tokenizer.bos_id) == ((2,), 1)
+    assert (tokenizer.eos_ids, tokenizer.bos_id) == ((2, 0), 1)
     assert not tokenizer.add_bos
     assert tokenizer.vocab_size == 49152
