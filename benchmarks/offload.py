@@ -138,8 +138,8 @@ def _state(model, settings, batch: int, context: int, new: int, cache):
 
 def _settings(config, sparse, mode: str, arguments):
     """A mode's cache and how its layers run."""
+    from sparda_jax.cache.settings import LayerSettings
     from sparda_jax.config import CacheConfig
-    from sparda_jax.inference.layer_store import LayerSettings
     from sparda_jax.planning.auto import offload_settings
 
     selector = _selector(mode, arguments.miss * sparse.block_budget)
@@ -168,7 +168,7 @@ def _request(config, batch: int, context: int, new: int):
     )
 
 
-def _is_stepwise(settings) -> bool:
+def _is_host_loop(settings) -> bool:
     """Whether decode is a Python loop of one call a layer."""
     return settings.offload is not None and not settings.offload.route.in_program
 
@@ -181,11 +181,11 @@ def _compile(model, state, request, settings: list) -> list:
     and what was chosen serves the others, which are compiled side by side.
     """
     from sparda_jax.inference.generate import advance_call
-    from sparda_jax.inference.stepwise import advance_stepwise
+    from sparda_jax.inference.host_loop import decode_host_loop
 
-    if any(map(_is_stepwise, settings)):
+    if any(map(_is_host_loop, settings)):
         return [
-            (functools.partial(advance_stepwise, settings=s), 0.0) for s in settings
+            (functools.partial(decode_host_loop, settings=s), 0.0) for s in settings
         ]
 
     lowered = [advance_call.lower(model, state, request, settings=s) for s in settings]
@@ -222,7 +222,7 @@ def _time(call, settings, model, state, request, mode: str, arguments) -> tuple:
     for _ in range(2):  # fills the slots and warms up
         state, _ = chunk(state)
     outside = 0.0
-    if _is_stepwise(settings):
+    if _is_host_loop(settings):
         # `host_loop` takes the store into NumPy's memory and back in every call, which
         # is no part of a step.
         empty = []

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from sparda_jax.cache.memory import host_shape
+from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig
 from sparda_jax.inference.generate import (
     Prompt,
@@ -14,7 +15,6 @@ from sparda_jax.inference.generate import (
     begin_call,
     plan_shapes,
 )
-from sparda_jax.inference.layer_store import LayerSettings
 from sparda_jax.inference.sampling import SamplingConfig, sampling_state
 from sparda_jax.models.presets import PRESETS
 from sparda_jax.models.rope import model_rope

@@ -13,9 +13,9 @@ Who holds what:
   first      device: layer 0's whole cache, when nothing shall be fetched for layer 0
 
 A prefill call works on one layer's whole KV in a scratch buffer on the device:
-`open_layer` streams what the row holds from before back into it, `close_layer` writes
-it out and leaves in the slots the blocks that the last token attended to. When C = M
-every block has its own slot, slot b holding block b, and nothing is ever fetched.
+`load_layer` streams what the row holds from before back into it, `write_back_layer`
+writes it out and leaves in the slots the blocks that the last token attended to. When
+C = M every block has its own slot, slot b holding block b, and nothing is ever fetched.
 """
 
 from typing import Literal, NamedTuple
@@ -60,6 +60,10 @@ class OffloadLayer(NamedTuple):
     key_bias: Float[Array, "layers B K M block"] | None
     importance: CompressedKeys | None
 
+    def num_blocks(self, sparse: SparseConfig) -> int:
+        """M, blocks of capacity per row."""
+        return self.keys.windows.shape[3] // sparse.windows_per_block
+
 
 class OffloadCache(NamedTuple):
     """The whole cache; see the module's text.
@@ -68,14 +72,14 @@ class OffloadCache(NamedTuple):
       store: Host blocks [Lo, B, K, M, block, 2, H].
       layers: Lo `OffloadLayer`s of one layer each, or one stacked one.
       first: Layer 0 when it is resident: then layer l is the store's l − 1.
-      spare: Staging areas, each [B*K*P, block, 2, H], where the route reuses them: one,
-        or two when fetches overlap.
+      staging: Staging areas, each [B*K*P, block, 2, H], where the route reuses them:
+        one, or two when fetches overlap.
     """
 
     store: Float[Array, "Lo B K M block 2 H"]
     layers: tuple[OffloadLayer, ...]
     first: LayerCache | None
-    spare: tuple[Float[Array, "J block 2 H"], ...]
+    staging: tuple[Float[Array, "J block 2 H"], ...]
 
     @property
     def batch(self) -> int:
@@ -141,7 +145,7 @@ def init_offload(
       dtype: Type of KV and compressed keys.
       storage: As the model's layers are stored.
       width: P, blocks that a token attends to at most.
-      staging: Staging areas to keep (`OffloadCache.spare`).
+      staging: Staging areas to keep (`OffloadCache.staging`).
       abstract: Give the host store's type only, to lower without allocating it (call
         under `jax.eval_shape` for the rest).
 
@@ -190,7 +194,7 @@ def init_offload(
         ),
         layers=tuple(one() for _ in range(count)),
         first=first,
-        spare=tuple(
+        staging=tuple(
             jnp.zeros((batch * heads * width, *block), dtype) for _ in range(staging)
         ),
     )
@@ -226,8 +230,8 @@ def grow_offload(
         )
 
     rows = cache.batch * cache.store.shape[2] * width
-    spare = tuple(
-        jnp.zeros((rows, *area.shape[1:]), area.dtype) for area in cache.spare
+    areas = tuple(
+        jnp.zeros((rows, *area.shape[1:]), area.dtype) for area in cache.staging
     )
     widths = [(0, 0)] * cache.store.ndim
     widths[3] = (0, blocks - cache.num_blocks)
@@ -236,7 +240,7 @@ def grow_offload(
         store=jax.device_put(store, host_sharding()),
         layers=tuple(one(layer) for layer in cache.layers),
         first=None if cache.first is None else grow_layer(cache.first, blocks, sparse),
-        spare=spare,
+        staging=areas,
     )
 
 
@@ -263,7 +267,7 @@ def scratch_kv(cache: OffloadCache) -> Float[Array, "1 B K M block 2 H"]:
     return jnp.zeros((1, *cache.store.shape[1:]), cache.store.dtype)
 
 
-def open_layer(
+def load_layer(
     cache: OffloadCache,
     index: int | Array,
     scratch: Float[Array, "1 B K M block 2 H"],
@@ -310,7 +314,7 @@ def open_layer(
     )
 
 
-def close_layer(
+def write_back_layer(
     cache: OffloadCache,
     index: int | Array,
     working: LayerCache,
@@ -363,7 +367,7 @@ def close_layer(
         return jnp.where(fresh.reshape(shape), new[None].astype(old.dtype), old)
 
     old = jax.tree.map(lambda x: _at(x, place), (layer.slots, layer.table))
-    table = SlotTable(keep(wanted, old[1].blocks), keep(stamps, old[1].used))
+    table = SlotTable(keep(wanted, old[1].blocks), keep(stamps, old[1].last_used))
     changed = OffloadLayer(
         slots=keep(filled, old[0]),
         table=table,
@@ -375,7 +379,7 @@ def close_layer(
     return cache._replace(store=store)
 
 
-def flush_tails(
+def write_back_full_blocks(
     cache: OffloadCache, full: Bool[Array, " B"], block: Int[Array, " B"]
 ) -> OffloadCache:
     """Copies the tail blocks that have filled up to the host, all layers at once.

@@ -10,8 +10,8 @@ else, so that bytes follow misses and not the budget:
                  the compute's own graph it overlaps less
   dynamic_slice  a loop of `dynamic_slice` and `device_put`, everywhere, CPUs included
   host_loop      no program of its own: one jitted call a layer, blocks gathered by
-                 NumPy and put on the device asynchronously (`inference.stepwise`): what
-                 anyone would write first, and the baseline
+                 NumPy and put on the device asynchronously (`inference.host_loop`):
+                 what anyone would write first, and the baseline
 
 `auto` takes the fastest one that `routes.json` records for the device kind; a device
 without a record gets `dynamic_slice`, never an unrecorded kernel.

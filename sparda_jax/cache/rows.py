@@ -47,5 +47,5 @@ def copy_rows(
         store=jax.device_put(store, host_sharding()),
         layers=copy(cache.layers),
         first=copy(cache.first),
-        spare=tuple(empty(area) for area in cache.spare),
+        staging=tuple(empty(area) for area in cache.staging),
     )

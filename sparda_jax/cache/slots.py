@@ -19,16 +19,31 @@ class SlotTable(NamedTuple):
 
     Attributes:
       blocks: Block in each slot, −1 for none [*rows, C].
-      used: Stamp of the last list that asked for it; −1 for never [*rows, C].
+      last_used: Step of the last list that asked for it; −1 for never [*rows, C].
     """
 
     blocks: Int[Array, "*rows C"]
-    used: Int[Array, "*rows C"]
+    last_used: Int[Array, "*rows C"]
 
 
 def empty_table(shape: tuple[int, ...]) -> SlotTable:
     """A table without blocks; `shape` ends with C."""
     return SlotTable(jnp.full(shape, EMPTY, jnp.int32), jnp.full(shape, -1, jnp.int32))
+
+
+def table_at(table: SlotTable, layer: int | Int[Array, ""]) -> SlotTable:
+    """One layer's slots, of tables with a leading axis of layers."""
+    return SlotTable(table.blocks[layer], table.last_used[layer])
+
+
+def put_table(
+    table: SlotTable, layer: int | Int[Array, ""], new: SlotTable
+) -> SlotTable:
+    """Tables with a leading axis of layers, one layer's replaced."""
+    return SlotTable(
+        table.blocks.at[layer].set(new.blocks),
+        table.last_used.at[layer].set(new.last_used),
+    )
 
 
 def slot_of(

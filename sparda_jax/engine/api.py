@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.checks import flag, function, integer, optional
 from sparda_jax.config import CacheConfig
 from sparda_jax.engine.compile_cache import PROGRAMS
@@ -28,7 +29,6 @@ from sparda_jax.inference.generate import (
     pad_rows,
     plan_shapes,
 )
-from sparda_jax.inference.layer_store import LayerSettings
 from sparda_jax.inference.prefill import prefill
 from sparda_jax.inference.sampling import SamplingConfig
 from sparda_jax.models.decoder import Decoder, logits

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from sparda_jax.inference.counters import FetchTotals, WideCount
-from sparda_jax.inference.layer_store import OffloadSettings
+from sparda_jax.cache.counters import FetchTotals, WideCount
+from sparda_jax.cache.settings import OffloadSettings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,8 +48,8 @@ from sparda_jax.inference.generate import (
     run,
     stop_array,
 )
+from sparda_jax.inference.host_loop import decode_host_loop
 from sparda_jax.inference.sampling import SamplingConfig, sampling_state
-from sparda_jax.inference.stepwise import advance_stepwise
 from sparda_jax.models.rope import model_rope
 from sparda_jax.planning.auto import (
     PROBE_TIMED,
@@ -381,7 +381,7 @@ class Session:
         offload = self.settings.offload
         if offload is not None and not offload.route.in_program:
             begun = time.perf_counter()
-            self.state = advance_stepwise(
+            self.state = decode_host_loop(
                 self.lm.model, self.state, request, settings=self.settings
             )
             jax.block_until_ready(self.state.done)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from sparda_jax.inference.layer_store import LayerSettings, TileState
+from sparda_jax.cache.settings import LayerSettings, TileState
 from sparda_jax.inference.stack import (
     Cache,
     StackCarry,
@@ -47,7 +47,7 @@ def decode_step(
         start=lengths,
         count=active.astype(jnp.int32),
         length=lengths + 1,
-        turn=rotation(rope, lengths[:, None]),
+        rope_cos_sin=rotation(rope, lengths[:, None]),
         decoding=True,
     )
 

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from sparda_jax.cache.counters import BlockCounts, FetchTotals
 from sparda_jax.cache.offload import OffloadCache, grow_offload, init_offload
 from sparda_jax.cache.resident import grow, init_cache
 from sparda_jax.cache.rows import copy_rows
+from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig, ConfigError, ModelConfig
-from sparda_jax.inference.counters import BlockCounts, FetchTotals
 from sparda_jax.inference.decode import decode_step
-from sparda_jax.inference.layer_store import LayerSettings
 from sparda_jax.inference.prefill import padded_length, prefill
 from sparda_jax.inference.sampling import SamplingState, sample
 from sparda_jax.inference.stack import Cache, StackCarry, block_counts

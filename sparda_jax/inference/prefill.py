@@ -17,18 +17,20 @@ from jaxtyping import Array, Int
 
 from sparda_jax.cache.offload import (
     OffloadCache,
-    close_layer,
-    open_layer,
+    load_layer,
     scratch_kv,
+    write_back_layer,
 )
-from sparda_jax.cache.resident import KVCache
-from sparda_jax.inference.layer_store import LayerSettings, ResidentStore, TileState
+from sparda_jax.cache.prefetch import Lookahead
+from sparda_jax.cache.resident import KVCache, LayerCache
+from sparda_jax.cache.resident_view import ResidentView
+from sparda_jax.cache.settings import LayerSettings, TileState
 from sparda_jax.inference.stack import (
     Cache,
+    LayerActivations,
     StackCarry,
-    Tokens,
     is_first,
-    next_head,
+    layer_block,
     run_tile,
     start_stack,
 )
@@ -90,28 +92,28 @@ def prefill(
             start=start + first,
             count=jnp.clip(count - first, 0, size),
             length=start + count,
-            turn=Rotation(cut(turn.cos), cut(turn.sin)),
+            rope_cos_sin=Rotation(cut(turn.cos), cut(turn.sin)),
             decoding=False,
         )
 
     def run_tiles(
-        tokens: Tokens,
-        store: ResidentStore,
+        activations: LayerActivations,
+        view: ResidentView,
         last: Int[Array, "B K P"] | None,
         layer: DecoderLayer,
         layer_index: int | Array,
-    ) -> tuple[Tokens, ResidentStore, Int[Array, "B K P"] | None]:
+    ) -> tuple[LayerActivations, LayerCache, Int[Array, "B K P"] | None]:
         """A layer over all tiles; `last` becomes the lists of the rows' last tokens."""
-        index = store.index
+        place = view.layer_in_stack
 
         def on_tile(tile: Array, loop: tuple) -> tuple:
-            tokens, layer_cache, last = loop
+            activations, layer_cache, last = loop
             first = tile * tile_size
-            tokens, store = run_tile(
-                next_head(model, layer_index, settings),
-                tokens,
-                ResidentStore(layer_cache, index),
-                layer,
+            activations, view, _ = run_tile(
+                layer_block(model, layer, layer_index, settings),
+                activations,
+                ResidentView(layer_cache, place),
+                Lookahead(),
                 layer_index,
                 first,
                 tile_size,
@@ -119,22 +121,23 @@ def prefill(
                 settings,
             )
             if last is not None:
-                assert store.blocks is not None
-                last = _last_lists(last, store.blocks, count - 1 - first)
-            return tokens, store.cache, last
+                assert view.blocks is not None
+                last = _last_lists(last, view.blocks, count - 1 - first)
+            return activations, view.layer_cache, last
 
-        loop = (tokens, store.cache, last)
-        tokens, layer_cache, last = jax.lax.fori_loop(0, needed, on_tile, loop)
-        return tokens, ResidentStore(layer_cache, index), last
+        loop = (activations, view.layer_cache, last)
+        return jax.lax.fori_loop(0, needed, on_tile, loop)
 
     def resident(
         carry: StackCarry, layer: DecoderLayer, layer_index: int | Array
     ) -> StackCarry:
         assert isinstance(carry.cache, KVCache)
-        store = ResidentStore(*carry.cache.layer(layer_index))
-        tokens, store, _ = run_tiles(carry.tokens, store, None, layer, layer_index)
-        cache = carry.cache.replace_layer(layer_index, store.cache)
-        return carry._replace(tokens=tokens, cache=cache)
+        view = ResidentView(*carry.cache.layer(layer_index))
+        activations, layer_cache, _ = run_tiles(
+            carry.activations, view, None, layer, layer_index
+        )
+        cache = carry.cache.replace_layer(layer_index, layer_cache)
+        return carry._replace(activations=activations, cache=cache)
 
     def offloaded(
         loop: tuple[StackCarry, Array], layer: DecoderLayer, layer_index: int | Array
@@ -143,26 +146,27 @@ def prefill(
         cache = carry.cache
         assert isinstance(cache, OffloadCache)
         if cache.first is not None and is_first(layer_index):
-            store = ResidentStore(cache.first, 0)
-            tokens, store, _ = run_tiles(carry.tokens, store, None, layer, layer_index)
-            cache = cache._replace(first=store.cache)
-            return carry._replace(tokens=tokens, cache=cache), scratch
+            view = ResidentView(cache.first, 0)
+            activations, layer_cache, _ = run_tiles(
+                carry.activations, view, None, layer, layer_index
+            )
+            cache = cache._replace(first=layer_cache)
+            return carry._replace(activations=activations, cache=cache), scratch
         index = layer_index - cache.resident_layers
-        working = open_layer(cache, index, scratch, start)
-        last = None
+        view, last = ResidentView(load_layer(cache, index, scratch, start), 0), None
         if settings.selector.lists_blocks(cache.num_blocks, settings.sparse):
             shape = (
                 *cache.store.shape[1:3],
                 budget_width(settings.sparse, cache.num_blocks),
             )
             last = jnp.full(shape, -1, jnp.int32)
-        tokens, store, last = run_tiles(
-            carry.tokens, ResidentStore(working, 0), last, layer, layer_index
+        activations, layer_cache, last = run_tiles(
+            carry.activations, view, last, layer, layer_index
         )
-        cache = close_layer(cache, index, store.cache, last, start, count)
+        cache = write_back_layer(cache, index, layer_cache, last, start, count)
         # The next layer overwrites the scratch: only behind what reads it here.
-        cache, scratch = jax.lax.optimization_barrier((cache, store.cache.kv))
-        return carry._replace(tokens=tokens, cache=cache), scratch
+        cache, scratch = jax.lax.optimization_barrier((cache, layer_cache.kv))
+        return carry._replace(activations=activations, cache=cache), scratch
 
     whole = tile_state(0, padded)
     carry = start_stack(model, cache, tokens, whole, settings, capture=capture)
@@ -171,10 +175,11 @@ def prefill(
         carry, _ = run_layers(model, offloaded, loop, apart=cache.resident_layers)
     else:
         carry = run_layers(model, resident, carry)
-    tokens_out = carry.tokens
-    blocks = None if tokens_out.blocks is None else tokens_out.blocks[:, :, :, :width]
-    hidden = tokens_out.hidden[:, :width]
-    return carry._replace(tokens=tokens_out._replace(hidden=hidden, blocks=blocks))
+    blocks = None if carry.blocks is None else carry.blocks[:, :, :, :width]
+    activations = carry.activations._replace(
+        hidden=carry.hidden[:, :width], blocks=blocks
+    )
+    return carry._replace(activations=activations)
 
 
 def _last_lists(

@@ -4,45 +4,41 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from sparda_jax.cache.offload import OffloadCache, OffloadLayer, flush_tails
+from sparda_jax.cache.counters import BlockCounts, FetchCounters, WideCount
+from sparda_jax.cache.offload import OffloadCache, write_back_full_blocks
+from sparda_jax.cache.offload_view import OffloadView
+from sparda_jax.cache.prefetch import BlockFetch, Lookahead, NextLayer, StagingPool
 from sparda_jax.cache.resident import KVCache
-from sparda_jax.cache.slots import SlotTable
-from sparda_jax.inference.counters import BlockCounts, FetchCounters, WideCount
-from sparda_jax.inference.layer_step import (
+from sparda_jax.cache.resident_view import ResidentView
+from sparda_jax.cache.settings import LayerSettings, TileState
+from sparda_jax.inference.layer import (
+    CacheView,
+    LayerBlock,
     LayerOutput,
     decoder_layer,
-    forecast_for_first_layer,
-)
-from sparda_jax.inference.layer_store import (
-    Ahead,
-    Flight,
-    LayerSettings,
-    Link,
-    OffloadStore,
-    Outlook,
-    ResidentStore,
-    TileState,
 )
 from sparda_jax.models.decoder import Decoder, DecoderLayer, embed
+from sparda_jax.models.forecast import project_forecast
+from sparda_jax.models.layers import rms_norm
 from sparda_jax.sparse.selection import budget_width
 
 Cache = KVCache | OffloadCache
 
 
-class Tokens(NamedTuple):
+class LayerActivations(NamedTuple):
     """What travels through the layers with the tokens.
 
     Attributes:
       hidden: Hidden states [B, T, D].
-      phi: Forecasts of the layer before [B, T, K, H], or None.
+      forecast: Forecasts of the layer before [B, T, K, H], or None.
       attended: KV blocks read so far; stays 0 while all causal blocks are read.
       blocks: Captured block lists [L, B, K, T, P], or None.
     """
 
     hidden: Float[Array, "B T D"]
-    phi: Float[Array, "B T K H"] | None
+    forecast: Float[Array, "B T K H"] | None
     attended: WideCount
     blocks: Int[Array, "L B K T P"] | None
 
@@ -51,26 +47,26 @@ class StackCarry(NamedTuple):
     """Everything that travels through the layers.
 
     Attributes:
-      tokens: Hidden states, forecasts and counters.
+      activations: Hidden states, forecasts and counters.
       cache: The KV cache.
-      flight: The next layer's block list, on its way (look-ahead decode), or None.
+      fetch: The next layer's blocks, on their way (look-ahead decode), or None.
       fetches: Counters of the offloaded cache by layer [L], or None.
     """
 
-    tokens: Tokens
+    activations: LayerActivations
     cache: Cache
-    flight: Flight | None = None
+    fetch: BlockFetch | None = None
     fetches: FetchCounters | None = None
 
     @property
     def hidden(self) -> Float[Array, "B T D"]:
         """Hidden states."""
-        return self.tokens.hidden
+        return self.activations.hidden
 
     @property
     def blocks(self) -> Int[Array, "L B K T P"] | None:
         """Captured block lists."""
-        return self.tokens.blocks
+        return self.activations.blocks
 
 
 def start_stack(
@@ -82,13 +78,13 @@ def start_stack(
     *,
     capture: bool,
 ) -> StackCarry:
-    """Embeds the tokens and makes layer 0's own forecast."""
+    """Embeds the tokens and makes layer 0's own forecast (specification §4.2)."""
     config = settings.config
     h = embed(model, tokens, model.embedding[...].dtype)
-    phi = blocks = None
+    forecast = blocks = None
     if settings.selector.needs_forecast:
-        norm, head = model.first_attention_norm(), model.forecast_head(0)
-        phi = forecast_for_first_layer(h, norm, head, tile.turn, config)
+        x = rms_norm(h, model.first_attention_norm(), config.rms_norm_eps)
+        forecast = project_forecast(x, model.forecast_head(0), tile.rope_cos_sin)
     if capture:
         width = budget_width(settings.sparse, cache.num_blocks)
         shape = (config.num_layers, tokens.shape[0], config.num_kv_heads)
@@ -96,7 +92,8 @@ def start_stack(
     fetches = None
     if settings.offload is not None and tile.decoding:
         fetches = FetchCounters.zero(config.num_layers)
-    return StackCarry(Tokens(h, phi, WideCount.zero(), blocks), cache, None, fetches)
+    activations = LayerActivations(h, forecast, WideCount.zero(), blocks)
+    return StackCarry(activations, cache, None, fetches)
 
 
 def _causal_lists(
@@ -108,25 +105,25 @@ def _causal_lists(
     return jnp.broadcast_to(jnp.where(block <= own, block, -1), shape)
 
 
-def run_tile[Store: (ResidentStore, OffloadStore)](
-    next_head: Float[Array, "D KH"] | None,
-    tokens: Tokens,
-    store: Store,
-    layer: DecoderLayer,
+def run_tile(
+    block: LayerBlock,
+    activations: LayerActivations,
+    view: CacheView,
+    lookahead: Lookahead,
     layer_index: int | Int[Array, ""],
     first: int | Int[Array, ""],
     size: int,
     tile: TileState,
     settings: LayerSettings,
-) -> tuple[Tokens, Store]:
+) -> tuple[LayerActivations, CacheView, Lookahead]:
     """Runs one layer on the tokens first … first + size − 1.
 
     Args:
-      next_head: Forecast head that the next layer consumes, or None.
-      tokens: What travels with the tokens, of the whole prompt or step.
-      store: The layer's cache.
-      layer: The layer's weights.
-      layer_index: Its number.
+      block: The layer's weights.
+      activations: What travels with the tokens, of the whole prompt or step.
+      view: The layer's cache.
+      lookahead: The next layer, if this one shall look ahead for it.
+      layer_index: The layer's number.
       first: Where the tile begins.
       size: How many tokens it has.
       tile: Where it stands in its rows.
@@ -137,34 +134,36 @@ def run_tile[Store: (ResidentStore, OffloadStore)](
         return jax.lax.dynamic_slice_in_dim(x, first, size, axis=1)
 
     out = decoder_layer(
-        layer,
-        next_head,
-        cut(tokens.hidden),
-        None if tokens.phi is None else cut(tokens.phi),
-        store,
+        block,
+        cut(activations.hidden),
+        None if activations.forecast is None else cut(activations.forecast),
+        view,
+        lookahead,
         tile,
         settings,
     )
-    assert isinstance(out.store, type(store))
-    tokens = after_layer(tokens, out, layer_index, first, size, tile, settings)
-    return tokens, out.store
+    activations = after_layer(
+        activations, out, layer_index, first, size, tile, settings
+    )
+    return activations, out.view, out.lookahead
 
 
 def after_layer(
-    tokens: Tokens,
+    activations: LayerActivations,
     out: LayerOutput,
     layer_index: int | Int[Array, ""],
     first: int | Int[Array, ""],
     size: int,
     tile: TileState,
     settings: LayerSettings,
-) -> Tokens:
-    """The tokens with a layer's output in them; arguments as those of `run_tile`."""
+) -> LayerActivations:
+    """The activations with a layer's output; arguments as those of `run_tile`."""
 
     def put(x: Array, piece: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(x, piece, first, axis=1)
 
-    attended, lists, blocks = tokens.attended, out.store.blocks, tokens.blocks
+    attended, blocks = activations.attended, activations.blocks
+    lists = out.view.blocks
     if lists is not None:
         valid = jnp.arange(size) < tile.count[:, None]
         picked = jnp.sum((lists >= 0) & valid[:, None, :, None], dtype=jnp.uint32)
@@ -175,23 +174,28 @@ def after_layer(
             lists = _causal_lists(tile, shape, settings.sparse.block_size)
         at = (layer_index, 0, 0, first, 0)
         blocks = jax.lax.dynamic_update_slice(blocks, lists[None], at)
-    return Tokens(
-        hidden=put(tokens.hidden, out.hidden),
-        phi=(
-            None if tokens.phi is None or out.phi is None else put(tokens.phi, out.phi)
-        ),
+    forecast = activations.forecast
+    if forecast is not None:
+        forecast = None if out.forecast is None else put(forecast, out.forecast)
+    return LayerActivations(
+        hidden=put(activations.hidden, out.hidden),
+        forecast=forecast,
         attended=attended,
         blocks=blocks,
     )
 
 
-def next_head(
-    model: Decoder, layer_index: int | Int[Array, ""], settings: LayerSettings
-) -> Float[Array, "D KH"] | None:
-    """The Forecast head that a layer computes for the next one, or None."""
-    if not settings.selector.needs_forecast:
-        return None
-    return model.forecast_head(layer_index + 1)
+def layer_block(
+    model: Decoder,
+    layer: DecoderLayer,
+    layer_index: int | Int[Array, ""],
+    settings: LayerSettings,
+) -> LayerBlock:
+    """A layer's weights, with the Forecast head that it computes for the next one."""
+    head = None
+    if settings.selector.needs_forecast:
+        head = model.forecast_head(layer_index + 1)
+    return LayerBlock(layer, head)
 
 
 def layer_on_tile(
@@ -204,55 +208,67 @@ def layer_on_tile(
     tile: TileState,
     settings: LayerSettings,
 ) -> StackCarry:
-    """`run_tile` on a carry: opens the layer's cache before and closes it after.
+    """`run_tile` on a carry: takes the layer's view of the cache and puts it back.
 
-    An offloaded cache is opened for decode steps only; prefill has its own way.
+    An offloaded cache is viewed in decode steps only; prefill has its own way.
     """
-    cache, tokens = carry.cache, carry.tokens
-    head = next_head(model, layer_index, settings)
+    view, lookahead = _view(carry, layer_index, settings)
+    activations, view, lookahead = run_tile(
+        layer_block(model, layer, layer_index, settings),
+        carry.activations,
+        view,
+        lookahead,
+        layer_index,
+        first,
+        size,
+        tile,
+        settings,
+    )
+    carry = carry._replace(activations=activations, fetch=lookahead.fetch)
+    return _put_back(carry, view, lookahead.pool, layer_index)
 
-    def run[Store: (ResidentStore, OffloadStore)](store: Store) -> tuple[Tokens, Store]:
-        return run_tile(
-            head, tokens, store, layer, layer_index, first, size, tile, settings
-        )
 
+def _view(
+    carry: StackCarry, layer_index: int | Int[Array, ""], settings: LayerSettings
+) -> tuple[CacheView, Lookahead]:
+    """A layer's view of the cache, and what it looks ahead for."""
+    cache = carry.cache
     if isinstance(cache, KVCache):
-        tokens, resident = run(ResidentStore(*cache.layer(layer_index)))
-        cache = cache.replace_layer(layer_index, resident.cache)
-        return carry._replace(tokens=tokens, cache=cache)
-    assert tile.decoding
-    outlook = next_outlook(cache, layer_index, settings)
-    link = Link(cache.store, cache.spare)
+        return ResidentView(*cache.layer(layer_index)), Lookahead()
+    lookahead = Lookahead(
+        next_layer=_next_layer(cache, layer_index, settings),
+        store=cache.store,
+        pool=StagingPool(cache.staging),
+    )
     if cache.first is not None and is_first(layer_index):
-        store = ResidentStore(cache.first, 0, outlook=outlook, link=link)
-        tokens, store = run(store)
-        cache = cache._replace(first=store.cache)
-        return _close(carry, tokens, cache, store, layer_index)
+        return ResidentView(cache.first, 0), lookahead
     index = layer_index - cache.resident_layers
-    own, place = cache.place(index)
-    tokens, opened = run(
-        OffloadStore(
-            own=own,
-            place=place,
-            index=index,
-            table=table_at(own, place),
-            flight=carry.flight,
-            link=link,
-            fetches=FetchCounters.zero(),
-            outlook=outlook,
-        )
-    )
-    own = opened.own._replace(table=put_table(opened.own, opened.table, place))
-    cache = cache.replace_layer(index, own)
-    assert carry.fetches is not None
-    fetches = FetchCounters(
-        *(
-            total.at[layer_index].set(one)
-            for total, one in zip(carry.fetches, opened.fetches, strict=True)
-        )
-    )
-    carry = carry._replace(fetches=fetches)
-    return _close(carry, tokens, cache, opened, layer_index)
+    layer_cache, place = cache.place(index)
+    view = OffloadView(layer_cache, place, index, carry.fetch, FetchCounters.zero())
+    return view, lookahead
+
+
+def _put_back(
+    carry: StackCarry,
+    view: CacheView,
+    pool: StagingPool,
+    layer_index: int | Int[Array, ""],
+) -> StackCarry:
+    """The carry with a layer's cache and counters in it."""
+    cache, fetches = carry.cache, carry.fetches
+    if isinstance(cache, KVCache):
+        assert isinstance(view, ResidentView)
+        cache = cache.replace_layer(layer_index, view.layer_cache)
+        return carry._replace(cache=cache)
+    cache = cache._replace(staging=pool.areas)
+    if isinstance(view, ResidentView):
+        return carry._replace(cache=cache._replace(first=view.layer_cache))
+    index = layer_index - cache.resident_layers
+    assert fetches is not None
+    pairs = zip(fetches, view.fetches, strict=True)
+    counters = FetchCounters(*(all_.at[layer_index].set(one) for all_, one in pairs))
+    cache = cache.replace_layer(index, view.layer_cache)
+    return carry._replace(cache=cache, fetches=counters)
 
 
 def is_first(layer_index: int | Int[Array, ""]) -> bool:
@@ -260,24 +276,9 @@ def is_first(layer_index: int | Int[Array, ""]) -> bool:
     return isinstance(layer_index, int) and layer_index == 0
 
 
-def table_at(layer: OffloadLayer, place: int | Int[Array, ""]) -> SlotTable:
-    """One layer's slots."""
-    return SlotTable(layer.table.blocks[place], layer.table.used[place])
-
-
-def put_table(
-    layer: OffloadLayer, table: SlotTable, place: int | Int[Array, ""]
-) -> SlotTable:
-    """The tables of `layer` with one layer's replaced."""
-    return SlotTable(
-        layer.table.blocks.at[place].set(table.blocks),
-        layer.table.used.at[place].set(table.used),
-    )
-
-
-def next_outlook(
+def _next_layer(
     cache: OffloadCache, layer_index: int | Int[Array, ""], settings: LayerSettings
-) -> Outlook | None:
+) -> NextLayer | None:
     """The next layer, if this one shall look ahead for it."""
     offload = settings.offload
     lists = settings.selector.lists_blocks(cache.num_blocks, settings.sparse)
@@ -292,56 +293,8 @@ def next_outlook(
         # In a scan the last layer looks at itself and lists nothing.
         exists = layer_index < last
         index = jnp.minimum(layer_index + 1, last) - cache.resident_layers
-    layer, place = cache.place(index)
-    return outlook_on(layer, place, index, exists)
-
-
-def outlook_on(
-    layer: OffloadLayer,
-    place: int | Int[Array, ""],
-    index: int | Int[Array, ""],
-    exists: bool | Bool[Array, ""],
-) -> Outlook:
-    """A view of an offloaded layer, from the one before it."""
-    importance = layer.importance
-    ahead = Ahead(
-        windows=layer.keys.windows[place],
-        importance=None if importance is None else importance.windows[place][..., 0],
-        table=table_at(layer, place),
-        place=place,
-        index=index,
-        exists=exists,
-    )
-    return Outlook(ahead)
-
-
-def _close(
-    carry: StackCarry,
-    tokens: Tokens,
-    cache: OffloadCache,
-    store: ResidentStore | OffloadStore,
-    layer_index: int | Int[Array, ""],
-) -> StackCarry:
-    """Puts back what looking ahead changed: the next layer's table and its flight."""
-    assert store.link is not None
-    cache = cache._replace(spare=store.link.spare)
-    outlook = store.outlook
-    if outlook is None:
-        return carry._replace(tokens=tokens, cache=cache, flight=None)
-    index, table = layer_index + 1 - cache.resident_layers, outlook.ahead.table
-    if not isinstance(layer_index, int):
-        index = outlook.ahead.index
-    layer, place = cache.place(index)
-    if not isinstance(layer_index, int):
-        # Behind the last layer the outlook is the layer itself, as it was before.
-        table = jax.tree.map(
-            lambda new, old: jnp.where(outlook.ahead.exists, new, old),
-            table,
-            table_at(layer, place),
-        )
-    layer = layer._replace(table=put_table(layer, table, place))
-    cache = cache.replace_layer(index, layer)
-    return carry._replace(tokens=tokens, cache=cache, flight=outlook.flight)
+    layer_cache, place = cache.place(index)
+    return NextLayer(layer_cache, place, index, exists)
 
 
 def end_stack(
@@ -353,14 +306,15 @@ def end_stack(
     """Ends an offloaded decode step: tail blocks that are full now go to the host."""
     cache, offload = carry.cache, settings.offload
     assert isinstance(cache, OffloadCache) and offload is not None
-    if carry.flight is not None:
-        # The scanned form ends with the flight of a layer that does not exist.
-        assert carry.flight.staged is not None
-        link = Link(None, cache.spare).give_back(carry.flight.staged, offload)
-        cache = cache._replace(spare=link.spare)
+    if carry.fetch is not None:
+        # The scanned form ends with the fetch of a layer that does not exist.
+        assert carry.fetch.staged is not None
+        pool = StagingPool(cache.staging).release(carry.fetch.staged, offload)
+        cache = cache._replace(staging=pool.areas)
     block, offset = divmod(start, settings.sparse.block_size)
     full = (active > 0) & (offset == settings.sparse.block_size - 1)
-    return carry._replace(cache=flush_tails(cache, full, block), flight=None)
+    cache = write_back_full_blocks(cache, full, block)
+    return carry._replace(cache=cache, fetch=None)
 
 
 def block_counts(
@@ -377,4 +331,4 @@ def block_counts(
     blocks = jnp.where(token < count[:, None], blocks, 0)
     present = WideCount.total(blocks * (config.num_kv_heads * config.num_layers))
     lists = settings.selector.lists_blocks(carry.cache.num_blocks, settings.sparse)
-    return BlockCounts(carry.tokens.attended if lists else present, present)
+    return BlockCounts(carry.activations.attended if lists else present, present)

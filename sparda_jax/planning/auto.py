@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.device import current_device_kind
 from sparda_jax.cache.routes import FetchRoute, recorded_routes, resolve_route
+from sparda_jax.cache.settings import OffloadSettings
 from sparda_jax.config import CacheConfig, ConfigError
-from sparda_jax.inference.layer_store import OffloadSettings
 from sparda_jax.planning.measure import measure_fetch
 from sparda_jax.runtime import warn_if_serial
 from sparda_jax.sparse.selectors import Selector

@@ -10,9 +10,9 @@ import jax
 from jax.typing import DTypeLike
 
 from sparda_jax.cache.memory import in_host_memory
+from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig, ConfigError
 from sparda_jax.inference.generate import GenerateState, Shapes
-from sparda_jax.inference.layer_store import LayerSettings
 from sparda_jax.machine import Limit, physical_memory, size_text
 from sparda_jax.models.decoder import Storage
 from sparda_jax.planning.memory import GIB, MemoryPlan, memory_plan

@@ -20,9 +20,9 @@ from pallas_kernels.block_scores import api as block_scores
 from pallas_kernels.block_sparse_attention import api as block_sparse_attention
 from pallas_kernels.paged_decode_attention import api as paged_decode_attention
 from sparda_jax.cache.offload import OffloadCache
+from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig, ModelConfig
 from sparda_jax.inference.generate import GenerateState, Shapes, new_state
-from sparda_jax.inference.layer_store import LayerSettings
 from sparda_jax.inference.prefill import padded_length
 from sparda_jax.models.decoder import Decoder, Storage
 from sparda_jax.models.weights import abstract_decoder
@@ -203,7 +203,7 @@ def _state_bytes(
         kv = () if first is None else (first.kv,)
         slots = tuple(layer.slots for layer in state.cache.layers)
         tables = tuple(layer.table for layer in state.cache.layers)
-        spare = state.cache.spare
+        spare = state.cache.staging
     else:
         layers = state.cache.layers
         kv = tuple(layer.kv for layer in layers)

@@ -9,6 +9,7 @@ import functools
 from jax.typing import DTypeLike
 
 from sparda_jax.cache.routes import named_route
+from sparda_jax.cache.settings import LayerSettings, OffloadSettings
 from sparda_jax.checks import (
     ConfigError,
     float_dtype,
@@ -20,7 +21,6 @@ from sparda_jax.checks import (
 )
 from sparda_jax.config import CacheConfig, ModelConfig, SparseConfig
 from sparda_jax.inference.generate import Shapes, plan_shapes, tile_tokens
-from sparda_jax.inference.layer_store import LayerSettings, OffloadSettings
 from sparda_jax.models.presets import get_preset
 from sparda_jax.planning.limits import (
     Limit,

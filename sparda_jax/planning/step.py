@@ -12,8 +12,8 @@ import functools
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig, ModelConfig
-from sparda_jax.inference.layer_store import LayerSettings
 from sparda_jax.models.spec import num_parameters
 from sparda_jax.planning.rates import Rates
 from sparda_jax.sparse.selection import own_query_scores

@@ -69,5 +69,5 @@ def forecast_block_scores(
     if future blocks are masked; it belongs to forced blocks alone, so the choice is the
     same.
     """
-    assert tile.phi is not None
-    return _scores(tile.phi, tile, sparse, implementation, softmax=False)
+    assert tile.forecast is not None
+    return _scores(tile.forecast, tile, sparse, implementation, softmax=False)

@@ -22,7 +22,7 @@ class SelectionTile:
 
     Attributes:
       q: Queries after RoPE [B, T, N, H]; None while the layer before looks ahead.
-      phi: Forecasts of the layer before for these tokens [B, T, K, H], or None.
+      forecast: Forecasts of the layer before for these tokens [B, T, K, H], or None.
       positions: [B, T].
       windows: The layer's own compressed keys [B, K, W, H], W = M·ρ.
       importance: NOSA: c averaged over the same windows [B, K, W], or None.
@@ -31,7 +31,7 @@ class SelectionTile:
     """
 
     q: Float[Array, "B T N H"] | None
-    phi: Float[Array, "B T K H"] | None
+    forecast: Float[Array, "B T K H"] | None
     positions: Int[Array, "B T"]
     windows: Float[Array, "B K W H"]
     importance: Float[Array, "B K W"] | None
@@ -91,11 +91,11 @@ def forecast_scores(
     No scale, no softmax, no sum over heads: the ranking needs none of them. Invisible
     windows get −∞.
     """
-    assert tile.phi is not None
+    assert tile.forecast is not None
     scores = jnp.einsum(
         "btkh,bkwh->bktw",
-        tile.phi,
-        tile.windows.astype(tile.phi.dtype),
+        tile.forecast,
+        tile.windows.astype(tile.forecast.dtype),
         preferred_element_type=jnp.float32,
     )
     by_start = not sparse.mask_future_blocks and not tile.decoding

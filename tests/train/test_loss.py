@@ -360,7 +360,7 @@ def test_on_policy_routes_as_inference_selects(layer1):
     )
     tile = SelectionTile(
         q=q,
-        phi=phi,
+        forecast=phi,
         positions=jnp.arange(700)[None],
         windows=_keys(k, documents, loss).windows,
         importance=None,

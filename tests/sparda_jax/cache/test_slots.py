@@ -14,5 +14,5 @@ def test_slot_of_an_absent_block():
 
 def test_an_empty_table_holds_nothing():
     table = empty_table((2, 3, 4))
-    assert table.blocks.shape == table.used.shape == (2, 3, 4)
+    assert table.blocks.shape == table.last_used.shape == (2, 3, 4)
     assert (slot_of(table.blocks, jnp.zeros((2, 3), jnp.int32)) == -1).all()

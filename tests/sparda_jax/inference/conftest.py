@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from sparda_jax.cache.resident import KVCache, init_cache
+from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.inference.decode import decode_step
-from sparda_jax.inference.layer_store import LayerSettings
 from sparda_jax.inference.prefill import prefill
 from sparda_jax.models.decoder import Decoder, logits
 from sparda_jax.models.presets import PRESETS

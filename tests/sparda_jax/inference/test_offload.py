@@ -15,10 +15,10 @@ import pytest
 
 import sparda_jax as sj
 from sparda_jax.cache.lint import lint_host_operands
+from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig, ConfigError, SparseConfig
 from sparda_jax.inference.decode import decode_step
 from sparda_jax.inference.generate import Shapes, new_state
-from sparda_jax.inference.layer_store import LayerSettings
 from sparda_jax.inference.prefill import prefill
 from sparda_jax.models.decoder import logits
 from sparda_jax.models.rope import model_rope

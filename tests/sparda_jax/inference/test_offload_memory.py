@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from sparda_jax.cache.memory import host_shape
+from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig
 from sparda_jax.inference.generate import (
     Prompt,
@@ -20,7 +21,6 @@ from sparda_jax.inference.generate import (
     advance_call,
     begin_call,
 )
-from sparda_jax.inference.layer_store import LayerSettings
 from sparda_jax.inference.sampling import SamplingConfig, sampling_state
 from sparda_jax.models.presets import get_preset
 from sparda_jax.models.rope import model_rope

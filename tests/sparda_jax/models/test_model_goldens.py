@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from sparda_jax.cache.resident import init_cache
+from sparda_jax.cache.settings import LayerSettings, TileState
 from sparda_jax.inference.decode import decode_step
-from sparda_jax.inference.layer_store import LayerSettings, TileState
 from sparda_jax.inference.prefill import prefill
 from sparda_jax.inference.stack import layer_on_tile, start_stack
 from sparda_jax.models.decoder import logits
@@ -185,7 +185,7 @@ def test_hidden_states_between_layers(tiny, mode):
         start=jnp.zeros((1,), jnp.int32),
         count=jnp.full((1,), 700, jnp.int32),
         length=jnp.full((1,), 700, jnp.int32),
-        turn=rotation(rope, jnp.arange(700)[None]),
+        rope_cos_sin=rotation(rope, jnp.arange(700)[None]),
         decoding=False,
     )
     cache = init_cache(

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from sparda_jax.cache.routes import named_route
+from sparda_jax.cache.settings import LayerSettings, OffloadSettings
 from sparda_jax.config import CacheConfig
-from sparda_jax.inference.layer_store import LayerSettings, OffloadSettings
 from sparda_jax.models.presets import PRESETS
 from sparda_jax.models.spec import num_parameters
 from sparda_jax.planning.rates import Rates

@@ -54,7 +54,7 @@ def test_forced_blocks_are_always_listed(name, decoding, row):
     )
     tile = SelectionTile(
         q=None,
-        phi=None,
+        forecast=None,
         positions=jnp.full((1, 1), position),
         windows=jnp.zeros((1, 1, scores.shape[-1], 1)),
         importance=importance,

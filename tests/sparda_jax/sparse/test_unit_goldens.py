@@ -67,7 +67,7 @@ def _tile(q=None, phi=None, *, windows, positions, length, decoding=False, c=Non
         importance = jnp.asarray(np.pad(c, pad[:2]))[None]
     return SelectionTile(
         q=jnp.asarray(q, jnp.float32)[None],
-        phi=None if phi is None else jnp.asarray(phi, jnp.float32)[None],
+        forecast=None if phi is None else jnp.asarray(phi, jnp.float32)[None],
         positions=jnp.asarray(positions, jnp.int32)[None],
         windows=jnp.asarray(np.pad(windows, pad), jnp.float32)[None],
         importance=importance,

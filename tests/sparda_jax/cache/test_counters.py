@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparda_jax.inference.counters import FetchCounters, FetchTotals, WideCount
+from sparda_jax.cache.counters import FetchCounters, FetchTotals, WideCount
 
 COUNTS = st.lists(st.integers(0, 2**31 - 1), min_size=3, max_size=3)
 BIG = st.lists(st.integers(0, 2**62), min_size=3, max_size=3)

@@ -1,0 +1,310 @@
+"""A layer's view of an offloaded cache in a decode step.
+
+Its blocks lie in host memory and in device slots. The list of a step was planned and
+its fetch started by the layer before, or it is chosen here and its fetch is waited for;
+either way `commit` puts the staged blocks, and then the step's token, into their slots.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.commit_blocks.api import commit_blocks
+from sparda_jax.cache.attention import attended_bias, decode_attention
+from sparda_jax.cache.counters import FetchCounters
+from sparda_jax.cache.offload import OffloadLayer
+from sparda_jax.cache.prefetch import BlockFetch, Lookahead, order_fetch, plan_fetch
+from sparda_jax.cache.settings import LayerSettings, TileState, TokenKV
+from sparda_jax.cache.slots import SlotTable, put_table, slot_of, table_at
+from sparda_jax.sparse.compression import append_windows
+from sparda_jax.sparse.selectors import Selector
+
+
+class OffloadView(NamedTuple):
+    """An offloaded layer in a decode step.
+
+    Attributes:
+      layer_cache: The `OffloadLayer` that holds it.
+      layer_in_stack: Where in it.
+      layer_in_store: Where in the host store.
+      fetch: The layer's block list; None before `select` if nobody looked ahead, and
+        when all blocks are attended.
+      fetches: What the layer's list cost.
+      token: The step's keys and values until they are in a slot.
+      own_blocks: What the layer's own queries choose, to verify the fetched list by.
+    """
+
+    layer_cache: OffloadLayer
+    layer_in_stack: int | Int[Array, ""]
+    layer_in_store: int | Int[Array, ""]
+    fetch: BlockFetch | None
+    fetches: FetchCounters
+    token: TokenKV | None = None
+    own_blocks: Int[Array, "B K P"] | None = None
+
+    @property
+    def table(self) -> SlotTable:
+        """The layer's slots once its fetch is committed."""
+        if self.fetch is not None:
+            return self.fetch.table
+        return table_at(self.layer_cache.table, self.layer_in_stack)
+
+    @property
+    def blocks(self) -> Int[Array, "B K 1 P"] | None:
+        """The layer's block list; None for all causal blocks."""
+        return None if self.fetch is None else self.fetch.blocks[:, :, None]
+
+    def behind(self, lookahead: Lookahead) -> tuple["OffloadView", Lookahead]:
+        """What changes the cache comes behind what looking ahead read of it.
+
+        Where both layers lie in one stack, XLA would keep a copy of it else.
+        """
+        if lookahead.fetch is None or self.layer_cache.slots.shape[0] == 1:
+            return self, lookahead
+        cache, fetch = lax.optimization_barrier((self.layer_cache, lookahead.fetch))
+        return self._replace(layer_cache=cache), lookahead._replace(fetch=fetch)
+
+    def append(
+        self, new: TokenKV, tile: TileState, settings: LayerSettings
+    ) -> "OffloadView":
+        """Extends the compressed keys; the token itself waits for its slot."""
+        cache, sparse = self.layer_cache, settings.sparse
+        place, start, count = self.layer_in_stack, tile.start, tile.count
+        keys = append_windows(
+            cache.keys, place, new.k, start=start, count=count, sparse=sparse
+        )
+        cache = cache._replace(keys=keys)
+        if new.key_bias is not None:
+            assert cache.key_bias is not None and cache.importance is not None
+            rows = jnp.arange(new.k.shape[0])[:, None]
+            kv_heads = jnp.arange(new.k.shape[2])[None]
+            block, offset = divmod(start[:, None], sparse.block_size)
+            where = (place, rows, kv_heads, block, offset)
+            bias = cache.key_bias.at[where].set(new.key_bias[:, 0], mode="drop")
+            importance = append_windows(
+                cache.importance,
+                place,
+                new.key_bias[..., None],
+                start=start,
+                count=count,
+                sparse=sparse,
+            )
+            cache = cache._replace(key_bias=bias, importance=importance)
+        return self._replace(layer_cache=cache, token=new)
+
+    def select(
+        self,
+        q: Float[Array, "B 1 N H"],
+        forecast: Float[Array, "B 1 K H"] | None,
+        tile: TileState,
+        settings: LayerSettings,
+    ) -> "OffloadView":
+        """Chooses this layer's blocks, unless the layer before did."""
+        if self.fetch is not None:
+            if settings.offload is None or not settings.offload.verify:
+                return self
+            own = self._choose(settings.own_query, q, None, tile, settings)
+            return self._replace(own_blocks=own)
+        blocks = self._choose(settings.chooser, q, forecast, tile, settings)
+        return self if blocks is None else self._plan(blocks, tile, settings)
+
+    def order(
+        self, q: Float[Array, "B 1 N H"], lookahead: Lookahead, settings: LayerSettings
+    ) -> tuple[Float[Array, "B 1 N H"], "OffloadView", Lookahead]:
+        """Joins this layer's fetch, in order with the next one's (`order_fetch`)."""
+        q, arriving, leaving = order_fetch(q, self.fetch, lookahead.fetch, settings)
+        return q, self._replace(fetch=arriving), lookahead._replace(fetch=leaving)
+
+    def commit(
+        self,
+        q: Float[Array, "B 1 N H"],
+        lookahead: Lookahead,
+        tile: TileState,
+        settings: LayerSettings,
+    ) -> tuple["OffloadView", Lookahead]:
+        """Puts fetched blocks and the step's token into slots.
+
+        A list that this layer chose for itself is fetched here first, and a verified
+        one is replaced by the own queries' and completed.
+        """
+        view = self
+        if view.fetch is not None:
+            view, lookahead = view._commit_fetch(lookahead, settings)
+            if view.own_blocks is not None:
+                view, lookahead = view._verify(lookahead, tile, settings)
+            elif settings.offload is not None and settings.offload.recall_every:
+                view = view._count_recall(q, tile, settings)
+        return view._write_token(tile, settings), lookahead
+
+    def attend(
+        self, q: Float[Array, "B 1 N H"], tile: TileState, settings: LayerSettings
+    ) -> Float[Array, "B 1 N H"]:
+        """Attention over the slots of the layer's list."""
+        kv, place, fetch = self.layer_cache.slots, self.layer_in_stack, self.fetch
+        key_bias = self.layer_cache.key_bias
+        if key_bias is not None:
+            # c is kept by block; attention wants it by slot.
+            held = jnp.maximum(self.table.blocks, 0)[..., None]
+            key_bias = jnp.take_along_axis(key_bias[place], held, axis=2)[None]
+            kv, place = kv[place][None], 0
+        return decode_attention(
+            q,
+            kv,
+            None if fetch is None else fetch.plan.slots,
+            None if fetch is None else fetch.blocks,
+            attended_bias(key_bias, tile, settings),
+            place,
+            tile,
+            settings,
+        )
+
+    def _choose(
+        self,
+        selector: Selector,
+        q: Float[Array, "B 1 N H"],
+        forecast: Float[Array, "B 1 K H"] | None,
+        tile: TileState,
+        settings: LayerSettings,
+    ) -> Int[Array, "B K P"] | None:
+        cache = self.layer_cache
+        seen = tile.selection(
+            cache.keys, cache.importance, self.layer_in_stack, q=q, forecast=forecast
+        )
+        blocks = selector.select(seen, settings.config, settings.sparse)
+        return None if blocks is None else blocks[:, :, 0]
+
+    def _plan(
+        self, blocks: Int[Array, "B K P"], tile: TileState, settings: LayerSettings
+    ) -> "OffloadView":
+        """Takes a list for the layer."""
+        fetch = plan_fetch(
+            self.table,
+            blocks,
+            tile.count > 0,
+            layer_in_stack=self.layer_in_stack,
+            layer_in_store=self.layer_in_store,
+            capacity=self.layer_cache.num_blocks(settings.sparse),
+            tile=tile,
+            settings=settings,
+        )
+        return self._replace(fetch=fetch)
+
+    def _commit_fetch(
+        self, lookahead: Lookahead, settings: LayerSettings
+    ) -> tuple["OffloadView", Lookahead]:
+        """The list's missing blocks in their slots; the staging buffer is free again.
+
+        A fetch never writes to slots itself: the running layer may still read them, and
+        XLA would then copy them all.
+        """
+        fetch, slots = self.fetch, self.layer_cache.slots
+        assert fetch is not None and settings.offload is not None
+        if fetch.staged is None:
+            fetch, lookahead = lookahead.copy(fetch, settings, on_side_stream=False)
+        assert fetch.staged is not None
+        flat = slots.reshape(-1, *slots.shape[4:])
+        plan = fetch.plan
+        flat = commit_blocks(flat, fetch.staged, plan.targets, count=plan.bound)
+        pool = lookahead.pool.release(fetch.staged, settings.offload)
+        fetches = self.fetches._replace(
+            hits=self.fetches.hits + plan.hits,
+            fetched=self.fetches.fetched + plan.fetched,
+        )
+        view = self._replace(
+            layer_cache=self.layer_cache._replace(slots=flat.reshape(slots.shape)),
+            fetch=fetch._replace(staged=None),
+            fetches=fetches,
+        )
+        return view, lookahead._replace(pool=pool)
+
+    def _verify(
+        self, lookahead: Lookahead, tile: TileState, settings: LayerSettings
+    ) -> tuple["OffloadView", Lookahead]:
+        """Replaces the fetched list by the own queries' and fetches what lacks."""
+        forecast, before = self.fetch, self.fetches
+        assert forecast is not None and self.own_blocks is not None
+        view = self._plan(self.own_blocks, tile, settings)
+        view, lookahead = view._commit_fetch(lookahead, settings)
+        assert view.fetch is not None
+        hits, total = _overlap(forecast.blocks, view.fetch.blocks, tile, settings)
+        repaired = view.fetches.fetched - before.fetched
+        # Hits and misses of the list count once, as the forecast found them.
+        fetches = view.fetches._replace(
+            hits=before.hits,
+            repaired=before.repaired + repaired,
+            recall_hits=before.recall_hits + hits,
+            recall_total=before.recall_total + total,
+        )
+        return view._replace(fetches=fetches, own_blocks=None), lookahead
+
+    def _count_recall(
+        self, q: Float[Array, "B 1 N H"], tile: TileState, settings: LayerSettings
+    ) -> "OffloadView":
+        """Compares the list with the own queries' choice in sampled steps."""
+        fetch, offload = self.fetch, settings.offload
+        assert fetch is not None and offload is not None
+        step = jnp.max(jnp.where(tile.count > 0, tile.length, 0))
+
+        def compare() -> tuple[Array, Array]:
+            chosen = self._choose(settings.own_query, q, None, tile, settings)
+            assert chosen is not None
+            chosen = jnp.where((tile.count > 0)[:, None, None], chosen, -1)
+            return _overlap(fetch.blocks, chosen, tile, settings)
+
+        zero = jnp.int32(0)
+        hits, total = lax.cond(
+            step % offload.recall_every == 0, compare, lambda: (zero, zero)
+        )
+        fetches = self.fetches._replace(
+            recall_hits=self.fetches.recall_hits + hits,
+            recall_total=self.fetches.recall_total + total,
+        )
+        return self._replace(fetches=fetches)
+
+    def _write_token(self, tile: TileState, settings: LayerSettings) -> "OffloadView":
+        """The step's token in its tail slot, and the slots' table in the cache."""
+        token, slots = self.token, self.layer_cache.slots
+        assert token is not None
+        batch, heads, count = slots.shape[1:4]
+        block, offset = divmod(tile.start[:, None], settings.sparse.block_size)
+        block = jnp.broadcast_to(block, (batch, heads))
+        rows, kv_heads = jnp.ogrid[:batch, :heads]
+        table = self.table
+        if self.fetch is None:
+            # Every block has its own slot; the table keeps up for a cache that grows.
+            slot = jnp.where((tile.count > 0)[:, None], block, count)
+            where = (rows, kv_heads, slot)
+            step = jnp.broadcast_to(tile.length[:, None], slot.shape)
+            table = SlotTable(
+                table.blocks.at[where].set(block, mode="drop"),
+                table.last_used.at[where].set(step, mode="drop"),
+            )
+        else:
+            slot = slot_of(table.blocks, block)
+            live = (slot >= 0) & (tile.count > 0)[:, None]
+            slot = jnp.where(live, slot, count)
+        kv = jnp.stack((token.k[:, 0], token.v[:, 0]), axis=2).astype(slots.dtype)
+        where = (self.layer_in_stack, rows, kv_heads, slot, offset)
+        slots = slots.at[where].set(kv, mode="drop", unique_indices=True)
+        tables = put_table(self.layer_cache.table, self.layer_in_stack, table)
+        cache = self.layer_cache._replace(slots=slots, table=tables)
+        return self._replace(layer_cache=cache)
+
+
+def _overlap(
+    listed: Int[Array, "B K P"],
+    chosen: Int[Array, "B K P"],
+    tile: TileState,
+    settings: LayerSettings,
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """Scored blocks of `chosen` that are listed too, and all of them."""
+    sparse = settings.sparse
+    own = (tile.start // sparse.block_size)[:, None, None]
+    by_score = (chosen >= sparse.init_blocks) & (chosen < own - sparse.local_blocks)
+    shared = jnp.any(chosen[..., None] == listed[..., None, :], axis=-1)
+    return (
+        jnp.sum(by_score & shared, dtype=jnp.int32),
+        jnp.sum(by_score, dtype=jnp.int32),
+    )

@@ -1,0 +1,102 @@
+"""A layer's view of a resident cache: all of its blocks are on the device."""
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.block_sparse_attention.api import block_sparse_attention
+from sparda_jax.cache.attention import attended_bias, decode_attention
+from sparda_jax.cache.prefetch import Lookahead, order_fetch
+from sparda_jax.cache.resident import LayerCache, append_tokens
+from sparda_jax.cache.settings import LayerSettings, TileState, TokenKV
+
+
+class ResidentView(NamedTuple):
+    """A layer of a resident cache.
+
+    Attributes:
+      layer_cache: The `LayerCache` that holds it.
+      layer_in_stack: Where in it.
+      blocks: The tile's block lists once selected; None for all causal blocks.
+    """
+
+    layer_cache: LayerCache
+    layer_in_stack: int | Int[Array, ""]
+    blocks: Int[Array, "B K T P"] | None = None
+
+    def behind(self, lookahead: Lookahead) -> tuple["ResidentView", Lookahead]:
+        """Itself: nobody looks ahead for a resident layer."""
+        return self, lookahead
+
+    def append(
+        self, new: TokenKV, tile: TileState, settings: LayerSettings
+    ) -> "ResidentView":
+        """Puts the tile's tokens into the cache."""
+        cache = append_tokens(
+            self.layer_cache,
+            self.layer_in_stack,
+            new.k,
+            new.v,
+            new.key_bias,
+            start=tile.start,
+            count=tile.count,
+            sparse=settings.sparse,
+        )
+        return self._replace(layer_cache=cache)
+
+    def select(
+        self,
+        q: Float[Array, "B T N H"],
+        forecast: Float[Array, "B T K H"] | None,
+        tile: TileState,
+        settings: LayerSettings,
+    ) -> "ResidentView":
+        """Chooses the tile's blocks."""
+        cache = self.layer_cache
+        seen = tile.selection(
+            cache.keys, cache.importance, self.layer_in_stack, q=q, forecast=forecast
+        )
+        blocks = settings.chooser.select(
+            seen, settings.config, settings.sparse, settings.implementation
+        )
+        return self._replace(blocks=blocks)
+
+    def order(
+        self, q: Float[Array, "B T N H"], lookahead: Lookahead, settings: LayerSettings
+    ) -> tuple[Float[Array, "B T N H"], "ResidentView", Lookahead]:
+        """Orders the next layer's fetch beside what follows (`order_fetch`)."""
+        q, _, leaving = order_fetch(q, None, lookahead.fetch, settings)
+        return q, self, lookahead._replace(fetch=leaving)
+
+    def commit(
+        self,
+        q: Float[Array, "B T N H"],
+        lookahead: Lookahead,
+        tile: TileState,
+        settings: LayerSettings,
+    ) -> tuple["ResidentView", Lookahead]:
+        """Nothing: this layer's blocks are all here."""
+        del q, tile, settings
+        return self, lookahead
+
+    def attend(
+        self, q: Float[Array, "B T N H"], tile: TileState, settings: LayerSettings
+    ) -> Float[Array, "B T N H"]:
+        """Attention of the tile over its block lists."""
+        cache, layer = self.layer_cache, self.layer_in_stack
+        key_bias = attended_bias(cache.key_bias, tile, settings)
+        if not tile.decoding:
+            return block_sparse_attention(
+                q,
+                cache.kv,
+                q_start=tile.start,
+                block_indices=self.blocks,
+                layer=layer,
+                key_bias=key_bias,
+                implementation=settings.implementation,
+            )
+        # In a resident cache slot c holds block c.
+        slots = None if self.blocks is None else self.blocks[:, :, 0]
+        return decode_attention(
+            q, cache.kv, slots, slots, key_bias, layer, tile, settings
+        )

@@ -1,0 +1,133 @@
+"""What a layer's cache is told: the settings of all layers, and where a tile stands."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import Implementation
+from sparda_jax.cache.routes import FetchRoute
+from sparda_jax.config import ModelConfig, SparseConfig
+from sparda_jax.models.rope import Rotation
+from sparda_jax.sparse.compression import CompressedKeys
+from sparda_jax.sparse.selection import SelectionTile
+from sparda_jax.sparse.selectors import Selector
+
+
+@dataclasses.dataclass(frozen=True)
+class OffloadSettings:
+    """How an offloaded cache is decoded, resolved from a `CacheConfig`.
+
+    Attributes:
+      route: How blocks are fetched.
+      lookahead: Layer l starts the fetch for layer l + 1.
+      verify: The layer's own queries have the last word.
+      recall_every: Steps between comparisons of forecast and own queries; 0 never.
+    """
+
+    route: FetchRoute
+    lookahead: bool
+    verify: bool = False
+    recall_every: int = 0
+
+    @property
+    def on_side_stream(self) -> bool:
+        """Whether a look-ahead fetch gets a stream of its own."""
+        return self.lookahead and self.route.overlaps
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSettings:
+    """What is fixed at trace time, the same for every layer and step.
+
+    Attributes:
+      config: The model.
+      sparse: Selection geometry.
+      selector: How blocks are chosen.
+      implementation: Kernels of attention and of prefill's block scores: None takes
+        what is recorded as fastest for the device, a name is never replaced.
+      offload: How an offloaded cache is decoded; None for a resident one.
+    """
+
+    config: ModelConfig
+    sparse: SparseConfig
+    selector: Selector
+    implementation: Implementation | None = None
+    offload: OffloadSettings | None = None
+
+    @property
+    def own_query(self) -> Selector:
+        """The selector with the layer's own queries in place of the forecast."""
+        return self.selector.by_own_query()
+
+    @property
+    def chooser(self) -> Selector:
+        """Who has the last word: the own queries when a forecast is verified."""
+        verify = self.offload is not None and self.offload.verify
+        return self.own_query if verify else self.selector
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TileState:
+    """Where a tile stands in its rows.
+
+    Attributes:
+      start: Position of the tile's first token, per row [B].
+      count: Valid tokens of the tile, per row [B]; the rest is padding.
+      length: Keys of the row once the whole prompt or step is in [B].
+      rope_cos_sin: Rotation of the tile's tokens.
+      decoding: The tile is one decode step.
+    """
+
+    start: Int[Array, " B"]
+    count: Int[Array, " B"]
+    length: Int[Array, " B"]
+    rope_cos_sin: Rotation
+    decoding: bool = dataclasses.field(metadata={"static": True})
+
+    def positions(self, steps: int) -> Int[Array, "B T"]:
+        """Positions of the tile's tokens."""
+        return self.start[:, None] + jnp.arange(steps)
+
+    def selection(
+        self,
+        keys: CompressedKeys,
+        importance: CompressedKeys | None,
+        layer: int | Int[Array, ""],
+        *,
+        q: Float[Array, "B T N H"] | None = None,
+        forecast: Float[Array, "B T K H"] | None = None,
+    ) -> SelectionTile:
+        """What a selector sees of the tile.
+
+        Args:
+          keys: Compressed keys.
+          importance: NOSA's window means of c, or None.
+          layer: Index on their leading axis.
+          q: The tile's queries; None one layer ahead.
+          forecast: Forecasts for the layer, or None.
+        """
+        query = forecast if q is None else q
+        assert query is not None
+        return SelectionTile(
+            q=q,
+            forecast=forecast,
+            positions=self.positions(query.shape[1]),
+            windows=keys.windows[layer],
+            importance=(
+                None if importance is None else importance.windows[layer][..., 0]
+            ),
+            length=self.length,
+            decoding=self.decoding,
+        )
+
+
+class TokenKV(NamedTuple):
+    """Keys after RoPE and values of the tile's tokens, with NOSA's c or None."""
+
+    k: Float[Array, "B T K H"]
+    v: Float[Array, "B T K H"]
+    key_bias: Float[Array, "B T K"] | None

@@ -1,0 +1,135 @@
+"""The layer body: T tokens through one decoder layer. Written once.
+
+A prefill tile (T tokens), a further turn and a decode step (T = 1) all run this
+function; so do the scanned and the unrolled loop over layers, every selector, and
+resident and offloaded caches. `view` is this layer's cache; what belongs to the next
+layer stands beside it, in `lookahead`.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+
+from sparda_jax.cache.offload_view import OffloadView
+from sparda_jax.cache.prefetch import Lookahead
+from sparda_jax.cache.resident_view import ResidentView
+from sparda_jax.cache.settings import LayerSettings, TileState, TokenKV
+from sparda_jax.models.block import after_attention, before_attention
+from sparda_jax.models.decoder import DecoderLayer
+from sparda_jax.models.forecast import project_forecast
+
+CacheView = ResidentView | OffloadView
+
+
+class LayerBlock(NamedTuple):
+    """A layer's weights.
+
+    Attributes:
+      weights: The layer's own.
+      next_head: Forecast head that the next layer consumes, or None.
+    """
+
+    weights: DecoderLayer
+    next_head: Float[Array, "D KH"] | None
+
+
+class LayerMiddle(NamedTuple):
+    """A layer between choosing blocks and attending to them.
+
+    Attributes:
+      hidden: The layer's input [B, T, D].
+      q: Queries after RoPE [B, T, N, H].
+      forecast: Forecast for the next layer [B, T, K, H], or None.
+      view: The layer's cache, its blocks chosen.
+      lookahead: The next layer's fetch, planned.
+    """
+
+    hidden: Float[Array, "B T D"]
+    q: Float[Array, "B T N H"]
+    forecast: Float[Array, "B T K H"] | None
+    view: CacheView
+    lookahead: Lookahead
+
+
+class LayerOutput(NamedTuple):
+    """What a layer makes of a tile.
+
+    Attributes:
+      hidden: Hidden states [B, T, D].
+      forecast: Forecast for the next layer [B, T, K, H], or None.
+      view: The layer's cache with the tile's tokens.
+      lookahead: The next layer's fetch, under way.
+    """
+
+    hidden: Float[Array, "B T D"]
+    forecast: Float[Array, "B T K H"] | None
+    view: CacheView
+    lookahead: Lookahead
+
+
+def layer_before_fetch(
+    block: LayerBlock,
+    h: Float[Array, "B T D"],
+    forecast: Float[Array, "B T K H"] | None,
+    view: CacheView,
+    lookahead: Lookahead,
+    tile: TileState,
+    settings: LayerSettings,
+) -> LayerMiddle:
+    """The layer up to the blocks that must be fetched; see `decoder_layer`."""
+    x, q, k, v, key_bias = before_attention(
+        block.weights, settings.config, h, tile.rope_cos_sin
+    )
+    next_forecast = None
+    if block.next_head is not None:
+        next_forecast = project_forecast(x, block.next_head, tile.rope_cos_sin)
+    lookahead = lookahead.plan_next(next_forecast, tile, settings)
+    view, lookahead = view.behind(lookahead)
+    view = view.append(TokenKV(k, v, key_bias), tile, settings)
+    view = view.select(q, forecast, tile, settings)
+    return LayerMiddle(h, q, next_forecast, view, lookahead)
+
+
+def layer_after_fetch(
+    block: LayerBlock, middle: LayerMiddle, tile: TileState, settings: LayerSettings
+) -> LayerOutput:
+    """The rest of the layer, which needs the fetched blocks; see `decoder_layer`."""
+    h, q, next_forecast, view, lookahead = middle
+    view, lookahead = view.commit(q, lookahead, tile, settings)
+    attended = view.attend(q, tile, settings)
+    flat = attended.reshape(*h.shape[:2], -1)
+    h = after_attention(block.weights, settings.config, h, flat)
+    return LayerOutput(h, next_forecast, view, lookahead)
+
+
+# Jitted for itself, so that an unrolled loop over layers traces and lowers it once.
+@functools.partial(jax.jit, static_argnames="settings")
+def decoder_layer(
+    block: LayerBlock,
+    h: Float[Array, "B T D"],
+    forecast: Float[Array, "B T K H"] | None,
+    view: CacheView,
+    lookahead: Lookahead,
+    tile: TileState,
+    settings: LayerSettings,
+) -> LayerOutput:
+    """Runs one layer on one tile.
+
+    Args:
+      block: The layer's weights.
+      h: Hidden states.
+      forecast: Forecasts of the layer before for this layer's selection, or None.
+      view: The layer's cache, before the tile.
+      lookahead: The next layer, if this one shall look ahead for it.
+      tile: Where the tile stands.
+      settings: The model and how to attend.
+    """
+    middle = layer_before_fetch(block, h, forecast, view, lookahead, tile, settings)
+    # Here this layer's fetch is joined, then the next one's starts, then the layer goes
+    # on: the order that XLA's scheduler must keep.
+    q, view, lookahead = middle.view.order(middle.q, middle.lookahead, settings)
+    lookahead = lookahead.start(settings)
+    middle = middle._replace(q=q, view=view, lookahead=lookahead)
+    return layer_after_fetch(block, middle, tile, settings)
