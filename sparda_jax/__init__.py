@@ -14,6 +14,7 @@ from sparda_jax.config import (
     SparseConfig,
 )
 from sparda_jax.engine.api import forward, generate, stream
+from sparda_jax.engine.chat import ChatOutput, chat
 from sparda_jax.engine.conversation import Conversation
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.offload_stats import OffloadStats
@@ -30,6 +31,7 @@ from sparda_jax.sparse.selectors import Selector, selector_names
 
 __all__ = [
     "CacheConfig",
+    "ChatOutput",
     "ConfigError",
     "Conversation",
     "Forecast",
@@ -46,6 +48,7 @@ __all__ = [
     "SparseConfig",
     "Stream",
     "StreamEvent",
+    "chat",
     "configure_offload",
     "forward",
     "generate",
