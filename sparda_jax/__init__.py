@@ -14,7 +14,6 @@ from sparda_jax.config import (
     SparseConfig,
 )
 from sparda_jax.engine.api import forward, generate, stream
-from sparda_jax.engine.chat import ChatOutput, chat
 from sparda_jax.engine.conversation import Conversation
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.offload_stats import OffloadStats
@@ -26,12 +25,14 @@ from sparda_jax.models.presets import PRESETS
 from sparda_jax.planning.measure import measure_rates
 from sparda_jax.planning.plan import Plan, plan
 from sparda_jax.planning.rates import Rates, recorded_rates
-from sparda_jax.runtime import configure_offload
+from sparda_jax.runtime import configure_cache, configure_offload
 from sparda_jax.sparse.selectors import Selector, selector_names
 
+__version__ = "0.1.0"
+
 __all__ = [
+    "__version__",
     "CacheConfig",
-    "ChatOutput",
     "ConfigError",
     "Conversation",
     "Forecast",
@@ -48,7 +49,7 @@ __all__ = [
     "SparseConfig",
     "Stream",
     "StreamEvent",
-    "chat",
+    "configure_cache",
     "configure_offload",
     "forward",
     "generate",

@@ -94,6 +94,24 @@ def _as_number(value: object) -> float | None:
     return found if math.isfinite(found) else None
 
 
+# The checks are classes and not functions in functions: one that is made anew for every
+# configuration would be decorated anew where types are checked while tests run.
+@dataclasses.dataclass(frozen=True)
+class _Integer:
+    least: int
+    most: int
+    hint: str
+
+    def __call__(self, field: str, value: object) -> int:
+        found = _as_integer(value)
+        if found is not None and found > self.most:
+            raise _refusal(field, value, f"at most {self.most}{self.hint}")
+        if found is None or found < self.least:
+            allowed = f"an integer of at least {self.least}{self.hint}"
+            raise _refusal(field, value, allowed)
+        return found
+
+
 def integer(least: int, most: int = LARGEST, *, hint: str = "") -> Check[int]:
     """A check for an integer of any library, in a range.
 
@@ -101,16 +119,36 @@ def integer(least: int, most: int = LARGEST, *, hint: str = "") -> Check[int]:
       least, most: The range, both included.
       hint: What to say beside it, as " (0 is off)".
     """
+    return _Integer(least, most, hint)
 
-    def check(field: str, value: object) -> int:
-        found = _as_integer(value)
-        if found is not None and found > most:
-            raise _refusal(field, value, f"at most {most}{hint}")
-        if found is None or found < least:
-            raise _refusal(field, value, f"an integer of at least {least}{hint}")
+
+@dataclasses.dataclass(frozen=True)
+class _Number:
+    above: int | float | None
+    least: int | float | None
+    most: int | float | None
+    hint: str
+
+    def __call__(self, field: str, value: object) -> float:
+        found = _as_number(value)
+        if (
+            found is None
+            or (self.above is not None and not found > self.above)
+            or (self.least is not None and not found >= self.least)
+            or (self.most is not None and not found <= self.most)
+        ):
+            raise _refusal(field, value, self._allowed())
         return found
 
-    return check
+    def _allowed(self) -> str:
+        text = "a finite number"
+        if self.above is not None:
+            text += f" above {self.above:g}"
+        if self.least is not None:
+            text += f" of at least {self.least:g}"
+        if self.most is not None:
+            text += f" and at most {self.most:g}"
+        return text + self.hint
 
 
 def number(
@@ -128,26 +166,7 @@ def number(
       most: The most that it may be.
       hint: What to say beside it, as " (0 is greedy)".
     """
-    allowed = "a finite number"
-    if above is not None:
-        allowed += f" above {above:g}"
-    if least is not None:
-        allowed += f" of at least {least:g}"
-    if most is not None:
-        allowed += f" and at most {most:g}"
-
-    def check(field: str, value: object) -> float:
-        found = _as_number(value)
-        if (
-            found is None
-            or (above is not None and not found > above)
-            or (least is not None and not found >= least)
-            or (most is not None and not found <= most)
-        ):
-            raise _refusal(field, value, allowed + hint)
-        return found
-
-    return check
+    return _Number(above, least, most, hint)
 
 
 def flag(field: str, value: object) -> bool:
@@ -173,6 +192,13 @@ def text(field: str, value: object) -> str:
     return str(value)
 
 
+def non_empty_text(field: str, value: object) -> str:
+    """Checks a text that can be written as UTF-8 and holds a character."""
+    found = text(field, value)
+    require(found != "", field, value, "text of at least one character")
+    return found
+
+
 def path(field: str, value: object) -> str:
     """Checks a path: text or `os.PathLike`, not empty, without a null character.
 
@@ -190,16 +216,31 @@ def path(field: str, value: object) -> str:
     return found
 
 
-def choice(*allowed: str) -> Check[Any]:
-    """A check for one of several words."""
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    allowed: tuple[str, ...]
 
-    def check(field: str, value: object) -> str:
-        if not isinstance(value, str) or value not in allowed:
-            words = ", ".join(repr(word) for word in allowed)
+    def __call__(self, field: str, value: object) -> Any:
+        if not isinstance(value, str) or value not in self.allowed:
+            words = ", ".join(repr(word) for word in self.allowed)
             raise _refusal(field, value, f"one of {words}")
         return str(value)
 
-    return check
+
+def choice(*allowed: str) -> Check[Any]:
+    """A check for one of several words."""
+    return _Choice(allowed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instance[T]:
+    kind: type[T]
+    made_by: str
+
+    def __call__(self, field: str, value: object) -> T:
+        if not isinstance(value, self.kind):
+            raise _refusal(field, value, f"a {self.kind.__name__}{self.made_by}")
+        return value
 
 
 def instance[T](kind: type[T], made_by: str = "") -> Check[T]:
@@ -209,13 +250,7 @@ def instance[T](kind: type[T], made_by: str = "") -> Check[T]:
       kind: The class.
       made_by: What to say of where one comes from.
     """
-
-    def check(field: str, value: object) -> T:
-        if not isinstance(value, kind):
-            raise _refusal(field, value, f"a {kind.__name__}{made_by}")
-        return value
-
-    return check
+    return _Instance(kind, made_by)
 
 
 def function(field: str, value: object) -> Callable[..., Any]:
@@ -239,24 +274,25 @@ def float_dtype(field: str, value: object) -> np.dtype:
     return jnp.dtype(name)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Optional[T]:
+    check: Check[T]
+
+    def __call__(self, field: str, value: object) -> T | None:
+        return None if value is None else self.check(field, value)
+
+
 def optional[T](check: Check[T]) -> Check[T | None]:
     """The check, for values that may be None."""
-
-    def optionally(field: str, value: object) -> T | None:
-        return None if value is None else check(field, value)
-
-    return optionally
+    return _Optional(check)
 
 
-def several[T](check: Check[T], what: str) -> Check[tuple[T, ...]]:
-    """A check for a flat sequence whose entries pass `check`.
+@dataclasses.dataclass(frozen=True)
+class _Several[T]:
+    check: Check[T]
+    what: str
 
-    Args:
-      check: Of each entry.
-      what: What to call them, as "token ids".
-    """
-
-    def check_all(field: str, value: object) -> tuple[T, ...]:
+    def __call__(self, field: str, value: object) -> tuple[T, ...]:
         # Without a length it may not end, and a range may be longer than memory.
         plain = isinstance(value, Collection) and not isinstance(
             value, str | bytes | bytearray | Mapping
@@ -266,13 +302,23 @@ def several[T](check: Check[T], what: str) -> Check[tuple[T, ...]]:
         except Exception:  # an array without axes
             count = None
         if count is None:
-            raise _refusal(field, value, f"a sequence of {what}")
+            raise _refusal(field, value, f"a sequence of {self.what}")
         if count > _MOST_ENTRIES:
-            raise _refusal(field, value, f"at most {_MOST_ENTRIES} {what}")
-        entries: Any = getattr(value, "tolist", lambda: value)()
-        return tuple(check(f"{field}[{i}]", entry) for i, entry in enumerate(entries))
+            raise _refusal(field, value, f"at most {_MOST_ENTRIES} {self.what}")
+        entries: Any = value.tolist() if hasattr(value, "tolist") else value
+        return tuple(
+            self.check(f"{field}[{i}]", entry) for i, entry in enumerate(entries)
+        )
 
-    return check_all
+
+def several[T](check: Check[T], what: str) -> Check[tuple[T, ...]]:
+    """A check for a flat sequence whose entries pass `check`.
+
+    Args:
+      check: Of each entry.
+      what: What to call them, as "token ids".
+    """
+    return _Several(check, what)
 
 
 def settle(owner: object, **checks: Check[Any]) -> None:

@@ -30,7 +30,7 @@ from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.requests import LANGUAGE_MODEL
 from sparda_jax.forecasts import published_forecast
 from sparda_jax.models.decoder import Decoder, Storage
-from sparda_jax.models.presets import PRESETS, Preset, get_preset
+from sparda_jax.models.presets import PRESETS, default_sparse, get_preset
 from sparda_jax.models.weights import (
     build_decoder,
     forecast_heads,
@@ -47,24 +47,10 @@ def default_dtype() -> DTypeLike:
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
-def _matching_preset(config: ModelConfig) -> Preset | None:
-    """The preset of the same shape, whose sparse configuration then is the default."""
-    shape = ("vocab_size", "hidden_size", "ffn_size", "num_layers", "num_heads")
-    for preset in PRESETS.values():
-        same = all(
-            getattr(preset.model, field) == getattr(config, field)
-            for field in (*shape, "num_kv_heads", "key_bias")
-        )
-        if same:
-            return preset
-    return None
-
-
 def _default_sparse(source: CheckpointSource) -> SparseConfig:
     if source.sparse is not None:
         return source.sparse
-    preset = _matching_preset(source.config)
-    return SparseConfig() if preset is None else preset.sparse
+    return default_sparse(source.config)
 
 
 def _own_heads(source: CheckpointSource) -> tuple[np.ndarray, np.ndarray] | None:

@@ -1,4 +1,4 @@
-"""Settings of the JAX runtime that offloaded KV needs on a GPU.
+"""Settings of the JAX runtime: a cache of programs, and what offloaded KV needs.
 
 XLA decides when it starts whether a fetch can run beside compute. Compute has to be in
 CUDA graphs (or its own launches queue behind the fetch's reads on the link), and the
@@ -8,10 +8,15 @@ the default flags everything ends up on one stream and nothing overlaps.
 """
 
 import os
+import pathlib
 import warnings
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
+from sparda_jax.checkpoint.fetch import cache_directory
+from sparda_jax.checks import ConfigError, optional, shown
+from sparda_jax.checks import path as checked_path
 from sparda_jax.machine import physical_memory
 
 COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT"
@@ -44,6 +49,43 @@ def configure_offload() -> None:
     if memory is not None:
         gib = max(1, int(memory.size * 0.9 / 2**30))
         os.environ.setdefault(HOST_LIMIT, str(gib))
+
+
+def configure_cache(directory: str | os.PathLike | None = None) -> pathlib.Path:
+    """Keeps compiled programs between processes. The command line does so by itself.
+
+    A process that compiles what an earlier one compiled, with the same versions, flags
+    and device, then reads it from a file. May be called at any time; programs that are
+    compiled already are not written. The directory is made for this user alone: whoever
+    can write to it can have this process run code.
+
+    Args:
+      directory: Where; None is where JAX keeps them already
+        (`JAX_COMPILATION_CACHE_DIR`), else `xla` in `$SPARDA_CACHE` or the platform's
+        cache directory.
+
+    Returns:
+      The directory.
+
+    Raises:
+      ConfigError: If it cannot be made or written to.
+    """
+    chosen = optional(checked_path)("directory", directory)
+    chosen = chosen or jax.config.jax_compilation_cache_dir or cache_directory() / "xla"
+    folder = pathlib.Path(chosen).expanduser()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"directory={shown(str(folder))}: {reason}") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"directory={shown(str(folder))} is not writable")
+    if jax.config.jax_compilation_cache_dir != str(folder):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        # JAX looks at the setting when it first compiles, and never again.
+        compilation_cache.reset_cache()
+    return folder
 
 
 def _started() -> bool:

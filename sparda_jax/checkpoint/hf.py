@@ -197,6 +197,30 @@ class Directory:
     ignored_sparse_keys: tuple[str, ...]
 
 
+def read_config(
+    directory: str | os.PathLike,
+) -> tuple[ModelConfig, SparseConfig | None]:
+    """Shape and own selection of a model of whose directory only config.json is here.
+
+    What the weights tell otherwise is as transformers has it: no tied head unless the
+    file says so. Special tokens are left out.
+
+    Raises:
+      CheckpointError: The file is missing, damaged or asks for what is not supported.
+    """
+    path = pathlib.Path(directory) / "config.json"
+    values = read_json(path)
+    if values is None:
+        raise CheckpointError(f"{path}: is missing")
+    config = model_config(
+        path, values, tensors=(), has_head=True, bos_id=None, eos_ids=()
+    )
+    sparse = None
+    if values.get("sparse_config") is not None:
+        sparse, _ = sparse_config(path, values["sparse_config"])
+    return config, sparse
+
+
 def read_directory(directory: str | os.PathLike) -> Directory:
     """Opens a safetensors directory; the tensors are read when they are used.
 

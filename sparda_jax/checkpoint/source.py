@@ -92,7 +92,7 @@ def _is_hub_id(text: str) -> bool:
     return bool(_HUB_ID.fullmatch(text)) and not means_path
 
 
-def _download(hub_id: str) -> pathlib.Path:
+def _download(hub_id: str, files: list[str]) -> pathlib.Path:
     try:
         import huggingface_hub
     except ImportError as error:
@@ -101,7 +101,7 @@ def _download(hub_id: str) -> pathlib.Path:
             "huggingface_hub (pip install 'sparda-jax[hub]')"
         ) from error
     try:
-        found = huggingface_hub.snapshot_download(hub_id, allow_patterns=_HUB_FILES)
+        found = huggingface_hub.snapshot_download(hub_id, allow_patterns=files)
     # Every transport has its own errors; all of them mean that there is no model.
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -109,6 +109,48 @@ def _download(hub_id: str) -> pathlib.Path:
             f"{hub_id}: there is no such file, and the hub gave no model: {reason}"
         ) from error
     return pathlib.Path(found)
+
+
+def _locate(text: str, hub_files: list[str]) -> pathlib.Path | None:
+    """The file or directory of that name, fetched if it is one of the hub's."""
+    try:
+        path = pathlib.Path(text).expanduser()
+        exists = path.exists()
+        on_hub = not exists and _is_hub_id(text)
+    # expanduser raises RuntimeError for a user whose home is not known.
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{_quoted(text)}: is no valid path: {reason}") from error
+    if on_hub:
+        return _download(text, hub_files)
+    return path if exists else None
+
+
+def read_shape(path_or_id: str) -> tuple[ModelConfig, SparseConfig | None] | None:
+    """Shape and own selection of a model, without its weights where it has none here.
+
+    Args:
+      path_or_id: As for `open_checkpoint`. Of a hub id only the config.json is
+        fetched, and a directory needs no more.
+
+    Returns:
+      Both, the selection None where the model has none; None if there is no such file.
+
+    Raises:
+      CheckpointError: The model is damaged or not supported.
+    """
+    path = _locate(path_or_id, ["config.json"])
+    if path is None:
+        return None
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        from sparda_jax.checkpoint.hf import read_config
+
+        config, sparse = read_config(path)
+        # A directory of the hub's cache is named by a hash.
+        hub = path.name != pathlib.Path(path_or_id).name
+        return dataclasses.replace(config, name=path_or_id) if hub else config, sparse
+    source = open_checkpoint(path)
+    return source.config, source.sparse
 
 
 def open_checkpoint(path_or_id: str | os.PathLike) -> CheckpointSource:
@@ -128,22 +170,13 @@ def open_checkpoint(path_or_id: str | os.PathLike) -> CheckpointSource:
     """
     # Imported here: a directory does not need the gguf package, which takes 70 ms.
     text = os.fspath(path_or_id)
-    try:
-        path = pathlib.Path(text).expanduser()
-        is_directory, exists = path.is_dir(), path.exists()
-        on_hub = not exists and _is_hub_id(text)
-    # expanduser raises RuntimeError for a user whose home is not known.
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{_quoted(text)}: is no valid path: {reason}") from error
-    if on_hub:
-        path, is_directory, exists = _download(text), True, True
-    if not exists:
+    path = _locate(text, _HUB_FILES)
+    if path is None:
         raise CheckpointError(
             f"{_quoted(text)}: there is no such file; allowed: a GGUF file, a "
             "safetensors directory, a hub id 'org/name'"
         )
-    if is_directory:
+    if path.is_dir():
         from sparda_jax.checkpoint.hf import read_directory
 
         directory = read_directory(path)

@@ -1,8 +1,10 @@
 """The command line's options for the KV cache, and what it prints of it."""
 
 import argparse
-from typing import get_args
+from typing import Any, get_args
 
+from sparda_jax.checks import choice, integer
+from sparda_jax.cli.options import add_option
 from sparda_jax.config import OLD_ROUTES, CacheConfig, CacheKind, Prefetch, Route
 from sparda_jax.engine.offload_stats import OffloadStats
 
@@ -10,52 +12,76 @@ from sparda_jax.engine.offload_stats import OffloadStats
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that `cache_config` reads."""
     group = parser.add_argument_group("KV cache")
-    group.add_argument(
+    add_option(
+        group,
         "--cache",
-        choices=get_args(CacheKind),
+        choice(*get_args(CacheKind)),
+        words=get_args(CacheKind),
         default="resident",
         help="where KV lives: on the device, in host memory with the blocks in use on "
         "the device, or whichever fits and pays",
     )
-    group.add_argument(
+    add_option(
+        group,
         "--device-blocks",
+        integer(1),
         metavar="C",
-        type=int,
         help="device slots per layer and kv head (offload; default: the block budget)",
     )
-    group.add_argument(
+    add_option(
+        group,
         "--prefetch",
-        choices=get_args(Prefetch),
+        choice(*get_args(Prefetch)),
+        words=get_args(Prefetch),
         help="offload: fetch the next layer's blocks while this one computes "
         "(lookahead), wait for them (none), or decide by measurement (auto); default: "
         "lookahead for sparda, none otherwise",
     )
-    group.add_argument(
-        "--layer0",
-        choices=("resident", "offload"),
-        default="resident",
-        help="where layer 0's KV lives, for which nothing can look ahead",
+    add_layer0_option(group)
+    add_route_option(
+        group, "how blocks are fetched; auto takes what is recorded for the device"
     )
-    group.add_argument(
-        "--route",
-        choices=(*get_args(Route), *OLD_ROUTES),
-        default="auto",
-        help="how blocks are fetched; auto takes what is recorded for the device",
-    )
-    group.add_argument(
+    add_option(
+        group,
         "--exactness",
-        choices=("forecast", "verify"),
+        choice("forecast", "verify"),
+        words=("forecast", "verify"),
         default="forecast",
         help="verify: the layer's own queries have the last word, and blocks that the "
         "forecast missed are fetched",
     )
-    group.add_argument(
+    add_option(
+        group,
         "--recall-every",
+        integer(0),
         metavar="N",
-        type=int,
         default=0,
         help="compare the forecast with the own queries' choice every N steps "
         "(for --stats); 0 never",
+    )
+
+
+def add_layer0_option(group: Any) -> None:
+    """Adds --layer0."""
+    add_option(
+        group,
+        "--layer0",
+        choice("resident", "offload"),
+        words=("resident", "offload"),
+        default="resident",
+        help="where layer 0's KV lives, for which nothing can look ahead",
+    )
+
+
+def add_route_option(group: Any, help: str) -> None:
+    """Adds --route, which takes the routes' former names as well."""
+    add_option(
+        group,
+        "--route",
+        choice(*get_args(Route), *OLD_ROUTES),
+        words=get_args(Route),
+        default="auto",
+        help=help,
     )
 
 

@@ -1,19 +1,13 @@
-"""How the commands speak: help, notes, progress bars, figures."""
+"""How the commands speak: notes, progress bars, figures."""
 
-import argparse
 import sys
 
 from tqdm import tqdm
 
 
-class HelpFormatter(
-    argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
-):
-    """Keeps examples as they are written and shows defaults."""
-
-
 def note(text: str) -> None:
-    """Prints a line to standard error."""
+    """Prints to standard error, whatever characters the text holds."""
+    text = text.encode("utf-8", "backslashreplace").decode()
     print(text, file=sys.stderr, flush=True)
 
 

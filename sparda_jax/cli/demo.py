@@ -4,16 +4,18 @@ import argparse
 from typing import Any
 
 import sparda_jax as sj
+from sparda_jax.checks import integer, number
 from sparda_jax.cli.console import (
-    HelpFormatter,
     advance,
     prefill_bar,
     rate_text,
     share_text,
 )
 from sparda_jax.cli.model_options import PREFILL_CHUNK, add_model_options, load_model
+from sparda_jax.cli.options import HelpFormatter, add_option
 from sparda_jax.config import ConfigError
 from sparda_jax.evaluation.passkey import passkey_task
+from sparda_jax.inference.sampling import MOST_SEED
 
 
 def add_demo_parser(commands: Any) -> None:
@@ -29,14 +31,29 @@ def add_demo_parser(commands: Any) -> None:
         formatter_class=HelpFormatter,
     )
     add_model_options(demo, attention=False)
-    demo.add_argument(
-        "--tokens", metavar="N", type=int, default=4000, help="length of the prompt"
+    add_option(
+        demo,
+        "--tokens",
+        integer(1),
+        metavar="N",
+        default=4000,
+        help="length of the prompt",
     )
-    demo.add_argument(
-        "--depth", metavar="X", type=float, default=0.35, help="0 start … 1 end"
+    add_option(
+        demo,
+        "--depth",
+        number(least=0, most=1),
+        metavar="X",
+        default=0.35,
+        help="0 start … 1 end",
     )
-    demo.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="of the document"
+    add_option(
+        demo,
+        "--seed",
+        integer(0, MOST_SEED),
+        metavar="N",
+        default=0,
+        help="of the document",
     )
     demo.set_defaults(run=_demo)
 

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax
@@ -10,9 +9,16 @@ import jax
 import sparda_jax as sj
 from sparda_jax.checkpoint.errors import CheckpointError
 from sparda_jax.checkpoint.files import read_text
+from sparda_jax.checks import (
+    ConfigError,
+    integer,
+    non_empty_text,
+    path,
+    shown,
+    text,
+)
 from sparda_jax.cli.cache_options import add_cache_options, cache_config, cache_lines
 from sparda_jax.cli.console import (
-    HelpFormatter,
     advance,
     note,
     prefill_bar,
@@ -20,11 +26,12 @@ from sparda_jax.cli.console import (
     share_text,
 )
 from sparda_jax.cli.model_options import PREFILL_CHUNK, add_model_options, load_model
-from sparda_jax.config import ConfigError
+from sparda_jax.cli.options import HelpFormatter, add_option
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.requests import encode_prompt
 from sparda_jax.engine.results import GenerateStats
 from sparda_jax.evaluation.passkey import question_prompt
+from sparda_jax.inference.sampling import MOST_SEED, SAMPLING_CHECKS, SamplingConfig
 
 EXAMPLES = """\
 examples:
@@ -64,15 +71,14 @@ def add_generate_parser(commands: Any) -> None:
 
 def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
-    source.add_argument(
-        "--prompt-file",
-        metavar="F",
-        type=pathlib.Path,
-        help="read it from a UTF-8 file",
+    add_option(source, "--prompt", text, metavar="TEXT", help="the prompt itself")
+    add_option(
+        source, "--prompt-file", path, metavar="F", help="read it from a UTF-8 file"
     )
-    parser.add_argument(
+    add_option(
+        parser,
         "--question",
+        text,
         metavar="Q",
         help="ask this about the prompt, as a chat turn (needs a chat template)",
     )
@@ -81,8 +87,10 @@ def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="put the prompt into the model's chat template",
     )
-    parser.add_argument(
+    add_option(
+        parser,
         "--answer-prefix",
+        text,
         metavar="TEXT",
         default="",
         help="words that the answer begins with (with --question or --chat)",
@@ -90,42 +98,51 @@ def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max-new-tokens", metavar="N", type=int, default=128, help="most tokens"
+    add_option(
+        parser,
+        "--max-new-tokens",
+        integer(1),
+        metavar="N",
+        default=128,
+        help="most tokens",
     )
-    parser.add_argument(
-        "--temperature", metavar="X", type=float, default=0.0, help="0 is greedy"
+    for name, metavar, help in (
+        ("temperature", "X", "0 is greedy"),
+        ("top_k", "K", "K best tokens; 0 is off"),
+        ("top_p", "P", "nucleus; 1 is off"),
+        ("min_p", "P", "least probability, relative to the best token's; 0 is off"),
+        ("repetition_penalty", "X", "1 is off"),
+    ):
+        add_option(
+            parser,
+            "--" + name.replace("_", "-"),
+            SAMPLING_CHECKS[name],
+            metavar=metavar,
+            default=getattr(SamplingConfig(), name),
+            help=help,
+        )
+    add_option(
+        parser,
+        "--seed",
+        integer(0, MOST_SEED),
+        metavar="N",
+        default=0,
+        help="of sampling",
     )
-    parser.add_argument(
-        "--top-k", metavar="K", type=int, default=0, help="K best tokens; 0 is off"
-    )
-    parser.add_argument(
-        "--top-p", metavar="P", type=float, default=1.0, help="nucleus; 1 is off"
-    )
-    parser.add_argument(
-        "--min-p",
-        metavar="P",
-        type=float,
-        default=0.0,
-        help="least probability, relative to the best token's; 0 is off",
-    )
-    parser.add_argument(
-        "--repetition-penalty", metavar="X", type=float, default=1.0, help="1 is off"
-    )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of sampling")
-    parser.add_argument(
+    add_option(
+        parser,
         "--stop",
+        non_empty_text,
         metavar="TEXT",
-        action="append",
-        default=[],
+        repeated=True,
         help="end the output before this text; may be repeated",
     )
-    parser.add_argument(
+    add_option(
+        parser,
         "--stop-id",
+        integer(0),
         metavar="ID",
-        type=int,
-        action="append",
-        default=[],
+        repeated=True,
         help="a further token id that ends the output; may be repeated",
     )
     parser.add_argument(
@@ -133,21 +150,21 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _read(path: pathlib.Path) -> str:
+def _read(file: str) -> str:
     try:
-        text = read_text(path)
+        content = read_text(file)
     except CheckpointError as error:
         raise ConfigError(f"--prompt-file {error}") from error
-    if text is None:
-        raise ConfigError(f"--prompt-file {path}: No such file")
-    return text
+    if content is None:
+        raise ConfigError(f"--prompt-file {shown(file)}: No such file")
+    return content
 
 
 def _prompt_ids(lm: LanguageModel, arguments: argparse.Namespace) -> list[int]:
-    text = arguments.prompt
+    prompt = arguments.prompt
     if arguments.prompt_file is not None:
-        text = _read(arguments.prompt_file)
-    if not text:
+        prompt = _read(arguments.prompt_file)
+    if not prompt:
         raise ConfigError("the prompt is empty: it must hold at least one character")
     if lm.tokenizer is None:
         raise ConfigError(
@@ -157,17 +174,17 @@ def _prompt_ids(lm: LanguageModel, arguments: argparse.Namespace) -> list[int]:
     if not chat:
         if arguments.answer_prefix:
             raise ConfigError("--answer-prefix needs --question or --chat")
-        return encode_prompt(lm, text, "the prompt")
+        return encode_prompt(lm, prompt, "the prompt")
     if not lm.tokenizer.has_chat_template:
         raise ConfigError(
             f"--question and --chat need a chat template: model {lm.config.name!r} has "
             "none"
         )
     if arguments.question is not None:
-        text = question_prompt(lm.tokenizer, text, arguments.question)
+        prompt = question_prompt(lm.tokenizer, prompt, arguments.question)
     else:
-        text = lm.tokenizer.chat([{"role": "user", "content": text}])
-    return lm.tokenizer.encode(text + arguments.answer_prefix, special=True)
+        prompt = lm.tokenizer.chat([{"role": "user", "content": prompt}])
+    return lm.tokenizer.encode(prompt + arguments.answer_prefix, special=True)
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -6,23 +6,25 @@ import sys
 from collections.abc import Callable, Sequence
 
 import sparda_jax as sj
-from sparda_jax.checkpoint.errors import CheckpointError
-from sparda_jax.cli.console import HelpFormatter, note
+from sparda_jax.cli.console import note
 from sparda_jax.cli.demo import add_demo_parser
+from sparda_jax.cli.ending import run_command
 from sparda_jax.cli.generate import EXAMPLES, add_generate_parser
 from sparda_jax.cli.models import add_models_parser
+from sparda_jax.cli.options import HelpFormatter, Parser
 from sparda_jax.cli.plan import add_plan_parser
-from sparda_jax.config import ConfigError
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each one's `run` is set by its module."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sparda",
         description="Long-context generation with SparDA's Forecast-driven attention.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
     )
+    version = f"%(prog)s {sj.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_generate_parser(commands)
     add_plan_parser(commands)
@@ -63,18 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["train"]:
         return _train(argv[1:])
-    arguments = build_parser().parse_args(argv)
-    # Before JAX starts: on a GPU a fetch overlaps with compute only under these flags.
-    sj.configure_offload()
-    run: Callable[[argparse.Namespace], None] = arguments.run
-    try:
-        run(arguments)
-    except (ConfigError, CheckpointError) as error:
-        note(f"sparda: {error}")
-        return 2
-    except KeyboardInterrupt:
-        note("sparda: interrupted")
-        return 130
-    except BrokenPipeError:
-        return 141
-    return 0
+
+    def action() -> None:
+        arguments = build_parser().parse_args(argv)
+        # Before JAX starts: on a GPU a fetch overlaps with compute only under these
+        # flags.
+        sj.configure_offload()
+        arguments.run(arguments)
+
+    return run_command(action, prefix="sparda: ", interrupted="sparda: interrupted")

@@ -2,20 +2,19 @@
 
 import argparse
 import dataclasses
-import os
+from typing import Any
 
-import jax
 from tqdm import tqdm
 
 import sparda_jax as sj
-from sparda_jax.checkpoint.fetch import cache_directory
+from sparda_jax.checks import FLOAT_DTYPES, ConfigError, choice, integer, path
 from sparda_jax.cli.console import advance, note
+from sparda_jax.cli.options import add_option
 from sparda_jax.config import SparseConfig
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.models.presets import PRESETS
-from sparda_jax.sparse.selectors import get_selector, selector_names
+from sparda_jax.sparse.selectors import selector_names
 
-_DTYPES = ("float32", "bfloat16", "float16")
 PREFILL_CHUNK = 1024
 
 
@@ -24,37 +23,30 @@ def add_model_options(
 ) -> None:
     """Adds the options that `load_model` reads, without --attention where unwanted."""
     group = parser.add_argument_group("model and attention")
-    group.add_argument(
+    add_option(
+        group,
         "--model",
+        path,
         metavar="M",
         default="smollm2-135m",
         help="preset name, GGUF file, safetensors directory or hub id",
     )
     if attention:
-        group.add_argument(
-            "--attention",
-            metavar="A",
-            default="dense",
-            help="one of " + ", ".join(selector_names()),
-        )
-    group.add_argument(
+        add_attention_option(group, default="dense")
+    add_option(
+        group,
         "--forecast",
+        path,
         metavar="F",
-        help=(
-            "Forecast weights for sparda: a file, or 'from_query' (training-free); "
-            "SmolLM2's are built in"
-        ),
+        help="Forecast weights for sparda: a file, or 'from_query' (training-free); "
+        "SmolLM2's are built in",
     )
-    group.add_argument(
-        "--block-budget", metavar="P", type=int, help="KV blocks read per token"
-    )
-    group.add_argument(
-        "--local-blocks", metavar="W", type=int, help="blocks before a token's own"
-    )
-    group.add_argument("--init-blocks", metavar="I", type=int, help="leading blocks")
-    group.add_argument(
+    add_block_options(group)
+    add_option(
+        group,
         "--dtype",
-        choices=_DTYPES,
+        choice(*FLOAT_DTYPES),
+        words=FLOAT_DTYPES,
         help="of weights and cache (float32 on a CPU, bfloat16 elsewhere)",
     )
     group.add_argument(
@@ -64,22 +56,40 @@ def add_model_options(
     )
 
 
-def _keep_compiled_code() -> None:
-    """Keeps compiled code between starts; without a place for it, goes on without."""
-    folder = cache_directory() / "xla"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        note(f"note: {folder} is not writable, so compiled code is not kept")
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+def add_attention_option(group: Any, default: str) -> None:
+    """Adds --attention."""
+    names = selector_names()
+    add_option(
+        group,
+        "--attention",
+        choice(*names),
+        metavar="A",
+        default=default,
+        help="one of " + ", ".join(names),
+    )
 
 
-def _sparse(base: SparseConfig, arguments: argparse.Namespace) -> SparseConfig:
+def add_block_options(group: Any) -> None:
+    """Adds the options that `with_blocks` reads."""
+    add_option(
+        group,
+        "--block-budget",
+        integer(1),
+        metavar="P",
+        help="KV blocks read per token",
+    )
+    add_option(
+        group,
+        "--local-blocks",
+        integer(1),
+        metavar="W",
+        help="blocks before a token's own",
+    )
+    add_option(group, "--init-blocks", integer(0), metavar="I", help="leading blocks")
+
+
+def with_blocks(base: SparseConfig, arguments: argparse.Namespace) -> SparseConfig:
+    """The block selection, with what the options change of it."""
     given = {
         name: getattr(arguments, name)
         for name in ("block_budget", "local_blocks", "init_blocks")
@@ -88,11 +98,18 @@ def _sparse(base: SparseConfig, arguments: argparse.Namespace) -> SparseConfig:
     return dataclasses.replace(base, **given)
 
 
+def _keep_compiled_code() -> None:
+    """Keeps compiled code between starts; without a place for it, goes on without."""
+    try:
+        sj.configure_cache()
+    except ConfigError as error:
+        note(f"note: compiled code is not kept: {error}")
+
+
 def load_model(arguments: argparse.Namespace, attention: str) -> LanguageModel:
     """Loads what the options ask for, with a progress bar over the layers."""
     if not arguments.no_compilation_cache:
         _keep_compiled_code()
-    get_selector(attention)  # an unknown name is refused before anything is fetched
     layers = (
         PRESETS[arguments.model].model.num_layers
         if arguments.model in PRESETS
@@ -108,4 +125,4 @@ def load_model(arguments: argparse.Namespace, attention: str) -> LanguageModel:
             dtype=arguments.dtype,
             on_layer=lambda: advance(bar, 1),
         )
-    return dataclasses.replace(lm, sparse=_sparse(lm.sparse, arguments))
+    return dataclasses.replace(lm, sparse=with_blocks(lm.sparse, arguments))

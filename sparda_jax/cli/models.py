@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparda_jax.checkpoint.tokenizer import Tokenizer
+from sparda_jax.checks import path
+from sparda_jax.cli.options import add_option
 from sparda_jax.loading import open_model
 from sparda_jax.models.families.family import variant_of
 from sparda_jax.models.presets import PRESETS
@@ -20,8 +22,10 @@ def add_models_parser(commands: Any) -> None:
         description="List the models and attentions that are known by name; with "
         "--model, show what one model's files say.",
     )
-    models.add_argument(
+    add_option(
+        models,
         "--model",
+        path,
         metavar="FILE",
         help="a GGUF file, a safetensors directory, a hub id or a preset",
     )

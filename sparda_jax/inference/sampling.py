@@ -7,22 +7,28 @@ alone: neither on the batch around it nor on how generation is cut into calls.
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from sparda_jax.checks import ConfigError, integer, number, require, settle, several
+from sparda_jax.checks import Check, ConfigError, integer, number, settle, several
 
-# Logits divided by less are infinite in float32, and then no token is the best.
-_COLDEST = 1e-6
 MOST_SEED = 2**32 - 1
 
 # Below this temperature quotients overflow float32, and the largest logit is all that
 # could be drawn anyway.
 _COLDEST = 1e-6
+# Of every field of `SamplingConfig`; the command line's options use them as well.
+SAMPLING_CHECKS: dict[str, Check[Any]] = {
+    "repetition_penalty": number(least=1e-6, most=1e6, hint=" (1 is off)"),
+    "temperature": number(least=0, most=1e6, hint=" (0 is greedy)"),
+    "top_k": integer(0, hint=" (0 is off)"),
+    "top_p": number(above=0, most=1, hint=" (1 is off)"),
+    "min_p": number(least=0, most=1, hint=" (0 is off)"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,20 +52,7 @@ class SamplingConfig:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        settle(
-            self,
-            repetition_penalty=number(least=1e-6, most=1e6, hint=" (1 is off)"),
-            temperature=number(least=0, most=1e6, hint=" (0 is greedy)"),
-            top_k=integer(0, hint=" (0 is off)"),
-            top_p=number(above=0, most=1, hint=" (1 is off)"),
-            min_p=number(least=0, most=1, hint=" (0 is off)"),
-        )
-        require(
-            self.temperature == 0 or self.temperature >= _COLDEST,
-            "SamplingConfig.temperature",
-            self.temperature,
-            f"0 (greedy) or at least {_COLDEST:g}: float32 has no room for less",
-        )
+        settle(self, **SAMPLING_CHECKS)
 
 
 class SamplingState(NamedTuple):

@@ -221,3 +221,16 @@ def get_preset(name: str) -> Preset:
             "a GGUF file or a safetensors directory"
         )
     return PRESETS[name]
+
+
+def default_sparse(config: ModelConfig) -> SparseConfig:
+    """The block selection of the preset of that shape, or the general one."""
+    shape = ("vocab_size", "hidden_size", "ffn_size", "num_layers", "num_heads")
+    for preset in PRESETS.values():
+        same = all(
+            getattr(preset.model, field) == getattr(config, field)
+            for field in (*shape, "num_kv_heads", "key_bias")
+        )
+        if same:
+            return preset.sparse
+    return SparseConfig()

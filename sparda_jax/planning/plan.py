@@ -5,6 +5,7 @@ Memory is that of `planning.memory`; speed is the bound of `planning.step`.
 
 import dataclasses
 import functools
+import os
 
 from jax.typing import DTypeLike
 
@@ -17,11 +18,10 @@ from sparda_jax.checks import (
     integer,
     number,
     optional,
-    text,
+    path,
 )
 from sparda_jax.config import CacheConfig, ModelConfig, SparseConfig
 from sparda_jax.inference.generate import Shapes, plan_shapes, tile_tokens
-from sparda_jax.models.presets import get_preset
 from sparda_jax.planning.limits import (
     Limit,
     MemoryLimits,
@@ -30,6 +30,7 @@ from sparda_jax.planning.limits import (
 )
 from sparda_jax.planning.memory import GIB, MemoryPlan, memory_plan
 from sparda_jax.planning.rates import Rates
+from sparda_jax.planning.shape import named_shape
 from sparda_jax.planning.step import StepTime, step_time
 from sparda_jax.sparse.selectors import Selector, get_selector
 
@@ -242,7 +243,7 @@ class _Planner:
 
 
 def plan(
-    model: str | ModelConfig,
+    model: str | os.PathLike | ModelConfig,
     *,
     context: int,
     hbm_gib: float,
@@ -262,7 +263,8 @@ def plan(
     No weights are needed, and nothing is allocated.
 
     Args:
-      model: A preset's name, or a shape.
+      model: A preset's name, a GGUF file, a directory with a config.json, a hub id
+        "org/name", or a shape.
       context: Tokens of each sequence, prompt and output together. May be longer than
         the model's own: this is a plan, and says so in its notes.
       hbm_gib: Device memory, GiB.
@@ -270,7 +272,8 @@ def plan(
       rates: The machine: `recorded_rates`, `measure_rates` or figures of your own.
       batch: The batch to look at beside the largest one.
       attention: How blocks are chosen.
-      sparse: Block selection; None takes the preset's.
+      sparse: Block selection; None takes the model's own, else the preset's of the
+        same shape.
       cache: Slots, look-ahead and where layer 0 lives; its kind does not matter.
       miss: Share of listed blocks that is not in a slot, 0 to 1. An assumption; a
         run's `stats.offload.hit_rate` is 1 minus the real one.
@@ -294,12 +297,11 @@ def plan(
     dtype = float_dtype("dtype", dtype)
     sparse = optional(instance(SparseConfig))("sparse", sparse)
     cache = optional(instance(CacheConfig))("cache", cache) or CacheConfig()
-    preset = (
-        None if isinstance(model, ModelConfig) else get_preset(text("model", model))
-    )
-    config = instance(ModelConfig)("model", preset.model if preset else model)
-    if sparse is None:
-        sparse = SparseConfig() if preset is None else preset.sparse
+    if isinstance(model, ModelConfig):
+        config, own = model, SparseConfig()
+    else:
+        config, own = named_shape(path("model", model))
+    sparse = own if sparse is None else sparse
     selector.check(config, has_forecast=True)
     if cache.prefetch == "lookahead" and not selector.needs_forecast:
         raise ConfigError(

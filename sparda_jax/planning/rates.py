@@ -4,7 +4,7 @@ import dataclasses
 
 from pallas_kernels.dispatch import tuned_record
 from sparda_jax.cache.routes import recorded_routes, route_names
-from sparda_jax.checks import choice, number, optional, settle, text
+from sparda_jax.checks import choice, number, optional, require, settle, text
 
 # Dense bf16 peak of the vendor's data sheet, FLOP/s. A bound that decode seldom meets.
 _PEAKS = (("NVIDIA H200", 989e12), ("NVIDIA H100", 989e12), ("NVIDIA A100", 312e12))
@@ -43,13 +43,37 @@ class Rates:
         )
 
 
+def recorded_kinds() -> tuple[str, ...]:
+    """The device kinds that rates are recorded for."""
+    return tuple(kind for kind in recorded_routes() if _record(kind) is not None)
+
+
 def recorded_rates(device_kind: str) -> Rates | None:
     """The figures that the project measured on a device kind, or None.
 
+    Args:
+      device_kind: As JAX names it ("NVIDIA H200"), or words of it that only one of the
+        recorded kinds has ("H200").
+
     Raises:
-      ConfigError: If the name is no text.
+      ConfigError: If the name is no text, or several kinds have its words.
     """
-    text("device_kind", device_kind)
+    name = text("device_kind", device_kind)
+    kinds = recorded_kinds()
+    words = set(name.lower().split())
+    named = [kind for kind in kinds if words and words <= set(kind.lower().split())]
+    if name in kinds:
+        named = [name]
+    require(
+        len(named) <= 1,
+        "device_kind",
+        name,
+        f"the name of one device: {', '.join(map(repr, named))} have it",
+    )
+    return _record(named[0]) if named else None
+
+
+def _record(device_kind: str) -> Rates | None:
     routes = recorded_routes().get(device_kind, {})
     copy = tuned_record("paged_decode_attention", device_kind)
     memory = copy.get("copy_gigabytes_per_second")

@@ -29,12 +29,11 @@ ROOT = pathlib.Path(__file__).parents[2]
         (None, 0, ""),
     ],
 )
-def test_every_end_is_one_line(capsys, monkeypatch, error, status, told):
+def test_every_end_is_one_line(capsys, error, status, told):
     def action():
         if error is not None:
             raise error
 
-    monkeypatch.setattr("train.command._give_up_output", lambda: None)
     assert run_command(action, interrupted=", and it was") == status
     shown = capsys.readouterr().err
     assert told in shown and shown.count("\n") <= 1

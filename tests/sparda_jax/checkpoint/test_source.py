@@ -1,9 +1,13 @@
 """Names of models: what is a path, and what may be asked of the hub."""
 
+import dataclasses
+
 import pytest
 
 from sparda_jax.checkpoint import source
 from sparda_jax.checkpoint.errors import CheckpointError
+from sparda_jax.checkpoint.hf import save_hf
+from sparda_jax.config import SparseConfig
 
 
 @pytest.fixture
@@ -13,7 +17,7 @@ def asked(monkeypatch, tmp_path) -> list[str]:
     (tmp_path / "models").mkdir()
     names: list[str] = []
 
-    def download(hub_id):
+    def download(hub_id, files):
         names.append(hub_id)
         raise CheckpointError(f"{hub_id}: asked")
 
@@ -60,3 +64,27 @@ def test_hub_ids(asked, name):
     with pytest.raises(CheckpointError, match="asked"):
         source.open_checkpoint(name)
     assert asked == [name]
+
+
+def test_the_shape_of_a_model_needs_no_weights(kit, monkeypatch):
+    config = dataclasses.replace(kit.config, tie_embeddings=False)
+    folder = kit.folder / "m"
+    save_hf(folder, config, kit.tensors(config), sparse=SparseConfig())
+    whole = source.read_shape(str(folder))
+    opened = source.open_checkpoint(folder)
+    assert whole == (opened.config, opened.sparse)
+    (folder / "model.safetensors").unlink()
+    alone = dataclasses.replace(whole[0], eos_ids=())
+    assert source.read_shape(str(folder)) == (alone, whole[1])
+    # The hub is asked for the one file alone; its cache's directories have other names.
+    asked = []
+    monkeypatch.setattr(source, "_download", lambda *x: asked.append(x) or folder)
+    found = source.read_shape("org/name")
+    assert found == (dataclasses.replace(alone, name="org/name"), whole[1])
+    assert asked == [("org/name", ["config.json"])]
+
+
+def test_the_shape_of_a_gguf_file(kit):
+    file = kit.tiny_gguf()
+    assert source.read_shape(str(file)) == (source.open_checkpoint(file).config, None)
+    assert source.read_shape(str(kit.folder / "missing")) is None

@@ -1,5 +1,6 @@
 """`sparda plan`: a table to read, help that teaches, one line for bad input."""
 
+import json
 import re
 
 import pytest
@@ -85,7 +86,7 @@ def test_measure(capsys):
     status, out, _ = _run(capsys, *arguments, "--measure", "--dtype", "float32")
     assert status == 0
     assert "measured on cpu, JAX" in out
-    assert "fetch, slices, 8 KiB" in out
+    assert "fetch, dynamic_slice, 8 KiB" in out
     assert "medians of 7 calls" in out
 
 
@@ -96,13 +97,13 @@ def test_measure(capsys):
         ((*MODEL, *MACHINE, "--link", "20"), "give --link and --bandwidth"),
         ((*MODEL, *MACHINE, "--device-kind", "Abacus"), "kind 'Abacus'"),
         ((*MODEL, *MACHINE, *H200, "--measure"), "leave out --device-kind"),
-        ((*MODEL, *MACHINE, *H200, "--link", "-1"), "--link=-1.0"),
-        ((*MODEL, *MACHINE, *H200, "--miss", "2"), "miss=2.0"),
+        ((*MODEL, *MACHINE, *H200, "--link", "-1"), "--link=-1"),
+        ((*MODEL, *MACHINE, *H200, "--miss", "2"), "--miss=2"),
         ((*MODEL, *MACHINE, *H200, "--dtype", "int4"), "--dtype='int4'"),
-        ((*MODEL, *MACHINE, *H200, "--attention", "magic"), "attention='magic'"),
+        ((*MODEL, *MACHINE, *H200, "--attention", "magic"), "--attention='magic'"),
         ((*MODEL, *MACHINE, *H200, "--block-budget", "3"), "forced blocks"),
         ((*MODEL, *MACHINE, *H200, "--device-blocks", "3"), "device_blocks=3"),
-        ((*MODEL, "--hbm", "0", "--host", "1", *H200), "hbm_gib=0.0"),
+        ((*MODEL, "--hbm", "0", "--host", "1", *H200), "--hbm=0"),
         (("--model", "gpt", "--context", "9", *MACHINE, *H200), "model='gpt'"),
         ((*MODEL, *MACHINE, "--measure", "--route", "mosaic"), "route='mosaic'"),
     ],
@@ -113,3 +114,38 @@ def test_bad_input_is_one_line(capsys, arguments, named):
     assert err.count("\n") == 1
     assert err.startswith("sparda: ")
     assert named in err
+
+
+@pytest.mark.parametrize("name", ["H200", "h200", "NVIDIA H200"])
+def test_a_device_goes_by_its_short_name(capsys, name):
+    status, out, _ = _run(capsys, *MODEL, *MACHINE, "--device-kind", name)
+    assert status == 0
+    assert "recorded for NVIDIA H200" in out
+
+
+def test_an_unknown_device_is_told_which_are_known(capsys):
+    status, _, err = _run(capsys, *MODEL, *MACHINE, "--device-kind", "T4")
+    assert status == 2
+    assert "one of 'NVIDIA H200', 'NVIDIA H100 80GB HBM3'" in err
+
+
+def test_a_model_by_its_config_json(capsys, tmp_path):
+    """The shape of Llama 3.1 8B, of which nothing else is here."""
+    config = {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    same = ("--context", "32768", *MACHINE, *H200)
+    _, by_file, _ = _run(capsys, "--model", str(tmp_path), *same)
+    _, by_name, _ = _run(capsys, "--model", "llama-3.1-8b", *same)
+    assert by_file.splitlines()[1:] == by_name.splitlines()[1:]
+    assert by_file.startswith(tmp_path.name)

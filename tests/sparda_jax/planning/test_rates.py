@@ -32,5 +32,9 @@ def test_measured_rates_are_of_this_machine():
 def test_recorded_rates():
     found = recorded_rates("NVIDIA H200")
     assert (found.memory, found.fetch, found.link) == (4308e9, 45e9, 53.7e9)
-    assert recorded_rates("cpu") is None
+    assert recorded_rates("H200") == recorded_rates("nvidia h200") == found
+    assert recorded_rates("H100").source.startswith("recorded for NVIDIA H100 80GB")
+    with pytest.raises(ConfigError, match=r"'NVIDIA H200'.* have it"):
+        recorded_rates("nvidia")
+    assert recorded_rates("cpu") is recorded_rates("H") is recorded_rates("") is None
     assert recorded_rates("NVIDIA T4") is None

@@ -1,0 +1,68 @@
+"""How a command ends: with its result, or with one line on standard error."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from sparda_jax.checkpoint.errors import CheckpointError
+from sparda_jax.checks import ConfigError, one_line
+
+_REFUSALS = (ConfigError, CheckpointError)
+
+
+def print_line(text: str) -> None:
+    """Prints one line to standard error, whatever characters the text holds."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    print(one_line(text, 1000), file=sys.stderr, flush=True)
+
+
+def run_command(
+    action: Callable[[], None],
+    *,
+    prefix: str = "",
+    refusals: tuple[type[Exception], ...] = _REFUSALS,
+    interrupted: str = "interrupted",
+) -> int:
+    """Runs a command; returns its exit status.
+
+    Args:
+      action: What it does.
+      prefix: What a line of refusal begins with.
+      refusals: Errors that are not faults of ours: their line is all that is said.
+      interrupted: What to say after Ctrl-C.
+
+    Returns:
+      0; 2 after a refusal or where the output cannot be written; 130 after Ctrl-C; 141
+      if nobody reads the output.
+    """
+    try:
+        try:
+            action()
+        finally:
+            # What is still held back: a full disk would else be told at exit, or never.
+            sys.stdout.flush()
+    except refusals as error:
+        print_line(f"{prefix}{error}")
+        return 2
+    except KeyboardInterrupt:
+        print_line(interrupted)
+        return 130
+    except BrokenPipeError:
+        _give_up_output()
+        return 141
+    except OSError as error:
+        _give_up_output()
+        print_line(f"{prefix}{error}")
+        return 2
+    return 0
+
+
+def _give_up_output() -> None:
+    """Leaves nothing to fail at when the interpreter writes what is left, at exit."""
+    try:
+        output = sys.stdout.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, output)
+        os.close(nowhere)
+    except (OSError, ValueError):  # no file behind it: nothing is left to write
+        pass

@@ -1,0 +1,91 @@
+"""Options whose values pass the checks of the public functions' arguments."""
+
+import argparse
+import functools
+from typing import Any
+
+from sparda_jax.checks import Check, ConfigError
+
+
+class HelpFormatter(
+    argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
+):
+    """Keeps examples as they are written, and shows defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, "", []):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises what is wrong instead of printing its usage."""
+
+    def print_help(self, file: Any = None) -> None:
+        """Prints the help; argparse's own form says nothing of a full disk."""
+        print(self.format_help(), end="", file=file, flush=True)
+
+    def error(self, message: str):
+        # A check's message names its option; argparse names it once more before it.
+        _, _, told = message.partition(": ")
+        if message.startswith("argument ") and told.startswith("--"):
+            message = told
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def add_option(
+    parser: Any,
+    name: str,
+    check: Check[Any],
+    *,
+    help: str,
+    metavar: str | None = None,
+    default: Any = None,
+    required: bool = False,
+    repeated: bool = False,
+    words: tuple[str, ...] = (),
+) -> None:
+    """Adds an option that takes one value.
+
+    Args:
+      parser: A parser or a group of one.
+      name: As it is written, with its dashes.
+      check: Of the value, which comes as the number that the text stands for if it
+        stands for one.
+      help: What it does.
+      metavar: How to call its value.
+      default: Its value if it is not given.
+      required: It must be given.
+      repeated: It may be given several times, and the value is a list.
+      words: The words that it takes, to be shown in place of `metavar`.
+    """
+    settings: dict[str, Any] = {"required": required, "help": help, "default": default}
+    if repeated:
+        settings |= {"action": "append", "default": []}
+    shown = "{" + ",".join(words) + "}" if words else metavar
+    convert = functools.partial(_convert, name, check)
+    parser.add_argument(name, type=convert, metavar=shown, **settings)
+
+
+def _convert(name: str, check: Check[Any], written: str) -> Any:
+    """The option's value, from the text or from the number that it stands for."""
+    try:
+        try:
+            return check(name, written)
+        except ConfigError:
+            number = _number(written)
+            if number is None:
+                raise
+            return check(name, number)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _number(written: str) -> int | float | None:
+    """The number that a text stands for, or None."""
+    for kind in (int, float):
+        try:
+            return kind(written)
+        except ValueError:  # no number, or one of thousands of digits
+            continue
+    return None

@@ -1,0 +1,182 @@
+"""Every option of the command line has a row of values that it refuses.
+
+Each is refused in one line, before anything is loaded. A new option fails here until it
+has a row.
+"""
+
+import argparse
+import os
+import re
+
+import pytest
+
+import sparda_jax as sj
+from sparda_jax.cli import model_options
+from sparda_jax.cli.main import build_parser, main
+
+HUGE = "9" * 5000
+LONE = os.fsdecode(b"\xff\xfe")  # bytes of an argument that are not UTF-8
+INTEGER = ("many", "", "nan", "inf", "1.5", "True", "-1", HUGE, LONE, "0x10", "1e99")
+NUMBER = ("much", "", "nan", "inf", "-inf", "-1", HUGE, LONE, "1j", "0,5")
+TEXT = (LONE, f"text {LONE} text")
+WORD = ("no such word", "", LONE, HUGE, "RESIDENT")
+PATH = ("", "a\0b")
+FLAG = ()
+
+_MODEL = {
+    "--model": PATH,
+    "--forecast": PATH,
+    "--block-budget": (*INTEGER, "0"),
+    "--local-blocks": (*INTEGER, "0"),
+    "--init-blocks": INTEGER,
+    "--dtype": WORD,
+    "--no-compilation-cache": FLAG,
+}
+_SLOTS = {
+    "--attention": WORD,
+    "--device-blocks": (*INTEGER, "0"),
+    "--prefetch": WORD,
+    "--layer0": WORD,
+    "--route": WORD,
+}
+_SIZE = (*NUMBER, "0")
+ROWS = {
+    "generate": {
+        **_MODEL,
+        **_SLOTS,
+        "--cache": WORD,
+        "--exactness": WORD,
+        "--recall-every": INTEGER,
+        "--prompt": TEXT,
+        "--prompt-file": PATH,
+        "--question": TEXT,
+        "--chat": FLAG,
+        "--answer-prefix": TEXT,
+        "--max-new-tokens": (*INTEGER, "0"),
+        "--temperature": NUMBER,
+        "--top-k": INTEGER,
+        "--top-p": (*NUMBER, "0", "1.5"),
+        "--min-p": (*NUMBER, "1.5"),
+        "--repetition-penalty": (*NUMBER, "0"),
+        "--seed": (*INTEGER, str(2**32)),
+        "--stop": (*TEXT, ""),
+        "--stop-id": INTEGER,
+        "--ignore-eos": FLAG,
+        "--stats": FLAG,
+    },
+    "plan": {
+        **_SLOTS,
+        **{name: _MODEL[name] for name in _MODEL if name.endswith("-blocks")},
+        "--model": PATH,
+        "--block-budget": (*INTEGER, "0"),
+        "--dtype": WORD,
+        "--context": (*INTEGER, "0"),
+        "--hbm": _SIZE,
+        "--host": _SIZE,
+        "--batch": (*INTEGER, "0"),
+        "--max-new-tokens": (*INTEGER, "0"),
+        "--prefill-chunk": INTEGER,
+        "--miss": (*NUMBER, "1.5"),
+        "--measure": FLAG,
+        "--device-kind": (LONE,),
+        "--link": _SIZE,
+        "--bandwidth": _SIZE,
+        "--peak": _SIZE,
+    },
+    "models": {"--model": PATH},
+    "train": {},
+    "demo": {
+        **_MODEL,
+        "--tokens": (*INTEGER, "0"),
+        "--depth": (*NUMBER, "1.5"),
+        "--seed": (*INTEGER, str(2**32)),
+    },
+}
+BESIDE = {
+    "generate": {"--model": "tiny", "--prompt": "x"},
+    "plan": {"--model": "tiny", "--context": "999", "--hbm": "1", "--host": "1"},
+    "demo": {"--model": "tiny"},
+    "models": {},
+}
+
+
+def _commands() -> dict[str, argparse.ArgumentParser]:
+    for action in build_parser()._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return action.choices
+    raise AssertionError("the parser has no commands")
+
+
+def test_every_option_has_a_row():
+    commands = _commands()
+    assert set(commands) == set(ROWS)
+    for name, parser in commands.items():
+        options = {o for action in parser._actions for o in action.option_strings}
+        assert options - {"-h", "--help"} == set(ROWS[name]), name
+
+
+CASES = [(name, option) for name, row in ROWS.items() for option in row if row[option]]
+
+
+@pytest.mark.parametrize(("command", "option"), CASES)
+def test_bad_values_are_one_line(capsys, monkeypatch, command, option):
+    def never(*arguments, **named):
+        raise AssertionError("a bad value must be refused before anything is loaded")
+
+    monkeypatch.setattr(model_options, "load_model", never)
+    monkeypatch.setattr(sj, "load", never)
+    monkeypatch.setattr(sj, "configure_offload", never)
+    for bad in ROWS[command][option]:
+        given = dict(BESIDE[command])
+        if option == "--prompt-file":
+            del given["--prompt"]
+        beside = [x for pair in given.items() if pair[0] != option for x in pair]
+        # Joined: a value that begins with a dash is no option.
+        status = main([command, *beside, f"{option}={bad}"])
+        out, err = capsys.readouterr()
+        assert (status, out) == (2, ""), bad
+        assert err.startswith(f"sparda: {option}="), err
+        assert err.count("\n") == 1
+        assert len(err) < 400
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "required: COMMAND"),
+        (["magic"], "invalid choice: 'magic'"),
+        (["generate"], "one of the arguments --prompt --prompt-file is required"),
+        (["generate", "--prompt", "a", "--prompt-file", "b"], "not allowed with"),
+        (["generate", "--prompt"], "expected one argument"),
+        (["plan", "--model", "tiny"], "required: --context, --hbm, --host"),
+        (["models", f"--{LONE}\n"], "unrecognized arguments"),
+        (["models", "x" * 10_000], "unrecognized arguments"),
+    ],
+)
+def test_what_argparse_refuses_is_one_line(capsys, arguments, told):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert told in err
+    assert err.startswith("sparda: ")
+    assert err.count("\n") == 1
+    assert len(err) < 1100
+
+
+def test_help_shows_defaults_that_say_something(capsys):
+    for command in ("generate", "plan", "demo"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        assert "(default: None)" not in text
+        assert "(default: False)" not in text
+        assert re.search(r"\(default: \S+\)", text)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"sparda {sj.__version__}\n"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", sj.__version__)
