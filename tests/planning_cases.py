@@ -4,7 +4,6 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from sparda_jax.cache.memory import host_shape
 from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig
 from sparda_jax.inference.generate import (
@@ -97,7 +96,7 @@ class Case:
             model, settings, self.cache, self.batch, self.shapes
         )
         if store is not None:
-            store = host_shape(store.shape, store.dtype)
+            store = store.host_shapes()
             state = state._replace(cache=state.cache._replace(store=store))
         request = Request(
             sampling=sampling_state(SamplingConfig(), 0, self.batch),

@@ -16,7 +16,7 @@ from jax.sharding import (
     SingleDeviceSharding,
 )
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Shaped
 
 from sparda_jax.checks import ConfigError
 
@@ -55,7 +55,7 @@ def host_sharding() -> SingleDeviceSharding:
     return SingleDeviceSharding(device, memory_kind=HOST_KIND)
 
 
-def host_zeros(shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "..."]:
+def host_zeros(shape: tuple[int, ...], dtype: DTypeLike) -> Shaped[Array, "..."]:
     """Zeros in host memory, without a copy of them in device memory.
 
     Raises:

@@ -2,9 +2,9 @@
 
 Who holds what:
 
-  store      host, [Lo, B, K, M, block, 2, H]: every *full* block of the Lo offloaded
-             layers, K and V of a token side by side. Written when a prefill call leaves
-             a layer and when a row's tail block fills; always in place.
+  store      host (`HostStore`): every *full* block of the Lo offloaded layers. Written
+             when a prefill call leaves a layer and when a row's tail block fills;
+             always in place.
   slots      device, per layer: C blocks per row and kv head, with their table
   tail slot  the slot of a row's last, growing block, whose newest tokens exist only
              there. It is in every list of its row, so it is never evicted
@@ -22,12 +22,12 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from sparda_jax.cache.memory import host_sharding, host_zeros, to_device, to_host
+from sparda_jax.cache.codecs import BlockCodec, Parts
+from sparda_jax.cache.host_store import CHUNK_BLOCKS, HostStore
 from sparda_jax.cache.resident import (
     LayerCache,
     check_capacity,
@@ -38,9 +38,6 @@ from sparda_jax.cache.resident import (
 from sparda_jax.cache.slots import SlotTable, empty_table, slot_of
 from sparda_jax.config import CacheConfig, ModelConfig, SparseConfig
 from sparda_jax.sparse.compression import CompressedKeys
-
-# Blocks of one row and head that a prefill call moves to or from the host at a time.
-_CHUNK_BLOCKS = 64
 
 
 class OffloadLayer(NamedTuple):
@@ -69,32 +66,32 @@ class OffloadCache(NamedTuple):
     """The whole cache; see the module's text.
 
     Attributes:
-      store: Host blocks [Lo, B, K, M, block, 2, H].
+      store: Host blocks.
       layers: Lo `OffloadLayer`s of one layer each, or one stacked one.
       first: Layer 0 when it is resident: then layer l is the store's l − 1.
-      staging: Staging areas, each [B*K*P, block, 2, H], where the route reuses them:
-        one, or two when fetches overlap.
+      staging: Staging buffers of B*K*P blocks as they are stored, where the route
+        reuses them: one, or two when fetches overlap.
     """
 
-    store: Float[Array, "Lo B K M block 2 H"]
+    store: HostStore
     layers: tuple[OffloadLayer, ...]
     first: LayerCache | None
-    staging: tuple[Float[Array, "J block 2 H"], ...]
+    staging: tuple[Parts, ...]
 
     @property
     def batch(self) -> int:
         """B."""
-        return self.store.shape[1]
+        return self.store.lead[1]
 
     @property
     def num_blocks(self) -> int:
         """M, blocks of capacity per row."""
-        return self.store.shape[3]
+        return self.store.lead[3]
 
     @property
     def capacity(self) -> int:
         """Tokens that a row can hold."""
-        return self.num_blocks * self.store.shape[4]
+        return self.num_blocks * self.store.block_shape[0]
 
     @property
     def num_slots(self) -> int:
@@ -132,6 +129,7 @@ def init_offload(
     storage: Literal["stacked", "per_layer"],
     width: int,
     staging: int,
+    codec: BlockCodec,
     abstract: bool = False,
 ) -> OffloadCache:
     """An empty cache.
@@ -145,7 +143,8 @@ def init_offload(
       dtype: Type of KV and compressed keys.
       storage: As the model's layers are stored.
       width: P, blocks that a token attends to at most.
-      staging: Staging areas to keep (`OffloadCache.staging`).
+      staging: Staging buffers to keep (`OffloadCache.staging`).
+      codec: How blocks are stored.
       abstract: Give the host store's type only, to lower without allocating it (call
         under `jax.eval_shape` for the rest).
 
@@ -184,19 +183,15 @@ def init_offload(
         first = init_layer(
             config, sparse, layers=1, batch=batch, blocks=blocks, dtype=dtype
         )
-    shape = (offloaded, batch, heads, blocks, *block)
+    store = HostStore.empty(
+        (offloaded, batch, heads, blocks), block, dtype, codec, abstract=abstract
+    )
     count = 1 if storage == "stacked" else offloaded
     return OffloadCache(
-        store=(
-            jax.ShapeDtypeStruct(shape, dtype)  # pyrefly: ignore[bad-argument-type]
-            if abstract
-            else host_zeros(shape, dtype)
-        ),
+        store=store,
         layers=tuple(one() for _ in range(count)),
         first=first,
-        staging=tuple(
-            jnp.zeros((batch * heads * width, *block), dtype) for _ in range(staging)
-        ),
+        staging=tuple(store.staging(batch * heads * width) for _ in range(staging)),
     )
 
 
@@ -229,18 +224,14 @@ def grow_offload(
             importance=None if layer.importance is None else keys(layer.importance),
         )
 
-    rows = cache.batch * cache.store.shape[2] * width
-    areas = tuple(
-        jnp.zeros((rows, *area.shape[1:]), area.dtype) for area in cache.staging
-    )
-    widths = [(0, 0)] * cache.store.ndim
-    widths[3] = (0, blocks - cache.num_blocks)
-    store = np.pad(np.asarray(cache.store), widths)
+    _, batch, heads, _ = cache.store.lead
     return OffloadCache(
-        store=jax.device_put(store, host_sharding()),
+        store=cache.store.grow(blocks),
         layers=tuple(one(layer) for layer in cache.layers),
         first=None if cache.first is None else grow_layer(cache.first, blocks, sparse),
-        staging=areas,
+        staging=tuple(
+            cache.store.staging(batch * heads * width) for _ in cache.staging
+        ),
     )
 
 
@@ -264,7 +255,8 @@ def _put_tree(stack: OffloadLayer, layer: OffloadLayer, index: int | Array):
 
 def scratch_kv(cache: OffloadCache) -> Float[Array, "1 B K M block 2 H"]:
     """Room on the device for one layer's whole KV."""
-    return jnp.zeros((1, *cache.store.shape[1:]), cache.store.dtype)
+    store = cache.store
+    return jnp.zeros((1, *store.lead[1:], *store.block_shape), store.dtype)
 
 
 def load_layer(
@@ -282,18 +274,14 @@ def load_layer(
       start: Tokens that each row holds.
     """
     layer, place = cache.place(index)
-    _, batch, heads, blocks, block, _, dim = cache.store.shape
-    chunk = min(_CHUNK_BLOCKS, blocks)
+    _, batch, heads, blocks = cache.store.lead
+    block, chunk = cache.store.block_shape[0], min(CHUNK_BLOCKS, blocks)
     needed = -(-jnp.max(start) // (chunk * block))
 
     def load(number: Array, scratch: Array) -> Array:
         first = jnp.minimum(number * chunk, blocks - chunk)
-        piece = lax.dynamic_slice(
-            cache.store,
-            (index, 0, 0, first, 0, 0, 0),
-            (1, batch, heads, chunk, block, 2, dim),
-        )
-        return lax.dynamic_update_slice_in_dim(scratch, to_device(piece), first, 3)
+        piece = cache.store.read(index, first, chunk)
+        return lax.dynamic_update_slice_in_dim(scratch, piece, first, 3)
 
     kv = lax.fori_loop(0, needed, load, scratch)
     # The tail's newest tokens are in its slot alone.
@@ -333,19 +321,18 @@ def write_back_layer(
       count: New tokens of each row; a row without any keeps its slots.
     """
     layer, place = cache.place(index)
-    batch, heads, blocks, block = cache.store.shape[1:5]
-    chunk, slots = min(_CHUNK_BLOCKS, blocks), cache.num_slots
+    _, batch, heads, blocks = cache.store.lead
+    block, slots = cache.store.block_shape[0], cache.num_slots
+    chunk = min(CHUNK_BLOCKS, blocks)
     end = start + count
     fresh = count > 0
     bottom = jnp.min(jnp.where(fresh, start, cache.capacity)) // (chunk * block)
     top = -(-jnp.max(jnp.where(fresh, end, 0)) // (chunk * block))
 
-    def save(number: Array, store: Array) -> Array:
+    def save(number: Array, store: HostStore) -> HostStore:
         first = jnp.minimum(number * chunk, blocks - chunk)
         piece = lax.dynamic_slice_in_dim(working.kv, first, chunk, 3)
-        return lax.dynamic_update_slice(
-            store, to_host(piece), (index, 0, 0, first, 0, 0, 0)
-        )
+        return store.write(piece, layer=index, block=first)
 
     store = lax.fori_loop(bottom, top, save, cache.store)
 
@@ -393,7 +380,7 @@ def write_back_full_blocks(
     """
     order = jnp.argsort(~full, stable=True)
 
-    def save(turn: Array, store: Array) -> Array:
+    def save(turn: Array, store: HostStore) -> HostStore:
         row = order[turn]
         pieces = []
         for layer in cache.layers:
@@ -402,8 +389,7 @@ def write_back_full_blocks(
             depth, heads = jnp.ogrid[: slot.shape[0], : slot.shape[1]]
             pieces.append(layer.slots[depth, row, heads, slot])
         piece = jnp.concatenate(pieces)[:, None, :, None]  # Lo 1 K 1 block 2 H
-        at = (0, row, 0, block[row], 0, 0, 0)
-        return lax.dynamic_update_slice(store, to_host(piece), at)
+        return store.write(piece, row=row, block=block[row])
 
     count = jnp.sum(full, dtype=jnp.int32)
     return cache._replace(store=lax.fori_loop(0, count, save, cache.store))

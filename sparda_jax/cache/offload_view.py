@@ -206,7 +206,8 @@ class OffloadView(NamedTuple):
         assert fetch.staged is not None
         flat = slots.reshape(-1, *slots.shape[4:])
         plan = fetch.plan
-        flat = commit_blocks(flat, fetch.staged, plan.targets, count=plan.bound)
+        staged = settings.offload.codec.decode(fetch.staged, slots.dtype)
+        flat = commit_blocks(flat, staged, plan.targets, count=plan.bound)
         pool = lookahead.pool.release(fetch.staged, settings.offload)
         fetches = self.fetches._replace(
             hits=self.fetches.hits + plan.hits,

@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.plan_slots.api import plan_slots
 from pallas_kernels.plan_slots.plan import SlotPlan
+from sparda_jax.cache.codecs import Parts
+from sparda_jax.cache.host_store import HostStore
 from sparda_jax.cache.offload import OffloadLayer
 from sparda_jax.cache.settings import LayerSettings, OffloadSettings, TileState
 from sparda_jax.cache.slots import SlotTable, table_at
@@ -26,12 +28,13 @@ class BlockFetch(NamedTuple):
       blocks: The list [B, K, P], −1 padded.
       plan: The slots that it takes, the blocks to copy, and the slots' contents once
         they are committed.
-      staged: The copied blocks [B*K*P, block, 2, H]; None before the copy started.
+      staged: The copied blocks as they are stored, B*K*P of them; None before the copy
+        started.
     """
 
     blocks: Int[Array, "B K P"]
     plan: SlotPlan
-    staged: Float[Array, "J block 2 H"] | None = None
+    staged: Parts | None = None
 
     @property
     def table(self) -> SlotTable:
@@ -84,18 +87,16 @@ def plan_fetch(
 class StagingPool(NamedTuple):
     """Staging buffers that are free, where the route reuses them; else none."""
 
-    areas: tuple[Float[Array, "J block 2 H"], ...] = ()
+    areas: tuple[Parts, ...] = ()
 
-    def take(self) -> tuple[Float[Array, "J block 2 H"] | None, "StagingPool"]:
+    def take(self) -> tuple[Parts | None, "StagingPool"]:
         """A buffer to fetch into, or None, and the pool without it."""
         if not self.areas:
             return None, self
         *rest, area = self.areas
         return area, StagingPool(tuple(rest))
 
-    def release(
-        self, staged: Float[Array, "J block 2 H"], offload: OffloadSettings
-    ) -> "StagingPool":
+    def release(self, staged: Parts, offload: OffloadSettings) -> "StagingPool":
         """The pool with a buffer whose blocks are committed."""
         if not offload.route.reuses_staging:
             return self
@@ -156,7 +157,7 @@ class Lookahead(NamedTuple):
 
     next_layer: NextLayer | None = None
     fetch: BlockFetch | None = None
-    store: Float[Array, "Lo B K M block 2 H"] | None = None
+    store: HostStore | None = None
     pool: StagingPool = StagingPool()
 
     def plan_next(
@@ -184,12 +185,16 @@ class Lookahead(NamedTuple):
         """The fetch with its copies started, and the pool without their buffer."""
         assert self.store is not None and settings.offload is not None
         area, pool = self.pool.take()
-        staged = settings.offload.route.fetch(
-            self.store.reshape(-1, *self.store.shape[4:]),
-            fetch.plan.sources,
-            fetch.plan.bound,
-            area,
-            on_side_stream=on_side_stream,
+        parts = self.store.flat()
+        staged = tuple(
+            settings.offload.route.fetch(
+                part,
+                fetch.plan.sources,
+                fetch.plan.bound,
+                into,
+                on_side_stream=on_side_stream,
+            )
+            for part, into in zip(parts, area or (None,) * len(parts), strict=True)
         )
         return fetch._replace(staged=staged), self._replace(pool=pool)
 

@@ -4,10 +4,8 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Shaped
 
-from sparda_jax.cache.memory import host_sharding
 from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.cache.resident import KVCache
 
@@ -33,19 +31,13 @@ def copy_rows(
 
     if isinstance(cache, KVCache):
         return copy(cache)
-    # An index by a list copies; on a CPU the new array may go on using that memory.
-    store = np.asarray(cache.store)[:, list(rows)]
-    count = len(rows)
-
-    def empty(area: Array) -> Array:
-        """A staging area: what lies in one means nothing between two calls."""
-        return jnp.zeros(
-            (area.shape[0] // cache.batch * count, *area.shape[1:]), area.dtype
-        )
-
+    # What lies in a staging buffer means nothing between two calls.
     return OffloadCache(
-        store=jax.device_put(store, host_sharding()),
+        store=cache.store.copy_rows(rows),
         layers=copy(cache.layers),
         first=copy(cache.first),
-        staging=tuple(empty(area) for area in cache.staging),
+        staging=tuple(
+            cache.store.staging(area[0].shape[0] // cache.batch * len(rows))
+            for area in cache.staging
+        ),
     )

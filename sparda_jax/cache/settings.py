@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation
+from sparda_jax.cache.codecs import BlockCodec
 from sparda_jax.cache.routes import FetchRoute
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.models.rope import Rotation
@@ -25,12 +26,14 @@ class OffloadSettings:
       lookahead: Layer l starts the fetch for layer l + 1.
       verify: The layer's own queries have the last word.
       recall_every: Steps between comparisons of forecast and own queries; 0 never.
+      codec: How blocks are kept in host memory.
     """
 
     route: FetchRoute
     lookahead: bool
     verify: bool = False
     recall_every: int = 0
+    codec: BlockCodec = dataclasses.field(default_factory=BlockCodec)
 
     @property
     def on_side_stream(self) -> bool:

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
@@ -259,8 +258,8 @@ class Session:
             return steps - warm - timed  # too little to judge by: the next call may
         cache = self.state.cache
         assert isinstance(cache, OffloadCache)
-        block, head_dim = cache.store.shape[4], cache.store.shape[6]
-        block_bytes = math.prod(cache.store.shape[4:]) * cache.store.dtype.itemsize
+        block, _, head_dim = cache.store.block_shape
+        block_bytes = cache.store.bytes_per_block
         probe = Probe(
             step_seconds=seconds / done,
             missed_bytes=(self._fetched() - before[1]) * block_bytes / done,
@@ -432,7 +431,7 @@ class Session:
         cache, offload = self.state.cache, self.settings.offload
         if offload is None or not isinstance(cache, OffloadCache):
             return None
-        block_bytes = math.prod(cache.store.shape[4:]) * cache.store.dtype.itemsize
+        block_bytes = cache.store.bytes_per_block
         return offload_stats(self.state.fetches, offload, block_bytes=block_bytes)
 
     def output(self, *, split: bool) -> GenerateOutput:

@@ -366,6 +366,7 @@ def new_state(
             **kind,
             width=_list_width(shapes, settings),
             staging=areas,
+            codec=offload.codec,
             abstract=abstract,
         )
     zeros = functools.partial(jnp.zeros, (batch,))

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
+from sparda_jax.cache.codecs import BlockCodec, Parts
 from sparda_jax.cache.counters import FetchCounters
-from sparda_jax.cache.memory import host_sharding
+from sparda_jax.cache.host_store import HostStore
 from sparda_jax.cache.offload import OffloadCache, OffloadLayer
 from sparda_jax.cache.offload_view import OffloadView
 from sparda_jax.cache.prefetch import BlockFetch, Lookahead, NextLayer
@@ -127,14 +128,14 @@ def _finish(
     return after_step(state, carry, scores, request, settings)
 
 
-@jax.jit
-def _tails(layer: OffloadLayer, block: Int[Array, " B"]) -> Float[Array, "B K *kv"]:
-    """Every row's block of that id, out of its slot."""
+@functools.partial(jax.jit, static_argnames="codec")
+def _tails(layer: OffloadLayer, block: Int[Array, " B"], codec: BlockCodec) -> Parts:
+    """Every row's block of that id, out of its slot and as it is stored."""
     _, batch, heads = layer.slots.shape[:3]
     wanted = jnp.broadcast_to(block[:, None], (batch, heads))
     slot = jnp.maximum(slot_of(layer.table.blocks[0], wanted), 0)
     rows, kv_heads = jnp.ogrid[:batch, :heads]
-    return layer.slots[0, rows, kv_heads, slot]
+    return codec.encode(layer.slots[0, rows, kv_heads, slot])
 
 
 def _unstack(layers: tuple[OffloadLayer, ...]) -> list[OffloadLayer]:
@@ -160,13 +161,17 @@ def _layer_weights(model: Decoder) -> list[DecoderLayer]:
     return [jax.tree.map(lambda x, i=i: x[i], model.layers) for i in range(count)]
 
 
-def _staged(fetch: BlockFetch, store: np.ndarray) -> BlockFetch:
+def _staged(fetch: BlockFetch, store: tuple[np.ndarray, ...]) -> BlockFetch:
     """The fetch with its missing blocks on their way to the device."""
     sources = np.asarray(fetch.plan.sources)
-    blocks = np.empty((len(sources), *store.shape[1:]), store.dtype)
     missing = sources >= 0
-    blocks[missing] = store[sources[missing]]
-    return fetch._replace(staged=jax.device_put(blocks))
+    staged = []
+    for part in store:
+        flat = part.reshape(-1, *part.shape[4:])
+        blocks = np.empty((len(sources), *flat.shape[1:]), flat.dtype)
+        blocks[missing] = flat[sources[missing]]
+        staged.append(jax.device_put(blocks))
+    return fetch._replace(staged=tuple(staged))
 
 
 def decode_host_loop(
@@ -182,8 +187,7 @@ def decode_host_loop(
     """
     cache, offload = state.cache, settings.offload
     assert isinstance(cache, OffloadCache) and offload is not None
-    host = np.array(cache.store)
-    flat = host.reshape(-1, *host.shape[4:])
+    host = cache.store.to_numpy()
     layers, first = _unstack(cache.layers), cache.first
     blocks = [
         layer_block(model, layer, index, settings)
@@ -218,7 +222,7 @@ def decode_host_loop(
             counts.append(FetchCounters.zero())
         for index, block in enumerate(blocks[cache.resident_layers :]):
             if fetch is not None:
-                fetch = _staged(fetch, flat)
+                fetch = _staged(fetch, host)
             view = OffloadView(
                 layers[index], 0, jnp.int32(index), fetch, FetchCounters.zero()
             )
@@ -227,7 +231,7 @@ def decode_host_loop(
                 middle = _choose(block, activations, view, ahead, tile, settings)
                 view = middle.view
                 assert isinstance(view, OffloadView) and view.fetch is not None
-                view = view._replace(fetch=_staged(view.fetch, flat))
+                view = view._replace(fetch=_staged(view.fetch, host))
                 middle = middle._replace(view=view)
                 result = _attend(block, middle, activations, tile, settings)
             else:
@@ -239,14 +243,14 @@ def decode_host_loop(
         lengths = np.asarray(state.lengths)
         full = ~done & (lengths % block_size == block_size - 1)
         if full.any():
-            _save_tails(host, layers, full, lengths // block_size)
+            _save_tails(cache.store, host, layers, full, lengths // block_size)
         fetches = jax.tree.map(lambda *parts: jnp.stack(parts), *counts)
         state = _finish(model, state, activations, fetches, request, settings)
         if must_pause(state, request):
             break
 
     cache = cache._replace(
-        store=jax.device_put(host, host_sharding()),
+        store=cache.store.with_numpy(host),
         layers=_restack(layers, cache.layers),
         first=first,
     )
@@ -254,13 +258,15 @@ def decode_host_loop(
 
 
 def _save_tails(
-    host: np.ndarray,
+    store: HostStore,
+    host: tuple[np.ndarray, ...],
     layers: list[OffloadLayer],
     full: Bool[np.ndarray, " B"],
     block: Int[np.ndarray, " B"],
 ) -> None:
     """Writes the tail blocks that have filled up to the host store."""
     for index, layer in enumerate(layers):
-        tails = np.asarray(_tails(layer, jnp.asarray(block, jnp.int32)))
-        for row in np.flatnonzero(full):
-            host[index, row, :, block[row]] = tails[row]
+        tails = _tails(layer, jnp.asarray(block, jnp.int32), store.codec)
+        for part, tail in zip(host, map(np.asarray, tails), strict=True):
+            for row in np.flatnonzero(full):
+                part[index, row, :, block[row]] = tail[row]

@@ -156,7 +156,7 @@ def prefill(
         view, last = ResidentView(load_layer(cache, index, scratch, start), 0), None
         if settings.selector.lists_blocks(cache.num_blocks, settings.sparse):
             shape = (
-                *cache.store.shape[1:3],
+                *cache.store.lead[1:3],
                 budget_width(settings.sparse, cache.num_blocks),
             )
             last = jnp.full(shape, -1, jnp.int32)

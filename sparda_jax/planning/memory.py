@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.block_scores import api as block_scores
 from pallas_kernels.block_sparse_attention import api as block_sparse_attention
 from pallas_kernels.paged_decode_attention import api as paged_decode_attention
+from sparda_jax.cache.host_store import HostStore
 from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig, ModelConfig
@@ -141,7 +142,7 @@ def abstract_state(
     cache: CacheConfig,
     batch: int,
     shapes: Shapes,
-) -> tuple[GenerateState, jax.ShapeDtypeStruct | None]:
+) -> tuple[GenerateState, HostStore | None]:
     """A generation state of shapes, and its host store, which the state then lacks.
 
     Args:
@@ -151,16 +152,14 @@ def abstract_state(
       batch: B.
       shapes: Sizes.
     """
-    found: list[jax.ShapeDtypeStruct] = []
+    found: list[HostStore] = []
 
     def make(model: Decoder) -> GenerateState:
         state = new_state(model, settings, batch, shapes, cache, abstract=True)
         if not isinstance(state.cache, OffloadCache):
             return state
-        # The store is no array here, and must not leave the traced function as one.
-        store = state.cache.store
-        assert isinstance(store, jax.ShapeDtypeStruct)
-        found.append(store)
+        # The store has no arrays here, and must not leave the traced function.
+        found.append(state.cache.store)
         kept = state.cache._replace(store=None)  # pyrefly: ignore[bad-argument-type]
         return state._replace(cache=kept)
 
@@ -401,6 +400,10 @@ def memory_plan(
     width = settings.selector.list_width(blocks, sparse)
     block_bytes = sparse.block_size * 2 * config.head_dim * size
     area = batch * config.num_kv_heads * width * block_bytes
+    if settings.offload is not None:
+        shape = (sparse.block_size, 2, config.head_dim)
+        stored = settings.offload.codec.bytes_per_block(shape, name)
+        area = batch * config.num_kv_heads * width * stored
     staging, offload = state.staging, settings.offload
     if offload is not None and not offload.route.reuses_staging:
         # The kernels and NumPy bring their own: what lands, and what is under way.

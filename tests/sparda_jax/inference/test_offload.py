@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from codec_cases import Float16, Halves
 
 import sparda_jax as sj
+from sparda_jax.cache.codecs import BlockCodec
 from sparda_jax.cache.lint import lint_host_operands
 from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig, ConfigError, SparseConfig
@@ -45,6 +47,7 @@ class Case:
     recall_every: int = 0
     route: str = "auto"
     sparse: SparseConfig = SPARSE
+    codec: BlockCodec = dataclasses.field(default_factory=BlockCodec)
 
     @property
     def cache(self) -> CacheConfig:
@@ -126,6 +129,8 @@ def _settings(case: Case, model, offload: bool) -> LayerSettings:
         # What verifying must give: the own queries' choice.
         selector = LayerSettings(model.config, case.sparse, selector).own_query
     how = offload_settings(case.cache, selector) if offload else None
+    if how is not None:
+        how = dataclasses.replace(how, codec=case.codec)
     return LayerSettings(model.config, case.sparse, selector, offload=how)
 
 
@@ -205,6 +210,7 @@ CASES = (
             # A quota that the budget has no room for.
             Case("nosa", nosa=True, sparse=SMALL),
             Case("sparda", nosa=True, sparse=SMALL),
+            Case(codec=Halves(), exactness="verify"),
         )
     ),
 )
@@ -222,6 +228,16 @@ def test_conversation_equals_resident(case, deeper, resident):
         assert 0 < int(fetches.repaired.sum()) < int(fetches.fetched.sum())
     if case.recall_every or case.exactness == "verify":
         assert 0 < int(fetches.recall_hits.sum()) <= int(fetches.recall_total.sum())
+
+
+@pytest.mark.slow
+def test_a_lossy_host_format_rounds_what_it_keeps(deeper, resident):
+    case = Case(codec=Float16())
+    expected = resident(case, TALK)
+    got = _run(case, deeper(False, "stacked"), TALK, offload=True)
+    for want, have in zip(expected, got, strict=True):
+        np.testing.assert_allclose(have[0], want[0], atol=0.05)
+        assert (np.asarray(have[0]) != want[0]).any()
 
 
 # Every way to attend with the budget, one more, twice as many and all; storage and
@@ -396,7 +412,7 @@ def test_routes_leave_the_same_cache(lm, prompts):
         out = sj.generate(sj.with_attention(lm, "sparda", cache=cache), prompts, **HOT)
         caches.append(out.conversation.state.cache)
     first, second = caches
-    np.testing.assert_array_equal(np.asarray(first.store), np.asarray(second.store))
+    np.testing.assert_array_equal(first.store.to_numpy(), second.store.to_numpy())
     for a, b in zip(first.layers, second.layers, strict=True):
         np.testing.assert_array_equal(a.table.blocks, b.table.blocks)
         np.testing.assert_array_equal(a.slots, b.slots)

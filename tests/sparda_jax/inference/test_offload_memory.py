@@ -5,13 +5,10 @@ ever allocated. On a CPU the compiler counts the host store among the arguments;
 taken off here by its exact size.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
 
-from sparda_jax.cache.memory import host_shape
 from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig
 from sparda_jax.inference.generate import (
@@ -46,7 +43,7 @@ def _compiled(call, context, **static):
     shapes = Shapes(prompt=context, new=32, capacity=context, tile=tile)
     state, store = abstract_state(model, settings, CACHE, 1, shapes)
     assert store is not None
-    store = host_shape(store.shape, store.dtype)
+    store = store.host_shapes()
     state = state._replace(cache=state.cache._replace(store=store))
     request = Request(
         sampling=sampling_state(SamplingConfig(), 0, 1),
@@ -62,8 +59,7 @@ def _compiled(call, context, **static):
         arguments = [Prompt(ids, count), request]
     lowered = call.lower(model, state, *arguments, settings=settings, **static)
     analysis = lowered.compile().memory_analysis()
-    size = functools.reduce(lambda a, b: a * b, store.shape) * 4
-    return analysis, size
+    return analysis, store.nbytes
 
 
 def _device_bytes(analysis, store: int) -> int:

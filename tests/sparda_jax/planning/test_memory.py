@@ -139,7 +139,7 @@ def test_persistent_parts_equal_real_arrays(case, deeper):
     if case.kind == "offload":
         assert found.host == state.cache.store.nbytes
         assert found.slots == sum(layer.slots.nbytes for layer in state.cache.layers)
-        assert found.staging == sum(area.nbytes for area in state.cache.staging)
+        assert found.staging == tree_bytes(state.cache.staging)
 
 
 def test_8b_device_bytes_grow_by_keys_and_scratch_alone():
