@@ -8,7 +8,9 @@ beside it. Every operation has one public function with the same last argument,
 * ``"triton"``: Pallas, compute capability 8.0 and newer, while JAX keeps it;
 * ``"xla"``: tiled XLA, every device, the one that serves CPUs;
 * ``None``: a Pallas form where its numerics and speed were recorded for this
-  device kind (``tuned/<device>/<op>.json``), otherwise ``"xla"``.
+  device kind (``tuned/<device>/<op>.json``); on a GPU without a record what serves the
+  nearest recorded one, once it has proved its numerics here (``dispatch.py``,
+  ``proof.py``); otherwise ``"xla"``. ``device.describe()`` tells which, and why.
 """
 
 from pallas_kernels.block_scores.api import block_scores, select_blocks

@@ -16,7 +16,7 @@ from pallas_kernels._common.devices import (
     current_platform,
     require_cuda,
 )
-from pallas_kernels.dispatch import Implementation, candidates, tuned_record
+from pallas_kernels.dispatch import Implementation, choice
 from pallas_kernels.probes import PROBES, Probe
 
 __all__ = [
@@ -85,40 +85,40 @@ class DeviceReport:
 def describe() -> DeviceReport:
     """What serves each operation on the device that a call would run or lower for.
 
-    Nothing is run: each implementation is asked, in the order in which ``dispatch``
-    tries them, whether it takes a small call of typical sizes. Other sizes may be
-    refused where these are not (a head dim that a kernel cannot tile).
+    Each implementation is asked, in the order in which ``dispatch`` tries them, whether
+    it takes a small call of typical sizes. Other sizes may be refused where these are
+    not (a head dim that a kernel cannot tile). Nothing is run, but for kernels that no
+    record vouches for (``proof.py``), once.
 
     Example:
       >>> from pallas_kernels.device import describe
       >>> describe().ops[0].implementation in ("mosaic_gpu", "triton", "xla")
       True
     """
-    ops: dict[str, ServedOp] = {}
+    ops: list[ServedOp] = []
     for op, probes in PROBES.items():
-        for probe in probes:
-            served = _served(op, probe)
-            ops.setdefault(str(served), served)
+        served = [_served(op, probe) for probe in probes]
+        alike = [dataclasses.replace(x, sizes={}) for x in served]
+        if all(x == alike[0] for x in alike):
+            served = alike
+        ops += [x for i, x in enumerate(served) if x not in served[:i]]
     return DeviceReport(
         kind=current_device_kind(),
         platform=current_platform(),
         compute_capability=current_compute_capability(),
         jax_version=jax.__version__,
-        ops=tuple(ops.values()),
+        ops=tuple(ops),
     )
 
 
 def _served(op: str, probe: Probe) -> ServedOp:
-    order = candidates(op, None, probe.sizes)
-    record = tuned_record(op, current_device_kind())
-    why = f"recorded with jax {record['jax']}" if record else "no record of this device"
+    found = choice(op, probe.sizes)
     refused: dict[str, str] = {}
-    for name in order:
+    for name in found.order:
         refusal = None if name == "xla" else probe.refusal(name)
         if refusal is None:
             break
         refused[name] = refusal
     else:
         raise AssertionError(f"nothing serves {op}; xla does not refuse")
-    sizes = probe.sizes if record.get("orders") else {}
-    return ServedOp(op, sizes, name, why, refused)
+    return ServedOp(op, probe.sizes, name, found.why, refused)

@@ -16,6 +16,9 @@ os.environ.setdefault(
     "XLA_FLAGS", "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT"
 )
 
+# What this machine's user has tuned or found out is no part of the tests.
+os.environ["PALLAS_KERNELS_CACHE"] = os.devnull
+
 import jaxtyping
 from jaxtyping import install_import_hook
 

@@ -1,10 +1,19 @@
 """Cases and checks that the kernel tests share."""
 
+import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels._common.tolerances import relative_error, tolerance
 from pallas_kernels._common.triton import MAX_TILE_BYTES
+
+
+def on_device(kind, platform="cuda"):
+    """A context in which calls lower for a device that is not at hand."""
+    device = AbstractDevice(kind, None, platform)
+    mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def in_ci(specs):

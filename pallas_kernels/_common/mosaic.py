@@ -49,7 +49,8 @@ def require_mosaic_sizes(dtype: Any, head_dim: int, block: int) -> None:
         raise NotImplementedError(
             f"mosaic_gpu needs a block size of 16, 32, 64 or 128, not {block}"
         )
-    require_cuda("mosaic_gpu", 9.0)
+    # Hopper has the matrix instruction wgmma; later devices have others.
+    require_cuda("mosaic_gpu", 9.0, below=10.0)
 
 
 def require_attention_sizes(

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels._common.cache import cache_directory
 from pallas_kernels._common.devices import current_device_kind, device_slug
 from pallas_kernels.dispatch import IMPLEMENTATIONS, TUNED
 from pallas_kernels.tuning.cases import CASES
@@ -39,6 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help="write the record")
     parser.add_argument("--out", type=Path, help="write it to this folder instead")
     parser.add_argument(
+        "--user",
+        action="store_true",
+        help="write it to the user's cache directory, where it is found first",
+    )
+    parser.add_argument(
         "--implementation",
         nargs="+",
         default=(),
@@ -49,14 +55,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--case", nargs="+", default=(), type=_sizes, help="only these, as in B=64"
     )
     args = parser.parse_args(argv)
-    folder = args.out or (TUNED / device_slug(current_device_kind()))
+    tuned = cache_directory() / "tuned" if args.user else TUNED
+    folder = args.out or tuned / device_slug(current_device_kind())
     path = folder / f"{args.op}.json"
     old: dict[str, Any] = {}
     if path.is_file():
         old = json.loads(path.read_text(encoding="utf-8"))
 
     def write(record: Mapping[str, Any]) -> None:
-        if not (args.write or args.out):
+        if not (args.write or args.out or args.user):
             return
         record = merged(old, record, bool(args.implementation or args.case))
         folder.mkdir(parents=True, exist_ok=True)

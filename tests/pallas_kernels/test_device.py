@@ -2,7 +2,7 @@
 
 import jax
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from kernel_cases import on_device
 
 from pallas_kernels.device import describe
 from pallas_kernels.dispatch import tuned_record
@@ -10,9 +10,7 @@ from pallas_kernels.probes import PROBES
 
 
 def described(kind, platform="cuda"):
-    device = AbstractDevice(kind, None, platform)
-    mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with on_device(kind, platform):
         return describe()
 
 

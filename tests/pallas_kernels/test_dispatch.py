@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
+from kernel_cases import on_device
 
 import pallas_kernels
 from pallas_kernels import dispatch
@@ -78,9 +79,7 @@ def test_unknown_devices_take_xla():
 
 
 def test_a_record_may_tell_cases_apart():
-    device = AbstractDevice("NVIDIA H200", None, "cuda")
-    mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with on_device("NVIDIA H200"):
         first = {
             softmax: dispatch.candidates("block_scores", None, {"softmax": softmax})[0]
             for softmax in (False, True)
@@ -200,9 +199,7 @@ def test_unions_of_too_many_tokens():
 @pytest.mark.parametrize("platform", ["gpu", "cuda"], ids=["mesh", "lowering"])
 def test_platform_of_a_mesh(platform):
     """Inside `shard_map` the mesh names its devices "gpu", a lowering names "cuda"."""
-    device = AbstractDevice("NVIDIA H200", None, platform)
-    mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with on_device("NVIDIA H200", platform):
         assert current_platform() == "cuda"
         require_cuda("triton", 8.0)
 
