@@ -21,6 +21,7 @@ from sparda_jax.sparse.selectors import Selector
 _FIXED_BY_OFFLOAD = ("device_blocks", "layer0", "route", "prefetch", "exactness")
 # A name and the tokens that begin and end a text change nothing in a cache.
 _FREE_OF_CONFIG = ("name", "bos_id", "eos_ids")
+_MOST_ROWS = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,21 +165,21 @@ class Conversation:
           ConfigError: If the conversation is used up, has several rows to be copied
             `rows` times, or the copy does not fit.
         """
-        held = len(self.lengths)
-        chosen = list(range(held))
+        lengths = self.lengths
+        chosen = list(range(self.state.lengths.shape[0]))
         if rows is not None:
-            chosen = [0] * integer(1)("rows", rows)
-            if held != 1:
+            chosen = [0] * integer(1, _MOST_ROWS)("rows", rows)
+            if len(lengths) != 1:
                 raise ConfigError(
-                    f"rows={rows} is not allowed: this conversation has {held} rows, "
-                    "and only one row can be copied several times"
+                    f"rows={rows} is not allowed: this conversation has {len(lengths)} "
+                    "rows, and only one row can be copied several times"
                 )
+            lengths *= len(chosen)
         with self._claim.lock:
             self.check_unused()
             refuse_copy(self.state, len(chosen), self.made_with.cache)
             # Once these are done, a turn may write over the buffers.
             state = jax.block_until_ready(copy_state(self.state, chosen))
-        lengths = tuple(self.lengths[row] for row in chosen)
         return dataclasses.replace(self, state=state, lengths=lengths, _claim=_Claim())
 
     def __repr__(self) -> str:
@@ -197,7 +198,7 @@ class Conversation:
         if len(self.lengths) != rows:
             raise ConfigError(
                 f"prompts has {rows} sequences: the conversation has "
-                f"{len(self.lengths)}"
+                f"{len(self.lengths)}; fork(rows=…) makes several of one"
             )
         self.made_with.check(lm)
         broken = np.flatnonzero(np.asarray(self.state.broken))
