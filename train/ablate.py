@@ -34,9 +34,11 @@ from train.config import (
     load_config,
     with_overrides,
 )
+from train.init import initial_heads
 from train.metrics import keep_json
+from train.optimizer import make_optimizer
 from train.run import Run
-from train.step import Gradients, initial_heads, make_gradients, make_optimizer
+from train.step import Gradients, make_gradients
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,21 +33,14 @@ from sparda_jax.config import ModelConfig
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.models.presets import get_preset
 from sparda_jax.models.weights import random_decoder
+from train.backbone import Batch, LayerView, Settings, attend, run_backbone
 from train.config import LossConfig, OptimizerConfig
-from train.loss import Documents
+from train.init import initial_heads
 from train.metrics import keep_json
-from train.step import (
-    Batch,
-    LayerView,
-    Settings,
-    attend,
-    initial_heads,
-    initial_state,
-    make_mesh,
-    make_optimizer,
-    make_step,
-    run_backbone,
-)
+from train.optimizer import initial_state, make_optimizer
+from train.sharding import make_mesh
+from train.step import make_step
+from train.tiles import Documents
 
 LOSSES = {
     "reference": LossConfig(mask_short_rows=True),

@@ -37,9 +37,9 @@ from sparda_jax.checkpoint.errors import CheckpointError
 from sparda_jax.checkpoint.forecast import ForecastWeights, save_forecast
 from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
 from train.config import CheckpointConfig
+from train.optimizer import TrainState
 from train.processes import on_first
 from train.seal import fault, seal
-from train.step import TrainState
 
 METRIC = "recall"
 

@@ -1,4 +1,4 @@
-"""First Forecast heads by least squares: what `init="regression"` does.
+"""First Forecast heads; by least squares where `init="regression"` asks for them.
 
 A query head of layer l is a linear map of l's normalised input, and a forecast is one
 of the input of layer l − 1. So the best linear guess at each query head, from what the
@@ -26,23 +26,31 @@ from tqdm import tqdm
 
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.models.rope import Rotation, apply_rope
+from sparda_jax.models.weights import from_query_heads
+from train.backbone import Batch, LayerView, Settings, attend, run_backbone
 from train.loss import distill_layer
-from train.step import (
-    AXIS,
-    Batch,
-    LayerView,
-    Settings,
-    attend,
-    make_gather,
-    make_gradients,
-    model_specs,
-    run_backbone,
-)
+from train.sharding import AXIS, make_gather, model_specs
+from train.step import make_gradients
 
 # Of the mean eigenvalue: directions that the inputs never take stay at rest.
 _RIDGE = 1e-4
 # A rate at which a matrix would not survive.
 _WEIGHT_RATE = 0.05
+
+
+def initial_heads(model: Decoder, how: str, seed: int) -> Float[Array, "L D KH"]:
+    """Float32 heads before training: `kaiming` (§4.1), else `from_query`."""
+    config = model.config
+    if how != "kaiming":
+        return jnp.stack([x.astype(jnp.float32) for x in from_query_heads(model)])
+    shape = (
+        config.num_layers,
+        config.hidden_size,
+        config.num_kv_heads * config.head_dim,
+    )
+    bound = config.hidden_size**-0.5
+    key = jax.random.key(seed)
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
 def query_moments(
@@ -69,7 +77,7 @@ def query_moments(
         lists = distill_layer(
             view.q,
             view.k,
-            view.phi,
+            view.forecast,
             batch.documents,
             view.key_bias,
             sparse=settings.sparse,
@@ -77,7 +85,7 @@ def query_moments(
             with_gradient=False,
         ).routing
         rows, tokens = view.q.shape[:2]
-        turn_back = Rotation(view.turn.cos, -view.turn.sin)
+        turn_back = Rotation(view.rope_cos_sin.cos, -view.rope_cos_sin.sin)
         plain = apply_rope(view.q.astype(jnp.float32), turn_back)
         inside = jnp.arange(tokens) < batch.documents.end
         x = jnp.where(inside[..., None], view.source, 0)

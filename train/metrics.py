@@ -35,34 +35,27 @@ from sparda_jax.checkpoint.atomic import (
 from sparda_jax.config import ConfigError, SparseConfig
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.sparse.selection import force_blocks, top_blocks
+from train.backbone import Batch, LayerView, Settings, attend, run_backbone
 from train.config import LossConfig
-from train.loss import (
-    Documents,
+from train.loss import distill_layer
+from train.objectives import forecast_routing, supervised_blocks
+from train.sharding import AXIS, make_gather, model_specs
+from train.teacher import (
     LayerKeys,
-    Queries,
     confine,
-    distill_layer,
-    forecast_routing,
     group_softmax,
-    head_scores,
-    join_tiles,
     layer_keys,
     own_block,
-    padded_heads,
-    supervised_blocks,
     teach,
+)
+from train.tiles import (
+    Documents,
+    Queries,
+    head_scores,
+    join_tiles,
+    padded_heads,
     tile_queries,
     tile_size,
-)
-from train.step import (
-    AXIS,
-    Batch,
-    LayerView,
-    Settings,
-    attend,
-    make_gather,
-    model_specs,
-    run_backbone,
 )
 
 
@@ -192,7 +185,7 @@ def layer_metrics(
     loss = distill_layer(
         view.q,
         view.k,
-        view.phi,
+        view.forecast,
         documents,
         view.key_bias,
         sparse=sparse,
@@ -210,7 +203,7 @@ def layer_metrics(
             key_bias = padded_heads(view.key_bias, sparse)
     size = settings.loss.tile
     size = size or tile_size(batch, tokens, heads, jax.default_backend())
-    tiles, cut = tile_queries(view.q, view.phi, documents, size)
+    tiles, cut = tile_queries(view.q, view.forecast, documents, size)
 
     def one(index: Int[Array, ""]):
         return _tile_sums(cut(index), keys, raw, key_bias, settings)

@@ -25,13 +25,15 @@ from sparda_jax.checkpoint.forecast import load_forecast
 from sparda_jax.checks import integer, require
 from sparda_jax.evaluation.perplexity import perplexity
 from sparda_jax.models.weights import forecast_heads
+from train.backbone import Batch, Settings
 from train.command import run_command
 from train.config import TrainConfig, load_config, with_overrides
 from train.data import PackedRows
-from train.loss import Documents
+from train.init import initial_heads
 from train.metrics import keep_json, make_evaluate
-from train.step import Batch, Settings, initial_heads, make_mesh
+from train.sharding import make_mesh
 from train.text import open_source
+from train.tiles import Documents
 
 
 def domain_rows(

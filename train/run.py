@@ -20,6 +20,7 @@ from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checks import require
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.loading import default_dtype
+from train.backbone import Batch, Settings
 from train.checkpoint import Checkpoints, export_forecast
 from train.command import TrainingError
 from train.config import TrainConfig
@@ -31,26 +32,14 @@ from train.data import (
     open_sources,
     training_data,
 )
-from train.init import regression_heads
-from train.loss import Documents
+from train.init import initial_heads, regression_heads
 from train.metrics import Evaluation, NoLog, RunLog, make_evaluate, plot_curves
+from train.optimizer import TrainState, initial_state, learning_rate, make_optimizer
 from train.processes import from_first, on_first
 from train.run_directory import check_writable, hold_directory
-from train.step import (
-    AXIS,
-    Batch,
-    Settings,
-    StepMetrics,
-    TrainState,
-    initial_heads,
-    initial_state,
-    learning_rate,
-    make_mesh,
-    make_optimizer,
-    make_step,
-    place,
-    shard_model,
-)
+from train.sharding import AXIS, batch_sharding, make_mesh, place, shard_model
+from train.step import StepMetrics, make_step
+from train.tiles import Documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +65,7 @@ def _on_devices(rows: Row, mesh: Mesh, micro_batches: int) -> Batch:
     def put(array: np.ndarray) -> jax.Array:
         shape = (micro_batches, -1, array.shape[-1])
         array = np.ascontiguousarray(array, np.int32).reshape(shape)
-        sharding = NamedSharding(mesh, PartitionSpec(None, AXIS))
-        return jax.make_array_from_process_local_data(sharding, array)
+        return jax.make_array_from_process_local_data(batch_sharding(mesh), array)
 
     documents = Documents(put(rows["start"]), put(rows["end"]))
     return Batch(put(rows["tokens"]), documents)

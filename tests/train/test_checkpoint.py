@@ -16,9 +16,10 @@ from sparda_jax.checkpoint.errors import CheckpointError
 from sparda_jax.config import ConfigError
 from train.checkpoint import Checkpoints, clean
 from train.config import CheckpointConfig, OptimizerConfig
+from train.optimizer import initial_state, make_optimizer
 from train.run_directory import LOCK, check_writable, hold_directory
 from train.seal import SEAL, fault
-from train.step import initial_state, make_mesh, make_optimizer
+from train.sharding import make_mesh
 
 IDENTITY = {"config": {"seed": 1}, "data": [{"sha256": "a"}, {"sha256": "b"}]}
 

@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 
 from sparda_jax.config import SparseConfig
+from train.backbone import Batch, Settings
 from train.config import LossConfig
-from train.init import combine, predictors, query_moments, regression_heads
-from train.loss import Documents
+from train.init import (
+    combine,
+    initial_heads,
+    predictors,
+    query_moments,
+    regression_heads,
+)
 from train.metrics import make_evaluate
-from train.step import Batch, Settings, initial_heads, make_mesh
+from train.sharding import make_mesh
+from train.tiles import Documents
 
 SPARSE = SparseConfig(local_blocks=1, block_budget=4)
 LOSS = LossConfig(

@@ -20,13 +20,18 @@ from train.text import Corpus, save_corpus
 ROOT = pathlib.Path(__file__).parents[2]
 DEVICES = """
     import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
     from sparda_jax.config import SparseConfig
     from sparda_jax.models.presets import get_preset
     from sparda_jax.models.weights import build_decoder, random_tensors
     from train.config import LossConfig, OptimizerConfig
-    from train.loss import Documents
+    from train.tiles import Documents
     from train.metrics import make_evaluate
-    from train.step import *
+    from train.backbone import Batch, Settings
+    from train.init import initial_heads
+    from train.optimizer import initial_state, make_optimizer
+    from train.sharding import batch_sharding, make_mesh, place, shard_model
+    from train.step import make_gradients, make_step
 
     assert len(jax.devices()) == 4
     config = get_preset("tiny-nosa").model

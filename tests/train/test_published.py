@@ -9,12 +9,14 @@ import pytest
 
 import sparda_jax as sj
 from sparda_jax.evaluation.perplexity import perplexity
+from train.backbone import Batch, Settings
 from train.config import load_config, with_overrides
-from train.loss import Documents
+from train.init import initial_heads
 from train.metrics import make_evaluate, read_log
 from train.report import domain_rows
 from train.run import train
-from train.step import Batch, Settings, initial_heads, make_mesh
+from train.sharding import make_mesh
+from train.tiles import Documents
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -12,21 +12,14 @@ from sparda_jax.config import SparseConfig
 from sparda_jax.models.presets import get_preset
 from sparda_jax.models.weights import abstract_decoder
 from sparda_jax.sparse.selection import sorted_blocks
+from train.backbone import Batch, Settings, attend, heads_gradient, run_backbone
 from train.config import LossConfig, OptimizerConfig
-from train.loss import Documents, distill_layer
-from train.step import (
-    Batch,
-    Settings,
-    attend,
-    heads_gradient,
-    initial_heads,
-    initial_state,
-    learning_rate,
-    make_mesh,
-    make_optimizer,
-    make_step,
-    run_backbone,
-)
+from train.init import initial_heads
+from train.loss import distill_layer
+from train.optimizer import initial_state, learning_rate, make_optimizer
+from train.sharding import make_mesh
+from train.step import make_step
+from train.tiles import Documents
 
 GRIDS = {
     "k2s1max": LossConfig(),
@@ -66,7 +59,7 @@ def test_losses_gradients_and_lists_equal_reference(
             out = distill_layer(
                 view.q,
                 view.k,
-                view.phi,
+                view.forecast,
                 batch.documents,
                 view.key_bias,
                 sparse=sparse,
