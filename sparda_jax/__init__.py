@@ -14,6 +14,7 @@ from sparda_jax.config import (
     SparseConfig,
 )
 from sparda_jax.engine.api import forward, generate, stream
+from sparda_jax.engine.chat import ChatOutput, chat
 from sparda_jax.engine.conversation import Conversation
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.offload_stats import OffloadStats
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "CacheConfig",
+    "ChatOutput",
     "ConfigError",
     "Conversation",
     "Forecast",
@@ -49,6 +51,7 @@ __all__ = [
     "SparseConfig",
     "Stream",
     "StreamEvent",
+    "chat",
     "configure_cache",
     "configure_offload",
     "forward",

@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 import weakref
+from typing import Any
 
 import jax
 import numpy as np
@@ -87,6 +88,19 @@ def _check_fields(
             _refuse(f"{owner}.{name}", getattr(made, name), getattr(given, name))
 
 
+@dataclasses.dataclass(frozen=True)
+class ChatHistory:
+    """The messages of a conversation that `chat` made.
+
+    Attributes:
+      messages: All of them, the last answer too.
+      prompt: Token ids of those before the answer, as the template wrote them last.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+    prompt: tuple[int, ...]
+
+
 class _Claim:
     """Whether a turn has gone on from a conversation: one can, once.
 
@@ -118,12 +132,14 @@ class Conversation:
       lengths: Tokens in the cache, per row.
       rope_length: Longest context that the rotary frequencies were chosen for.
       made_with: The model and the configuration that it can be continued with.
+      chat: The messages that it holds, if `chat` made it.
     """
 
     state: GenerateState
     lengths: tuple[int, ...]
     rope_length: int
     made_with: MadeWith
+    chat: ChatHistory | None = None
     _claim: _Claim = dataclasses.field(default_factory=_Claim, repr=False)
 
     @property

@@ -59,6 +59,8 @@ PROMPT = (3, None, math.nan, LONE, b"ab", RAGGED, [True], [None], [1.5], [HUGE],
 PROMPT += ([10**6], [], [1, True], np.ones((1, 2, 2)), {1: 2}, itertools.count())
 PROMPTS = (3, None, math.nan, "text", [], {1: [1]}, itertools.count(), np.ones((2, 2)))
 PROMPTS += tuple([prompt] for prompt in PROMPT)
+MESSAGES = (3, None, math.nan, "ab", b"ab", [], [3], {"role": "user"}, [{}], [LONE])
+MESSAGES += ([{"role": 3}], itertools.count(), [[]], NOTHING)
 
 
 def maybe(values: tuple) -> tuple:
@@ -106,6 +108,14 @@ ROWS = {
     "forward": {"lm": CONFIG, "ids": PROMPT},
     "generate": {**_REQUEST, "single_call": FLAG},
     "stream": {**_REQUEST, "tokens_per_call": (*INTEGER, 0), "on_progress": FUNCTION},
+    "chat": {
+        "lm": CONFIG,
+        "messages": MESSAGES,
+        "chat_args": (3, "ab", math.nan, [1], {1: 2}, NOTHING),
+        "answer_prefix": TEXT,
+        "conversation": maybe(CONFIG),
+        "options": (3, None),
+    },
     "plan": {
         "model": (*PATH, "no/such/model.gguf", {}),
         "context": (*INTEGER, 0, 2**30),
@@ -195,7 +205,7 @@ ROWS = {
     },
 }
 # What the package makes and hands out, and names that are not called.
-RESULTS = {"Conversation", "Forecast", "GenerateOutput", "GenerateStats"}
+RESULTS = {"ChatOutput", "Conversation", "Forecast", "GenerateOutput", "GenerateStats"}
 RESULTS |= {"OffloadStats", "Plan", "Stream", "StreamEvent", "Selector"}
 NOT_CALLED = {"ConfigError", "PRESETS", "__version__"}
 
@@ -230,6 +240,7 @@ def allowed(lm):
         "forward": {"lm": lm, "ids": [1]},
         "generate": request,
         "stream": request,
+        "chat": {"lm": lm, "messages": [{"role": "user", "content": "x"}]},
         "plan": {"model": "tiny", "rates": sj.Rates(1e9, 1e9), **machine},
         "recorded_rates": {"device_kind": "NVIDIA H200"},
         "Rates": {"memory": 1e9, "fetch": 1e9},

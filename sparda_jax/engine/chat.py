@@ -1,0 +1,239 @@
+"""`chat`: an answer to messages, and only what is new in the turns that follow."""
+
+import copy
+import dataclasses
+import inspect
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sparda_jax.checkpoint.tokenizer import Tokenizer
+from sparda_jax.checks import ConfigError, instance, optional, require, text
+from sparda_jax.engine.api import generate
+from sparda_jax.engine.conversation import ChatHistory, Conversation
+from sparda_jax.engine.model import LanguageModel
+from sparda_jax.engine.requests import LANGUAGE_MODEL
+from sparda_jax.engine.results import GenerateOutput, GenerateStats
+
+type Message = Mapping[str, Any]
+
+# What `generate` takes and chat passes on.
+_OPTIONS = inspect.signature(generate).parameters.keys() - {
+    *("lm", "prompts", "conversation", "n", "single_call"),
+}
+# Answers that share no token, to find out what a template writes around one.
+_STAND_INS = ("yes", "no")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChatOutput:
+    """What `chat` returns.
+
+    Attributes:
+      messages: The messages that were given, and the answer.
+      output: Tokens, finish reason and figures.
+      conversation: To go on with `chat(..., conversation=...)`.
+    """
+
+    messages: list[dict[str, Any]]
+    output: GenerateOutput
+    conversation: Conversation
+
+    @property
+    def text(self) -> str:
+        """The answer."""
+        return self.messages[-1]["content"]
+
+    @property
+    def finish_reason(self) -> str:
+        """As `GenerateOutput.finish_reasons`."""
+        return self.output.finish_reasons[0]
+
+    @property
+    def stats(self) -> GenerateStats:
+        """As `GenerateOutput.stats`."""
+        return self.output.stats
+
+    def __repr__(self) -> str:
+        return f"ChatOutput({len(self.messages)} messages, {self.output!r})"
+
+
+def chat(
+    lm: LanguageModel,
+    messages: Sequence[Message],
+    *,
+    chat_args: Mapping[str, Any] | None = None,
+    answer_prefix: str = "",
+    conversation: Conversation | None = None,
+    **options: Any,
+) -> ChatOutput:
+    """Answers messages in the model's own chat form.
+
+    Only the template's own markers become control tokens: `<|im_end|>` in a document is
+    text. (A rendered chat that is passed to `generate` as text is all text, its markers
+    too.)
+
+        messages = [{"role": "user", "content": "Name a colour."}]
+        out = sj.chat(lm, messages, max_new_tokens=32)
+        print(out.text)
+        more = [*out.messages, {"role": "user", "content": "And another?"}]
+        out = sj.chat(lm, more, conversation=out.conversation)
+
+    Args:
+      lm: A loaded model whose tokenizer has a chat template.
+      messages: All messages, each with `role` and `content`; in a further turn the
+        `messages` of the output before and what is new.
+      chat_args: Variables of the template, such as `tools` or `enable_thinking`.
+      answer_prefix: Words that the answer begins with.
+      conversation: From the output before: only what is new is prefilled, behind the
+        answer's own tokens. It is used up; `fork` it to ask several questions.
+      **options: As for `generate`, for one output: `max_new_tokens`, `stop`,
+        `temperature`, …
+
+    Returns:
+      The answer, the messages with it, and the conversation to continue.
+
+    Raises:
+      ConfigError: If an argument is out of range, the model has no tokenizer or
+        template, or the messages do not go on from the conversation's.
+      CheckpointError: If the template fails.
+    """
+    for name in options.keys() - _OPTIONS:
+        raise ConfigError(
+            f"{name} is not allowed in chat, which gives one answer to one chat: it "
+            f"must be one of {', '.join(sorted(_OPTIONS))}"
+        )
+    tokenizer = _chat_tokenizer(LANGUAGE_MODEL("lm", lm))
+    answer_prefix = text("answer_prefix", answer_prefix)
+    variables = {} if chat_args is None else chat_args
+    named = isinstance(variables, Mapping) and all(type(n) is str for n in variables)
+    require(named, "chat_args", chat_args, "a mapping of names to their values")
+    listed = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
+    require(listed, "messages", messages, "a list of mappings with role and content")
+    conversation = optional(instance(Conversation))("conversation", conversation)
+    ids = _encode_chat(tokenizer, messages, answer_prefix, variables)
+    given = [dict(message) for message in copy.deepcopy(list(messages))]
+    new = ids
+    if conversation is not None:
+        conversation.check_unused()
+        history = _history(conversation, given)
+        tail = _tail(tokenizer, history, given, answer_prefix, variables)
+        conversation, new = _behind_answer(tokenizer, conversation, tail)
+    output = generate(lm, [new], conversation=conversation, **options)
+    answer = {"role": "assistant", "content": answer_prefix + output.texts[0]}
+    given.append(answer)
+    held = ChatHistory(tuple(copy.deepcopy(given)), tuple(ids))
+    return ChatOutput(
+        given, output, dataclasses.replace(output.conversation, chat=held)
+    )
+
+
+def _chat_tokenizer(lm: LanguageModel) -> Tokenizer:
+    if lm.tokenizer is None or not lm.tokenizer.has_chat_template:
+        missing = "tokenizer" if lm.tokenizer is None else "chat template"
+        raise ConfigError(
+            f"model {lm.config.name!r} has no {missing}: chat needs one; use generate"
+        )
+    return lm.tokenizer
+
+
+def _encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    answer_prefix: str,
+    variables: Mapping[str, Any],
+) -> list[int]:
+    """Token ids of messages, up to where the answer goes on."""
+    rendered = tokenizer.chat(messages, **variables)
+    return tokenizer.encode(rendered + answer_prefix, special=True)
+
+
+def _history(conversation: Conversation, messages: list[dict[str, Any]]) -> ChatHistory:
+    """What a conversation holds, if the messages go on from there."""
+    history = conversation.chat
+    if history is None:
+        raise ConfigError(
+            "conversation was not made by chat, or went on without it: chat knows no "
+            "messages that it holds"
+        )
+    held = list(history.messages)
+    for index, message in enumerate(held):
+        if messages[index : index + 1] != [message]:
+            raise ConfigError(
+                f"messages[{index}] is not what the conversation holds: messages must "
+                "be those of the output before, its answer too, and the new ones"
+            )
+    if len(messages) == len(held):
+        raise ConfigError(
+            f"messages has the {len(held)} that the conversation holds, and no new one"
+        )
+    return history
+
+
+def _tail(
+    tokenizer: Tokenizer,
+    history: ChatHistory,
+    messages: list[dict[str, Any]],
+    answer_prefix: str,
+    variables: Mapping[str, Any],
+) -> list[int]:
+    """Ids that the template puts behind the last answer, for the messages after it.
+
+    The answer's own tokens are in the cache, and its text may be cut into tokens in
+    another way, or be trimmed by the template. So it is rendered twice with other words
+    in its place: what is the same behind both is the tail, and what is the same before
+    both must be in the cache.
+    """
+    place = len(history.messages) - 1
+    first, second = (
+        _encode_chat(
+            tokenizer,
+            [
+                *messages[:place],
+                {**messages[place], "content": words},
+                *messages[place + 1 :],
+            ],
+            answer_prefix,
+            variables,
+        )
+        for words in _STAND_INS
+    )
+    before = _common(first, second)
+    behind = _common(reversed(first), reversed(second))
+    shortest = min(len(first), len(second))
+    if (
+        tuple(first[:before]) != history.prompt[:before]
+        or behind < 2
+        or before + behind >= shortest
+    ):
+        raise ConfigError(
+            "conversation cannot go on with these messages: the chat template now "
+            "writes the earlier ones in another way (other chat_args?); leave it out"
+        )
+    return first[-behind:]
+
+
+def _common(first: Iterable[int], second: Iterable[int]) -> int:
+    """How many ids two sequences begin with alike."""
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _behind_answer(
+    tokenizer: Tokenizer, conversation: Conversation, tail: list[int]
+) -> tuple[Conversation, list[int]]:
+    """What to send so that the cache goes on with the tail.
+
+    The answer's last token is sampled, but not in the cache yet. An end token gives way
+    to the template's own end of a turn, with which the tail begins.
+    """
+    pending = int(np.asarray(conversation.state.pending)[0])
+    if tokenizer.decode([pending]):
+        return conversation, tail
+    state = conversation.state
+    replaced = jnp.full_like(state.pending, tail[0])
+    state = state._replace(pending=replaced)
+    return dataclasses.replace(conversation, state=state), tail[1:]
