@@ -1,4 +1,4 @@
-"""The one error of this package."""
+"""The errors of this package."""
 
 import reprlib
 
@@ -8,6 +8,10 @@ class CheckpointError(ValueError):
 
     The message is one line: file, field, value found, values allowed.
     """
+
+
+class UnsupportedTokenizer(CheckpointError):
+    """A model's tokenizer is not supported; the model can be used with token ids."""
 
 
 class _ShortRepr(reprlib.Repr):

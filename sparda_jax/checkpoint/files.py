@@ -10,6 +10,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from sparda_jax.checkpoint.errors import CheckpointError, show
@@ -125,12 +126,17 @@ def read_text(path: str | os.PathLike, limit: int = MAX_TEXT) -> str | None:
         ) from error
 
 
-def parse_json(text: str, where: str) -> Any:
+def parse_json(
+    text: str,
+    where: str,
+    pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Any:
     """Parses JSON whose strings are all valid Unicode.
 
     Args:
       text: The JSON.
       where: File and field that it comes from, for messages.
+      pairs_hook: Makes a value of an object's keys and values; a ValueError refuses it.
 
     Returns:
       The value.
@@ -139,7 +145,7 @@ def parse_json(text: str, where: str) -> Any:
       CheckpointError: It is no JSON, too deeply nested, or holds a lone surrogate.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=pairs_hook)
         # Half a character can only come from such an escape; it could not be written.
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")

@@ -15,13 +15,18 @@ import numpy as np
 
 from sparda_jax.checkpoint import layout
 from sparda_jax.checkpoint.dequantize import can_dequantize, dequantized_types
-from sparda_jax.checkpoint.errors import CheckpointError, show
+from sparda_jax.checkpoint.errors import CheckpointError, UnsupportedTokenizer, show
 from sparda_jax.checkpoint.gguf_header import GGUFHeader, read_header
 from sparda_jax.checkpoint.gguf_rope import ROPE_TENSORS, read_rope
 from sparda_jax.checkpoint.gguf_split import read_parts
 from sparda_jax.checkpoint.gguf_tensor import PLAIN, GGUFTensor
 from sparda_jax.checkpoint.tensors import TensorLoader
-from sparda_jax.checkpoint.tokenizer import Tokenizer, tokenizer_from_gguf
+from sparda_jax.checkpoint.tokenizer import Tokenizer
+from sparda_jax.checkpoint.tokenizers.gguf import (
+    GGUFTokens,
+    gguf_tokens,
+    tokenizer_from_gguf,
+)
 from sparda_jax.config import ConfigError, ModelConfig
 from sparda_jax.models.families import ARCHITECTURES, family_of_gguf
 from sparda_jax.models.families.family import Family
@@ -89,7 +94,7 @@ def _vocabulary(
     header: GGUFHeader,
     fields: Fields,
     tensors: Mapping[str, GGUFTensor],
-    tokenizer: Tokenizer | None,
+    tokens: GGUFTokens | None,
 ) -> int:
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
@@ -99,9 +104,9 @@ def _vocabulary(
         raise fields.fail(
             "vocab_size", fields.get("vocab_size"), f"token_embd.weight's {rows} rows"
         )
-    if tokenizer is not None and tokenizer.vocab_size > rows:
+    if tokens is not None and len(tokens.tokens) > rows:
         raise CheckpointError(
-            f"{header.path}: GGUF tokenizer.ggml.tokens has {tokenizer.vocab_size} "
+            f"{header.path}: GGUF tokenizer.ggml.tokens has {len(tokens.tokens)} "
             f"entries, allowed: at most token_embd.weight's {rows} rows"
         )
     return rows
@@ -121,7 +126,8 @@ def _config(
     header: GGUFHeader,
     family: Family,
     tensors: Mapping[str, GGUFTensor],
-    tokenizer: Tokenizer | None,
+    tokens: GGUFTokens | None,
+    add_bos: bool,
 ) -> ModelConfig:
     assert family.architecture is not None
     fields = _fields(header, family.architecture)
@@ -138,10 +144,9 @@ def _config(
     if head_dim % 2:
         raise fields.fail("attention.key_length", head_dim, "an even number")
     name = header.metadata.get("general.name")
-    add_bos = tokenizer is not None and tokenizer.add_bos
     return ModelConfig(
         name=name if isinstance(name, str) and name else header.path.stem,
-        vocab_size=_vocabulary(header, fields, tensors, tokenizer),
+        vocab_size=_vocabulary(header, fields, tensors, tokens),
         hidden_size=hidden,
         ffn_size=fields.integer("feed_forward_length"),
         num_layers=fields.integer("block_count"),
@@ -152,8 +157,8 @@ def _config(
         rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
         rope=read_rope(fields, tensors, head_dim),
         tie_embeddings="output.weight" not in tensors,
-        bos_id=tokenizer.bos_id if tokenizer is not None and add_bos else None,
-        eos_ids=tokenizer.eos_ids if tokenizer is not None else (),
+        bos_id=tokens.bos_id if tokens is not None and add_bos else None,
+        eos_ids=tokens.eos_ids if tokens is not None else (),
         **_flags(family, tensors),
     )
 
@@ -221,6 +226,7 @@ class GGUFModel:
     config: ModelConfig
     tensors: Mapping[str, TensorLoader]
     tokenizer: Tokenizer | None
+    tokenizer_error: str | None
 
 
 def read_gguf(path: str | os.PathLike) -> GGUFModel:
@@ -244,9 +250,18 @@ def read_gguf(path: str | os.PathLike) -> GGUFModel:
             f"{header.path}: GGUF general.architecture = {show(arch)}, allowed: "
             f"{', '.join(ARCHITECTURES)}"
         )
-    tokenizer = tokenizer_from_gguf(header)
+    tokens, tokenizer, reason = gguf_tokens(header), None, None
     try:
-        config = _config(header, family, tensors, tokenizer)
+        tokenizer = tokenizer_from_gguf(header)
+    except UnsupportedTokenizer as error:
+        reason = str(error)
+    if tokenizer is not None:
+        add_bos = tokenizer.add_bos
+    else:
+        add_bos = tokens is not None and tokens.add_bos is True
+    try:
+        config = _config(header, family, tensors, tokens, add_bos)
     except ConfigError as error:
         raise CheckpointError(f"{header.path}: {error}") from error
-    return GGUFModel(config, _loaders(header, family, config, tensors), tokenizer)
+    loaders = _loaders(header, family, config, tensors)
+    return GGUFModel(config, loaders, tokenizer, reason)

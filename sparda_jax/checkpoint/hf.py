@@ -17,12 +17,12 @@ import safetensors
 
 from sparda_jax.checkpoint import layout
 from sparda_jax.checkpoint.atomic import new_directory, write_safetensors
-from sparda_jax.checkpoint.errors import CheckpointError, show
+from sparda_jax.checkpoint.errors import CheckpointError, UnsupportedTokenizer, show
 from sparda_jax.checkpoint.files import is_file, open_regular, read_json
 from sparda_jax.checkpoint.hf_config import config_json, model_config, sparse_config
 from sparda_jax.checkpoint.tensors import StoredTensor, TensorLoader
-from sparda_jax.checkpoint.tokenizer import (
-    Tokenizer,
+from sparda_jax.checkpoint.tokenizer import Tokenizer
+from sparda_jax.checkpoint.tokenizers.directory import (
     eos_ids_of,
     tokenizer_from_directory,
 )
@@ -193,6 +193,7 @@ class Directory:
     config: ModelConfig
     tensors: Mapping[str, TensorLoader]
     tokenizer: Tokenizer | None
+    tokenizer_error: str | None
     sparse: SparseConfig | None
     ignored_sparse_keys: tuple[str, ...]
 
@@ -239,7 +240,11 @@ def read_directory(directory: str | os.PathLike) -> Directory:
     if values is None:
         raise CheckpointError(f"{path}: is missing")
     found = _read_tensors(directory)
-    tokenizer = tokenizer_from_directory(directory, values)
+    tokenizer, reason = None, None
+    try:
+        tokenizer = tokenizer_from_directory(directory, values)
+    except UnsupportedTokenizer as error:
+        reason = str(error)
     if tokenizer is not None:
         bos_id = tokenizer.bos_id if tokenizer.add_bos else None
         eos_ids = tokenizer.eos_ids
@@ -271,7 +276,7 @@ def read_directory(directory: str | os.PathLike) -> Directory:
     if values.get("sparse_config") is not None:
         sparse, ignored = sparse_config(path, values["sparse_config"])
     tensors = _select(directory, config, found)
-    return Directory(config, tensors, tokenizer, sparse, ignored)
+    return Directory(config, tensors, tokenizer, reason, sparse, ignored)
 
 
 def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

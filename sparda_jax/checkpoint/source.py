@@ -35,6 +35,7 @@ class CheckpointSource:
       path: The file or directory.
       sparse: The file's own selection settings, None if it has none.
       ignored_sparse_keys: Entries of the file's sparse_config that `sparse` leaves out.
+      tokenizer_error: Why there is no tokenizer although the file has one.
     """
 
     config: ModelConfig
@@ -43,6 +44,7 @@ class CheckpointSource:
     path: pathlib.Path
     sparse: SparseConfig | None = None
     ignored_sparse_keys: tuple[str, ...] = ()
+    tokenizer_error: str | None = None
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -187,6 +189,7 @@ def open_checkpoint(path_or_id: str | os.PathLike) -> CheckpointSource:
             path,
             directory.sparse,
             directory.ignored_sparse_keys,
+            directory.tokenizer_error,
         )
     if not path.is_file():  # Opening a pipe would wait for a writer.
         raise CheckpointError(f"{path}: is neither a regular file nor a directory")
@@ -197,4 +200,10 @@ def open_checkpoint(path_or_id: str | os.PathLike) -> CheckpointSource:
     from sparda_jax.checkpoint.gguf import read_gguf
 
     model = read_gguf(path)
-    return CheckpointSource(model.config, model.tensors, model.tokenizer, path)
+    return CheckpointSource(
+        model.config,
+        model.tensors,
+        model.tokenizer,
+        path,
+        tokenizer_error=model.tokenizer_error,
+    )

@@ -9,7 +9,7 @@ from sparda_jax.checkpoint.errors import CheckpointError
 from sparda_jax.checkpoint.forecast import load_forecast
 from sparda_jax.checkpoint.gguf_header import read_header
 from sparda_jax.checkpoint.hf import read_directory, read_safetensors
-from sparda_jax.checkpoint.tokenizer import tokenizer_from_directory
+from sparda_jax.checkpoint.tokenizers.directory import tokenizer_from_directory
 from sparda_jax.models.presets import get_preset
 
 
