@@ -24,6 +24,8 @@ type Message = Mapping[str, Any]
 _OPTIONS = inspect.signature(generate).parameters.keys() - {
     *("lm", "prompts", "conversation", "n", "single_call"),
 }
+# What `chat` itself passes to the template.
+_OWN_ARGS = {"messages", "answer_prefix", "add_generation_prompt"}
 # Answers that share no token, to find out what a template writes around one.
 _STAND_INS = ("yes", "no")
 
@@ -74,7 +76,7 @@ def chat(
 
     Only the template's own markers become control tokens: `<|im_end|>` in a document is
     text. (A rendered chat that is passed to `generate` as text is all text, its markers
-    too.)
+    too; `lm.tokenizer.encode_chat` gives the token ids for `generate` and `stream`.)
 
         messages = [{"role": "user", "content": "Name a colour."}]
         out = sj.chat(lm, messages, max_new_tokens=32)
@@ -110,11 +112,12 @@ def chat(
     answer_prefix = text("answer_prefix", answer_prefix)
     variables = {} if chat_args is None else chat_args
     named = isinstance(variables, Mapping) and all(type(n) is str for n in variables)
-    require(named, "chat_args", chat_args, "a mapping of names to their values")
+    named = named and not _OWN_ARGS & variables.keys()
+    require(named, "chat_args", chat_args, "a mapping of the template's own variables")
     listed = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
     require(listed, "messages", messages, "a list of mappings with role and content")
     conversation = optional(instance(Conversation))("conversation", conversation)
-    ids = _encode_chat(tokenizer, messages, answer_prefix, variables)
+    ids = tokenizer.encode_chat(messages, answer_prefix=answer_prefix, **variables)
     given = [dict(message) for message in copy.deepcopy(list(messages))]
     new = ids
     if conversation is not None:
@@ -138,17 +141,6 @@ def _chat_tokenizer(lm: LanguageModel) -> Tokenizer:
             f"model {lm.config.name!r} has no {missing}: chat needs one; use generate"
         )
     return lm.tokenizer
-
-
-def _encode_chat(
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    answer_prefix: str,
-    variables: Mapping[str, Any],
-) -> list[int]:
-    """Token ids of messages, up to where the answer goes on."""
-    rendered = tokenizer.chat(messages, **variables)
-    return tokenizer.encode(rendered + answer_prefix, special=True)
 
 
 def _history(conversation: Conversation, messages: list[dict[str, Any]]) -> ChatHistory:
@@ -189,15 +181,14 @@ def _tail(
     """
     place = len(history.messages) - 1
     first, second = (
-        _encode_chat(
-            tokenizer,
+        tokenizer.encode_chat(
             [
                 *messages[:place],
                 {**messages[place], "content": words},
                 *messages[place + 1 :],
             ],
-            answer_prefix,
-            variables,
+            answer_prefix=answer_prefix,
+            **variables,
         )
         for words in _STAND_INS
     )
