@@ -4,8 +4,9 @@
 
 VENV := .venv
 PY := $(VENV)/bin/python
+GPU_WORKERS := 15
 
-.PHONY: demo test test-slow lint types format clean
+.PHONY: demo test test-slow test-gpu lint types format clean
 
 demo: $(VENV)/.run-ready
 	$(VENV)/bin/sparda demo
@@ -15,6 +16,12 @@ test: $(VENV)/.test-ready
 
 test-slow: $(VENV)/.test-ready
 	$(PY) -m pytest -n 2 --dist loadfile --runslow -m slow $(PYTEST_ARGS)
+
+# Every worker would else take three quarters of the card when it starts.
+test-gpu: $(VENV)/.test-ready
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PY) -m pytest -m gpu -n $(GPU_WORKERS) \
+		tests/pallas_kernels tests/train tests/sparda_jax/inference/test_offload.py \
+		$(PYTEST_ARGS)
 
 lint: $(VENV)/.dev-ready
 	$(VENV)/bin/ruff check .

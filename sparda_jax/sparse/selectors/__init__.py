@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation
-from sparda_jax.checks import shown
+from sparda_jax.checks import (
+    choice,
+    flag,
+    function,
+    optional,
+    settle,
+    shown,
+    text,
+)
 from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
 from sparda_jax.sparse.block_scores import (
     forecast_block_scores,
@@ -74,6 +82,17 @@ class Selector:
     needs_forecast: bool = False
     two_stage: str = "never"
     prefill: BlockScores | None = None
+
+    def __post_init__(self) -> None:
+        settle(
+            self,
+            name=text,
+            scores=optional(function),
+            summary=text,
+            needs_forecast=flag,
+            two_stage=choice("never", "always", "if_key_bias"),
+            prefill=optional(function),
+        )
 
     def check(self, config: ModelConfig, *, has_forecast: bool) -> None:
         """Raises ConfigError if the model cannot be used with this selector."""

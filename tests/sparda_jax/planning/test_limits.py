@@ -1,6 +1,7 @@
 """What cannot fit is refused before anything is allocated."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +168,7 @@ def test_device_and_host_share_a_cpus_memory():
     assert "host store" in message
 
 
+@pytest.mark.usefixtures("without_type_checks")  # the device is a stand-in
 def test_arrays_of_others_count(lm, monkeypatch):
     settings, cache = dataclasses.replace(lm.settings), CacheConfig()
     shapes = Case("infllm_v2", prompt=1000).shapes
@@ -181,3 +183,32 @@ def test_arrays_of_others_count(lm, monkeypatch):
     # A limit of one's own is for this request.
     own = CacheConfig(device_limit=need.device)
     limits.refuse_what_cannot_fit(settings, own, 2, shapes, **rest)
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_a_host_store_that_grows_counts_with_the_one_it_was():
+    case = Case("sparda", kind="offload", prompt=1000)
+    small = dataclasses.replace(case.shapes, capacity=case.shapes.capacity // 2)
+    arguments = {"batch": 2, "dtype": "float32", "storage": "stacked"}
+    new = memory_plan(case.settings, case.cache, shapes=case.shapes, **arguments)
+    old = memory_plan(case.settings, case.cache, shapes=small, **arguments)
+    assert 0 < old.host < new.host
+    held = SimpleNamespace(cache=SimpleNamespace(capacity=small.capacity))
+
+    def ask(host_limit: int, held: object) -> None:
+        cache = dataclasses.replace(case.cache, host_limit=host_limit)
+        limits.refuse_what_cannot_fit(
+            case.settings,
+            cache,
+            2,
+            case.shapes,
+            dtype=jnp.dtype("float32"),
+            storage="stacked",
+            forecast=True,
+            held=held,
+        )
+
+    ask(new.host, None)
+    ask(new.host + old.host, held)
+    with pytest.raises(ConfigError, match="while the conversation's cache grows"):
+        ask(new.host + old.host - 1, held)
