@@ -357,3 +357,12 @@ def test_a_request_of_other_libraries_values_is_the_plain_one(lm):
     )
     assert other.tokens == plain.tokens
     assert other.stats.compile_seconds == 0
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_a_fork_counts_rows(lm):
+    conversation = sj.generate(lm, [[3, 4]], max_new_tokens=3).conversation
+    for bad in (*maybe(INTEGER), 0):
+        with pytest.raises(sj.ConfigError, match="rows="):
+            conversation.fork(bad)
+    assert conversation.fork(np.int64(2)).lengths == conversation.lengths * 2
