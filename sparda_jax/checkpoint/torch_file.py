@@ -1,15 +1,10 @@
 """Tensors out of a torch file (zip format), without torch and without running pickles.
 
 A torch file holds a pickle, which is a program: loading one runs what its author wrote.
-Here no unpickler is used. The few opcodes that plain data needs are interpreted below;
-none of them can call anything but the records of this file. Every other opcode and
-every name that is not listed is refused.
-
-    pickle opcode           effect here
-    GLOBAL                  looked up in a table of records, by name
-    REDUCE                  applies a record of the table to a tuple
-    BUILD                   drops the state (an OrderedDict's attributes)
-    BINPERSID               a storage: type, key and length, not yet read
+Here it is first looked through: only the opcodes that plain data needs are let in, and
+only keys that are quickly hashed. Then an unpickler reads it that is closed: a name
+stands for one of the records of this file, or the file is refused; a persistent id is a
+storage of the archive, not yet read.
 """
 
 import collections
@@ -20,6 +15,7 @@ import io
 import math
 import os
 import pathlib
+import pickle
 import pickletools
 import struct
 import zipfile
@@ -31,6 +27,7 @@ import numpy as np
 
 from sparda_jax.checkpoint.errors import CheckpointError, show
 from sparda_jax.checkpoint.files import open_regular
+from sparda_jax.checks import one_line
 
 _MAX_PICKLE = 1 << 22  # Bytes; a 33-tensor state with its optimiser takes 50 kB.
 _MAX_DIRECTORY = 1 << 23  # Bytes; torch writes about 70 a tensor.
@@ -38,15 +35,29 @@ _ZIP_TAIL = 22 + 20 + 0xFFFF  # End record, zip64 locator and the longest commen
 _MAX_DIMS = 8
 
 
+class _Refused(Exception):
+    """The pickle does what it may not do."""
+
+
+class _Closed:
+    """What a pickle holds, and may neither call nor change."""
+
+    def __call__(self, *_: Any) -> Any:
+        raise _Refused(f"a call of {type(self).__name__}")
+
+    def __setstate__(self, _: object) -> None:
+        raise _Refused(f"a state of {type(self).__name__}")
+
+
 @dataclasses.dataclass(frozen=True)
-class _StorageType:
+class _StorageType(_Closed):
     """Stands for a class such as torch.FloatStorage."""
 
     dtype: np.dtype
 
 
 @dataclasses.dataclass(frozen=True)
-class _Storage:
+class _Storage(_Closed):
     """Numbers of the archive, not yet read."""
 
     archive: "_Archive"
@@ -56,7 +67,7 @@ class _Storage:
 
 
 @dataclasses.dataclass(frozen=True)
-class TorchTensor:
+class TorchTensor(_Closed):
     """A tensor of the file, read when `numpy` is called.
 
     Attributes:
@@ -93,7 +104,7 @@ class TorchTensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Opaque:
+class Opaque(_Closed):
     """A value whose contents are of no use here, such as a random state.
 
     Attributes:
@@ -102,9 +113,25 @@ class Opaque:
 
     name: str
 
+    def __setstate__(self, _: object) -> None:
+        """Drops the contents."""
 
-class _Refused(Exception):
-    """The pickle does what it may not do."""
+
+class _Dict(collections.OrderedDict):
+    """An OrderedDict without attributes of its own."""
+
+    def __setstate__(self, _: object) -> None:
+        """Drops them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record(_Closed):
+    """Stands for a function of torch or numpy: makes what it would have made."""
+
+    make: Callable[..., Any]
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.make(*arguments)
 
 
 def _is_count(value: object) -> bool:
@@ -148,11 +175,11 @@ def _ordered_dict(*arguments: Any) -> dict:
     """collections.OrderedDict, which is pickled empty and filled afterwards."""
     if arguments not in ((), ([],), ({},)):
         raise _Refused(f"an OrderedDict of {show(arguments)}, wanted an empty one")
-    return collections.OrderedDict()
+    return _Dict()
 
 
-def _opaque(name: str) -> Callable[..., Opaque]:
-    return lambda *_: Opaque(name)
+def _opaque(name: str) -> _Record:
+    return _Record(lambda *_: Opaque(name))
 
 
 # Random states and the like, which lie beside the weights in a training checkpoint.
@@ -184,9 +211,9 @@ _STORAGES: Mapping[str, Any] = {
 @functools.cache
 def _globals() -> dict[str, Any]:
     table: dict[str, Any] = {
-        "collections.OrderedDict": _ordered_dict,
-        "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-        "torch._utils._rebuild_parameter": _rebuild_parameter,
+        "collections.OrderedDict": _Record(_ordered_dict),
+        "torch._utils._rebuild_tensor_v2": _Record(_rebuild_tensor),
+        "torch._utils._rebuild_parameter": _Record(_rebuild_parameter),
     }
     table |= {name: _opaque(name) for name in _OPAQUE}
     table |= {name: _StorageType(np.dtype(kind)) for name, kind in _STORAGES.items()}
@@ -314,133 +341,86 @@ class _Archive:
         return key
 
 
-_MARK = object()
-_PLAIN_KEYS = (str, int, float, bool, type(None))
+# What plain data needs; none of these can make memory that the pickle does not fill.
+_OPCODES = frozenset(
+    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
+    "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES EMPTY_DICT EMPTY_LIST "
+    "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS GLOBAL "
+    "REDUCE BUILD BINPERSID BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET".split()
+)
+_KEYS = frozenset(("int", "int_or_bool", "bool", "float", "str", "None"))
+_SHORT = "a pickle that takes more than it has"
 
 
-class _Machine:
-    """Interprets the data opcodes of a pickle; see the module's docstring."""
+def _check_opcodes(data: bytes) -> None:
+    """Refuses opcodes that are not data, and keys that are not plain.
 
-    def __init__(self, archive: _Archive) -> None:
+    What an opcode takes and leaves is `pickletools`' own table. Of a value only its
+    type is followed: hashing a tuple of tuples can take exponential time, so what is a
+    key must be known.
+    """
+    stack: list[str] = []
+    marks: list[int] = []
+    memo: dict[int, str] = {}
+    for opcode, argument, _ in pickletools.genops(data):
+        name, takes = opcode.name, [found.name for found in opcode.stack_before]
+        if name not in _OPCODES:
+            raise _Refused(f"the pickle opcode {name}")
+        if name == "MARK":
+            marks.append(len(stack))
+            stack.append("mark")
+            continue
+        if name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            if not stack or stack[-1] == "mark":
+                raise _Refused(_SHORT)
+            memo[len(memo) if argument is None else argument] = stack[-1]
+            continue
+        first = len(stack) - len(takes)
+        if "mark" in takes:
+            # What stands before the mark, a dict or a list, is taken as well.
+            first = marks.pop() - takes.index("mark") if marks else -1
+        if first < 0 or (marks and first <= marks[-1]):
+            raise _Refused(_SHORT)
+        keys: list[str] = []
+        if name == "SETITEM":
+            keys = [stack[first + 1]]
+        elif name == "SETITEMS":
+            keys = stack[first + 2 :: 2]
+        for kind in keys:
+            if kind not in _KEYS:
+                raise _Refused(f"a key of type {kind}")
+        del stack[first:]
+        if name in ("BINGET", "LONG_BINGET"):
+            if argument not in memo:
+                raise _Refused(f"an unknown memo entry {argument}")
+            stack.append(memo[argument])
+        else:
+            stack += [found.name for found in opcode.stack_after]
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the records of this file by name, and the archive's storages."""
+
+    def __init__(self, data: bytes, archive: _Archive) -> None:
+        # Unused places in the memo go, and the others are numbered from 0 on: the
+        # unpickler makes a list as long as the largest number.
+        super().__init__(io.BytesIO(pickletools.optimize(data)), fix_imports=False)
         self._archive = archive
-        self._stack: list[Any] = []
-        self._memo: dict[int, Any] = {}
-        self._opcodes: dict[str, Callable[[Any], None]] = {
-            "PROTO": self._ignore,
-            "FRAME": self._ignore,
-            "MARK": lambda _: self._stack.append(_MARK),
-            "NONE": lambda _: self._stack.append(None),
-            "NEWTRUE": lambda _: self._stack.append(True),
-            "NEWFALSE": lambda _: self._stack.append(False),
-            "EMPTY_DICT": lambda _: self._stack.append({}),
-            "EMPTY_LIST": lambda _: self._stack.append([]),
-            "EMPTY_TUPLE": lambda _: self._stack.append(()),
-            "TUPLE": lambda _: self._stack.append(tuple(self._to_mark())),
-            "TUPLE1": lambda _: self._stack.append(tuple(self._take(1))),
-            "TUPLE2": lambda _: self._stack.append(tuple(self._take(2))),
-            "TUPLE3": lambda _: self._stack.append(tuple(self._take(3))),
-            "APPEND": lambda _: self._extend(self._take(1)),
-            "APPENDS": lambda _: self._extend(self._to_mark()),
-            "SETITEM": lambda _: self._set_items(self._take(2)),
-            "SETITEMS": lambda _: self._set_items(self._to_mark()),
-            "GLOBAL": self._global,
-            "REDUCE": self._reduce,
-            "BUILD": self._build,
-            "BINPERSID": self._persistent,
-            "MEMOIZE": lambda _: self._put(len(self._memo)),
-        }
-        for name in ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"):
-            self._opcodes[name] = self._stack.append
-        for name in ("BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES"):
-            self._opcodes[name] = self._stack.append
-        for name in ("BINPUT", "LONG_BINPUT"):
-            self._opcodes[name] = self._put
-        for name in ("BINGET", "LONG_BINGET"):
-            self._opcodes[name] = self._get
 
-    def run(self, data: bytes) -> Any:
-        for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
-            if opcode.name == "STOP":
-                (value,) = self._take(1)
-                return value
-            action = self._opcodes.get(opcode.name)
-            if action is None:
-                raise _Refused(f"the pickle opcode {opcode.name}")
-            action(argument)
-        raise _Refused("a pickle without an end")
-
-    def _ignore(self, _: Any) -> None:
-        pass
-
-    def _take(self, count: int) -> list[Any]:
-        taken = self._stack[-count:]
-        if len(taken) < count or any(value is _MARK for value in taken):
-            raise _Refused("a pickle that takes more than it has")
-        del self._stack[-count:]
-        return taken
-
-    def _to_mark(self) -> list[Any]:
-        for at in range(len(self._stack) - 1, -1, -1):
-            if self._stack[at] is _MARK:
-                taken = self._stack[at + 1 :]
-                del self._stack[at:]
-                return taken
-        raise _Refused("a pickle that takes more than it has")
-
-    def _top(self, kind: type | tuple[type, ...], what: str) -> Any:
-        if not self._stack or not isinstance(self._stack[-1], kind):
-            raise _Refused(f"{what} something else")
-        return self._stack[-1]
-
-    def _extend(self, values: list[Any]) -> None:
-        self._top(list, "an append to").extend(values)
-
-    def _set_items(self, values: list[Any]) -> None:
-        target = self._top(dict, "an item of")
-        if len(values) % 2:
-            raise _Refused("a key without a value")
-        for key, value in zip(values[::2], values[1::2], strict=True):
-            # Hashing a tuple of tuples can take exponential time.
-            if not isinstance(key, _PLAIN_KEYS):
-                raise _Refused(f"a key of type {type(key).__name__}")
-            target[key] = value
-
-    def _global(self, argument: str) -> None:
-        name = argument.replace(" ", ".")
-        found = _globals().get(name)
+    def find_class(self, module: str, name: str, /) -> Any:
+        found = _globals().get(f"{module}.{name}")
         if found is None:
-            raise _Refused(f"the name {show(name)}")
-        self._stack.append(found)
+            raise _Refused(f"the name {show(f'{module}.{name}')}")
+        return found
 
-    def _reduce(self, _: Any) -> None:
-        record, arguments = self._take(2)
-        if not callable(record) or not isinstance(arguments, tuple):
-            raise _Refused(f"a call of {type(record).__name__}")
-        self._stack.append(record(*arguments))
-
-    def _build(self, _: Any) -> None:
-        self._take(1)
-        self._top((dict, Opaque), "a state of")
-
-    def _persistent(self, _: Any) -> None:
-        (record,) = self._take(1)
-        if not isinstance(record, tuple) or len(record) != 5 or record[0] != "storage":
-            raise _Refused(f"a persistent id {show(record)}")
-        _, kind, key, _, length = record
+    def persistent_load(self, pid: Any, /) -> _Storage:
+        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
+            raise _Refused(f"a persistent id {show(pid)}")
+        _, kind, key, _, length = pid
         if not isinstance(kind, _StorageType) or not _is_count(length):
             raise _Refused(f"a storage of type {show(kind)} and length {show(length)}")
         key = self._archive.check_storage(key)
-        self._stack.append(_Storage(self._archive, kind.dtype, key, length))
-
-    def _put(self, index: int) -> None:
-        if not self._stack:
-            raise _Refused("a pickle that takes more than it has")
-        self._memo[index] = self._stack[-1]
-
-    def _get(self, index: int) -> None:
-        if index not in self._memo:
-            raise _Refused(f"an unknown memo entry {index}")
-        self._stack.append(self._memo[index])
+        return _Storage(self._archive, kind.dtype, key, length)
 
 
 def read_torch_file(path: str | os.PathLike) -> Any:
@@ -460,12 +440,25 @@ def read_torch_file(path: str | os.PathLike) -> Any:
     archive = _Archive(pathlib.Path(path))
     data = archive.pickle()
     try:
-        return _Machine(archive).run(data)
+        _check_opcodes(data)
+        return _Unpickler(data, archive).load()
     except _Refused as error:
         raise CheckpointError(
             f"{path}: its pickle holds {error}, allowed: tensors, dicts, lists, tuples,"
             " strings, numbers"
         ) from error
-    # What pickletools raises for opcodes that are cut off or malformed.
-    except (ValueError, LookupError, struct.error, OverflowError) as error:
-        raise CheckpointError(f"{path}: its pickle is damaged: {error}") from error
+    # What pickletools and pickle raise for opcodes that are cut off, malformed, or meet
+    # values of another type than they are for.
+    except (
+        pickle.UnpicklingError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        OverflowError,
+        struct.error,
+    ) as error:
+        raise CheckpointError(
+            f"{path}: its pickle is damaged: {one_line(str(error), 200)}"
+        ) from error

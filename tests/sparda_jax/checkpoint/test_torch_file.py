@@ -320,6 +320,64 @@ def test_deep_and_shared_structures_take_no_time(tmp_path):
     assert time.monotonic() - start < 10
 
 
+def test_much_of_anything_takes_little(tmp_path):
+    """Long pickles, each of one opcode that could cost more than its bytes."""
+    size = 1 << 15
+    for data in (
+        b"\x80\x02" + b"N" * size + b"(t" * size + b".",
+        b"\x80\x02" + b"(" * size + b"t" * size + b".",
+        b"\x80\x02]" + b"(Ne" * size + b".",
+        b"\x80\x02N" + b"q\0" * size + b".",
+        b"\x80\x02N" + b"r\xff\xff\xff\xff" * (size // 2) + b"j\xff\xff\xff\xff.",
+        b"\x80\x04" + b"N\x94" * size + b".",
+        b"\x80\x04" + b"\x95\xff\xff\xff\xff\xff\xff\xff\xff." * 2,
+        b"\x80\x02B\xff\xff\xff\xff.",
+        b"\x80\x02X\xff\xff\xff\xff.",
+    ):
+        try:
+            read_torch_file(archive(tmp_path / "x.pt", data))
+        except CheckpointError as error:
+            assert len(str(error)) < 1000
+
+
+_TENSOR = (
+    b"ctorch._utils\n_rebuild_tensor_v2\n"
+    b"((X\x07\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\4tQ"
+    b"K\0K\4\x85K\1\x85tR"
+)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        # A state would put the offset of a tensor before its numbers.
+        (_TENSOR + b"}X\6\0\0\0offsetJ\0\0\0\x80sb.", "a state of TorchTensor"),
+        (_TENSOR + b"}N\x86b.", "a state of TorchTensor"),
+        (_TENSOR + b")R.", "a call of TorchTensor"),
+        (b"ctorch\nFloatStorage\n}b.", "a state of _StorageType"),
+        (b"ctorch._utils\n_rebuild_tensor_v2\n}X\4\0\0\0makeNsb.", "a state of _Rec"),
+        (b"ccollections\nOrderedDict\nNR.", "damaged"),
+        (b"X\1\0\0\0a)R.", "damaged"),
+        (b"](K\1K\2u.", "damaged"),
+        (b"}K\1a.", "damaged"),
+        (b"ccollections\nOrderedDict\n)R))s.", "a key of type tuple"),
+        (b"}(K\1NctorchX\nSize\n)RNu.", "a key of type any"),
+        (b"})q\0h\0Ns.", "a key of type tuple"),
+        (b"}b.", "takes more than it has"),
+        (b"(b.", "takes more than it has"),
+        (b"q\0.", "takes more than it has"),
+        (b"(q\0.", "takes more than it has"),
+        (b"N(\x85.", "takes more than it has"),
+        (b"h\7.", "an unknown memo entry 7"),
+    ],
+)
+def test_values_of_the_file_are_closed(tmp_path, data, message):
+    path = archive(tmp_path / "x.pt", b"\x80\x02" + data, {"0": bytes(16)})
+    with pytest.raises(CheckpointError, match=message) as error:
+        read_torch_file(path)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
