@@ -165,6 +165,7 @@ def load(
         sparse=sparse,
         selector=selector,
         tokenizer=None if source is None else source.tokenizer,
+        tokenizer_error=None if source is None else source.tokenizer_error,
         fingerprint=None if source is None else source.fingerprint,
         implementation=implementation,
         cache=cache or CacheConfig(),

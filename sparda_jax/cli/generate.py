@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from sparda_jax.checks import (
     integer,
     non_empty_text,
     path,
+    require,
     shown,
     text,
 )
@@ -30,7 +32,7 @@ from sparda_jax.cli.options import HelpFormatter, add_option
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.requests import encode_prompt
 from sparda_jax.engine.results import GenerateStats
-from sparda_jax.evaluation.passkey import question_prompt
+from sparda_jax.evaluation.passkey import question_messages
 from sparda_jax.inference.sampling import MOST_SEED, SAMPLING_CHECKS, SamplingConfig
 
 EXAMPLES = """\
@@ -95,6 +97,27 @@ def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
         default="",
         help="words that the answer begins with (with --question or --chat)",
     )
+    add_option(
+        parser,
+        "--chat-arg",
+        _chat_arg,
+        metavar="NAME=VALUE",
+        repeated=True,
+        help="a variable of the chat template, VALUE as JSON or else as text, such as "
+        "enable_thinking=false; may be repeated",
+    )
+
+
+def _chat_arg(field: str, value: object) -> tuple[str, Any]:
+    written = text(field, value)
+    name, found, given = written.partition("=")
+    reserved = ("self", "messages", "answer_prefix")
+    if not found or not name.isidentifier() or name in reserved:
+        require(False, field, written, "NAME=VALUE with a name of the chat template's")
+    try:
+        return name, json.loads(given)
+    except (ValueError, RecursionError):
+        return name, given
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -167,13 +190,13 @@ def _prompt_ids(lm: LanguageModel, arguments: argparse.Namespace) -> list[int]:
     if not prompt:
         raise ConfigError("the prompt is empty: it must hold at least one character")
     if lm.tokenizer is None:
-        raise ConfigError(
-            f"model {lm.config.name!r} has no tokenizer: it takes no text"
-        )
+        raise ConfigError(f"{lm.no_tokenizer}: it takes no text")
     chat = arguments.chat or arguments.question is not None
     if not chat:
-        if arguments.answer_prefix:
-            raise ConfigError("--answer-prefix needs --question or --chat")
+        for option in ("answer_prefix", "chat_arg"):
+            if getattr(arguments, option):
+                name = option.replace("_", "-")
+                raise ConfigError(f"--{name} needs --question or --chat")
         return encode_prompt(lm, prompt, "the prompt")
     if not lm.tokenizer.has_chat_template:
         raise ConfigError(
@@ -181,10 +204,12 @@ def _prompt_ids(lm: LanguageModel, arguments: argparse.Namespace) -> list[int]:
             "none"
         )
     if arguments.question is not None:
-        prompt = question_prompt(lm.tokenizer, prompt, arguments.question)
+        messages = question_messages(prompt, arguments.question)
     else:
-        prompt = lm.tokenizer.chat([{"role": "user", "content": prompt}])
-    return lm.tokenizer.encode(prompt + arguments.answer_prefix, special=True)
+        messages = [{"role": "user", "content": prompt}]
+    return lm.tokenizer.encode_chat(
+        messages, answer_prefix=arguments.answer_prefix, **dict(arguments.chat_arg)
+    )
 
 
 def _generate(arguments: argparse.Namespace) -> None:

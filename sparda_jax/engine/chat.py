@@ -25,7 +25,7 @@ _OPTIONS = inspect.signature(generate).parameters.keys() - {
     *("lm", "prompts", "conversation", "n", "single_call"),
 }
 # What `chat` itself passes to the template.
-_OWN_ARGS = {"messages", "answer_prefix", "add_generation_prompt"}
+_OWN_ARGS = {"self", "messages", "answer_prefix", "add_generation_prompt"}
 # Answers that share no token, to find out what a template writes around one.
 _STAND_INS = ("yes", "no")
 
@@ -135,10 +135,12 @@ def chat(
 
 
 def _chat_tokenizer(lm: LanguageModel) -> Tokenizer:
-    if lm.tokenizer is None or not lm.tokenizer.has_chat_template:
-        missing = "tokenizer" if lm.tokenizer is None else "chat template"
+    if lm.tokenizer is None:
+        raise ConfigError(f"{lm.no_tokenizer}: chat needs one; use generate")
+    if not lm.tokenizer.has_chat_template:
         raise ConfigError(
-            f"model {lm.config.name!r} has no {missing}: chat needs one; use generate"
+            f"model {lm.config.name!r} has no chat template: chat needs one; use "
+            "generate"
         )
     return lm.tokenizer
 

@@ -45,6 +45,7 @@ class LanguageModel:
       cache: Where generation keeps its KV.
       forecast_sparse: The selection that the Forecast heads were trained for; None
         without heads, and with heads that fit any (training-free) or do not tell.
+      tokenizer_error: Why there is no tokenizer although the checkpoint has one.
 
     Raises:
       ConfigError: If the model cannot attend in this way, or its heads were trained
@@ -60,6 +61,7 @@ class LanguageModel:
     implementation: Implementation | None = None
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
     forecast_sparse: SparseConfig | None = None
+    tokenizer_error: str | None = None
 
     def __post_init__(self) -> None:
         settle(
@@ -73,6 +75,7 @@ class LanguageModel:
             implementation=optional(choice(*IMPLEMENTATIONS)),
             cache=instance(CacheConfig),
             forecast_sparse=optional(instance(SparseConfig)),
+            tokenizer_error=optional(text),
         )
         has_forecast = self.model.forecast is not None
         self.selector.check(self.config, has_forecast=has_forecast)
@@ -85,6 +88,12 @@ class LanguageModel:
             f"{self.model.embedding[...].dtype}, storage={self.model.storage!r}, "
             f"cache={self.cache.kind!r})"
         )
+
+    @property
+    def no_tokenizer(self) -> str:
+        """What to say where a text is given and there is no tokenizer."""
+        why = f" ({self.tokenizer_error})" if self.tokenizer_error else ""
+        return f"model {self.config.name!r} has no tokenizer{why}"
 
     @property
     def settings(self) -> LayerSettings:

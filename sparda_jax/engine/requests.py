@@ -75,10 +75,7 @@ def _encode_text(
     """Ids of a text; one that begins a sequence gets one BOS if the model wants it."""
     text = checked_text(field, text)
     if lm.tokenizer is None:
-        raise ConfigError(
-            f"{field} is text, and model {lm.config.name!r} has no tokenizer: give "
-            "token ids"
-        )
+        raise ConfigError(f"{field} is text, and {lm.no_tokenizer}: give token ids")
     head: list[int] = []
     if begins and lm.config.bos_id is not None:
         head = [lm.config.bos_id]

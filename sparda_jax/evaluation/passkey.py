@@ -48,10 +48,9 @@ def python_manual() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
-def question_prompt(tokenizer: Tokenizer, document: str, question: str) -> str:
+def question_messages(document: str, question: str) -> list[dict[str, str]]:
     """The chat turn that puts a question after a document."""
-    content = f"{document}\n\n{question}"
-    return tokenizer.chat([{"role": "user", "content": content}])
+    return [{"role": "user", "content": f"{document}\n\n{question}"}]
 
 
 def passkey_task(
@@ -75,9 +74,8 @@ def passkey_task(
     needle = _NEEDLE.format(answer=answer)
 
     def prompt(document: str) -> list[int]:
-        text = question_prompt(tokenizer, _PREFACE + document, _QUESTION)
-        text += ANSWER_PREFIX
-        return list(tokenizer.encode(text, special=True))
+        messages = question_messages(_PREFACE + document, _QUESTION)
+        return tokenizer.encode_chat(messages, answer_prefix=ANSWER_PREFIX)
 
     # The passkey between two halves costs a token or two more than the pieces do.
     room = tokens - len(prompt(needle)) - 8

@@ -207,7 +207,7 @@ ROWS = {
     "LanguageModel": {
         **dict.fromkeys(("model", "config", "sparse", "selector", "cache"), CONFIG),
         **dict.fromkeys(("tokenizer", "forecast_sparse"), maybe(CONFIG)),
-        "fingerprint": maybe(TEXT),
+        **dict.fromkeys(("fingerprint", "tokenizer_error"), maybe(TEXT)),
         "implementation": maybe(WORD),
     },
 }

@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 
 from sparda_jax.checkpoint import source
-from sparda_jax.checkpoint.errors import CheckpointError
+from sparda_jax.checkpoint.errors import CheckpointError, UnsupportedTokenizer
 from sparda_jax.checkpoint.hf import save_hf
+from sparda_jax.checkpoint.source import open_checkpoint
+from sparda_jax.checkpoint.tokenizers.directory import tokenizer_from_directory
 from sparda_jax.config import SparseConfig
 
 
@@ -88,3 +90,23 @@ def test_the_shape_of_a_gguf_file(kit):
     file = kit.tiny_gguf()
     assert source.read_shape(str(file)) == (source.open_checkpoint(file).config, None)
     assert source.read_shape(str(kit.folder / "missing")) is None
+
+
+def test_a_tokenizer_that_is_not_supported_leaves_the_ids(kit):
+    """The model opens, with its end tokens, and says why there is no tokenizer."""
+    changes = {"tokenizer.ggml.pre": "unheard-of"}
+    path = kit.write_gguf(
+        kit.metadata(kit.config) | changes,
+        kit.gguf_tensors(kit.config, kit.tensors(kit.config), True),
+    )
+    source = open_checkpoint(path)
+    assert source.tokenizer is None
+    assert source.config.eos_ids == (2, 0)
+    assert "ggml.pre = 'unheard-of', allowed: one of smollm" in source.tokenizer_error
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tekken.json", "vocab.json"])
+def test_another_tokenizer_file_alone(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UnsupportedTokenizer, match=f"holds {name} but no tokenizer.js"):
+        tokenizer_from_directory(tmp_path, {})

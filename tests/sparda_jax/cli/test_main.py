@@ -83,6 +83,7 @@ def test_bad_model_options(capsys, arguments, named):
         (["--prompt", "x", "--stop-id", "99999"], "stop_ids holds 99999"),
         (["--prompt", "x", "--stop", ""], "text of at least one character"),
         (["--prompt", "x", "--answer-prefix", "So"], "needs --question or --chat"),
+        (["--prompt", "x", "--chat-arg", "a=1"], "--chat-arg needs --question or"),
     ],
 )
 def test_bad_request(capsys, tmp_path, smollm2_path, arguments, named):

@@ -52,6 +52,7 @@ ROWS = {
         "--question": TEXT,
         "--chat": FLAG,
         "--answer-prefix": TEXT,
+        "--chat-arg": (*TEXT, "", "x", "=1", "a b=1", "messages=1"),
         "--max-new-tokens": (*INTEGER, "0"),
         "--temperature": NUMBER,
         "--top-k": INTEGER,
@@ -180,3 +181,20 @@ def test_version(capsys):
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"sparda {sj.__version__}\n"
     assert re.fullmatch(r"\d+\.\d+\.\d+", sj.__version__)
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("enable_thinking=false", ("enable_thinking", False)),
+        ('tools=[{"name": "f"}]', ("tools", [{"name": "f"}])),
+        ("date=26 July", ("date", "26 July")),
+        ("x=", ("x", "")),
+        ("x=a=b", ("x", "a=b")),
+    ],
+)
+def test_variables_of_the_chat_template(written, value):
+    parsed = build_parser().parse_args(
+        ["generate", "--model", "tiny", "--prompt", "x", "--chat-arg", written]
+    )
+    assert parsed.chat_arg == [value]

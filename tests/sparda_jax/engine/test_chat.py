@@ -195,3 +195,20 @@ def test_a_model_that_cannot_chat(text_lm):
         lm = dataclasses.replace(text_lm, tokenizer=tokenizer)
         with pytest.raises(ConfigError, match=named):
             sj.chat(lm, MESSAGES)
+
+
+def test_a_tokenizer_that_is_not_supported(text_lm):
+    """Ids go through; a text is answered with the reason."""
+    lm = dataclasses.replace(text_lm, tokenizer=None, tokenizer_error="pre = 'x'")
+    for call in (
+        lambda: sj.chat(lm, MESSAGES, **HOW),
+        lambda: sj.generate(lm, ["a text"], **HOW),
+    ):
+        with pytest.raises(ConfigError, match=r"has no tokenizer \(pre = 'x'\)"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["messages", "self", "answer_prefix"])
+def test_reserved_names(text_lm, name):
+    with pytest.raises(ConfigError, match=r"chat_args=.*template's own variables"):
+        sj.chat(text_lm, MESSAGES, chat_args={name: 1}, **HOW)
