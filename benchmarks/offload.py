@@ -83,40 +83,42 @@ def _trace(tokens: int) -> None:
         )
 
 
-def _drifting(scores, rate: float):
-    """`scores`, computed and then replaced by ones whose top list drifts.
+def _drifting(tile, real, rate: float):
+    """Block scores whose top list drifts, in the place of real ones.
 
     Block b of M stands at place (odd · b) mod M of a circle; a step moves the window of
     best places on by `rate`. Rows and heads start at places of their own.
     """
     import jax.numpy as jnp
 
-    def drift(tile, sparse):
-        real = scores(tile, sparse)
-        per_block = sparse.windows_per_block
-        window = jnp.arange(tile.windows.shape[2])
-        block, part = window // per_block, window % per_block
-        count = tile.windows.shape[2] // per_block
-        batch, heads = tile.windows.shape[:2]
-        rows = jnp.arange(batch)[:, None, None, None] * 37
-        rows = rows + jnp.arange(heads)[None, :, None, None] * 11
-        moved = jnp.floor(rate * tile.positions).astype(jnp.int32)[:, None, :, None]
-        place = (block * 769 - moved - rows) % count
-        # A block's last window also counts for the next block: it must not.
-        value = jnp.where(part == per_block - 1, -1e9, -place.astype(jnp.float32))
-        # `real` decides nothing, but the compiler cannot know that.
-        return jnp.where(real > 1e30, real, jnp.where(real == -jnp.inf, real, value))
-
-    return drift
+    batch, heads, _, count = real.shape
+    rows = jnp.arange(batch)[:, None, None, None] * 37
+    rows = rows + jnp.arange(heads)[None, :, None, None] * 11
+    moved = jnp.floor(rate * tile.positions).astype(jnp.int32)[:, None, :, None]
+    place = (jnp.arange(count) * 769 - moved - rows) % count
+    # `real` decides nothing, but the compiler cannot know that.
+    drift = -place.astype(jnp.float32)
+    return jnp.where(real > 1e30, real, jnp.where(real == -jnp.inf, real, drift))
 
 
 def _selector(mode: str, rate: float):
-    from sparda_jax.sparse.selection import forecast_scores, own_query_scores
-    from sparda_jax.sparse.selectors import Selector
+    """A mode's selector, which scores as ever and chooses what drifts."""
+    from sparda_jax.sparse.selectors import get_selector
 
     own = mode in ("resident", "sparse")
-    scores = _drifting(own_query_scores if own else forecast_scores, rate)
-    return Selector(mode, scores, "a drifting choice", needs_forecast=not own)
+    base = type(get_selector("infllm_v2" if own else "sparda"))
+
+    @dataclasses.dataclass(frozen=True)
+    class Drifting(base):
+        rate: float = 0.0
+
+        name = mode
+
+        def score(self, tile, config, sparse, implementation):
+            real = super().score(tile, config, sparse, implementation)
+            return _drifting(tile, real, self.rate)
+
+    return Drifting(rate)
 
 
 def _state(model, settings, batch: int, context: int, new: int, cache):

@@ -15,7 +15,7 @@ def attended_bias(
     if key_bias is None or sparse.dense_key_bias:
         return key_bias
     # Parity with the reference, which drops c wherever attention is dense (§8.6).
-    if settings.selector.scores is None:
+    if settings.selector.dense:
         return None
     if sparse.dense_len > 0:
         dense = tile.length < sparse.dense_len

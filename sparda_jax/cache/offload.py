@@ -9,7 +9,7 @@ Who holds what:
   tail slot  the slot of a row's last, growing block, whose newest tokens exist only
              there. It is in every list of its row, so it is never evicted
              (`cache.slots`)
-  keys, ...  device: compressed keys and NOSA's per-token bias, for all blocks
+  index, ... device: the selector's index and NOSA's per-token bias, for all blocks
   first      device: layer 0's whole cache, when nothing shall be fetched for layer 0
 
 A prefill call works on one layer's whole KV in a scratch buffer on the device:
@@ -31,13 +31,19 @@ from sparda_jax.cache.host_store import CHUNK_BLOCKS, HostStore
 from sparda_jax.cache.resident import (
     LayerCache,
     check_capacity,
-    empty_keys,
     grow_layer,
     init_layer,
+    pad_blocks,
 )
 from sparda_jax.cache.slots import SlotTable, empty_table, slot_of
 from sparda_jax.config import CacheConfig, ModelConfig, SparseConfig
-from sparda_jax.sparse.compression import CompressedKeys
+from sparda_jax.sparse.index import (
+    IndexShape,
+    IndexState,
+    Indices,
+    grow_index,
+    init_index,
+)
 
 
 class OffloadLayer(NamedTuple):
@@ -46,20 +52,14 @@ class OffloadLayer(NamedTuple):
     Attributes:
       slots: [layers, B, K, C, block, 2, H].
       table: Contents of the slots [layers, B, K, C].
-      keys: Compressed keys.
       key_bias: NOSA's c per token [layers, B, K, M, block] float32, or None.
-      importance: NOSA's window means of c, or None.
+      index: What the selector keeps of the keys, by part (`sparse.index`).
     """
 
     slots: Float[Array, "layers B K C block 2 H"]
     table: SlotTable
-    keys: CompressedKeys
     key_bias: Float[Array, "layers B K M block"] | None
-    importance: CompressedKeys | None
-
-    def num_blocks(self, sparse: SparseConfig) -> int:
-        """M, blocks of capacity per row."""
-        return self.keys.windows.shape[3] // sparse.windows_per_block
+    index: IndexState
 
 
 class OffloadCache(NamedTuple):
@@ -122,6 +122,7 @@ def init_offload(
     config: ModelConfig,
     sparse: SparseConfig,
     cache: CacheConfig,
+    indices: Indices,
     *,
     batch: int,
     capacity: int,
@@ -138,9 +139,10 @@ def init_offload(
       config: The model's shape.
       sparse: Block and window sizes.
       cache: Slots and where layer 0 lives.
+      indices: What the selector keeps of the keys.
       batch: B.
       capacity: Tokens per row, a multiple of the block size.
-      dtype: Type of KV and compressed keys.
+      dtype: Type of KV and index.
       storage: As the model's layers are stored.
       width: P, blocks that a token attends to at most.
       staging: Staging buffers to keep (`OffloadCache.staging`).
@@ -163,25 +165,28 @@ def init_offload(
 
     def one() -> OffloadLayer:
         lead = (per_layer, batch, heads)
-        windows = blocks * sparse.windows_per_block
+        shape = IndexShape(per_layer, batch, heads, blocks, dim, dtype)
         return OffloadLayer(
             slots=jnp.zeros((*lead, slots, *block), dtype),
             table=empty_table((*lead, slots)),
-            keys=empty_keys(lead, windows, dim, dtype),
             key_bias=(
                 jnp.zeros((*lead, blocks, sparse.block_size), jnp.float32)
                 if config.key_bias
                 else None
             ),
-            importance=(
-                empty_keys(lead, windows, 1, jnp.float32) if config.key_bias else None
-            ),
+            index=init_index(indices, shape, sparse),
         )
 
     first = None
     if resident:
         first = init_layer(
-            config, sparse, layers=1, batch=batch, blocks=blocks, dtype=dtype
+            config,
+            sparse,
+            indices,
+            layers=1,
+            batch=batch,
+            blocks=blocks,
+            dtype=dtype,
         )
     store = HostStore.empty(
         (offloaded, batch, heads, blocks), block, dtype, codec, abstract=abstract
@@ -200,6 +205,7 @@ def grow_offload(
     capacity: int,
     sparse: SparseConfig,
     config: CacheConfig,
+    indices: Indices,
     *,
     width: int,
 ) -> OffloadCache:
@@ -207,28 +213,23 @@ def grow_offload(
     blocks = capacity // sparse.block_size
     slots = config.slots(blocks, width)
 
-    def pad(array: Array, size: int, value: int = 0) -> Array:
-        widths = [(0, 0)] * array.ndim
-        widths[3] = (0, size - array.shape[3])
-        return jnp.pad(array, widths, constant_values=value)
-
-    def keys(old: CompressedKeys) -> CompressedKeys:
-        return old._replace(windows=pad(old.windows, blocks * sparse.windows_per_block))
-
     def one(layer: OffloadLayer) -> OffloadLayer:
+        layers, batch, heads, _, _, _, dim = layer.slots.shape
+        shape = IndexShape(layers, batch, heads, blocks, dim, layer.slots.dtype)
+        key_bias = layer.key_bias
         return OffloadLayer(
-            slots=pad(layer.slots, slots),
-            table=SlotTable(*(pad(part, slots, -1) for part in layer.table)),
-            keys=keys(layer.keys),
-            key_bias=None if layer.key_bias is None else pad(layer.key_bias, blocks),
-            importance=None if layer.importance is None else keys(layer.importance),
+            slots=pad_blocks(layer.slots, slots),
+            table=SlotTable(*(pad_blocks(part, slots, -1) for part in layer.table)),
+            key_bias=None if key_bias is None else pad_blocks(key_bias, blocks),
+            index=grow_index(indices, layer.index, shape, sparse),
         )
 
+    first = cache.first
     _, batch, heads, _ = cache.store.lead
     return OffloadCache(
         store=cache.store.grow(blocks),
         layers=tuple(one(layer) for layer in cache.layers),
-        first=None if cache.first is None else grow_layer(cache.first, blocks, sparse),
+        first=None if first is None else grow_layer(first, blocks, sparse, indices),
         staging=tuple(
             cache.store.staging(batch * heads * width) for _ in cache.staging
         ),
@@ -296,9 +297,8 @@ def load_layer(
     kv = kv.at[0, rows, kv_heads, where].set(held, mode="drop")
     return LayerCache(
         kv=kv,
-        keys=jax.tree.map(lambda x: _at(x, place), layer.keys),
         key_bias=None if layer.key_bias is None else _at(layer.key_bias, place),
-        importance=jax.tree.map(lambda x: _at(x, place), layer.importance),
+        index=jax.tree.map(lambda x: _at(x, place), layer.index),
     )
 
 
@@ -358,9 +358,8 @@ def write_back_layer(
     changed = OffloadLayer(
         slots=keep(filled, old[0]),
         table=table,
-        keys=working.keys,
         key_bias=working.key_bias,
-        importance=working.importance,
+        index=working.index,
     )
     cache = cache.replace_layer(index, _put_tree(layer, changed, place))
     return cache._replace(store=store)

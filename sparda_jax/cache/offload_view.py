@@ -16,9 +16,9 @@ from sparda_jax.cache.attention import attended_bias, decode_attention
 from sparda_jax.cache.counters import FetchCounters
 from sparda_jax.cache.offload import OffloadLayer
 from sparda_jax.cache.prefetch import BlockFetch, Lookahead, order_fetch, plan_fetch
-from sparda_jax.cache.settings import LayerSettings, TileState, TokenKV
+from sparda_jax.cache.settings import LayerSettings, TileState
 from sparda_jax.cache.slots import SlotTable, put_table, slot_of, table_at
-from sparda_jax.sparse.compression import append_windows
+from sparda_jax.sparse.index import TokenKV, append_to_index
 from sparda_jax.sparse.selectors import Selector
 
 
@@ -69,29 +69,27 @@ class OffloadView(NamedTuple):
     def append(
         self, new: TokenKV, tile: TileState, settings: LayerSettings
     ) -> "OffloadView":
-        """Extends the compressed keys; the token itself waits for its slot."""
+        """Extends the selector's index; the token itself waits for its slot."""
         cache, sparse = self.layer_cache, settings.sparse
-        place, start, count = self.layer_in_stack, tile.start, tile.count
-        keys = append_windows(
-            cache.keys, place, new.k, start=start, count=count, sparse=sparse
+        place, start = self.layer_in_stack, tile.start
+        index = append_to_index(
+            settings.indices,
+            cache.index,
+            place,
+            new,
+            start=start,
+            count=tile.count,
+            sparse=sparse,
         )
-        cache = cache._replace(keys=keys)
+        cache = cache._replace(index=index)
         if new.key_bias is not None:
-            assert cache.key_bias is not None and cache.importance is not None
+            assert cache.key_bias is not None
             rows = jnp.arange(new.k.shape[0])[:, None]
             kv_heads = jnp.arange(new.k.shape[2])[None]
             block, offset = divmod(start[:, None], sparse.block_size)
             where = (place, rows, kv_heads, block, offset)
             bias = cache.key_bias.at[where].set(new.key_bias[:, 0], mode="drop")
-            importance = append_windows(
-                cache.importance,
-                place,
-                new.key_bias[..., None],
-                start=start,
-                count=count,
-                sparse=sparse,
-            )
-            cache = cache._replace(key_bias=bias, importance=importance)
+            cache = cache._replace(key_bias=bias)
         return self._replace(layer_cache=cache, token=new)
 
     def select(
@@ -169,9 +167,7 @@ class OffloadView(NamedTuple):
         settings: LayerSettings,
     ) -> Int[Array, "B K P"] | None:
         cache = self.layer_cache
-        seen = tile.selection(
-            cache.keys, cache.importance, self.layer_in_stack, q=q, forecast=forecast
-        )
+        seen = tile.selection(cache.index, self.layer_in_stack, q=q, forecast=forecast)
         blocks = selector.select(seen, settings.config, settings.sparse)
         return None if blocks is None else blocks[:, :, 0]
 
@@ -185,7 +181,7 @@ class OffloadView(NamedTuple):
             tile.count > 0,
             layer_in_stack=self.layer_in_stack,
             layer_in_store=self.layer_in_store,
-            capacity=self.layer_cache.num_blocks(settings.sparse),
+            capacity=tile.num_blocks,
             tile=tile,
             settings=settings,
         )

@@ -126,11 +126,12 @@ class NextLayer(NamedTuple):
     ) -> BlockFetch:
         """Chooses the next layer's blocks and finds out which of them are missing.
 
-        The next layer's compressed keys lack the window that this step may finish.
-        That window lies in forced local blocks, so the choice is the same (§4.4).
+        The next layer's index lacks the token of this step. For key means that is the
+        window that the step may finish; it lies in forced local blocks, so the choice
+        is the same (§4.4).
         """
         layer, place = self.layer_cache, self.layer_in_stack
-        seen = tile.selection(layer.keys, layer.importance, place, forecast=forecast)
+        seen = tile.selection(layer.index, place, forecast=forecast)
         blocks = settings.selector.select(seen, settings.config, settings.sparse)
         assert blocks is not None
         return plan_fetch(
@@ -139,7 +140,7 @@ class NextLayer(NamedTuple):
             (tile.count > 0) & self.exists,
             layer_in_stack=place,
             layer_in_store=self.layer_in_store,
-            capacity=layer.num_blocks(settings.sparse),
+            capacity=tile.num_blocks,
             tile=tile,
             settings=settings,
         )

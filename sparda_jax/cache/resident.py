@@ -17,23 +17,29 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
-from sparda_jax.sparse.compression import CompressedKeys, append_windows
+from sparda_jax.sparse.index import (
+    IndexShape,
+    IndexState,
+    Indices,
+    TokenKV,
+    append_to_index,
+    grow_index,
+    init_index,
+)
 
 
 class LayerCache(NamedTuple):
-    """KV blocks and compressed keys of one layer, or of all (leading axis).
+    """KV blocks and the selector's index of one layer, or of all (leading axis).
 
     Attributes:
       kv: [layers, B, K, M, block, 2, H].
-      keys: Compressed keys (specification §2.2).
       key_bias: NOSA's c per token [layers, B, K, M, block] float32, or None.
-      importance: NOSA's c averaged over the same windows as keys (H = 1), or None.
+      index: What the selector keeps of the keys, by part (`sparse.index`).
     """
 
     kv: Float[Array, "layers B K M block 2 H"]
-    keys: CompressedKeys
     key_bias: Float[Array, "layers B K M block"] | None
-    importance: CompressedKeys | None
+    index: IndexState
 
     @property
     def num_blocks(self) -> int:
@@ -91,19 +97,10 @@ def check_capacity(capacity: int, sparse: SparseConfig) -> None:
         )
 
 
-def empty_keys(
-    lead: tuple[int, ...], windows: int, width: int, dtype: DTypeLike
-) -> CompressedKeys:
-    """Compressed keys without a window; `lead` is (layers, B, K)."""
-    return CompressedKeys(
-        windows=jnp.zeros((*lead, windows, width), dtype),
-        halves=jnp.zeros((*lead, 2, width), jnp.float32),
-    )
-
-
 def init_layer(
     config: ModelConfig,
     sparse: SparseConfig,
+    indices: Indices,
     *,
     layers: int,
     batch: int,
@@ -112,20 +109,21 @@ def init_layer(
 ) -> LayerCache:
     """An empty `LayerCache` whose leading axis is `layers`."""
     heads, dim, block = config.num_kv_heads, config.head_dim, sparse.block_size
-    windows = blocks * sparse.windows_per_block
     lead = (layers, batch, heads)
-    biased = config.key_bias
+    shape = IndexShape(layers, batch, heads, blocks, dim, dtype)
     return LayerCache(
         kv=jnp.zeros((*lead, blocks, block, 2, dim), dtype),
-        keys=empty_keys(lead, windows, dim, dtype),
-        key_bias=jnp.zeros((*lead, blocks, block), jnp.float32) if biased else None,
-        importance=empty_keys(lead, windows, 1, jnp.float32) if biased else None,
+        key_bias=(
+            jnp.zeros((*lead, blocks, block), jnp.float32) if config.key_bias else None
+        ),
+        index=init_index(indices, shape, sparse),
     )
 
 
 def init_cache(
     config: ModelConfig,
     sparse: SparseConfig,
+    indices: Indices,
     *,
     batch: int,
     capacity: int,
@@ -137,9 +135,10 @@ def init_cache(
     Args:
       config: The model's shape.
       sparse: Block and window sizes.
+      indices: What the selector keeps of the keys.
       batch: B.
       capacity: Tokens per row, a multiple of the block size.
-      dtype: Type of KV and compressed keys.
+      dtype: Type of KV and index.
       storage: As the model's layers are stored.
 
     Raises:
@@ -153,7 +152,13 @@ def init_cache(
 
     def one() -> LayerCache:
         return init_layer(
-            config, sparse, layers=layers, batch=batch, blocks=blocks, dtype=dtype
+            config,
+            sparse,
+            indices,
+            layers=layers,
+            batch=batch,
+            blocks=blocks,
+            dtype=dtype,
         )
 
     return KVCache(tuple(one() for _ in range(count)))
@@ -195,73 +200,66 @@ def _write_rows(
 def append_tokens(
     cache: LayerCache,
     layer: int | Int[Array, ""],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    key_bias: Float[Array, "B T K"] | None,
+    new: TokenKV,
     *,
     start: Int[Array, " B"],
     count: Int[Array, " B"],
     sparse: SparseConfig,
+    indices: Indices,
 ) -> LayerCache:
-    """Appends T tokens to every row and extends its compressed keys.
+    """Appends T tokens to every row and extends the selector's index.
 
     Args:
       cache: The cache that holds the layer.
       layer: The layer's index inside it.
-      k: Keys after RoPE.
-      v: Values.
-      key_bias: NOSA's c of the new tokens, or None.
+      new: The tokens.
       start: Tokens that each row holds already.
       count: Valid new tokens of each row, 0 … T; the others may be written as garbage
         behind the row's end.
       sparse: Window geometry.
+      indices: What the selector keeps of the keys.
     """
 
     def write(store: Array, new: Array) -> Array:
         flat = store.reshape(*store.shape[:3], -1, *store.shape[5:])
         return _write_rows(flat, new, layer, start).reshape(store.shape)
 
-    kv = write(cache.kv, jnp.stack((k, v), axis=3))
-    keys = append_windows(cache.keys, layer, k, start=start, count=count, sparse=sparse)
-    if key_bias is None:
-        return cache._replace(kv=kv, keys=keys)
-    assert cache.key_bias is not None and cache.importance is not None
-    return LayerCache(
-        kv=kv,
-        keys=keys,
-        key_bias=write(cache.key_bias, key_bias),
-        importance=append_windows(
-            cache.importance,
-            layer,
-            key_bias[..., None],
-            start=start,
-            count=count,
-            sparse=sparse,
-        ),
+    kv = write(cache.kv, jnp.stack((new.k, new.v), axis=3))
+    index = append_to_index(
+        indices, cache.index, layer, new, start=start, count=count, sparse=sparse
     )
+    key_bias = cache.key_bias
+    if key_bias is not None:
+        assert new.key_bias is not None
+        key_bias = write(key_bias, new.key_bias)
+    return LayerCache(kv=kv, key_bias=key_bias, index=index)
 
 
-def grow_layer(layer: LayerCache, blocks: int, sparse: SparseConfig) -> LayerCache:
+def pad_blocks(array: Array, size: int, value: int = 0) -> Array:
+    """The array with its axis of blocks or slots, the fourth, padded to a size."""
+    widths = [(0, 0)] * array.ndim
+    widths[3] = (0, size - array.shape[3])
+    return jnp.pad(array, widths, constant_values=value)
+
+
+def grow_layer(
+    layer: LayerCache, blocks: int, sparse: SparseConfig, indices: Indices
+) -> LayerCache:
     """A copy of the layer's cache with room for more blocks."""
-
-    def pad(array: Array, size: int) -> Array:
-        widths = [(0, 0)] * array.ndim
-        widths[3] = (0, size - array.shape[3])
-        return jnp.pad(array, widths)
-
-    def compressed(keys: CompressedKeys) -> CompressedKeys:
-        windows = pad(keys.windows, blocks * sparse.windows_per_block)
-        return keys._replace(windows=windows)
-
+    layers, batch, heads, _, _, _, dim = layer.kv.shape
+    shape = IndexShape(layers, batch, heads, blocks, dim, layer.kv.dtype)
+    key_bias = layer.key_bias
     return LayerCache(
-        kv=pad(layer.kv, blocks),
-        keys=compressed(layer.keys),
-        key_bias=None if layer.key_bias is None else pad(layer.key_bias, blocks),
-        importance=None if layer.importance is None else compressed(layer.importance),
+        kv=pad_blocks(layer.kv, blocks),
+        key_bias=None if key_bias is None else pad_blocks(key_bias, blocks),
+        index=grow_index(indices, layer.index, shape, sparse),
     )
 
 
-def grow(cache: KVCache, capacity: int, sparse: SparseConfig) -> KVCache:
+def grow(
+    cache: KVCache, capacity: int, sparse: SparseConfig, indices: Indices
+) -> KVCache:
     """A copy of the cache with a larger capacity (a multiple of the block size)."""
     blocks = capacity // sparse.block_size
-    return KVCache(tuple(grow_layer(layer, blocks, sparse) for layer in cache.layers))
+    layers = (grow_layer(layer, blocks, sparse, indices) for layer in cache.layers)
+    return KVCache(tuple(layers))

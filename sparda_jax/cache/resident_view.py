@@ -8,7 +8,8 @@ from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from sparda_jax.cache.attention import attended_bias, decode_attention
 from sparda_jax.cache.prefetch import Lookahead, order_fetch
 from sparda_jax.cache.resident import LayerCache, append_tokens
-from sparda_jax.cache.settings import LayerSettings, TileState, TokenKV
+from sparda_jax.cache.settings import LayerSettings, TileState
+from sparda_jax.sparse.index import TokenKV
 
 
 class ResidentView(NamedTuple):
@@ -35,12 +36,11 @@ class ResidentView(NamedTuple):
         cache = append_tokens(
             self.layer_cache,
             self.layer_in_stack,
-            new.k,
-            new.v,
-            new.key_bias,
+            new,
             start=tile.start,
             count=tile.count,
             sparse=settings.sparse,
+            indices=settings.indices,
         )
         return self._replace(layer_cache=cache)
 
@@ -53,9 +53,7 @@ class ResidentView(NamedTuple):
     ) -> "ResidentView":
         """Chooses the tile's blocks."""
         cache = self.layer_cache
-        seen = tile.selection(
-            cache.keys, cache.importance, self.layer_in_stack, q=q, forecast=forecast
-        )
+        seen = tile.selection(cache.index, self.layer_in_stack, q=q, forecast=forecast)
         blocks = settings.chooser.select(
             seen, settings.config, settings.sparse, settings.implementation
         )

@@ -1,7 +1,6 @@
 """What a layer's cache is told: the settings of all layers, and where a tile stands."""
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from sparda_jax.cache.codecs import BlockCodec
 from sparda_jax.cache.routes import FetchRoute
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.models.rope import Rotation
-from sparda_jax.sparse.compression import CompressedKeys
+from sparda_jax.sparse.index import IndexState, Indices
 from sparda_jax.sparse.selection import SelectionTile
 from sparda_jax.sparse.selectors import Selector
 
@@ -61,6 +60,11 @@ class LayerSettings:
     offload: OffloadSettings | None = None
 
     @property
+    def indices(self) -> Indices:
+        """The parts of the selector's index."""
+        return self.selector.indices(self.config)
+
+    @property
     def own_query(self) -> Selector:
         """The selector with the layer's own queries in place of the forecast."""
         return self.selector.by_own_query()
@@ -82,6 +86,7 @@ class TileState:
       count: Valid tokens of the tile, per row [B]; the rest is padding.
       length: Keys of the row once the whole prompt or step is in [B].
       rope_cos_sin: Rotation of the tile's tokens.
+      num_blocks: M, blocks of capacity per row.
       decoding: The tile is one decode step.
     """
 
@@ -89,6 +94,7 @@ class TileState:
     count: Int[Array, " B"]
     length: Int[Array, " B"]
     rope_cos_sin: Rotation
+    num_blocks: int = dataclasses.field(metadata={"static": True})
     decoding: bool = dataclasses.field(metadata={"static": True})
 
     def positions(self, steps: int) -> Int[Array, "B T"]:
@@ -97,8 +103,7 @@ class TileState:
 
     def selection(
         self,
-        keys: CompressedKeys,
-        importance: CompressedKeys | None,
+        index: IndexState,
         layer: int | Int[Array, ""],
         *,
         q: Float[Array, "B T N H"] | None = None,
@@ -107,30 +112,19 @@ class TileState:
         """What a selector sees of the tile.
 
         Args:
-          keys: Compressed keys.
-          importance: NOSA's window means of c, or None.
-          layer: Index on their leading axis.
+          index: The selector's index, of one layer or of all.
+          layer: Index on its leading axis.
           q: The tile's queries; None one layer ahead.
-          forecast: Forecasts for the layer, or None.
+          forecast: The query that the layer before made for this one, or None.
         """
         query = forecast if q is None else q
-        assert query is not None
+        steps = 1 if query is None else query.shape[1]
         return SelectionTile(
             q=q,
             forecast=forecast,
-            positions=self.positions(query.shape[1]),
-            windows=keys.windows[layer],
-            importance=(
-                None if importance is None else importance.windows[layer][..., 0]
-            ),
+            positions=self.positions(steps),
             length=self.length,
+            index=jax.tree.map(lambda x: x[layer], index),
+            num_blocks=self.num_blocks,
             decoding=self.decoding,
         )
-
-
-class TokenKV(NamedTuple):
-    """Keys after RoPE and values of the tile's tokens, with NOSA's c or None."""
-
-    k: Float[Array, "B T K H"]
-    v: Float[Array, "B T K H"]
-    key_bias: Float[Array, "B T K"] | None

@@ -48,6 +48,7 @@ def decode_step(
         count=active.astype(jnp.int32),
         length=lengths + 1,
         rope_cos_sin=rotation(rope, lengths[:, None]),
+        num_blocks=cache.num_blocks,
         decoding=True,
     )
 

@@ -354,7 +354,9 @@ def new_state(
     }
     offload = settings.offload
     if offload is None:
-        kv: Cache = init_cache(settings.config, settings.sparse, **kind)
+        kv: Cache = init_cache(
+            settings.config, settings.sparse, settings.indices, **kind
+        )
     else:
         # Fetches that overlap need two areas; what `auto` decides shall not matter.
         two = offload.lookahead or cache.prefetch == "auto"
@@ -363,6 +365,7 @@ def new_state(
             settings.config,
             settings.sparse,
             cache,
+            settings.indices,
             **kind,
             width=_list_width(shapes, settings),
             staging=areas,
@@ -394,10 +397,15 @@ def next_turn(
         if isinstance(cache, OffloadCache):
             width = _list_width(shapes, settings)
             cache = grow_offload(
-                cache, shapes.capacity, settings.sparse, config, width=width
+                cache,
+                shapes.capacity,
+                settings.sparse,
+                config,
+                settings.indices,
+                width=width,
             )
         else:
-            cache = grow(cache, shapes.capacity, settings.sparse)
+            cache = grow(cache, shapes.capacity, settings.sparse, settings.indices)
     batch = cache.batch
     return state._replace(
         cache=cache,

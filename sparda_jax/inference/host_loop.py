@@ -65,6 +65,7 @@ def _start(
         count=(~state.done).astype(jnp.int32),
         length=state.lengths + 1,
         rope_cos_sin=rotation(request.rope, state.lengths[:, None]),
+        num_blocks=cache.num_blocks,
         decoding=True,
     )
     tokens = state.pending[:, None]

@@ -7,7 +7,7 @@ layer stands beside it, in `lookahead`.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
@@ -15,10 +15,10 @@ from jaxtyping import Array, Float
 from sparda_jax.cache.offload_view import OffloadView
 from sparda_jax.cache.prefetch import Lookahead
 from sparda_jax.cache.resident_view import ResidentView
-from sparda_jax.cache.settings import LayerSettings, TileState, TokenKV
+from sparda_jax.cache.settings import LayerSettings, TileState
 from sparda_jax.models.block import after_attention, before_attention
 from sparda_jax.models.decoder import DecoderLayer
-from sparda_jax.models.forecast import project_forecast
+from sparda_jax.sparse.index import TokenKV
 
 CacheView = ResidentView | OffloadView
 
@@ -28,11 +28,12 @@ class LayerBlock(NamedTuple):
 
     Attributes:
       weights: The layer's own.
-      next_head: Forecast head that the next layer consumes, or None.
+      next_query: Weights of the query that the selector makes for the next layer, a
+        Forecast head for one; or None.
     """
 
     weights: DecoderLayer
-    next_head: Float[Array, "D KH"] | None
+    next_query: Any | None
 
 
 class LayerMiddle(NamedTuple):
@@ -83,11 +84,13 @@ def layer_before_fetch(
         block.weights, settings.config, h, tile.rope_cos_sin
     )
     next_forecast = None
-    if block.next_head is not None:
-        next_forecast = project_forecast(x, block.next_head, tile.rope_cos_sin)
+    if block.next_query is not None:
+        next_forecast = settings.selector.next_query(
+            block.next_query, x, tile.rope_cos_sin
+        )
     lookahead = lookahead.plan_next(next_forecast, tile, settings)
     view, lookahead = view.behind(lookahead)
-    view = view.append(TokenKV(k, v, key_bias), tile, settings)
+    view = view.append(TokenKV(k, v, key_bias, q), tile, settings)
     view = view.select(q, forecast, tile, settings)
     return LayerMiddle(h, q, next_forecast, view, lookahead)
 

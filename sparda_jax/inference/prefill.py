@@ -36,7 +36,6 @@ from sparda_jax.inference.stack import (
 )
 from sparda_jax.models.decoder import Decoder, DecoderLayer, run_layers
 from sparda_jax.models.rope import Rope, Rotation, rotation
-from sparda_jax.sparse.selection import budget_width
 
 
 def prefill(
@@ -93,6 +92,7 @@ def prefill(
             count=jnp.clip(count - first, 0, size),
             length=start + count,
             rope_cos_sin=Rotation(cut(turn.cos), cut(turn.sin)),
+            num_blocks=cache.num_blocks,
             decoding=False,
         )
 
@@ -155,11 +155,8 @@ def prefill(
         index = layer_index - cache.resident_layers
         view, last = ResidentView(load_layer(cache, index, scratch, start), 0), None
         if settings.selector.lists_blocks(cache.num_blocks, settings.sparse):
-            shape = (
-                *cache.store.lead[1:3],
-                budget_width(settings.sparse, cache.num_blocks),
-            )
-            last = jnp.full(shape, -1, jnp.int32)
+            width = settings.selector.list_width(cache.num_blocks, settings.sparse)
+            last = jnp.full((*cache.store.lead[1:3], width), -1, jnp.int32)
         activations, layer_cache, last = run_tiles(
             carry.activations, view, last, layer, layer_index
         )

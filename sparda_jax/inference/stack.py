@@ -20,7 +20,6 @@ from sparda_jax.inference.layer import (
     decoder_layer,
 )
 from sparda_jax.models.decoder import Decoder, DecoderLayer, embed
-from sparda_jax.models.forecast import project_forecast
 from sparda_jax.models.layers import rms_norm
 from sparda_jax.sparse.selection import budget_width
 
@@ -82,11 +81,12 @@ def start_stack(
     config = settings.config
     h = embed(model, tokens, model.embedding[...].dtype)
     forecast = blocks = None
-    if settings.selector.needs_forecast:
+    weights = settings.selector.next_query_weights(model, 0)
+    if weights is not None:
         x = rms_norm(h, model.first_attention_norm(), config.rms_norm_eps)
-        forecast = project_forecast(x, model.forecast_head(0), tile.rope_cos_sin)
+        forecast = settings.selector.next_query(weights, x, tile.rope_cos_sin)
     if capture:
-        width = budget_width(settings.sparse, cache.num_blocks)
+        width = _captured_width(cache.num_blocks, settings)
         shape = (config.num_layers, tokens.shape[0], config.num_kv_heads)
         blocks = jnp.full((*shape, tokens.shape[1], width), -1, jnp.int32)
     fetches = None
@@ -94,6 +94,13 @@ def start_stack(
         fetches = FetchCounters.zero(config.num_layers)
     activations = LayerActivations(h, forecast, WideCount.zero(), blocks)
     return StackCarry(activations, cache, None, fetches)
+
+
+def _captured_width(num_blocks: int, settings: LayerSettings) -> int:
+    """Blocks of a captured list."""
+    if settings.selector.dense:
+        return budget_width(settings.sparse, num_blocks)
+    return settings.selector.list_width(num_blocks, settings.sparse)
 
 
 def _causal_lists(
@@ -191,11 +198,9 @@ def layer_block(
     layer_index: int | Int[Array, ""],
     settings: LayerSettings,
 ) -> LayerBlock:
-    """A layer's weights, with the Forecast head that it computes for the next one."""
-    head = None
-    if settings.selector.needs_forecast:
-        head = model.forecast_head(layer_index + 1)
-    return LayerBlock(layer, head)
+    """A layer's weights, with those of the query that it makes for the next one."""
+    weights = settings.selector.next_query_weights(model, layer_index + 1)
+    return LayerBlock(layer, weights)
 
 
 def layer_on_tile(

@@ -38,7 +38,7 @@ def offload_settings(cache: CacheConfig, selector: Selector) -> OffloadSettings 
     """
     if cache.kind == "resident":
         return None
-    forecasts = selector.needs_forecast
+    forecasts = selector.looks_ahead
     if cache.prefetch == "lookahead" and not forecasts:
         raise ConfigError(
             f"CacheConfig.prefetch='lookahead' is not allowed with "

@@ -27,8 +27,6 @@ from sparda_jax.inference.generate import GenerateState, Shapes, new_state
 from sparda_jax.inference.prefill import padded_length
 from sparda_jax.models.decoder import Decoder, Storage
 from sparda_jax.models.weights import abstract_decoder
-from sparda_jax.sparse.block_scores import own_query_block_scores
-from sparda_jax.sparse.selection import own_query_scores
 
 GIB = 2**30
 
@@ -211,8 +209,8 @@ def _state_bytes(
         kv=tree_bytes(kv),
         slots=tree_bytes(slots),
         slot_tables=tree_bytes(tables),
-        compressed_keys=tree_bytes([layer.keys for layer in layers]),
-        key_bias=tree_bytes([(x.key_bias, x.importance) for x in layers]),
+        compressed_keys=tree_bytes([layer.index for layer in layers]),
+        key_bias=tree_bytes([layer.key_bias for layer in layers]),
         staging=tree_bytes(spare),
         generation=tree_bytes(rest),
         host=tree_bytes(store),
@@ -304,15 +302,14 @@ def _choice_scratch(
       size: Bytes of a number of the model.
     """
     config, selector = settings.config, settings.selector
-    own = own_query_scores, own_query_block_scores
-    softmax = settings.sparse.forecast_decode_only or bool(
-        {selector.scores, selector.prefill} & set(own)
-    )
-    heads = config.num_heads if softmax else config.num_kv_heads
-    if selector.prefill is None:
+    heads = selector.scored_heads(config, settings.sparse, decoding=False)
+    softmax = heads == config.num_heads
+    pooled = batch * tile * config.num_kv_heads * blocks * 4
+    if selector.scores_all_windows:
         # Float32 scores of all windows, the masked ones beside them.
-        pooled = batch * tile * config.num_kv_heads * blocks * 4
         return 2 * batch * tile * heads * windows * 4 + pooled
+    if not heads:
+        return 2 * pooled
     return block_scores.scratch_bytes(
         batch=batch,
         tokens=tile,
@@ -349,8 +346,7 @@ def _decode_scratch(
         listed=width if lists else None,
         itemsize=size,
     )
-    own = settings.selector.scores is own_query_scores
-    per_token = config.num_heads if own else config.num_kv_heads
+    per_token = settings.selector.scored_heads(config, sparse, decoding=True)
     choose = (
         2 * batch * per_token * blocks * sparse.windows_per_block * 4 if lists else 0
     )

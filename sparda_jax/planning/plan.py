@@ -171,7 +171,7 @@ class _Planner:
     def settings(self, kind: str, *, lookahead: bool = True) -> LayerSettings:
         offload = None
         if kind == "offload":
-            ahead = self.selector.needs_forecast and self.cache.prefetch != "none"
+            ahead = self.selector.looks_ahead and self.cache.prefetch != "none"
             route = named_route(self.rates.route)
             offload = OffloadSettings(route, ahead and lookahead)
         return LayerSettings(self.config, self.sparse, self.selector, offload=offload)
@@ -303,7 +303,7 @@ def plan(
         config, own = named_shape(path("model", model))
     sparse = own if sparse is None else sparse
     selector.check(config, has_forecast=True)
-    if cache.prefetch == "lookahead" and not selector.needs_forecast:
+    if cache.prefetch == "lookahead" and not selector.looks_ahead:
         raise ConfigError(
             f"CacheConfig.prefetch='lookahead' is not allowed with "
             f"attention={selector.name!r}: only an attention that forecasts can look "

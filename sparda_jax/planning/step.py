@@ -16,7 +16,6 @@ from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig, ModelConfig
 from sparda_jax.models.spec import num_parameters
 from sparda_jax.planning.rates import Rates
-from sparda_jax.sparse.selection import own_query_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +100,10 @@ def step_time(
     flops += heads * attended * block * per_key
     if lists:
         windows = held * sparse.windows_per_block
-        moved += heads * windows * config.head_dim * size
-        queries = config.group_size if selector.scores is own_query_scores else 1
+        scored = selector.scored_heads(config, sparse, decoding=True)
+        if scored:
+            moved += heads * windows * config.head_dim * size
+        queries = scored // config.num_kv_heads
         flops += 2 * heads * windows * queries * config.head_dim
 
     fetch = hidden = 0.0

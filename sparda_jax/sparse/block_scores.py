@@ -11,7 +11,12 @@ from jaxtyping import Array, Float
 from pallas_kernels.block_scores.api import block_scores
 from pallas_kernels.dispatch import Implementation
 from sparda_jax.config import SparseConfig
-from sparda_jax.sparse.selection import SelectionTile
+from sparda_jax.sparse.selection import (
+    SelectionTile,
+    forecast_scores,
+    own_query_scores,
+    pool_to_blocks,
+)
 
 
 def _scores(
@@ -71,3 +76,25 @@ def forecast_block_scores(
     """
     assert tile.forecast is not None
     return _scores(tile.forecast, tile, sparse, implementation, softmax=False)
+
+
+def score_by_own_query(
+    tile: SelectionTile,
+    sparse: SparseConfig,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B K T M"]:
+    """Block scores of the layer's own queries, in decode and in prefill."""
+    if tile.decoding:
+        return pool_to_blocks(own_query_scores(tile, sparse), sparse.windows_per_block)
+    return own_query_block_scores(tile, sparse, implementation)
+
+
+def score_by_forecast(
+    tile: SelectionTile,
+    sparse: SparseConfig,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B K T M"]:
+    """Block scores of a forecast, in decode and in prefill."""
+    if tile.decoding:
+        return pool_to_blocks(forecast_scores(tile, sparse), sparse.windows_per_block)
+    return forecast_block_scores(tile, sparse, implementation)

@@ -11,6 +11,7 @@ Source: specification §2.2 (first level only: the second is never read by the k
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sparda_jax.config import SparseConfig
@@ -28,6 +29,16 @@ class CompressedKeys(NamedTuple):
 
     windows: Float[Array, "layers B K W H"]
     halves: Float[Array, "layers B K 2 H"]
+
+
+def empty_windows(
+    lead: tuple[int, ...], windows: int, width: int, dtype: DTypeLike
+) -> CompressedKeys:
+    """No windows yet; `lead` is (layers, B, K)."""
+    return CompressedKeys(
+        windows=jnp.zeros((*lead, windows, width), dtype),
+        halves=jnp.zeros((*lead, 2, width), jnp.float32),
+    )
 
 
 def compress_keys(

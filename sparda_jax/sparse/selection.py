@@ -6,6 +6,7 @@ for a long T. Scores are float32; ties go to the lowest block index, as `lax.top
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,19 +25,30 @@ class SelectionTile:
       q: Queries after RoPE [B, T, N, H]; None while the layer before looks ahead.
       forecast: Forecasts of the layer before for these tokens [B, T, K, H], or None.
       positions: [B, T].
-      windows: The layer's own compressed keys [B, K, W, H], W = M·ρ.
-      importance: NOSA: c averaged over the same windows [B, K, W], or None.
       length: Keys that each row holds once its whole prompt or step is in [B].
+      index: The selector's index of the layer, by part.
+      num_blocks: M, blocks of capacity per row.
       decoding: The tile is one decode step.
     """
 
     q: Float[Array, "B T N H"] | None
     forecast: Float[Array, "B T K H"] | None
     positions: Int[Array, "B T"]
-    windows: Float[Array, "B K W H"]
-    importance: Float[Array, "B K W"] | None
     length: Int[Array, " B"]
+    index: dict[str, Any]
+    num_blocks: int = dataclasses.field(metadata={"static": True})
     decoding: bool = dataclasses.field(metadata={"static": True})
+
+    @property
+    def windows(self) -> Float[Array, "B K W H"]:
+        """Key means of the layer, W = M·ρ."""
+        return self.index["key_means"].windows
+
+    @property
+    def importance(self) -> Float[Array, "B K W"] | None:
+        """NOSA's c averaged over the same windows; None where it is not kept."""
+        part = self.index.get("importance")
+        return None if part is None else part.windows[..., 0]
 
 
 def _visible(

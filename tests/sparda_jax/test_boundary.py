@@ -197,13 +197,7 @@ ROWS = {
         "host_limit": (*maybe(INTEGER), 0),
     },
     "SamplingConfig": _SAMPLING,
-    "Selector": {
-        "name": TEXT,
-        "scores": FUNCTION,
-        "summary": TEXT,
-        "two_stage": WORD,
-        "prefill": FUNCTION,
-    },
+    "Selector": {},
     "LanguageModel": {
         **dict.fromkeys(("model", "config", "sparse", "selector", "cache"), CONFIG),
         **dict.fromkeys(("tokenizer", "forecast_sparse"), maybe(CONFIG)),
@@ -252,7 +246,7 @@ def allowed(lm):
         "recorded_rates": {"device_kind": "NVIDIA H200"},
         "Rates": {"memory": 1e9, "fetch": 1e9},
         "ModelConfig": {"name": "m", **small},
-        "Selector": {"name": "mine", "scores": None, "summary": "mine"},
+        "Selector": {},
         "LanguageModel": vars(lm),
     }
 

@@ -124,15 +124,18 @@ def test_bad_arguments(arguments, named):
 
 
 def test_selector_of_the_callers_own(ids):
-    """Anything that scores windows can select: here, the most recent ones."""
+    """Anything that scores blocks can select: here, the most recent ones."""
     import jax.numpy as jnp
 
-    def recent(tile, sparse):
-        del sparse
-        shape = (*tile.windows.shape[:2], tile.q.shape[1], tile.windows.shape[2])
-        return jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.float32), shape)
+    class Recent(sj.Selector):
+        name = "recent"
 
-    selector = sj.Selector("recent", recent, "the latest blocks")
+        def score(self, tile, config, sparse, implementation):
+            shape = (*tile.positions.shape, config.num_kv_heads, tile.num_blocks)
+            ranks = jnp.arange(tile.num_blocks, dtype=jnp.float32)
+            return jnp.swapaxes(jnp.broadcast_to(ranks, shape), 1, 2)
+
+    selector = Recent()
     lm = sj.load("tiny", attention=selector, sparse=SPARSE, storage="stacked")
     dense = sj.load("tiny", storage="stacked")
     assert sj.forward(lm, ids).shape == (600, 128)

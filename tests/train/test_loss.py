@@ -355,6 +355,7 @@ def test_options_weigh_rows(layer1):
 def test_on_policy_routes_as_inference_selects(layer1):
     """The lists are those of the `sparda` selector."""
     from sparda_jax.models.presets import get_preset
+    from sparda_jax.sparse.compression import CompressedKeys
     from sparda_jax.sparse.selection import SelectionTile
     from sparda_jax.sparse.selectors import get_selector
 
@@ -364,13 +365,14 @@ def test_on_policy_routes_as_inference_selects(layer1):
     out = distill_layer(
         q, k, forecast, documents, sparse=MINICPM, loss=loss, with_gradient=False
     )
+    windows = _keys(k, documents, loss).windows
     tile = SelectionTile(
         q=q,
         forecast=forecast,
         positions=jnp.arange(700)[None],
-        windows=_keys(k, documents, loss).windows,
-        importance=None,
         length=jnp.full((1,), 700),
+        index={"key_means": CompressedKeys(windows, windows[:, :, :2])},
+        num_blocks=windows.shape[2] // MINICPM.windows_per_block,
         decoding=False,
     )
     expected = get_selector("sparda").select(tile, get_preset("tiny").model, MINICPM)

@@ -45,6 +45,7 @@ class Runner:
         return init_cache(
             self.settings.config,
             self.settings.sparse,
+            self.settings.indices,
             batch=batch,
             capacity=CAPACITY,
             dtype=jnp.float32,

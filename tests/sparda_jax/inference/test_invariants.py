@@ -193,6 +193,7 @@ def test_no_buffer_grows_with_tokens_times_keys(runner):
         cache = init_cache(
             config,
             run.settings.sparse,
+            run.settings.indices,
             batch=1,
             capacity=tokens.shape[1],
             dtype=jnp.float32,

@@ -23,10 +23,11 @@ from sparda_jax.inference.decode import decode_step
 from sparda_jax.inference.generate import Shapes, new_state
 from sparda_jax.inference.prefill import prefill
 from sparda_jax.models.decoder import logits
+from sparda_jax.models.forecast import heads_from_query
 from sparda_jax.models.rope import model_rope
 from sparda_jax.planning.auto import offload_settings
 from sparda_jax.sparse.selection import sorted_blocks
-from sparda_jax.sparse.selectors import get_selector
+from sparda_jax.sparse.selectors import Selector, get_selector
 
 SPARSE = SparseConfig(local_blocks=2, block_budget=6, query_blocks=2)
 SMALL = dataclasses.replace(SPARSE, query_blocks=24)
@@ -34,10 +35,28 @@ WIDE = 10_000  # more slots than any cache here has blocks
 
 
 @dataclasses.dataclass(frozen=True)
+class NextQuery(type(get_selector("sparda"))):
+    """Looks ahead by the next layer's own W_q, group means of it: no Forecast heads."""
+
+    name = "next_query"
+    needs_forecast = False
+
+    def next_query_weights(self, model, layer):
+        config, index = model.config, layer % model.config.num_layers
+        weights = jax.lax.dynamic_index_in_dim(
+            model.layers.qkv[...], index, keepdims=False
+        )
+        width = config.num_heads * config.head_dim
+        return heads_from_query(
+            weights[:, :width], config.num_kv_heads, config.head_dim
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """One way to attend and to keep the cache."""
 
-    attention: str = "sparda"
+    attention: str | Selector = "sparda"
     nosa: bool = False
     storage: str = "stacked"
     slots: int | None = None
@@ -211,6 +230,7 @@ CASES = (
             Case("nosa", nosa=True, sparse=SMALL),
             Case("sparda", nosa=True, sparse=SMALL),
             Case(codec=Halves(), exactness="verify"),
+            Case(NextQuery(), prefetch="lookahead"),
         )
     ),
 )

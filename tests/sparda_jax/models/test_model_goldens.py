@@ -62,6 +62,7 @@ def _run(model, ids, length, settings, tile_size):
     cache = init_cache(
         config,
         settings.sparse,
+        settings.indices,
         batch=1,
         capacity=CAPACITY,
         dtype=jnp.float32,
@@ -186,11 +187,13 @@ def test_hidden_states_between_layers(tiny, mode):
         count=jnp.full((1,), 700, jnp.int32),
         length=jnp.full((1,), 700, jnp.int32),
         rope_cos_sin=rotation(rope, jnp.arange(700)[None]),
+        num_blocks=12,
         decoding=False,
     )
     cache = init_cache(
         config,
         sparse,
+        settings.indices,
         batch=1,
         capacity=768,
         dtype=jnp.float32,

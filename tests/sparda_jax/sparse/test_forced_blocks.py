@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sparda_jax.config import SparseConfig
 from sparda_jax.models.presets import get_preset
+from sparda_jax.sparse.compression import CompressedKeys
 from sparda_jax.sparse.selection import SelectionTile
 from sparda_jax.sparse.selectors import get_selector, selector_names
 
@@ -40,29 +41,31 @@ def _rows(draw):
     return sparse, draw(st.integers(0, BLOCKS * BLOCK - 1)), scores, importance[:, 0]
 
 
-@pytest.mark.parametrize("decoding", [True, False])
 @pytest.mark.parametrize("name", [n for n in selector_names() if n != "dense"])
 @settings(max_examples=40, deadline=None)
 @given(row=_rows())
-def test_forced_blocks_are_always_listed(name, decoding, row):
+def test_forced_blocks_are_always_listed(name, row):
     sparse, position, scores, importance = row
     blocks = scores.reshape(1, 1, 1, BLOCKS, -1).max(-1)
-    selector = dataclasses.replace(
-        get_selector(name),
-        scores=lambda tile, sparse: scores,
-        prefill=lambda tile, sparse, implementation: blocks,
-    )
+    selector, model = get_selector(name), dataclasses.replace(NOSA, num_kv_heads=1)
+
+    class Scored(type(selector)):
+        """The selector with other scores."""
+
+        def score(self, tile, config, sparse, implementation):
+            return blocks
+
     tile = SelectionTile(
         q=None,
         forecast=None,
         positions=jnp.full((1, 1), position),
-        windows=jnp.zeros((1, 1, scores.shape[-1], 1)),
-        importance=importance,
         length=jnp.full((1,), position + 1),
-        decoding=decoding,
+        index={"importance": CompressedKeys(importance[..., None], jnp.zeros(()))},
+        num_blocks=BLOCKS,
+        decoding=True,
     )
-    lists = selector.select(tile, NOSA, sparse)
-    assert lists is not None and lists.shape[-1] == sparse.block_budget
+    lists = Scored().select(tile, model, sparse)
+    assert lists is not None and lists.shape[-1] == selector.budget(sparse)
     listed = [block for block in np.asarray(lists).ravel().tolist() if block >= 0]
     own = position // BLOCK
     assert len(set(listed)) == len(listed)

@@ -55,6 +55,12 @@ def _incremental(k, chunks, width, sparse=UNIT):
     return keys
 
 
+def _part(windows):
+    """A layer's part of an index, of one row: windows [K, W, H]."""
+    windows = jnp.asarray(windows, jnp.float32)[None]
+    return CompressedKeys(windows, jnp.zeros((*windows.shape[:2], 2, windows.shape[3])))
+
+
 def _tile(q=None, phi=None, *, windows, positions, length, decoding=False, c=None):
     """A tile of one sequence from arrays without a batch axis."""
     steps = len(positions)
@@ -62,16 +68,16 @@ def _tile(q=None, phi=None, *, windows, positions, length, decoding=False, c=Non
     q = np.zeros((steps, windows.shape[0], dim), np.float32) if q is None else q
     width = BLOCKS * UNIT.windows_per_block
     pad = [(0, 0), (0, width - windows.shape[1]), (0, 0)]
-    importance = None
+    index = {"key_means": _part(np.pad(windows, pad))}
     if c is not None:
-        importance = jnp.asarray(np.pad(c, pad[:2]))[None]
+        index["importance"] = _part(np.pad(c, pad[:2])[..., None])
     return SelectionTile(
         q=jnp.asarray(q, jnp.float32)[None],
         forecast=None if phi is None else jnp.asarray(phi, jnp.float32)[None],
         positions=jnp.asarray(positions, jnp.int32)[None],
-        windows=jnp.asarray(np.pad(windows, pad), jnp.float32)[None],
-        importance=importance,
         length=jnp.array([length]),
+        index=index,
+        num_blocks=BLOCKS,
         decoding=decoding,
     )
 

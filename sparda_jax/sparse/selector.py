@@ -1,0 +1,169 @@
+"""The protocol of selectors: how a query row's KV blocks are chosen.
+
+A selector is a frozen value without state, so that it can be a static argument of a
+jitted function. It says which index it keeps of a layer's keys, which query it scores
+with, and scores blocks. What is common to all stands here and in `selection`: forced
+blocks, the future, the budget, NOSA's second stage and the choice of the best.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import Implementation
+from sparda_jax.checks import ConfigError
+from sparda_jax.config import ModelConfig, SparseConfig
+from sparda_jax.models.decoder import Decoder
+from sparda_jax.models.rope import Rotation
+from sparda_jax.sparse.index import Indices
+from sparda_jax.sparse.selection import (
+    SelectionTile,
+    budget_width,
+    constrain_by_importance,
+    force_blocks,
+    top_blocks,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selector:
+    """One way to choose blocks. A subclass says at least its name and `score`.
+
+    Attributes:
+      name: As users write it.
+      summary: One line for help texts.
+      dense: Attends to everything; nothing is scored.
+      looks_ahead: Chooses without the layer's own queries, so that the layer before can
+        choose for it and start its fetch.
+      needs_forecast: The model must have Forecast heads.
+      scores_all_windows: Prefill holds the scores of all windows of a tile; else they
+        go through `pallas_kernels.block_scores` (for the planner).
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    dense: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = False
+    needs_forecast: ClassVar[bool] = False
+    scores_all_windows: ClassVar[bool] = True
+
+    def check(self, config: ModelConfig, *, has_forecast: bool) -> None:
+        """Raises ConfigError if the model cannot be used with this selector."""
+        if self.needs_forecast and not has_forecast:
+            raise ConfigError(
+                f"attention={self.name!r} needs Forecast weights, and none are loaded "
+                f"for model {config.name!r}. Two ways out: forecast=PATH, a Forecast "
+                "weights file trained for this model, or forecast='from_query', the "
+                "training-free heads (mean of the next layer's query heads in each "
+                "group)"
+            )
+
+    def indices(self, config: ModelConfig) -> Indices:
+        """The parts of the index that it keeps of a layer's keys, by name."""
+        del config
+        return {}
+
+    def next_query_weights(
+        self, model: Decoder, layer: int | Int[Array, ""]
+    ) -> Any | None:
+        """Weights of the query that layer `layer` (mod L) is scored with.
+
+        The layer before makes that query, and layer 0 its own; None where a layer's own
+        queries score, or none do.
+        """
+        del model, layer
+
+    def next_query(
+        self, weights: Any, x: Float[Array, "B T D"], rope_cos_sin: Rotation
+    ) -> Float[Array, "B T heads H"]:
+        """The query made of a layer's normalised input, to score the next layer by."""
+        raise NotImplementedError
+
+    def by_own_query(self) -> "Selector":
+        """The same selector, with the same index, by the layer's own queries.
+
+        It has the last word where a choice made ahead is verified.
+        """
+        return self
+
+    def budget(self, sparse: SparseConfig) -> int:
+        """Blocks that a token attends to, forced ones included."""
+        return sparse.block_budget
+
+    def score(
+        self,
+        tile: SelectionTile,
+        config: ModelConfig,
+        sparse: SparseConfig,
+        implementation: Implementation | None,
+    ) -> Float[Array, "B K T M"]:
+        """Scores of all blocks; −∞ where a block is not to be chosen."""
+        raise NotImplementedError
+
+    def importance(
+        self, tile: SelectionTile, config: ModelConfig, sparse: SparseConfig
+    ) -> Float[Array, "B K W"] | None:
+        """Window scores of NOSA's query-agnostic second stage; None for none."""
+        del tile, config, sparse
+
+    def scored_heads(
+        self, config: ModelConfig, sparse: SparseConfig, *, decoding: bool
+    ) -> int:
+        """Heads whose scores of every window are computed, for the planner."""
+        del sparse, decoding
+        return config.num_kv_heads
+
+    def lists_blocks(self, num_blocks: int, sparse: SparseConfig) -> bool:
+        """Whether `select` makes lists for a cache of that many blocks.
+
+        It does not where a list would hold every block, so that short contexts cost no
+        scoring.
+        """
+        return not self.dense and num_blocks > self.budget(sparse)
+
+    def list_width(self, num_blocks: int, sparse: SparseConfig) -> int:
+        """Blocks that a token attends to at most in a cache of that many blocks."""
+        if self.dense:
+            return num_blocks
+        return budget_width(self._within_budget(sparse), num_blocks)
+
+    def select(
+        self,
+        tile: SelectionTile,
+        config: ModelConfig,
+        sparse: SparseConfig,
+        implementation: Implementation | None = None,
+    ) -> Int[Array, "B K T P"] | None:
+        """Block lists of the tile's rows, −1 padded; None for all causal blocks.
+
+        Args:
+          tile: What is to be attended by.
+          config: The model.
+          sparse: Selection geometry.
+          implementation: Kernel of prefill's scores: None takes what is recorded as
+            fastest for the device, a name is never replaced by another.
+        """
+        if not self.lists_blocks(tile.num_blocks, sparse):
+            return None
+        sparse = self._within_budget(sparse)
+        own = (tile.positions // sparse.block_size)[:, None]  # B 1 T
+        # Whoever scored: forced blocks come first, and scores that overflow or are no
+        # numbers push none of them out.
+        blocks = self.score(tile, config, sparse, implementation)
+        blocks = force_blocks(blocks, own, sparse)
+        importance = self.importance(tile, config, sparse)
+        if importance is not None:
+            window = jnp.arange(importance.shape[-1])
+            last = window * sparse.kernel_stride + sparse.kernel_size
+            finished = (last <= tile.length[:, None])[:, None]
+            importance = jnp.where(finished, importance, -jnp.inf)
+            blocks = constrain_by_importance(blocks, importance, own, sparse)
+        return top_blocks(blocks, own, tile.length, sparse)
+
+    def _within_budget(self, sparse: SparseConfig) -> SparseConfig:
+        budget = self.budget(sparse)
+        if budget == sparse.block_budget:
+            return sparse
+        return dataclasses.replace(sparse, block_budget=budget)

@@ -1,0 +1,113 @@
+"""SparDA: the layer before forecasts the blocks (specification §4)."""
+
+import dataclasses
+from typing import Any
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import Implementation
+from sparda_jax.config import ModelConfig, SparseConfig
+from sparda_jax.models.decoder import Decoder
+from sparda_jax.models.forecast import project_forecast
+from sparda_jax.models.rope import Rotation
+from sparda_jax.sparse.block_scores import score_by_forecast, score_by_own_query
+from sparda_jax.sparse.index import Indices
+from sparda_jax.sparse.indices.importance import Importance
+from sparda_jax.sparse.indices.key_means import KeyMeans
+from sparda_jax.sparse.selection import SelectionTile
+from sparda_jax.sparse.selector import Selector
+
+
+@dataclasses.dataclass(frozen=True)
+class SparDA(Selector):
+    """Forecast heads make the query that the next layer's key means are scored with.
+
+    NOSA's second stage follows where the model has a key bias.
+    """
+
+    name = "sparda"
+    summary = (
+        "the layer before forecasts the blocks (NOSA's second stage where it has one)"
+    )
+    looks_ahead = True
+    needs_forecast = True
+    scores_all_windows = False
+
+    def indices(self, config: ModelConfig) -> Indices:
+        """Key means, and the means of c where the model has it."""
+        if not config.key_bias:
+            return {"key_means": KeyMeans()}
+        return {"key_means": KeyMeans(), "importance": Importance()}
+
+    def next_query_weights(
+        self, model: Decoder, layer: int | Int[Array, ""]
+    ) -> Any | None:
+        """The Forecast head that the layer consumes."""
+        return model.forecast_head(layer)
+
+    def next_query(
+        self, weights: Any, x: Float[Array, "B T D"], rope_cos_sin: Rotation
+    ) -> Float[Array, "B T heads H"]:
+        """The forecast."""
+        return project_forecast(x, weights, rope_cos_sin)
+
+    def by_own_query(self) -> Selector:
+        """The layer's own queries in place of the forecast."""
+        return _ByOwnQuery()
+
+    def score(
+        self,
+        tile: SelectionTile,
+        config: ModelConfig,
+        sparse: SparseConfig,
+        implementation: Implementation | None,
+    ) -> Float[Array, "B K T M"]:
+        """As `Selector.score`."""
+        if sparse.forecast_decode_only and not tile.decoding:
+            return score_by_own_query(tile, sparse, implementation)
+        return score_by_forecast(tile, sparse, implementation)
+
+    def importance(
+        self, tile: SelectionTile, config: ModelConfig, sparse: SparseConfig
+    ) -> Float[Array, "B K W"] | None:
+        """As `Selector.importance`."""
+        return tile.importance
+
+    def scored_heads(
+        self, config: ModelConfig, sparse: SparseConfig, *, decoding: bool
+    ) -> int:
+        """One head a group, or all query heads where its own queries prefill."""
+        own = sparse.forecast_decode_only and not decoding
+        return config.num_heads if own else config.num_kv_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class _ByOwnQuery(SparDA):
+    """What the layers' own queries choose, of the same index."""
+
+    looks_ahead = False
+    needs_forecast = False
+
+    def next_query_weights(
+        self, model: Decoder, layer: int | Int[Array, ""]
+    ) -> Any | None:
+        """None."""
+
+    def score(
+        self,
+        tile: SelectionTile,
+        config: ModelConfig,
+        sparse: SparseConfig,
+        implementation: Implementation | None,
+    ) -> Float[Array, "B K T M"]:
+        """As `Selector.score`."""
+        return score_by_own_query(tile, sparse, implementation)
+
+    def scored_heads(
+        self, config: ModelConfig, sparse: SparseConfig, *, decoding: bool
+    ) -> int:
+        """All query heads."""
+        return config.num_heads
+
+
+SELECTOR = SparDA()
