@@ -16,6 +16,7 @@ Every phase is reported as it ends, on stderr, and what is known so far is writt
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import statistics
 import sys
@@ -32,6 +33,7 @@ from pallas_kernels.dispatch import candidates
 from sparda_jax.config import ModelConfig
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.models.presets import get_preset
+from sparda_jax.models.spec import layer_shapes
 from sparda_jax.models.weights import random_decoder
 from train.backbone import Batch, LayerView, Settings, attend, run_backbone
 from train.config import LossConfig, OptimizerConfig
@@ -116,8 +118,8 @@ def _timed(
 def dense_flops(config: ModelConfig, batch: int, tokens: int) -> float:
     """Of the forward pass: products with weights, and causal attention."""
     queries = config.num_heads * config.head_dim
-    keys = config.num_kv_heads * config.head_dim
-    weights = config.hidden_size * (2 * queries + 2 * keys + 3 * config.ffn_size)
+    shapes = layer_shapes(config).values()
+    weights = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
     attention = 2 * queries * tokens  # scores and values, half of the square
     return 2.0 * batch * tokens * config.num_layers * (weights + attention)
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.models.rope import Rotation, apply_rope
+from sparda_jax.models.spec import forecast_shape
 from sparda_jax.models.weights import from_query_heads
 from train.backbone import Batch, LayerView, Settings, attend, run_backbone
 from train.loss import distill_layer
@@ -43,11 +44,7 @@ def initial_heads(model: Decoder, how: str, seed: int) -> Float[Array, "L D KH"]
     config = model.config
     if how != "kaiming":
         return jnp.stack([x.astype(jnp.float32) for x in from_query_heads(model)])
-    shape = (
-        config.num_layers,
-        config.hidden_size,
-        config.num_kv_heads * config.head_dim,
-    )
+    shape = (config.num_layers, *forecast_shape(config))
     bound = config.hidden_size**-0.5
     key = jax.random.key(seed)
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)

@@ -9,9 +9,11 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import GetAttrKey
 from jaxtyping import Array
 
 from sparda_jax.models.decoder import Decoder, DecoderLayer
+from sparda_jax.models.spec import shard_axes
 
 AXIS = "data"
 
@@ -22,23 +24,24 @@ def make_mesh(devices: int | None = None) -> Mesh:
     return Mesh(np.asarray(found[: devices or len(found)]), (AXIS,))
 
 
-def _split_axis(shape: tuple[int, ...], parts: int) -> int | None:
+def _split_axis(
+    path: tuple[GetAttrKey, ...], shape: tuple[int, ...], parts: int
+) -> int | None:
     """Which axis of a stacked weight devices divide; None for small ones."""
-    if parts > 1 and len(shape) > 2:
-        for axis in range(1, len(shape)):
-            if shape[axis] % parts == 0:
-                return axis
+    for axis in shard_axes(path[0].name):
+        if parts > 1 and shape[axis + 1] % parts == 0:
+            return axis + 1
     return None
 
 
 def layer_specs(model: Decoder, parts: int) -> DecoderLayer:
     """Partition of every stacked layer weight over `parts` devices."""
 
-    def spec(x: Array) -> PartitionSpec:
-        axis = _split_axis(x.shape, parts)
+    def spec(path: tuple[GetAttrKey, ...], x: Array) -> PartitionSpec:
+        axis = _split_axis(path, x.shape, parts)
         return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS)
 
-    return jax.tree.map(spec, model.layers)
+    return jax.tree_util.tree_map_with_path(spec, model.layers)
 
 
 def model_specs(model: Decoder, mesh: Mesh, *, fsdp: bool) -> Decoder:
@@ -70,7 +73,8 @@ def make_gather(
     """Makes one layer's weights whole inside `shard_map`."""
     if not fsdp or mesh.size == 1:
         return lambda layer: layer
-    axes = [_split_axis(x.shape, mesh.size) for x in jax.tree.leaves(model.layers)]
+    stacked, _ = jax.tree_util.tree_flatten_with_path(model.layers)
+    axes = [_split_axis(path, x.shape, mesh.size) for path, x in stacked]
 
     def gather(layer: DecoderLayer) -> DecoderLayer:
         leaves, tree = jax.tree.flatten(layer)

@@ -7,14 +7,18 @@ not in a slot is an input: it depends on model and text.
 """
 
 import dataclasses
-import functools
+import math
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sparda_jax.cache.settings import LayerSettings
-from sparda_jax.config import CacheConfig, ModelConfig
-from sparda_jax.models.spec import num_parameters
+from sparda_jax.config import CacheConfig
+from sparda_jax.models.spec import (
+    model_shapes,
+    num_forecast_parameters,
+    num_parameters,
+)
 from sparda_jax.planning.rates import Rates
 
 
@@ -51,11 +55,6 @@ class StepTime:
         return max(costs, key=lambda name: costs[name])
 
 
-@functools.lru_cache(64)
-def _parameters(config: ModelConfig) -> int:
-    return num_parameters(config)
-
-
 def step_time(
     settings: LayerSettings,
     cache: CacheConfig,
@@ -88,12 +87,11 @@ def step_time(
     heads = batch * config.num_kv_heads * config.num_layers
     block_bytes = block * 2 * config.head_dim * size
 
-    parameters = _parameters(config)
-    if not config.tie_embeddings:
-        parameters -= config.vocab_size * config.hidden_size
+    parameters = num_parameters(config)
+    if not config.tie_embeddings:  # A step reads a few rows of the embedding.
+        parameters -= math.prod(model_shapes(config)["embedding"])
     if selector.needs_forecast:
-        kv_width = config.num_kv_heads * config.head_dim
-        parameters += config.num_layers * config.hidden_size * kv_width
+        parameters += num_forecast_parameters(config)
     moved = parameters * size + heads * attended * block_bytes
     flops = 2 * parameters * batch
     per_key = 4 * config.group_size * config.head_dim

@@ -30,7 +30,7 @@ DEVICES = """
     from train.backbone import Batch, Settings
     from train.init import initial_heads
     from train.optimizer import initial_state, make_optimizer
-    from train.sharding import batch_sharding, make_mesh, place, shard_model
+    from train.sharding import AXIS, batch_sharding, make_mesh, place, shard_model
     from train.step import make_gradients, make_step
 
     assert len(jax.devices()) == 4
