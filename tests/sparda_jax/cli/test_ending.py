@@ -91,17 +91,11 @@ def test_an_interrupt_is_one_line():
     assert (process.returncode, told) == (130, b"sparda: interrupted\n")
 
 
-def test_bytes_that_are_not_utf8():
-    """As an argument, and as a path, which may hold any."""
-    for arguments, named in (
-        ([b"--prompt", b"caf\xe9"], b"--prompt="),
-        ([b"--prompt", b"x", b"--model", b"caf\xe9.gguf"], b"no such file"),
-        ([b"--prompt-file", b"caf\xe9"], b"No such file"),
-    ):
-        command = [*COMMAND, "generate", "--no-compilation-cache"]
-        if b"--model" not in arguments:
-            command += ["--model", "tiny"]
-        done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True)
-        assert done.returncode == 2, done.stderr
-        assert done.stderr.count(b"\n") == 1, done.stderr
-        assert named in done.stderr
+def test_a_path_may_hold_bytes_that_are_not_utf8():
+    command = [*COMMAND, "generate", "--no-compilation-cache", "--prompt", "x"]
+    done = subprocess.run(
+        [*command, b"--model", b"caf\xe9.gguf"], cwd=ROOT, capture_output=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count(b"\n") == 1, done.stderr
+    assert b"no such file" in done.stderr
