@@ -22,7 +22,7 @@ from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.models.block import after_attention, before_attention
 from sparda_jax.models.decoder import Decoder, DecoderLayer, embed
 from sparda_jax.models.forecast import project_forecast
-from sparda_jax.models.rope import Rotation, apply_rope, model_rope, rotation
+from sparda_jax.models.rope import RopeCosSin, apply_rope, model_rope, rope_cos_sin_at
 from train.config import LossConfig
 from train.loss import distill_layer
 from train.teacher import Kernels
@@ -94,7 +94,7 @@ class LayerView(NamedTuple):
       key_bias: NOSA's c per token, or None.
       source: Normalised input that this layer is forecast from.
       head: Its Forecast matrix, or several of them.
-      rope_cos_sin: Rotation of all tokens.
+      rope_cos_sin: cos and sin of all tokens.
     """
 
     q: Float[Array, "B T N H"]
@@ -103,7 +103,7 @@ class LayerView(NamedTuple):
     key_bias: Float[Array, "B T K"] | None
     source: Float[Array, "B T D"]
     head: Float[Array, "*V D KH"]
-    rope_cos_sin: Rotation
+    rope_cos_sin: RopeCosSin
 
     @property
     def forecast(self) -> Float[Array, "B T K H"]:
@@ -115,13 +115,13 @@ class LayerView(NamedTuple):
 def head_gradient(
     source: Float[Array, "B T D"],
     d_forecast: Float[Array, "B T K H"],
-    rope_cos_sin: Rotation,
+    rope_cos_sin: RopeCosSin,
 ) -> Float[Array, "D KH"]:
     """Gradient of a Forecast matrix from that of its forecasts, float32.
 
     The transpose of a rotation turns the other way.
     """
-    d_plain = apply_rope(d_forecast, Rotation(rope_cos_sin.cos, -rope_cos_sin.sin))
+    d_plain = apply_rope(d_forecast, RopeCosSin(rope_cos_sin.cos, -rope_cos_sin.sin))
     d_plain = d_plain.reshape(*d_forecast.shape[:2], -1)
     # In float32 the sum over all tokens would not be rounded, but on accelerators the
     # product of two bfloat16 arrays is summed in float32 as well.
@@ -242,7 +242,7 @@ def run_backbone[Out](
     config = settings.config
     h = embed(model, batch.tokens, model.embedding[...].dtype)
     rope = model_rope(config, batch.tokens.shape[1])
-    rope_cos_sin = rotation(rope, jnp.maximum(batch.documents.positions(), 0))
+    rope_cos_sin = rope_cos_sin_at(rope, jnp.maximum(batch.documents.positions(), 0))
 
     def body(
         carry: tuple[Array, Array], xs: tuple[DecoderLayer, Array, Array]

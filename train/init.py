@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from sparda_jax.models.decoder import Decoder
-from sparda_jax.models.rope import Rotation, apply_rope
+from sparda_jax.models.rope import RopeCosSin, apply_rope
 from sparda_jax.models.spec import forecast_shape
 from sparda_jax.models.weights import from_query_heads
 from train.backbone import Batch, LayerView, Settings, attend, run_backbone
@@ -82,7 +82,7 @@ def query_moments(
             with_gradient=False,
         ).routing
         rows, tokens = view.q.shape[:2]
-        turn_back = Rotation(view.rope_cos_sin.cos, -view.rope_cos_sin.sin)
+        turn_back = RopeCosSin(view.rope_cos_sin.cos, -view.rope_cos_sin.sin)
         plain = apply_rope(view.q.astype(jnp.float32), turn_back)
         inside = jnp.arange(tokens) < batch.documents.end
         x = jnp.where(inside[..., None], view.source, 0)

@@ -10,7 +10,7 @@ from pallas_kernels.dispatch import Implementation
 from sparda_jax.cache.codecs import BlockCodec
 from sparda_jax.cache.routes import FetchRoute
 from sparda_jax.config import ModelConfig, SparseConfig
-from sparda_jax.models.rope import Rotation
+from sparda_jax.models.rope import RopeCosSin
 from sparda_jax.sparse.index import IndexState, Indices
 from sparda_jax.sparse.selection import SelectionTile
 from sparda_jax.sparse.selectors import Selector
@@ -85,7 +85,7 @@ class TileState:
       start: Position of the tile's first token, per row [B].
       count: Valid tokens of the tile, per row [B]; the rest is padding.
       length: Keys of the row once the whole prompt or step is in [B].
-      rope_cos_sin: Rotation of the tile's tokens.
+      rope_cos_sin: cos and sin of the tile's tokens.
       num_blocks: M, blocks of capacity per row.
       decoding: The tile is one decode step.
     """
@@ -93,7 +93,7 @@ class TileState:
     start: Int[Array, " B"]
     count: Int[Array, " B"]
     length: Int[Array, " B"]
-    rope_cos_sin: Rotation
+    rope_cos_sin: RopeCosSin
     num_blocks: int = dataclasses.field(metadata={"static": True})
     decoding: bool = dataclasses.field(metadata={"static": True})
 

@@ -12,7 +12,7 @@ from sparda_jax.inference.stack import (
     start_stack,
 )
 from sparda_jax.models.decoder import Decoder, DecoderLayer, run_layers
-from sparda_jax.models.rope import Rope, rotation
+from sparda_jax.models.rope import Rope, rope_cos_sin_at
 
 
 def decode_step(
@@ -47,7 +47,7 @@ def decode_step(
         start=lengths,
         count=active.astype(jnp.int32),
         length=lengths + 1,
-        rope_cos_sin=rotation(rope, lengths[:, None]),
+        rope_cos_sin=rope_cos_sin_at(rope, lengths[:, None]),
         num_blocks=cache.num_blocks,
         decoding=True,
     )

@@ -47,7 +47,7 @@ from sparda_jax.inference.stack import (
     start_stack,
 )
 from sparda_jax.models.decoder import Decoder, DecoderLayer, logits
-from sparda_jax.models.rope import rotation
+from sparda_jax.models.rope import rope_cos_sin_at
 
 _static = functools.partial(jax.jit, static_argnames="settings")
 
@@ -64,7 +64,7 @@ def _start(
         start=state.lengths,
         count=(~state.done).astype(jnp.int32),
         length=state.lengths + 1,
-        rope_cos_sin=rotation(request.rope, state.lengths[:, None]),
+        rope_cos_sin=rope_cos_sin_at(request.rope, state.lengths[:, None]),
         num_blocks=cache.num_blocks,
         decoding=True,
     )

@@ -35,7 +35,7 @@ from sparda_jax.inference.stack import (
     start_stack,
 )
 from sparda_jax.models.decoder import Decoder, DecoderLayer, run_layers
-from sparda_jax.models.rope import Rope, Rotation, rotation
+from sparda_jax.models.rope import Rope, RopeCosSin, rope_cos_sin_at
 
 
 def prefill(
@@ -81,7 +81,7 @@ def prefill(
     tokens = jnp.pad(tokens, ((0, 0), (0, padded - width)))
     needed = -(-jnp.max(count) // tile_size)
 
-    turn = rotation(rope, start[:, None] + jnp.arange(padded))
+    rope_cos_sin = rope_cos_sin_at(rope, start[:, None] + jnp.arange(padded))
 
     def tile_state(first: int | Array, size: int) -> TileState:
         def cut(x: Array) -> Array:
@@ -91,7 +91,7 @@ def prefill(
             start=start + first,
             count=jnp.clip(count - first, 0, size),
             length=start + count,
-            rope_cos_sin=Rotation(cut(turn.cos), cut(turn.sin)),
+            rope_cos_sin=RopeCosSin(cut(rope_cos_sin.cos), cut(rope_cos_sin.sin)),
             num_blocks=cache.num_blocks,
             decoding=False,
         )

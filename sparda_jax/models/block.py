@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from sparda_jax.config import ModelConfig
 from sparda_jax.models.decoder import DecoderLayer
 from sparda_jax.models.layers import matmul, rms_norm, swiglu
-from sparda_jax.models.rope import Rotation, apply_rope
+from sparda_jax.models.rope import RopeCosSin, apply_rope
 
 
 class AttentionInputs(NamedTuple):
@@ -30,7 +30,10 @@ class AttentionInputs(NamedTuple):
 
 
 def before_attention(
-    layer: DecoderLayer, config: ModelConfig, h: Float[Array, "B T D"], turn: Rotation
+    layer: DecoderLayer,
+    config: ModelConfig,
+    h: Float[Array, "B T D"],
+    rope_cos_sin: RopeCosSin,
 ) -> AttentionInputs:
     """Input norm, projections, norms of q and k, RoPE (specification §1)."""
     x = rms_norm(h, layer.attention_norm[...], config.rms_norm_eps)
@@ -48,7 +51,7 @@ def before_attention(
             )
         )
         qk = rms_norm(qk, weight, config.rms_norm_eps)
-    q, k = jnp.split(apply_rope(qk, turn), (heads,), axis=2)
+    q, k = jnp.split(apply_rope(qk, rope_cos_sin), (heads,), axis=2)
     return AttentionInputs(x, q, k, v, _key_bias(layer, v))
 
 

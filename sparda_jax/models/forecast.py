@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sparda_jax.models.layers import matmul
-from sparda_jax.models.rope import Rotation, apply_rope
+from sparda_jax.models.rope import RopeCosSin, apply_rope
 
 
 class Forecast(nnx.Param):
@@ -30,12 +30,12 @@ class Forecast(nnx.Param):
 def project_forecast(
     x: Float[Array, "B T D"],
     head: Float[Array, "D KH"],
-    turn: Rotation,
+    rope_cos_sin: RopeCosSin,
 ) -> Float[Array, "B T K H"]:
-    """phi = RoPE(head · x), one vector per kv head (specification §4.2)."""
-    head_dim = 2 * turn.cos.shape[-1]
-    phi = matmul(x, head).reshape(*x.shape[:2], -1, head_dim)
-    return apply_rope(phi, turn)
+    """forecast = RoPE(head · x), one vector per kv head (specification §4.2)."""
+    head_dim = 2 * rope_cos_sin.cos.shape[-1]
+    forecast = matmul(x, head).reshape(*x.shape[:2], -1, head_dim)
+    return apply_rope(forecast, rope_cos_sin)
 
 
 def heads_from_query(

@@ -90,7 +90,7 @@ class Rope(NamedTuple):
     scale: Float[Array, ""]
 
 
-class Rotation(NamedTuple):
+class RopeCosSin(NamedTuple):
     """cos and sin of tokens' angles, times the scale: [B, T, H/2] each, float32."""
 
     cos: Float[Array, "B T half"]
@@ -103,20 +103,20 @@ def model_rope(config: ModelConfig, length: int) -> Rope:
     return Rope(jnp.asarray(inv_freq), jnp.float32(scale))
 
 
-def rotation(rope: Rope, positions: Int[Array, "B T"]) -> Rotation:
+def rope_cos_sin_at(rope: Rope, positions: Int[Array, "B T"]) -> RopeCosSin:
     """The rotation of every position; the same for all layers of a step."""
     angles = positions[..., None].astype(jnp.float32) * rope.inv_freq
-    return Rotation(jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale)
+    return RopeCosSin(jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale)
 
 
 def apply_rope(
-    x: Float[Array, "B T heads H"], turn: Rotation
+    x: Float[Array, "B T heads H"], rope_cos_sin: RopeCosSin
 ) -> Float[Array, "B T heads H"]:
     """Rotates every head of `x` to its position, in float32; returns x's dtype.
 
     Source: specification §1.1 (RoPE); §4.2 for Forecast heads, at their own position.
     """
-    cos, sin = turn.cos[:, :, None], turn.sin[:, :, None]
+    cos, sin = rope_cos_sin.cos[:, :, None], rope_cos_sin.sin[:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

@@ -16,7 +16,7 @@ from pallas_kernels.dispatch import Implementation
 from sparda_jax.checks import ConfigError
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.models.decoder import Decoder
-from sparda_jax.models.rope import Rotation
+from sparda_jax.models.rope import RopeCosSin
 from sparda_jax.sparse.index import Indices
 from sparda_jax.sparse.selection import (
     SelectionTile,
@@ -76,7 +76,7 @@ class Selector:
         del model, layer
 
     def next_query(
-        self, weights: Any, x: Float[Array, "B T D"], rope_cos_sin: Rotation
+        self, weights: Any, x: Float[Array, "B T D"], rope_cos_sin: RopeCosSin
     ) -> Float[Array, "B T heads H"]:
         """The query made of a layer's normalised input, to score the next layer by."""
         raise NotImplementedError

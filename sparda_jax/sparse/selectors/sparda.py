@@ -9,7 +9,7 @@ from pallas_kernels.dispatch import Implementation
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.models.forecast import project_forecast
-from sparda_jax.models.rope import Rotation
+from sparda_jax.models.rope import RopeCosSin
 from sparda_jax.sparse.block_scores import score_by_forecast, score_by_own_query
 from sparda_jax.sparse.index import Indices
 from sparda_jax.sparse.indices.importance import Importance
@@ -46,7 +46,7 @@ class SparDA(Selector):
         return model.forecast_head(layer)
 
     def next_query(
-        self, weights: Any, x: Float[Array, "B T D"], rope_cos_sin: Rotation
+        self, weights: Any, x: Float[Array, "B T D"], rope_cos_sin: RopeCosSin
     ) -> Float[Array, "B T heads H"]:
         """The forecast."""
         return project_forecast(x, weights, rope_cos_sin)

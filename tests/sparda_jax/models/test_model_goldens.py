@@ -14,7 +14,7 @@ from sparda_jax.inference.prefill import prefill
 from sparda_jax.inference.stack import layer_on_tile, start_stack
 from sparda_jax.models.decoder import logits
 from sparda_jax.models.layers import rms_norm
-from sparda_jax.models.rope import model_rope, rotation
+from sparda_jax.models.rope import model_rope, rope_cos_sin_at
 from sparda_jax.sparse.selection import sorted_blocks
 from sparda_jax.sparse.selectors import get_selector
 
@@ -186,7 +186,7 @@ def test_hidden_states_between_layers(tiny, mode):
         start=jnp.zeros((1,), jnp.int32),
         count=jnp.full((1,), 700, jnp.int32),
         length=jnp.full((1,), 700, jnp.int32),
-        rope_cos_sin=rotation(rope, jnp.arange(700)[None]),
+        rope_cos_sin=rope_cos_sin_at(rope, jnp.arange(700)[None]),
         num_blocks=12,
         decoding=False,
     )

@@ -7,7 +7,7 @@ import pytest
 
 from sparda_jax.config import RopeConfig, SparseConfig
 from sparda_jax.models.presets import get_preset
-from sparda_jax.models.rope import Rope, apply_rope, rope_frequencies, rotation
+from sparda_jax.models.rope import Rope, apply_rope, rope_cos_sin_at, rope_frequencies
 from sparda_jax.sparse.block_scores import (
     forecast_block_scores,
     own_query_block_scores,
@@ -137,7 +137,7 @@ def test_rope_tables(unit, golden, name, rope, length):
         x = jnp.asarray(np.swapaxes(unit["rope/x"], 0, 1))[None]
         positions = jnp.arange(64)[None]
         rope = Rope(jnp.asarray(inv_freq), jnp.float32(scale))
-        got = apply_rope(x, rotation(rope, positions))[0]
+        got = apply_rope(x, rope_cos_sin_at(rope, positions))[0]
         expected = np.swapaxes(unit["rope/y_long_long"], 0, 1)
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
