@@ -19,7 +19,7 @@ test-slow: $(VENV)/.test-ready
 
 # Every worker would else take three quarters of the card when it starts.
 test-gpu: $(VENV)/.test-ready
-	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PY) -m pytest -m gpu -n $(GPU_WORKERS) \
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PY) -m pytest -m gpu -p no:benchmark -n $(GPU_WORKERS) \
 		tests/pallas_kernels tests/train tests/sparda_jax/inference/test_offload.py \
 		$(PYTEST_ARGS)
 

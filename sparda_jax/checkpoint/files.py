@@ -46,12 +46,15 @@ def is_file(path: str | os.PathLike) -> bool:
         raise _failed(path, error) from error
 
 
-def open_regular(path: str | os.PathLike, *, limit: int | None = None) -> BinaryIO:
+def open_regular(
+    path: str | os.PathLike, *, limit: int | None = None, pipes: bool = False
+) -> BinaryIO:
     """Opens a regular file for reading; never waits, whatever the path names.
 
     Args:
       path: The file.
       limit: Most bytes that it may have, None for any number.
+      pipes: A pipe will do as well; one that nobody writes to is empty.
 
     Returns:
       The open file.
@@ -73,7 +76,9 @@ def open_regular(path: str | os.PathLike, *, limit: int | None = None) -> Binary
         raise _failed(path, error) from error
     try:
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
+        if pipes and stat.S_ISFIFO(status.st_mode):
+            os.set_blocking(descriptor, True)  # Opened: now its writer is waited for.
+        elif not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{path}: is no regular file")
         if limit is not None and status.st_size > limit:
             raise CheckpointError(
@@ -85,12 +90,15 @@ def open_regular(path: str | os.PathLike, *, limit: int | None = None) -> Binary
         raise
 
 
-def read_bytes(path: str | os.PathLike, limit: int) -> bytes | None:
+def read_bytes(
+    path: str | os.PathLike, limit: int, *, pipes: bool = False
+) -> bytes | None:
     """Reads a regular file whole.
 
     Args:
       path: The file.
       limit: Most bytes that it may have.
+      pipes: As for `open_regular`.
 
     Returns:
       Its contents, None if there is no such file.
@@ -99,7 +107,7 @@ def read_bytes(path: str | os.PathLike, limit: int) -> bytes | None:
       CheckpointError: It cannot be read, is no regular file, or is too large.
     """
     try:
-        file = open_regular(path, limit=limit)
+        file = open_regular(path, limit=limit, pipes=pipes)
     except FileNotFoundError:
         return None
     with file:
@@ -113,9 +121,11 @@ def read_bytes(path: str | os.PathLike, limit: int) -> bytes | None:
     return content
 
 
-def read_text(path: str | os.PathLike, limit: int = MAX_TEXT) -> str | None:
+def read_text(
+    path: str | os.PathLike, limit: int = MAX_TEXT, *, pipes: bool = False
+) -> str | None:
     """Reads a regular file of UTF-8 text; arguments, result, errors of `read_bytes`."""
-    content = read_bytes(path, limit)
+    content = read_bytes(path, limit, pipes=pipes)
     if content is None:
         return None
     try:

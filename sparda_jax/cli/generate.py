@@ -175,7 +175,7 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def _read(file: str) -> str:
     try:
-        content = read_text(file)
+        content = read_text(file, pipes=True)  # Such as a shell's <(command).
     except CheckpointError as error:
         raise ConfigError(f"--prompt-file {error}") from error
     if content is None:

@@ -139,3 +139,24 @@ def test_growing_file_is_bounded(tmp_path):
         pytest.skip("no /proc")
     with pytest.raises(CheckpointError, match="over 10 bytes"):
         files.read_bytes("/proc/self/maps", 10)
+
+
+def test_a_pipe_is_read_where_pipes_are_taken(tmp_path):
+    """A shell's `<(command)` is one; whoever never writes leaves it empty."""
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "wb") as file:
+        file.write(b"ein Text")
+    try:
+        assert files.read_text(f"/dev/fd/{reader}", pipes=True) == "ein Text"
+    finally:
+        os.close(reader)
+    os.mkfifo(tmp_path / "nobody")
+    assert files.read_text(tmp_path / "nobody", pipes=True) == ""
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "wb") as file:
+        file.write(b"123456789")
+    try:
+        with pytest.raises(CheckpointError, match="at most 8"):
+            files.read_text(f"/dev/fd/{reader}", 8, pipes=True)
+    finally:
+        os.close(reader)
