@@ -375,12 +375,12 @@ def write_back_full_blocks(
       full: Rows whose tail block is full now.
       block: That block's id, per row.
 
-    The number of loop turns is the number of such rows; mostly it is none.
+    The loop has as many passes as there are such rows; mostly it is none.
     """
     order = jnp.argsort(~full, stable=True)
 
-    def save(turn: Array, store: HostStore) -> HostStore:
-        row = order[turn]
+    def save(number: Array, store: HostStore) -> HostStore:
+        row = order[number]
         pieces = []
         for layer in cache.layers:
             table = lax.dynamic_index_in_dim(layer.table.blocks, row, 1, False)

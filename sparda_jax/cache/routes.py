@@ -159,7 +159,7 @@ class KernelRoute(FetchRoute):
 
 @dataclasses.dataclass(frozen=True)
 class DynamicSliceRoute(FetchRoute):
-    """A loop that slices one block a turn and moves it."""
+    """A loop that slices one block at a time and moves it."""
 
     reuses_staging: bool = True
 
@@ -175,12 +175,13 @@ class DynamicSliceRoute(FetchRoute):
         """As `FetchRoute.fetch`."""
         del num_entries, on_side_stream
         assert into is not None
-        # A loop turn moves a block, so there must be none for an entry without one.
+        # Every pass of the loop moves a block, so there must be none for an entry
+        # without one.
         listed = host_blocks >= 0
         entries = jnp.argsort(~listed, stable=True)
 
-        def body(turn: Array, staged: Array) -> Array:
-            entry = entries[turn]
+        def body(number: Array, staged: Array) -> Array:
+            entry = entries[number]
             block = lax.dynamic_slice_in_dim(store, host_blocks[entry], 1, 0)
             return lax.dynamic_update_slice_in_dim(staged, to_device(block), entry, 0)
 

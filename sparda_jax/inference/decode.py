@@ -61,5 +61,5 @@ def decode_step(
     if settings.offload is None:
         return run_layers(model, body, carry)
     # Layer 0 is like no other: nobody looked ahead for it, and it may be resident.
-    carry = run_layers(model, body, carry, apart=1)
+    carry = run_layers(model, body, carry, unscanned_layers=1)
     return end_stack(carry, lengths, tile.count, settings)

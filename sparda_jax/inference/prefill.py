@@ -169,7 +169,9 @@ def prefill(
     carry = start_stack(model, cache, tokens, whole, settings, capture=capture)
     if isinstance(cache, OffloadCache):
         loop = (carry, scratch_kv(cache))
-        carry, _ = run_layers(model, offloaded, loop, apart=cache.resident_layers)
+        carry, _ = run_layers(
+            model, offloaded, loop, unscanned_layers=cache.resident_layers
+        )
     else:
         carry = run_layers(model, resident, carry)
     blocks = None if carry.blocks is None else carry.blocks[:, :, :, :width]

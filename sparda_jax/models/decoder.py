@@ -143,7 +143,7 @@ def run_layers[Carry](
     body: Callable[[Carry, DecoderLayer, int | Int[Array, ""]], Carry],
     carry: Carry,
     *,
-    apart: int = 0,
+    unscanned_layers: int = 0,
 ) -> Carry:
     """Runs `body(carry, layer, index)` over the layers: scanned or unrolled.
 
@@ -151,8 +151,8 @@ def run_layers[Carry](
       model: The decoder.
       body: One layer; the index is an `int` where layers are unrolled.
       carry: What travels through the layers.
-      apart: Leading layers that run before the scan, with an `int` index: their
-        carry may have another structure. Unrolled layers need no such thing.
+      unscanned_layers: Leading layers that run before the scan, with an `int` index:
+        their carry may have another structure. Unrolled layers need no such thing.
     """
     if isinstance(model.layers, nnx.List):
         for index, layer in enumerate(model.layers):
@@ -165,7 +165,7 @@ def run_layers[Carry](
             model.layers,
         )
 
-    for index in range(apart):
+    for index in range(unscanned_layers):
         carry = body(carry, one(index), index)
 
     # The scan takes each layer out of the stack by its index: cutting the leading
@@ -173,7 +173,7 @@ def run_layers[Carry](
     def step(carry: Carry, index: Array) -> tuple[Carry, None]:
         return body(carry, one(index), index), None
 
-    indices = jnp.arange(apart, model.config.num_layers)
+    indices = jnp.arange(unscanned_layers, model.config.num_layers)
     return jax.lax.scan(step, carry, indices)[0]
 
 

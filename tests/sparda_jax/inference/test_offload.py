@@ -228,7 +228,6 @@ CASES = (
             Case(attention="dense", slots=WIDE),
             # A quota that the budget has no room for.
             Case("nosa", nosa=True, sparse=SMALL),
-            Case("sparda", nosa=True, sparse=SMALL),
             Case(codec=Halves(), exactness="verify"),
             Case(NextQuery(), prefetch="lookahead"),
         )
