@@ -19,7 +19,7 @@ import pickle
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -220,6 +220,14 @@ def _globals() -> dict[str, Any]:
     return table
 
 
+def _find(name: str) -> Any:
+    """The record that a name of a pickle stands for."""
+    found = _globals().get(name)
+    if found is None:
+        raise _Refused(f"the name {show(name)}")
+    return found
+
+
 @contextlib.contextmanager
 def _zip_errors(path: pathlib.Path) -> Generator[None]:
     """Turns what zipfile raises for a damaged archive into CheckpointError."""
@@ -348,8 +356,30 @@ _OPCODES = frozenset(
     "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS GLOBAL "
     "REDUCE BUILD BINPERSID BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET".split()
 )
+_BY_CODE = {found.code: found for found in pickletools.opcodes}
 _KEYS = frozenset(("int", "int_or_bool", "bool", "float", "str", "None"))
 _SHORT = "a pickle that takes more than it has"
+
+
+def _opcodes(data: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
+    """Opcodes and their arguments; those of a refused one are not looked at."""
+    stream = io.BytesIO(data)
+    while code := stream.read(1):
+        opcode = _BY_CODE.get(code.decode("latin-1"))
+        name = f"{code!r}" if opcode is None else opcode.name
+        if opcode is None or name not in _OPCODES:
+            raise _Refused(f"the pickle opcode {name}")
+        argument = None
+        if name == "GLOBAL":
+            # `pickletools` would take escapes in it for what they mean.
+            lines = (stream.readline().decode().rstrip("\n") for _ in range(2))
+            _find(".".join(lines))
+        elif opcode.arg is not None:
+            argument = opcode.arg.reader(stream)
+        yield opcode, argument
+        if name == "STOP":
+            return
+    raise _Refused("a pickle without an end")
 
 
 def _check_opcodes(data: bytes) -> None:
@@ -362,10 +392,8 @@ def _check_opcodes(data: bytes) -> None:
     stack: list[str] = []
     marks: list[int] = []
     memo: dict[int, str] = {}
-    for opcode, argument, _ in pickletools.genops(data):
+    for opcode, argument in _opcodes(data):
         name, takes = opcode.name, [found.name for found in opcode.stack_before]
-        if name not in _OPCODES:
-            raise _Refused(f"the pickle opcode {name}")
         if name == "MARK":
             marks.append(len(stack))
             stack.append("mark")
@@ -408,10 +436,7 @@ class _Unpickler(pickle.Unpickler):
         self._archive = archive
 
     def find_class(self, module: str, name: str, /) -> Any:
-        found = _globals().get(f"{module}.{name}")
-        if found is None:
-            raise _Refused(f"the name {show(f'{module}.{name}')}")
-        return found
+        return _find(f"{module}.{name}")
 
     def persistent_load(self, pid: Any, /) -> _Storage:
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
