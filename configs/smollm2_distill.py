@@ -7,10 +7,10 @@ those six.
 """
 
 from train.config import (
+    PUBLISHED_LOSS,
     CheckpointConfig,
     DataConfig,
     EvalConfig,
-    LossConfig,
     OptimizerConfig,
     TrainConfig,
 )
@@ -29,13 +29,7 @@ def get_config() -> TrainConfig:
         init_batches=8,
         # A CPU visits block lists faster than it masks all keys, also at this length.
         attention="blocks",
-        loss=LossConfig(
-            teacher="deployed",
-            student="blocks",
-            target="recall",
-            mask_short_rows=True,
-            floor=0.0,
-        ),
+        loss=PUBLISHED_LOSS,
         optimizer=OptimizerConfig(
             lr=2e-4,
             schedule="cosine",

@@ -4,10 +4,10 @@ The text is the manual and the library of the running Python: nothing to downloa
 """
 
 from train.config import (
+    PUBLISHED_LOSS,
     CheckpointConfig,
     DataConfig,
     EvalConfig,
-    LossConfig,
     OptimizerConfig,
     TrainConfig,
 )
@@ -27,13 +27,7 @@ def get_config() -> TrainConfig:
         attention="masked",
         # The model was not trained with sparse attention. It is the deployed choice of
         # blocks that is learned, as inference pools it, in the rows that choose at all.
-        loss=LossConfig(
-            teacher="deployed",
-            student="blocks",
-            target="recall",
-            mask_short_rows=True,
-            floor=0.0,
-        ),
+        loss=PUBLISHED_LOSS,
         optimizer=OptimizerConfig(
             lr=2e-4,
             schedule="cosine",

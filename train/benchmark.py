@@ -36,7 +36,7 @@ from sparda_jax.models.presets import get_preset
 from sparda_jax.models.spec import layer_shapes
 from sparda_jax.models.weights import random_decoder
 from train.backbone import Batch, LayerView, Settings, attend, run_backbone
-from train.config import LossConfig, OptimizerConfig
+from train.config import PUBLISHED_LOSS, LossConfig, OptimizerConfig
 from train.init import initial_heads
 from train.metrics import keep_json
 from train.optimizer import initial_state, make_optimizer
@@ -46,13 +46,7 @@ from train.tiles import Documents
 
 LOSSES = {
     "reference": LossConfig(mask_short_rows=True),
-    "published": LossConfig(
-        teacher="deployed",
-        student="blocks",
-        target="recall",
-        mask_short_rows=True,
-        floor=0.0,
-    ),
+    "published": PUBLISHED_LOSS,
 }
 
 

@@ -129,6 +129,17 @@ class LossConfig:
         require(fits, "LossConfig.target", self.target, allowed)
 
 
+# The loss of the published weights: the deployed choice of blocks, as inference pools
+# it, in the rows that choose at all.
+PUBLISHED_LOSS = LossConfig(
+    teacher="deployed",
+    student="blocks",
+    target="recall",
+    mask_short_rows=True,
+    floor=0.0,
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and its schedule; the defaults are the reference's (runtime A3).
