@@ -19,6 +19,7 @@ os.environ.setdefault(
 # What this machine's user has tuned or found out is no part of the tests.
 os.environ["PALLAS_KERNELS_CACHE"] = os.devnull
 
+import hypothesis
 import jaxtyping
 from jaxtyping import install_import_hook
 
@@ -34,6 +35,10 @@ from sparda_jax.config import ModelConfig, RopeConfig, SparseConfig  # noqa: E40
 from sparda_jax.engine.compile_cache import PROGRAMS  # noqa: E402
 from sparda_jax.models.decoder import Decoder  # noqa: E402
 from sparda_jax.models.weights import build_decoder, forecast_heads  # noqa: E402
+
+# Timing never decides a test.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 # A whole run takes less; what is above it are the programs of code that has changed.

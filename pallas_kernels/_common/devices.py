@@ -7,6 +7,7 @@ otherwise JAX's default device.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import jax
 
@@ -43,7 +44,8 @@ def _abstract_device() -> jax.sharding.AbstractDevice | None:
     return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
 
 
-def _default_device() -> jax.Device:
+def _default_device() -> Any:
+    """A `jax.Device`, or what a test puts in its place."""
     default = jax.config.jax_default_device
     if default is not None and not isinstance(default, str):
         return default
@@ -74,13 +76,15 @@ def current_compute_capability() -> float | None:
     device = device_at_hand()
     if device is None:
         return capability_of(current_device_kind())
-    return float(device.compute_capability)
+    capability = getattr(device, "compute_capability", None)
+    return None if capability is None else float(capability)
 
 
-def device_at_hand() -> jax.Device | None:
-    """The CUDA device that the call will run on; None off CUDA and when only lowering.
+def device_at_hand() -> Any:
+    """The CUDA `jax.Device` that the call will run on.
 
-    Inside `shard_map` it is one of the mesh's kind.
+    None off CUDA, and when there is none such and a call can only be lowered. Inside
+    `shard_map` it is one of the mesh's kind.
     """
     if current_platform() != "cuda":
         return None

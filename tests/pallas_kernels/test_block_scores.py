@@ -242,18 +242,19 @@ def test_softmax_weights_sum_to_the_group():
     rng = np.random.default_rng(0)
     query = jnp.asarray(rng.standard_normal((1, 1, 8, 64)), jnp.float32)
     keys = jnp.asarray(rng.standard_normal((1, 2, 40, 64)), jnp.float32)
-    scores = block_scores(
-        query,
-        keys,
-        q_start=jnp.array([16 * 41], jnp.int32),
-        blocks=40,
-        block_size=16,
-        kernel_size=16,
-        kernel_stride=16,
-        init_blocks=0,
-        local_blocks=0,
-        softmax=True,
-    )
+    args = {
+        "query": query,
+        "compressed_keys": keys,
+        "q_start": jnp.array([16 * 41], jnp.int32),
+        "blocks": 40,
+        "block_size": 16,
+        "kernel_size": 16,
+        "kernel_stride": 16,
+        "init_blocks": 0,
+        "local_blocks": 0,
+        "softmax": True,
+    }
+    scores = run(block_scores, args)
     np.testing.assert_allclose(scores.sum(-1), 4.0, rtol=1e-5)
 
 

@@ -246,7 +246,7 @@ GRADIENT_SPECS = [
         pytest.param(
             s,
             id=s.name,
-            marks=pytest.mark.slow if s.name in ("padded", "layers") else (),
+            marks=pytest.mark.slow if s.name in ("dense", "padded", "layers") else (),
         )
         for s in GRADIENT_SPECS
     ],

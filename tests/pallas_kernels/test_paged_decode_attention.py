@@ -62,18 +62,14 @@ def test_triton_with_one_split_and_with_many():
     args = spec.make(jnp.float32)
     kv, bias, layer = with_layer_axis(args["kv"], args["key_bias"], args["layer"], 32)
     for splits in (1, 3):
-        got = paged_decode_attention_triton(
-            args["q"],
-            kv,
-            args["slots"],
-            args["slot_lengths"],
-            None,
-            layer,
-            bias,
+        run = functools.partial(
+            paged_decode_attention_triton,
             scale=spec.head_dim**-0.5,
             config=triton.Config(splits=splits),
             interpret=True,
         )
+        lists = args["slots"], args["slot_lengths"], None
+        got = jax.jit(run)(args["q"], kv, *lists, layer, bias)
         assert_attention_matches(got, reference(args), "float32")
 
 
