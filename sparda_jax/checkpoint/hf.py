@@ -96,10 +96,12 @@ def read_safetensors(
 def _shards(directory: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[str] | None]]:
     """Yields each safetensors file with the tensors it must hold, None if unknown."""
     index_path = directory / _INDEX
-    index = read_json(index_path)
+    # Where both are there the single file counts, as in the library that writes them.
+    path = directory / _SINGLE
+    single = is_file(path)
+    index = None if single else read_json(index_path)
     if index is None:
-        path = directory / _SINGLE
-        if not is_file(path):
+        if not single:
             raise CheckpointError(
                 f"{directory}: holds neither {_SINGLE} nor {_INDEX}, one is needed"
             )
@@ -333,6 +335,11 @@ def _write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
         settings["eos_token"] = tokenizer.token(tokenizer.eos_ids[0])
     if tokenizer.chat_source is not None:
         settings["chat_template"] = tokenizer.chat_source
+    if tokenizer.chat_source is not None and tokenizer.tool_source is not None:
+        settings["chat_template"] = [
+            {"name": "default", "template": tokenizer.chat_source},
+            {"name": "tool_use", "template": tokenizer.tool_source},
+        ]
     _write_json(folder / "tokenizer_config.json", settings)
 
 

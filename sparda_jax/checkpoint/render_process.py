@@ -36,6 +36,8 @@ class RenderLimits:
       memory: Bytes of address space beyond those of the idle process.
       output: Characters of output.
       seconds_per_mib, memory_per_byte, output_per_byte: What each of them grows by.
+      source_seconds_per_mib, source_memory_per_byte: What the template's own length
+        adds, since it is compiled before its first rendering.
     """
 
     seconds: float = 0.5
@@ -44,12 +46,18 @@ class RenderLimits:
     seconds_per_mib: float = 0.2
     memory_per_byte: int = 32
     output_per_byte: int = 4
+    source_seconds_per_mib: float = 20.0
+    source_memory_per_byte: int = 512
 
-    def of(self, size: int) -> dict[str, Any]:
-        """The limits of a request of `size` bytes."""
+    def of(self, size: int, source_size: int) -> dict[str, Any]:
+        """The limits of a request, by its bytes and those of the template."""
+        seconds = self.seconds_per_mib * size
+        seconds += self.source_seconds_per_mib * source_size
+        memory = self.memory_per_byte * size
+        memory += self.source_memory_per_byte * source_size
         return {
-            "seconds": self.seconds + self.seconds_per_mib * size / (1 << 20),
-            "memory": self.memory + self.memory_per_byte * size,
+            "seconds": self.seconds + seconds / (1 << 20),
+            "memory": self.memory + memory,
             "max_output": self.output + self.output_per_byte * size,
         }
 
@@ -138,7 +146,7 @@ class RenderProcess:
           RenderError: The template is no valid one, failed, or went over a limit.
         """
         size = len(json.dumps(context, ensure_ascii=False).encode("utf-8"))
-        limits = self._limits.of(size)
+        limits = self._limits.of(size, len(self._source))
         request = json.dumps(limits | {"context": context}, ensure_ascii=False)
         if self._owner != os.getpid():
             # Forked: the pipe is the other process's, and so may be who holds the lock.

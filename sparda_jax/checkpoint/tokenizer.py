@@ -55,11 +55,13 @@ class Tokenizer:
       bos_id: The token that begins a text, None if the model has none.
       add_bos: Whether a plain prompt begins with `bos_id`.
       chat_source: Source of the chat template, None if there is none.
+      tool_source: Source of the one for conversations with tools, None if it is the
+        same.
 
     Args:
       backend: The tokenizer of the `tokenizers` library.
       where: The file, for messages.
-      eos_ids, bos_id, add_bos, chat_source: As above.
+      eos_ids, bos_id, add_bos, chat_source, tool_source: As above.
       names: Variables of the chat template that name tokens, such as `pad_token`;
         `bos_token` and `eos_token` are known from the ids.
     """
@@ -73,6 +75,7 @@ class Tokenizer:
         bos_id: int | None = None,
         add_bos: bool = False,
         chat_source: str | None = None,
+        tool_source: str | None = None,
         names: Mapping[str, str] | None = None,
     ) -> None:
         self._backend = backend
@@ -87,6 +90,7 @@ class Tokenizer:
         self.bos_id = bos_id
         self.add_bos = add_bos and bos_id is not None
         self.chat_source = chat_source
+        self.tool_source = tool_source
         self._names = dict(names or {})
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
@@ -208,18 +212,31 @@ class Tokenizer:
         """Whether `chat` can be called."""
         return self.chat_source is not None
 
+    def _chat_for(self, variables: Mapping[str, Any]) -> "ChatTemplate":
+        """The template of a conversation: with tools some models have another one."""
+        if variables.get("tools") is not None and self.tool_source is not None:
+            return self._tool_chat
+        return self._chat
+
     @functools.cached_property
     def _chat(self) -> "ChatTemplate":
+        return self._template(self.chat_source)
+
+    @functools.cached_property
+    def _tool_chat(self) -> "ChatTemplate":
+        return self._template(self.tool_source)
+
+    def _template(self, source: str | None) -> "ChatTemplate":
         from sparda_jax.checkpoint.chat import ChatTemplate
 
-        if self.chat_source is None:
+        if source is None:
             raise CheckpointError(f"{self._where}: the model has no chat template")
         names = dict(self._names)
         if self.bos_id is not None:
             names.setdefault("bos_token", self.token(self.bos_id) or "")
         if self.eos_ids:
             names.setdefault("eos_token", self.token(self.eos_ids[0]) or "")
-        return ChatTemplate(self.chat_source, self._where, names)
+        return ChatTemplate(source, self._where, names)
 
     def chat(
         self,
@@ -246,7 +263,7 @@ class Tokenizer:
           ConfigError: `messages` is empty or malformed, or a variable is no JSON.
           CheckpointError: There is no template, or it failed.
         """
-        return self._chat.render(
+        return self._chat_for(variables).render(
             messages, add_generation_prompt=add_generation_prompt, **variables
         )
 
@@ -280,7 +297,7 @@ class Tokenizer:
         from sparda_jax.checkpoint.chat import chat_variables
         from sparda_jax.checkpoint.content_marks import ContentMarks
 
-        template = self._chat
+        template = self._chat_for(variables)
         given = chat_variables(
             messages, add_generation_prompt=add_generation_prompt, **variables
         )

@@ -14,6 +14,7 @@ from sparda_jax.checkpoint.tokenizers.check import check_tokenizer, unique_keys
 
 _MAX_TEMPLATE = 1 << 20  # Bytes; the longest templates in use have 30,000.
 _MAX_TOKENIZER = 1 << 28  # The largest tokenizer.json in use has about 40 MB.
+_TOOL_USE = "tool_use"
 # Variables of chat templates that tokenizer_config.json defines.
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
@@ -25,27 +26,31 @@ def _token_text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _directory_template(
+def _directory_templates(
     directory: pathlib.Path, settings: Mapping[str, Any]
-) -> str | None:
-    path = directory / "chat_template.jinja"
-    text = read_text(path, _MAX_TEMPLATE)
-    if text is not None:
-        return text
-    template = settings.get("chat_template")
-    if isinstance(template, list):
+) -> tuple[str | None, str | None]:
+    """The chat template, and the one for conversations with tools if it is another."""
+    found = settings.get("chat_template")
+    named = {"default": found}
+    if isinstance(found, list):
         named = {
             entry.get("name"): entry.get("template")
-            for entry in template
+            for entry in found
             if isinstance(entry, dict) and isinstance(entry.get("name"), str)
         }
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
-        raise CheckpointError(
-            f"{directory / 'tokenizer_config.json'}: chat_template = {show(template)}, "
-            "allowed: a string, or a list with one named 'default'"
-        )
-    return template
+    for template in named.values():
+        if template is not None and not isinstance(template, str):
+            raise CheckpointError(
+                f"{directory / 'tokenizer_config.json'}: chat_template = "
+                f"{show(template)}, allowed: a string, or a list with one named "
+                "'default'"
+            )
+    text = read_text(directory / "chat_template.jinja", _MAX_TEMPLATE)
+    if text is not None:
+        # Files beside each other stand for the whole list of tokenizer_config.json.
+        place = directory / "additional_chat_templates" / f"{_TOOL_USE}.jinja"
+        return text, read_text(place, _MAX_TEMPLATE)
+    return named.get("default"), named.get(_TOOL_USE)
 
 
 def _token_ids(path: pathlib.Path, field: str, value: object) -> list[int]:
@@ -134,6 +139,11 @@ def tokenizer_from_directory(
             directory / "config.json", "bos_token_id", config["bos_token_id"]
         )
         bos_id = found[0] if found else None
+    chat_source, tool_source = _directory_templates(directory, settings)
+    names = _names(settings)
+    if "bos_token" in settings and bos_text is None:
+        # The template must not see a token that the file says there is none of.
+        names["bos_token"] = ""
     add_bos = settings.get("add_bos_token")
     if not isinstance(add_bos, bool):
         add_bos = bos_id is not None and opening == [bos_id]
@@ -149,6 +159,7 @@ def tokenizer_from_directory(
         eos_ids=eos_ids,
         bos_id=bos_id,
         add_bos=add_bos,
-        chat_source=_directory_template(directory, settings),
-        names=_names(settings),
+        chat_source=chat_source,
+        tool_source=tool_source,
+        names=names,
     )

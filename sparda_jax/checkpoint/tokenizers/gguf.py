@@ -215,5 +215,6 @@ def tokenizer_from_gguf(header: GGUFHeader) -> Tokenizer | None:
         bos_id=bos_id,
         add_bos=add_bos,
         chat_source=metadata.get("chat_template", str),
+        tool_source=metadata.get("chat_template.tool_use", str),
         names=names,
     )

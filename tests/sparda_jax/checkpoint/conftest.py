@@ -94,6 +94,7 @@ class Kit:
             "tokenizer.ggml.eos_token_id": 2,
             "tokenizer.ggml.add_bos_token": False,
             "tokenizer.chat_template": TEMPLATE,
+            "tokenizer.chat_template.tool_use": "{{ tools|length }}",
         }
 
     def write_gguf(

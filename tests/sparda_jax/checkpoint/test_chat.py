@@ -143,6 +143,15 @@ def test_bounds(source):
     template.close()
 
 
+def test_longest_template():
+    """It is compiled within its own limits: those of a short one would not do."""
+    line = "{% if messages[0].role == 'r' and tools %}{{ 'x' + messages[0].content|trim"
+    line += " }}{% for t in tools %}{{ t|tojson }}{% endfor %}{% else %}y{% endif %}"
+    template = ChatTemplate(line * ((1 << 18) // len(line)), "f", {})
+    assert set(template.render(USER)) == {"y"}
+    template.close()
+
+
 def test_process_over_a_limit_is_replaced():
     source = "{% if n %}{{ 'a' * n }}{% else %}{% for i in range(99999) %}"
     source += "{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}"

@@ -118,6 +118,8 @@ def test_bfloat16_shards_forecast_tokenizer_and_sparse(kit):
         assert ids == gguf.tokenizer.encode(text, special=special)
     message = [{"role": "user", "content": "hello"}]
     assert source.tokenizer.chat(message) == gguf.tokenizer.chat(message)
+    for tokenizer in (source.tokenizer, gguf.tokenizer):
+        assert tokenizer.chat(message, tools=[{}, {}]) == "2"
     assert source.tokenizer.eos_ids == gguf.tokenizer.eos_ids
     assert source.tokenizer.bos_id == gguf.tokenizer.bos_id
     assert not source.tokenizer.add_bos
@@ -373,6 +375,13 @@ def test_derived_tables_are_left_out(saved):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     _edit_tensors(saved, lambda tensors: tensors.update({name: np.ones(4, "f4")}))
     assert name not in open_checkpoint(saved).tensors
+
+
+def test_a_single_file_goes_before_an_index(saved):
+    """A model that was saved again, over the shards that it came in."""
+    index = {"weight_map": {spec.FINAL_NORM: "old.safetensors"}}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert open_checkpoint(saved).load()
 
 
 def test_missing_files(saved):

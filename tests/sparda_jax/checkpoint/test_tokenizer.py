@@ -192,6 +192,35 @@ def test_directory(tmp_path):
     assert (tokenizer.bos_id, tokenizer.add_bos) == (1, False)
 
 
+def test_template_of_conversations_with_tools(tmp_path):
+    _sentencepiece(tmp_path)
+    settings = {
+        "bos_token": None,
+        "chat_template": [
+            {"name": "default", "template": "plain{{ bos_token }}"},
+            {"name": "tool_use", "template": "{{ tools[0].name }}"},
+        ],
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    # An id that the model has is no token of the template if the file says none.
+    tokenizer = tokenizer_from_directory(tmp_path, {"bos_token_id": 1})
+    messages = [{"role": "user", "content": "x"}]
+    assert tokenizer.chat(messages) == tokenizer.chat(messages, tools=None) == "plain"
+    assert tokenizer.chat(messages, tools=[{"name": "hi"}]) == "hi"
+    ids = tokenizer.encode_chat(messages, tools=[{"name": "hi"}])
+    assert ids == tokenizer.encode("hi")
+    # Files beside it replace the whole list.
+    (tmp_path / "chat_template.jinja").write_text("file")
+    tokenizer = tokenizer_from_directory(tmp_path, {})
+    assert tokenizer.chat(messages, tools=[{"name": "hi"}]) == "file"
+    (tmp_path / "additional_chat_templates").mkdir()
+    place = tmp_path / "additional_chat_templates" / "tool_use.jinja"
+    place.write_text("{{ tools|length }}")
+    tokenizer = tokenizer_from_directory(tmp_path, {})
+    assert tokenizer.chat(messages, tools=[1, 2]) == "2"
+    assert tokenizer.chat(messages) == "file"
+
+
 def test_window_stream_gives_up_on_endless_bytes(tmp_path):
     _sentencepiece(tmp_path)
     tokenizer = tokenizer_from_directory(tmp_path, {})
