@@ -125,7 +125,8 @@ def _state(model, settings, batch: int, context: int, new: int, cache):
     """A state whose rows hold `context` tokens of arbitrary bytes."""
     import jax.numpy as jnp
 
-    from sparda_jax.inference.generate import Shapes, new_state
+    from sparda_jax.inference.generate import new_state
+    from sparda_jax.inference.shapes import Shapes
 
     block = settings.sparse.block_size
     capacity = context + -(-new // block) * block

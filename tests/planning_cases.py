@@ -9,12 +9,11 @@ from sparda_jax.config import CacheConfig
 from sparda_jax.inference.generate import (
     Prompt,
     Request,
-    Shapes,
     advance_call,
     begin_call,
-    plan_shapes,
 )
 from sparda_jax.inference.sampling import SamplingConfig, sampling_state
+from sparda_jax.inference.shapes import Shapes, plan_shapes
 from sparda_jax.models.presets import PRESETS
 from sparda_jax.models.rope import model_rope
 from sparda_jax.models.weights import abstract_decoder

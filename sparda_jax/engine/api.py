@@ -22,15 +22,10 @@ from sparda_jax.engine.requests import (
 from sparda_jax.engine.results import GenerateOutput
 from sparda_jax.engine.session import Session
 from sparda_jax.engine.stream import Stream
-from sparda_jax.inference.generate import (
-    Prompt,
-    Shapes,
-    new_state,
-    pad_rows,
-    plan_shapes,
-)
+from sparda_jax.inference.generate import Prompt, new_state, pad_rows
 from sparda_jax.inference.prefill import prefill
 from sparda_jax.inference.sampling import SamplingConfig
+from sparda_jax.inference.shapes import Shapes, plan_shapes
 from sparda_jax.models.decoder import Decoder, logits
 from sparda_jax.models.rope import Rope, model_rope
 

@@ -10,7 +10,7 @@ from sparda_jax.checkpoint.forecast import GEOMETRY
 from sparda_jax.checkpoint.tokenizer import Tokenizer
 from sparda_jax.checks import choice, instance, optional, settle, text
 from sparda_jax.config import CacheConfig, ConfigError, ModelConfig, SparseConfig
-from sparda_jax.inference.generate import tile_tokens
+from sparda_jax.inference.shapes import tile_tokens
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.sparse.selectors import Selector
 

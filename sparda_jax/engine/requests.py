@@ -127,3 +127,56 @@ def check_length(lm: LanguageModel, tokens: int, max_new: int, field: str) -> No
             f"{tokens + max_new}: at most {limit} fit the context of model "
             f"{lm.config.name!r}"
         )
+
+
+def check_max_context(lm: LanguageModel, max_context: int, reached: int) -> int:
+    """The length to choose rotary frequencies for.
+
+    Args:
+      lm: The model.
+      max_context: What the caller asks for.
+      reached: Tokens that this call can reach.
+
+    Raises:
+      ConfigError: If it is no integer from `reached` up to the model's context.
+    """
+    hint = f" (this call's own length, and the context of {lm.config.name!r})"
+    return integer(reached, lm.config.max_context, hint=hint)(
+        "max_context", max_context
+    )
+
+
+def _cuts_change_nothing(lm: LanguageModel) -> bool:
+    """Whether a prompt may be cut into calls.
+
+    Not where rows switch to dense attention by their length, or where windows reach
+    past their query (parity settings).
+    """
+    return lm.sparse.dense_len <= 0 and lm.sparse.mask_future_blocks
+
+
+def prefill_piece(lm: LanguageModel, longest: int, prefill_chunk: int | None) -> int:
+    """Tokens of one prefill call, of a prompt of `longest`.
+
+    Raises:
+      ConfigError: If `prefill_chunk` is no integer of at least 1.
+    """
+    if prefill_chunk is None:
+        return longest
+    piece = integer(1)("prefill_chunk", prefill_chunk)
+    return min(longest, piece) if _cuts_change_nothing(lm) else longest
+
+
+def without_effect(
+    lm: LanguageModel, max_context: int | None, prefill_chunk: int | None
+) -> list[str]:
+    """Which arguments of a request have no effect with this model, in words."""
+    notes = []
+    if max_context is not None and lm.config.rope.kind != "longrope":
+        notes.append("no effect without LongRoPE: max_context")
+    if prefill_chunk is not None and not _cuts_change_nothing(lm):
+        notes.append(
+            "no effect with dense_len or windows that reach past their query: "
+            "prefill_chunk (the prompt is one call)"
+        )
+    return notes

@@ -6,23 +6,26 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.checks import flag, instance, integer, optional, several
-from sparda_jax.config import CacheConfig, ConfigError
-from sparda_jax.engine.compile_cache import PROGRAMS, BoundedCache, signature
+from sparda_jax.config import ConfigError
+from sparda_jax.engine.compile_cache import PROGRAMS, signature
 from sparda_jax.engine.conversation import Conversation, MadeWith
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.offload_stats import OffloadStats, offload_stats
+from sparda_jax.engine.placement import Sizes, place
+from sparda_jax.engine.prefetch_trial import PROBES, PrefetchTrial
 from sparda_jax.engine.requests import (
     LANGUAGE_MODEL,
     Prompts,
     check_length,
+    check_max_context,
     encode_prompt,
+    prefill_piece,
     prompt_rows,
+    without_effect,
 )
 from sparda_jax.engine.results import (
     GenerateOutput,
@@ -36,33 +39,22 @@ from sparda_jax.engine.stop_strings import (
     special_ids,
 )
 from sparda_jax.inference.generate import (
+    GenerateState,
     Prompt,
     Request,
     advance,
     begin,
+    begin_new,
     new_state,
     next_turn,
     pad_rows,
-    plan_shapes,
     run,
     stop_array,
 )
 from sparda_jax.inference.host_loop import decode_host_loop
 from sparda_jax.inference.sampling import SamplingConfig, sampling_state
 from sparda_jax.models.rope import model_rope
-from sparda_jax.planning.auto import (
-    PROBE_TIMED,
-    PROBE_WARM,
-    Probe,
-    fetch_rate,
-    hidden_share,
-    offload_settings,
-    on_demand,
-)
-from sparda_jax.planning.limits import refuse_what_cannot_fit, why_not
-
-# What the first steps of `prefetch="auto"` showed, by all that the programs depend on.
-_PROBES: BoundedCache[Probe] = BoundedCache(256)
+from sparda_jax.planning.auto import Probe, fetch_rate, hidden_share, on_demand
 
 
 class Session:
@@ -107,7 +99,9 @@ class Session:
         totals = [h + len(row) for h, row in zip(held, rows, strict=True)]
         for index, total in enumerate(totals):
             check_length(lm, total, max_new_tokens, f"prompts[{index}]")
-        self.rope_length = max(max(totals) + max_new_tokens, max_context or 0)
+        self.rope_length = max(totals) + max_new_tokens
+        if max_context is not None:
+            self.rope_length = check_max_context(lm, max_context, self.rope_length)
         if conversation is not None:
             original = lm.config.rope.original_max
             crosses = (
@@ -131,146 +125,98 @@ class Session:
         self.texts = [RowText(lm.tokenizer, self.stop_strings) for _ in rows]
         self._num_read = [0] * batch
         self._events: collections.deque[StreamEvent] = collections.deque()
-        self.sampling = sampling_state(sampling, seed, batch)
-        self.max_new = jnp.full((batch,), max_new_tokens, jnp.int32)
         self.rope = model_rope(lm.config, self.rope_length)
         self.rows, self.held, self.batch = rows, held, batch
-
-        longest = max(len(row) for row in rows)
-        # Cutting a prompt changes nothing, unless rows switch to dense attention by
-        # length or windows reach past their query (parity settings).
-        chunkable = lm.sparse.dense_len <= 0 and lm.sparse.mask_future_blocks
-        self.chunk = longest
-        if prefill_chunk is not None and chunkable:
-            self.chunk = min(longest, prefill_chunk)
-        last = (longest - 1) // self.chunk * self.chunk
-        self.shapes = plan_shapes(
-            self.chunk,
-            farthest_start=max(
-                before + min(len(row), last)
-                for before, row in zip(held, rows, strict=True)
-            ),
-            longest=max(totals),
-            max_new=max_new_tokens,
-            tile_size=lm.tile_size,
-            block_size=lm.sparse.block_size,
-        )
-        if conversation is not None:
-            held_capacity = conversation.state.cache.capacity
-            capacity = max(self.shapes.capacity, held_capacity)
-            self.shapes = dataclasses.replace(self.shapes, capacity=capacity)
-        self.policy: list[str] = []
-        self.cache = self._cache_kind(conversation)
-        self.settings = dataclasses.replace(
-            lm.settings, offload=offload_settings(self.cache, lm.selector)
-        )
-        self._model_types = signature(lm.model)
+        self.notes = without_effect(lm, max_context, prefill_chunk)
+        self.chunk = prefill_piece(lm, max(map(len, rows)), prefill_chunk)
+        self._place(conversation, int(max_new_tokens))
+        self.sampling = sampling_state(sampling, seed, batch, rows=self.padded)
+        # Rows of padding have no tokens, and end at none.
+        self.max_new = np.zeros(self.padded, np.int32)
+        self.max_new[:batch] = max_new_tokens
         self._programs: dict[Hashable, Callable] = {}
-        self._decide_prefetch()
         self.compile_seconds = 0.0
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
-        refuse_what_cannot_fit(
-            self.settings,
-            self.cache,
-            batch,
-            self.shapes,
-            dtype=lm.model.embedding[...].dtype,
-            storage=lm.model.storage,
-            forecast=lm.model.forecast is not None,
-            held=None if conversation is None else conversation.state,
-        )
-        if conversation is None:
-            self.state = new_state(
-                lm.model, self.settings, batch, self.shapes, self.cache
-            )
-        else:
-            self.state = next_turn(
+        self._state: GenerateState | None = None
+        if conversation is not None:
+            self._state = next_turn(
                 conversation.take(), self.shapes, self.settings, self.cache
             )
 
-    def _cache_kind(self, conversation: Conversation | None) -> CacheConfig:
-        """The cache's configuration with `kind="auto"` decided."""
-        lm, cache = self.lm, self.lm.cache
-        if cache.kind != "auto":
-            return cache
-        if conversation is not None:
-            held = isinstance(conversation.state.cache, OffloadCache)
-            kind = "offload" if held else "resident"
-            self.policy.append(f"{kind}: as the conversation began")
-            return dataclasses.replace(cache, kind=kind)
-        resident = dataclasses.replace(cache, kind="resident")
-        reason = why_not(
-            lm.settings,
-            resident,
-            self.batch,
-            self.shapes,
-            dtype=lm.model.embedding[...].dtype,
-            storage=lm.model.storage,
-            forecast=lm.model.forecast is not None,
+    def _place(self, conversation: Conversation | None, max_new: int) -> None:
+        """Settles where and in which sizes the call runs."""
+        longest = max(map(len, self.rows))
+        last = (longest - 1) // self.chunk * self.chunk
+        pairs = list(zip(self.held, self.rows, strict=True))
+        sizes = Sizes(
+            batch=self.batch,
+            chunk=self.chunk,
+            farthest_start=max(held + min(len(row), last) for held, row in pairs),
+            longest=max(held + len(row) for held, row in pairs),
+            max_new=max_new,
         )
-        if reason is None:
-            self.policy.append("resident: it fits, and needs no transfers")
-            return resident
-        self.policy.append(f"offload: {reason}")
-        return dataclasses.replace(cache, kind="offload")
-
-    def _decide_prefetch(self) -> None:
-        """Settles `prefetch="auto"`, or leaves it to the first steps (`_probe`)."""
+        placement = place(self.lm, sizes, conversation)
+        self.padded, self.shapes = placement.rows, placement.shapes
+        self.cache, self.settings = placement.cache, placement.settings
+        self.notes += placement.notes
+        self._trial: PrefetchTrial | None = None
         offload = self.settings.offload
-        self._undecided = False
         if self.cache.prefetch != "auto" or offload is None:
             return
         if not offload.lookahead:
-            self.policy.append("on demand: this attention makes no forecast")
+            self.notes.append("on demand: this attention makes no forecast")
             return
-        known = _PROBES.get(self._probe_key())
+        # Until it is decided decode runs on demand.
+        self._ahead = self.settings
+        self.settings = dataclasses.replace(self._ahead, offload=on_demand(offload))
+        known = PROBES.get(self._probe_key())
         if known is None:
-            self._undecided = True
+            self._trial = PrefetchTrial()
         else:
             self._settle(known)
 
+    @property
+    def state(self) -> GenerateState:
+        """Where generation stands."""
+        if self._state is None:
+            self._state = new_state(
+                self.lm.model, self.settings, self.padded, self.shapes, self.cache
+            )
+        return self._state
+
     def _probe_key(self) -> Hashable:
-        return self._model_types, self.settings, self.cache, self.batch, self.shapes
+        types = signature(self.lm.model)
+        return types, self._ahead, self.cache, self.padded, self.shapes
 
     def _settle(self, probe: Probe) -> None:
-        self.policy.append(probe.reason())
-        offload = self.settings.offload
-        assert offload is not None
-        if not probe.look_ahead:
-            self.settings = dataclasses.replace(
-                self.settings, offload=on_demand(offload)
-            )
+        self._trial = None
+        self.notes.append(probe.reason())
+        if probe.look_ahead:
+            self.settings = self._ahead
 
-    def _probe(self, steps: int) -> int:
-        """Decodes the first steps on demand and decides; returns the steps left."""
-        offload, ahead = self.settings.offload, self.settings
-        assert offload is not None
-        self.settings = dataclasses.replace(ahead, offload=on_demand(offload))
-        warm = min(steps, PROBE_WARM)
-        self._decode(warm)
-        timed = min(steps - warm, PROBE_TIMED)
+    def _decode_trial(self, trial: PrefetchTrial, steps: int) -> int:
+        """One call of the first steps, measured; returns the steps left."""
+        taken = trial.most(steps)
         before = (self.decode_seconds, self._fetched(), self._longest())
-        self._decode(timed)
-        seconds = self.decode_seconds - before[0]
+        self._decode(taken)
         done = self._longest() - before[2]
-        if done < PROBE_TIMED // 2:
-            return steps - warm - timed  # too little to judge by: the next call may
-        cache = self.state.cache
-        assert isinstance(cache, OffloadCache)
+        trial.add(done, self.decode_seconds - before[0], self._fetched() - before[1])
+        if not trial.complete:
+            return steps - taken
+        cache, offload = self.state.cache, self.settings.offload
+        assert isinstance(cache, OffloadCache) and offload is not None
         block, _, head_dim = cache.store.block_shape
         block_bytes = cache.store.bytes_per_block
         probe = Probe(
-            step_seconds=seconds / done,
-            missed_bytes=(self._fetched() - before[1]) * block_bytes / done,
+            step_seconds=trial.seconds / trial.timed,
+            missed_bytes=trial.fetched * block_bytes / trial.timed,
             fetch_rate=fetch_rate(offload.route, block, head_dim, cache.store.dtype),
             hidden=hidden_share(offload.route),
         )
-        self.settings = ahead
-        _PROBES.put(self._probe_key(), probe)
-        self._undecided = False
+        PROBES.put(self._probe_key(), probe)
         self._settle(probe)
-        return steps - warm - timed
+        return steps - taken
 
     def _fetched(self) -> int:
         return int(np.sum(self.state.fetches.fetched.to_numpy()))
@@ -278,13 +224,13 @@ class Session:
     def _longest(self) -> int:
         return int(np.max(np.asarray(self.state.generated)))
 
-    def request(self, steps: int, max_new: Array) -> Request:
-        """Sampling and limits of one call."""
+    def request(self, steps: int, max_new: np.ndarray) -> Request:
+        """Sampling and limits of one call; `max_new` is int32 [rows]."""
         return Request(
             sampling=self.sampling,
             stops=self.stops,
-            max_new=max_new,
-            steps=jnp.int32(steps),
+            max_new=jax.device_put(max_new),
+            steps=jax.device_put(np.int32(steps)),
             rope=self.rope,
             pause=self.pause,
         )
@@ -292,8 +238,14 @@ class Session:
     def _call(
         self, function: Callable, *arguments: Prompt | Request, **static: Hashable
     ) -> float:
-        """Runs a part on the state; returns its seconds without compilation."""
+        """Runs a part on the state; returns its seconds without compilation.
+
+        A first call on a resident cache makes the empty state inside the program.
+        """
         model, settings = self.lm.model, self.settings
+        state: tuple[GenerateState, ...] = ()
+        if function is not begin_new:
+            state = (self.state,)
         if function is begin and settings.offload is not None:
             # Prefill is the same program whether decode looks ahead or not.
             offload = on_demand(settings.offload)
@@ -303,29 +255,32 @@ class Session:
         if program is None:
             program, seconds = PROGRAMS.get(
                 function,
-                (model, self.state, *arguments),
+                (model, *state, *arguments),
                 {"settings": settings, **static},
-                donate=(1,),
+                donate=(1,) if state else (),
             )
             self._programs[function, settings] = program
             self.compile_seconds += seconds
         begun = time.perf_counter()
-        self.state = program(model, self.state, *arguments)
-        jax.block_until_ready(self.state.done)
+        self._state = program(model, *state, *arguments)
+        jax.block_until_ready(self._state.done)
         return time.perf_counter() - begun
 
     def prefill(self, *, on_progress: Callable[[int], None] | None = None) -> None:
         """Runs the prompt (in chunks) and samples the first token of every row."""
         longest = max(len(row) for row in self.rows)
+        rows = [*self.rows, *[[]] * (self.padded - self.batch)]
+        function, static = begin, {"tile_size": self.shapes.tile}
+        whole = longest <= self.chunk and self.settings.offload is None
+        if self._state is None and whole:
+            function, static = begin_new, {"shapes": self.shapes}
         for first in range(0, longest, self.chunk):
-            pieces = [row[first : first + self.chunk] for row in self.rows]
+            pieces = [row[first : first + self.chunk] for row in rows]
             # A row samples its first token with the last chunk of its prompt.
-            last = [len(row) <= first + self.chunk for row in self.rows]
-            limit = jnp.where(jnp.asarray(last), self.max_new, 0)
+            last = np.array([len(row) <= first + self.chunk for row in rows])
             prompt = pad_rows(pieces, self.shapes.prompt)
-            request = self.request(0, limit)
-            tile = self.shapes.tile
-            self.prefill_seconds += self._call(begin, prompt, request, tile_size=tile)
+            request = self.request(0, np.where(last, self.max_new, 0).astype(np.int32))
+            self.prefill_seconds += self._call(function, prompt, request, **static)
             if on_progress is not None:
                 on_progress(max(len(piece) for piece in pieces))
         if self.stop_strings:
@@ -333,8 +288,8 @@ class Session:
 
     def decode(self, steps: int) -> None:
         """Decodes up to `steps` more tokens."""
-        if self._undecided:
-            steps = self._probe(steps)
+        while self._trial is not None and steps > 0 and not self.finished:
+            steps = self._decode_trial(self._trial, steps)
         if steps > 0:
             self._decode(steps)
 
@@ -364,7 +319,7 @@ class Session:
             if rest:
                 self._events.append(StreamEvent(index, -1, rest))
         if self.stop_strings:
-            self.state = self.state._replace(done=jnp.asarray(done))
+            self._state = self.state._replace(done=jax.device_put(done))
 
     def take_events(self) -> Iterator[StreamEvent]:
         """The tokens that have come since it was called last, with their texts.
@@ -380,17 +335,17 @@ class Session:
         offload = self.settings.offload
         if offload is not None and not offload.route.in_program:
             begun = time.perf_counter()
-            self.state = decode_host_loop(
+            self._state = decode_host_loop(
                 self.lm.model, self.state, request, settings=self.settings
             )
-            jax.block_until_ready(self.state.done)
+            jax.block_until_ready(self._state.done)
             self.decode_seconds += time.perf_counter() - begun
             return
         self.decode_seconds += self._call(advance, request)
 
     def whole(self) -> None:
         """Prompt and all tokens in one call."""
-        if self._undecided:
+        if self._trial is not None:
             raise ConfigError(
                 "single_call=True is not allowed with CacheConfig.prefetch='auto', "
                 "which measures the first steps: use 'lookahead' or 'none'"
@@ -412,7 +367,8 @@ class Session:
                 "single_call=True is not allowed with stop: the text is looked at "
                 "between calls"
             )
-        prompt = pad_rows(self.rows, self.shapes.prompt)
+        rows = [*self.rows, *[[]] * (self.padded - self.batch)]
+        prompt = pad_rows(rows, self.shapes.prompt)
         request = self.request(int(self.max_new[0]), self.max_new)
         tile = self.shapes.tile
         self.prefill_seconds += self._call(run, prompt, request, tile_size=tile)
@@ -424,7 +380,8 @@ class Session:
 
     def tokens(self) -> list[list[int]]:
         """Output tokens so far."""
-        tokens, counts = np.asarray(self.state.tokens), np.asarray(self.state.generated)
+        tokens = np.asarray(self.state.tokens)[: self.batch]
+        counts = np.asarray(self.state.generated)[: self.batch]
         return [row[:count].tolist() for row, count in zip(tokens, counts, strict=True)]
 
     def _offload_stats(self) -> OffloadStats | None:
@@ -446,6 +403,9 @@ class Session:
         blocks = [
             counts.to_ints() for counts in (state.prefill_counts, state.decode_counts)
         ]
+        notes = list(self.notes)
+        if self._trial is not None:
+            notes.append(self._trial.unfinished())
         prefill_seconds, decode_seconds = self.prefill_seconds, self.decode_seconds
         stats = GenerateStats(
             prompt_tokens=sum(len(row) for row in self.rows),
@@ -458,9 +418,10 @@ class Session:
             prefill_blocks=blocks[0],
             decode_blocks=blocks[1],
             offload=self._offload_stats(),
-            policy="; ".join(self.policy),
+            policy="; ".join(notes),
         )
-        lengths = tuple(int(length) for length in np.asarray(state.lengths))
+        lengths = np.asarray(state.lengths)[: self.batch].tolist()
+        broken = np.asarray(state.broken)[: self.batch]
         return GenerateOutput(
             tokens=tokens,
             texts=texts,
@@ -470,12 +431,13 @@ class Session:
                 else "stop"
                 if row[-1] in stops or text.matched
                 else "length"
-                for row, text, bad in zip(
-                    tokens, self.texts, np.asarray(state.broken), strict=True
-                )
+                for row, text, bad in zip(tokens, self.texts, broken, strict=True)
             ],
             stats=stats,
             conversation=Conversation(
-                state, lengths, self.rope_length, MadeWith.of(self.lm, self.cache)
+                state,
+                tuple(lengths),
+                self.rope_length,
+                MadeWith.of(self.lm, self.cache),
             ),
         )

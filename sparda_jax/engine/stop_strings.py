@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jaxtyping import Array, Bool
 
@@ -54,7 +54,7 @@ def pause_tokens(lm: LanguageModel, stops: Sequence[str]) -> Bool[Array, " V"]:
             pause[:] = True
         else:
             pause[[token for token in found if token < len(pause)]] = True
-    return jnp.asarray(pause)
+    return jax.device_put(pause)
 
 
 class StopMatcher:

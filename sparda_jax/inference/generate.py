@@ -6,7 +6,6 @@ often as it shall yield; a first token then waits for the compilation of its hal
 All limits are dynamic and lengths are bucketed: other requests do not recompile.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,14 +22,13 @@ from sparda_jax.cache.rows import copy_rows
 from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig, ConfigError, ModelConfig
 from sparda_jax.inference.decode import decode_step
-from sparda_jax.inference.prefill import padded_length, prefill
+from sparda_jax.inference.prefill import prefill
 from sparda_jax.inference.sampling import SamplingState, sample
+from sparda_jax.inference.shapes import Shapes
 from sparda_jax.inference.stack import Cache, StackCarry, block_counts
 from sparda_jax.models.decoder import Decoder, logits
 from sparda_jax.models.rope import Rope
 
-_MIN_PROMPT = 128
-_MIN_NEW = 32
 _MAX_STOPS = 16
 
 
@@ -171,6 +169,30 @@ def begin(
     return _emit(state, logits(model, hidden), fresh & ~state.done, request)
 
 
+def begin_new(
+    model: Decoder,
+    prompt: Prompt,
+    request: Request,
+    *,
+    settings: LayerSettings,
+    shapes: Shapes,
+) -> GenerateState:
+    """`begin` on an empty state with a resident cache, made inside the program.
+
+    Args:
+      model: The decoder.
+      prompt: The tokens; its rows are the state's.
+      request: Sampling and limits.
+      settings: The model and how to attend; not offloaded.
+      shapes: Sizes of the state.
+    """
+    rows = prompt.count.shape[0]
+    state = new_state(model, settings, rows, shapes, CacheConfig())
+    return begin(
+        model, state, prompt, request, settings=settings, tile_size=shapes.tile
+    )
+
+
 def after_step(
     state: GenerateState,
     carry: StackCarry,
@@ -257,69 +279,6 @@ _TILED = ("settings", "tile_size")
 begin_call = jax.jit(begin, static_argnames=_TILED, donate_argnames="state")
 advance_call = jax.jit(advance, static_argnames="settings", donate_argnames="state")
 run_call = jax.jit(run, static_argnames=_TILED, donate_argnames="state")
-
-
-def bucket(length: int, smallest: int) -> int:
-    """The next of smallest · {1, 1.5} · 2^n: lengths that share a compilation."""
-    size = smallest
-    while size < length:
-        if size * 3 // 2 >= length:
-            return size * 3 // 2
-        size *= 2
-    return size
-
-
-def tile_tokens(platform: str) -> int:
-    """Query tokens per prefill tile: on a CPU what a GEMM needs; a GPU wants more."""
-    return 256 if platform == "cpu" else 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-    """Bucketed sizes of one compilation.
-
-    Attributes:
-      prompt: T.
-      new: Room for output tokens.
-      capacity: Cache tokens per row.
-      tile: Query tokens per prefill tile.
-    """
-
-    prompt: int
-    new: int
-    capacity: int
-    tile: int
-
-
-def plan_shapes(
-    prompt: int,
-    *,
-    farthest_start: int,
-    longest: int,
-    max_new: int,
-    tile_size: int,
-    block_size: int,
-) -> Shapes:
-    """Buckets of a request.
-
-    Args:
-      prompt: Tokens of the longest row in one prefill call.
-      farthest_start: Largest position at which a row's prefill call starts. Prefill
-        writes whole tiles from there in every row, whatever the row's own count.
-      longest: Tokens of the longest row, prompt and cache together.
-      max_new: Output tokens.
-      tile_size: Query tokens per tile, if the prompt is that long.
-      block_size: Tokens per KV block.
-    """
-    width = bucket(prompt, _MIN_PROMPT)
-    tile = min(tile_size, width)
-    room = max(farthest_start + padded_length(width, tile), longest + max_new)
-    return Shapes(
-        prompt=width,
-        new=bucket(max_new, _MIN_NEW),
-        capacity=bucket(-(-room // block_size), 4) * block_size,
-        tile=tile,
-    )
 
 
 def _list_width(shapes: Shapes, settings: LayerSettings) -> int:
@@ -442,8 +401,8 @@ def pad_rows(rows: list[list[int]], width: int) -> Prompt:
     tokens = np.zeros((len(rows), width), np.int32)
     for index, row in enumerate(rows):
         tokens[index, : len(row)] = row
-    counts = [len(row) for row in rows]
-    return Prompt(jnp.asarray(tokens), jnp.asarray(counts, jnp.int32))
+    counts = np.array([len(row) for row in rows], np.int32)
+    return Prompt(jax.device_put(tokens), jax.device_put(counts))
 
 
 def stop_array(stops: set[int], config: ModelConfig) -> Int[Array, " stops"]:
@@ -462,4 +421,4 @@ def stop_array(stops: set[int], config: ModelConfig) -> Int[Array, " stops"]:
             f"stop_ids and EOS ids are {len(stops)} in all: at most {_MAX_STOPS}"
         )
     padded = [*sorted(stops), *[-1] * (_MAX_STOPS - len(stops))]
-    return jnp.asarray(padded, jnp.int32)
+    return jax.device_put(np.array(padded, np.int32))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt
 
@@ -87,7 +88,11 @@ def seed_list(
 
 
 def sampling_state(
-    config: SamplingConfig, seed: int | Sequence[int], batch: int
+    config: SamplingConfig,
+    seed: int | Sequence[int],
+    batch: int,
+    *,
+    rows: int | None = None,
 ) -> SamplingState:
     """Arrays for a batch.
 
@@ -95,14 +100,17 @@ def sampling_state(
       config: The same settings for every sequence.
       seed: One seed for all (equal prompts then give equal outputs), or one each.
       batch: B.
+      rows: Length of the arrays, if padding follows the sequences; None is B.
 
     Raises:
       ConfigError: If a seed is not in [0, 2³²), or the number of seeds is not B.
     """
-    seeds = seed_list(seed, batch)
+    rows = batch if rows is None else rows
+    seeds = (*seed_list(seed, batch), *[0] * (rows - batch))
 
     def fill(value: int | float, kind: DTypeLike) -> Array:
-        return jnp.full((batch,), value, kind)
+        # Filled on the host: a fill on the device would be one more program a size.
+        return jax.device_put(np.full(rows, value, kind))
 
     return SamplingState(
         repetition_penalty=fill(config.repetition_penalty, jnp.float32),
@@ -110,7 +118,7 @@ def sampling_state(
         top_k=fill(config.top_k, jnp.int32),
         top_p=fill(config.top_p, jnp.float32),
         min_p=fill(config.min_p, jnp.float32),
-        seed=jnp.asarray(seeds, jnp.uint32),
+        seed=jax.device_put(np.asarray(seeds, np.uint32)),
     )
 
 

@@ -7,6 +7,7 @@ channel k + H/2 by the angle position · inv_freq_k (specification §1.1).
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -100,7 +101,7 @@ class RopeCosSin(NamedTuple):
 def model_rope(config: ModelConfig, length: int) -> Rope:
     """Frequencies of a model for a request of up to `length` positions."""
     inv_freq, scale = rope_frequencies(config.rope, config.head_dim, length)
-    return Rope(jnp.asarray(inv_freq), jnp.float32(scale))
+    return Rope(jax.device_put(inv_freq), jax.device_put(np.float32(scale)))
 
 
 def rope_cos_sin_at(rope: Rope, positions: Int[Array, "B T"]) -> RopeCosSin:

@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 from sparda_jax.cache.memory import in_host_memory
 from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig, ConfigError
-from sparda_jax.inference.generate import GenerateState, Shapes
+from sparda_jax.inference.generate import GenerateState
+from sparda_jax.inference.shapes import Shapes
 from sparda_jax.machine import Limit, physical_memory, size_text
 from sparda_jax.models.decoder import Storage
 from sparda_jax.planning.memory import GIB, MemoryPlan, memory_plan

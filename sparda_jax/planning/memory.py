@@ -23,8 +23,9 @@ from sparda_jax.cache.host_store import HostStore
 from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig, ModelConfig
-from sparda_jax.inference.generate import GenerateState, Shapes, new_state
+from sparda_jax.inference.generate import GenerateState, new_state
 from sparda_jax.inference.prefill import padded_length
+from sparda_jax.inference.shapes import Shapes
 from sparda_jax.models.decoder import Decoder, Storage
 from sparda_jax.models.weights import abstract_decoder
 

@@ -21,7 +21,7 @@ from sparda_jax.checks import (
     path,
 )
 from sparda_jax.config import CacheConfig, ModelConfig, SparseConfig
-from sparda_jax.inference.generate import Shapes, plan_shapes, tile_tokens
+from sparda_jax.inference.shapes import Shapes, plan_shapes, tile_tokens
 from sparda_jax.planning.limits import (
     Limit,
     MemoryLimits,

@@ -10,7 +10,7 @@ import pytest
 
 import sparda_jax as sj
 from sparda_jax.config import ConfigError
-from sparda_jax.inference.generate import bucket, plan_shapes
+from sparda_jax.inference.shapes import bucket, plan_shapes
 
 SPARSE = sj.SparseConfig(local_blocks=2, block_budget=6)
 

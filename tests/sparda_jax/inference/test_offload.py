@@ -20,8 +20,9 @@ from sparda_jax.cache.lint import lint_host_operands
 from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig, ConfigError, SparseConfig
 from sparda_jax.inference.decode import decode_step
-from sparda_jax.inference.generate import Shapes, new_state
+from sparda_jax.inference.generate import new_state
 from sparda_jax.inference.prefill import prefill
+from sparda_jax.inference.shapes import Shapes
 from sparda_jax.models.decoder import logits
 from sparda_jax.models.forecast import heads_from_query
 from sparda_jax.models.rope import model_rope

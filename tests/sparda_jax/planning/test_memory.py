@@ -5,9 +5,7 @@ import dataclasses
 import pytest
 from planning_cases import Case
 
-from sparda_jax.inference.generate import (
-    new_state,
-)
+from sparda_jax.inference.generate import new_state
 from sparda_jax.models.presets import PRESETS
 from sparda_jax.models.spec import num_forecast_parameters, num_parameters
 from sparda_jax.planning.memory import (

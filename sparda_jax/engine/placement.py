@@ -1,0 +1,198 @@
+"""Where and in which sizes a request runs: settled before anything is allocated."""
+
+import dataclasses
+import functools
+
+from sparda_jax.cache.offload import OffloadCache
+from sparda_jax.cache.settings import LayerSettings
+from sparda_jax.config import CacheConfig, ConfigError
+from sparda_jax.engine.conversation import Conversation
+from sparda_jax.engine.model import LanguageModel
+from sparda_jax.inference.generate import GenerateState
+from sparda_jax.inference.shapes import Shapes, plan_shapes, shared_rows, shared_shapes
+from sparda_jax.planning.auto import offload_settings
+from sparda_jax.planning.limits import refuse_what_cannot_fit, why_not
+
+# What of a cache's configuration only an offloaded cache has use for.
+_OFFLOAD_ONLY = ("device_blocks", "prefetch", "layer0", "route", "recall_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How large a request is.
+
+    Attributes:
+      batch: Sequences.
+      chunk: Tokens of the longest row in one prefill call.
+      farthest_start: Largest position at which a row's prefill call starts.
+      longest: Tokens of the longest row, prompt and cache together.
+      max_new: Output tokens.
+    """
+
+    batch: int
+    chunk: int
+    farthest_start: int
+    longest: int
+    max_new: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How a request runs.
+
+    Attributes:
+      rows: Rows of all arrays: the request's sequences, then padding.
+      shapes: Sizes of its programs.
+      cache: Where the KV lives, `kind="auto"` decided.
+      settings: The model and how to attend.
+      notes: What was decided, and which arguments have no effect here.
+    """
+
+    rows: int
+    shapes: Shapes
+    cache: CacheConfig
+    settings: LayerSettings
+    notes: tuple[str, ...]
+
+
+def place(
+    lm: LanguageModel, sizes: Sizes, conversation: Conversation | None
+) -> Placement:
+    """Decides how a request runs.
+
+    Args:
+      lm: The model.
+      sizes: The request's.
+      conversation: The one that goes on, or None.
+
+    Raises:
+      ConfigError: If the attention or the device cannot do what the cache's
+        configuration asks for, or the request cannot fit.
+    """
+    state = None if conversation is None else conversation.state
+    close = _at_least(state, plan_shapes(**_tokens(lm, sizes)))
+    _check_cache(lm, close)
+    rows = sizes.batch if state is None else state.lengths.shape[0]
+    cache, reason = _decide_kind(lm, rows, close, state)
+    notes = [] if reason is None else [reason]
+    notes += _without_effect(lm, cache)
+    settings = _settings(lm, cache)
+    refuse = functools.partial(
+        refuse_what_cannot_fit, settings, cache, **_weights(lm), held=state
+    )
+    shared = _shared(lm, sizes, state) if cache.kind == "resident" else None
+    if shared is not None:
+        try:
+            refuse(*shared)
+        except ConfigError:
+            shared = None  # what is rounded up is too much: the close sizes may fit
+    if shared is None:
+        refuse(rows, close)
+        shared = rows, close
+    return Placement(*shared, cache, settings, tuple(notes))
+
+
+def _tokens(lm: LanguageModel, sizes: Sizes) -> dict[str, int]:
+    return {
+        "prompt": sizes.chunk,
+        "farthest_start": sizes.farthest_start,
+        "longest": sizes.longest,
+        "max_new": sizes.max_new,
+        "tile_size": lm.tile_size,
+        "block_size": lm.sparse.block_size,
+    }
+
+
+def _weights(lm: LanguageModel) -> dict:
+    model = lm.model
+    return {
+        "dtype": model.embedding[...].dtype,
+        "storage": model.storage,
+        "forecast": model.forecast is not None,
+    }
+
+
+def _at_least(state: GenerateState | None, shapes: Shapes) -> Shapes:
+    """The shapes with room for what a conversation's cache has room for."""
+    if state is None:
+        return shapes
+    capacity = max(shapes.capacity, state.cache.capacity)
+    return dataclasses.replace(shapes, capacity=capacity)
+
+
+def _shared(
+    lm: LanguageModel, sizes: Sizes, state: GenerateState | None
+) -> tuple[int, Shapes] | None:
+    """Rows and shapes that the request shares with other small ones, or None."""
+    # A tile of the literal reference is as wide as the array, padding included.
+    if not lm.sparse.mask_future_blocks:
+        return None
+    rows = shared_rows(sizes.batch) if state is None else state.lengths.shape[0]
+    shapes = shared_shapes(**_tokens(lm, sizes))
+    if rows is None or shared_rows(rows) is None or shapes is None:
+        return None
+    return rows, _at_least(state, shapes)
+
+
+def _settings(lm: LanguageModel, cache: CacheConfig) -> LayerSettings:
+    selector = lm.selector
+    if cache.kind == "resident" and cache.exactness == "verify":
+        # Nothing is prefetched that could be verified: the own queries choose.
+        selector = selector.by_own_query()
+    return dataclasses.replace(
+        lm.settings,
+        selector=selector,
+        offload=offload_settings(cache, lm.selector),
+    )
+
+
+def _check_cache(lm: LanguageModel, shapes: Shapes) -> None:
+    """Refuses what an offloaded cache would refuse, also where `auto` may not offload.
+
+    Whether a configuration is allowed must not depend on how much memory is free.
+    """
+    cache = lm.cache
+    if cache.kind == "resident":
+        if cache.exactness == "verify":
+            offload_settings(CacheConfig("offload", exactness="verify"), lm.selector)
+        return
+    offload_settings(dataclasses.replace(cache, kind="offload"), lm.selector)
+    blocks = shapes.capacity // lm.sparse.block_size
+    cache.slots(blocks, lm.selector.list_width(blocks, lm.sparse))
+
+
+def _decide_kind(
+    lm: LanguageModel, rows: int, shapes: Shapes, state: GenerateState | None
+) -> tuple[CacheConfig, str | None]:
+    """The configuration with `kind="auto"` decided, and why."""
+    cache = lm.cache
+    if cache.kind != "auto":
+        return cache, None
+    if state is not None:
+        kind = "offload" if isinstance(state.cache, OffloadCache) else "resident"
+        decided = dataclasses.replace(cache, kind=kind)
+        return decided, f"{kind}: as the conversation began"
+    resident = dataclasses.replace(cache, kind="resident")
+    reason = why_not(lm.settings, resident, rows, shapes, **_weights(lm))
+    if reason is None:
+        return resident, "resident: it fits, and needs no transfers"
+    return dataclasses.replace(cache, kind="offload"), f"offload: {reason}"
+
+
+def _without_effect(lm: LanguageModel, cache: CacheConfig) -> list[str]:
+    """What of the cache's configuration has no effect, in words."""
+    usual = CacheConfig()
+    given = [
+        f"{name}={getattr(cache, name)!r}"
+        for name in _OFFLOAD_ONLY
+        if getattr(cache, name) != getattr(usual, name)
+    ]
+    if lm.cache.kind == "resident" and given:
+        return [f"no effect on a resident cache: {', '.join(given)}"]
+    if (
+        cache.kind == "offload"
+        and cache.recall_every
+        and not lm.selector.needs_forecast
+    ):
+        return [f"no effect without a forecast: recall_every={cache.recall_every}"]
+    return []

@@ -1,0 +1,89 @@
+"""Small requests share programs, and what is rounded up changes no token."""
+
+import dataclasses
+import functools
+
+import pytest
+
+import sparda_jax as sj
+from sparda_jax.engine import session
+from sparda_jax.inference.shapes import shared_rows, shared_shapes
+
+SPARSE = sj.SparseConfig(local_blocks=2, block_budget=6)
+HOT = {"temperature": 1.5, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return sj.load("tiny", attention="infllm_v2", sparse=SPARSE, storage="stacked")
+
+
+def _close_sizes(monkeypatch):
+    """Sizes as a large request has them: none of its own is rounded up for others."""
+    place = session.place
+
+    def exact(lm, sizes, conversation):
+        odd = dataclasses.replace(lm.sparse, mask_future_blocks=False)
+        found = place(dataclasses.replace(lm, sparse=odd), sizes, conversation)
+        return dataclasses.replace(
+            found, settings=dataclasses.replace(found.settings, sparse=lm.sparse)
+        )
+
+    monkeypatch.setattr(session, "place", exact)
+
+
+def test_rows_of_padding_change_no_token(lm, token_ids, monkeypatch):
+    """Three rows run as four, in larger arrays: tokens are those of the close sizes."""
+    prompts = [token_ids(length, seed=length) for length in (200, 3, 150)]
+    padded = sj.generate(lm, prompts, max_new_tokens=9, seed=[1, 2, 3], **HOT)
+    assert padded.conversation.state.lengths.shape == (4,)
+    assert padded.conversation.lengths == (208, 11, 158)
+    assert padded.stats.batch == 3 and padded.stats.new_tokens == 27
+    with monkeypatch.context() as patch:
+        _close_sizes(patch)
+        close = sj.generate(lm, prompts, max_new_tokens=9, seed=[1, 2, 3], **HOT)
+    assert close.conversation.state.lengths.shape == (3,)
+    assert close.conversation.state.tokens.shape == (3, 32)
+    assert padded.tokens == close.tokens
+    assert padded.stats.decode_blocks == close.stats.decode_blocks
+    assert padded.stats.prefill_blocks == close.stats.prefill_blocks
+    turn = sj.generate(
+        lm, [[4], [5], [6]], max_new_tokens=4, conversation=padded.conversation, **HOT
+    )
+    again = sj.generate(
+        lm, [[4], [5], [6]], max_new_tokens=4, conversation=close.conversation, **HOT
+    )
+    assert turn.tokens == again.tokens
+    assert len(turn.tokens) == 3
+
+
+def test_sizes_of_small_requests_are_few():
+    """All of them: rows, prompts and new tokens of the README's promise."""
+    sizes = functools.partial(
+        shared_shapes, farthest_start=0, tile_size=256, block_size=64
+    )
+    prefills, decodes = set(), set()
+    for prompt in range(1, 4001):
+        for new in (1, 100, 256):
+            found = sizes(prompt, longest=prompt, max_new=new)
+            assert found is not None
+            assert found.capacity >= max(prompt + new, found.prompt)
+            prefills.add(found)
+            decodes.add((found.capacity, found.new))
+    rows = {shared_rows(batch) for batch in range(1, 9)}
+    assert (len(rows), len(prefills), len(decodes)) == (4, 3, 2)
+    assert len(rows) * (len(prefills) + len(decodes)) == 20
+    assert shared_rows(9) is None
+    assert sizes(5000, longest=5000, max_new=1) is None
+    assert sizes(5, longest=5, max_new=600) is None
+
+
+def test_what_does_not_fit_rounded_up_takes_close_sizes(lm, token_ids):
+    """A limit between the two: the request runs as it did without sharing."""
+    ids = [token_ids(1100)]
+    shared = sj.generate(lm, ids, max_new_tokens=2)
+    assert shared.conversation.state.cache.capacity == 4608
+    limited = dataclasses.replace(lm, cache=sj.CacheConfig(device_limit=6 * 2**20))
+    close = sj.generate(limited, ids, max_new_tokens=2)
+    assert close.conversation.state.cache.capacity == 1536
+    assert close.tokens == shared.tokens
