@@ -107,8 +107,8 @@ def test_terabytes_are_refused_at_once(lm, no_allocation):
 def test_a_conversation_that_grows_needs_both_caches(lm, monkeypatch):
     prompt = [[5] * 200]
     first = sj.generate(lm, prompt, max_new_tokens=2)
-    later = [[5] * 600]
-    shapes = Case("infllm_v2", batch=1, prompt=803, max_new=2).shapes
+    later = [[5] * 1200]
+    shapes = Case("infllm_v2", batch=1, prompt=1403, max_new=2).shapes
     held = first.conversation.state.cache.capacity
     assert held < shapes.capacity
     # Enough for the larger cache alone; not while the smaller one is there too.
