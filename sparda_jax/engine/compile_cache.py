@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-# A model needs about 20 for requests of all small sizes (`inference.generate`).
+# Requests of all small sizes need 10 (`inference.shapes`), further turns a few more.
 _MOST_PROGRAMS = 64
 
 

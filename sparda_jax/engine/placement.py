@@ -128,10 +128,10 @@ def _shared(
     if not lm.sparse.mask_future_blocks:
         return None
     rows = shared_rows(sizes.batch) if state is None else state.lengths.shape[0]
-    shapes = shared_shapes(**_tokens(lm, sizes))
-    if rows is None or shared_rows(rows) is None or shapes is None:
+    if rows is None or shared_rows(rows) is None:
         return None
-    return rows, _at_least(state, shapes)
+    shapes = shared_shapes(rows, **_tokens(lm, sizes))
+    return None if shapes is None else (rows, _at_least(state, shapes))
 
 
 def _settings(lm: LanguageModel, cache: CacheConfig) -> LayerSettings:

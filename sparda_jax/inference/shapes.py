@@ -6,8 +6,10 @@ matter there, and compiling is. Rows of padding are done from the beginning, pre
 runs as many tiles as the longest prompt needs, and attention reads as many blocks as
 the longest row holds, so what is rounded up costs memory and little time.
 
-First calls, 1 to 8 rows, up to 4,096 tokens and 512 new ones, take 20 programs in all:
-for each of four numbers of rows three prefills and two decodes.
+First calls, 1 to 8 rows, up to 4,096 tokens and 512 new ones, take 10 programs in all:
+a prefill and a decode for each of four numbers of rows, and two more for a single short
+row. Sizes that few requests have are left out: a program that is needed once in a
+hundred calls is compiled when nobody expects it any more.
 """
 
 import dataclasses
@@ -21,10 +23,12 @@ _ROWS = (1, 2, 4, 8)
 _NEW = 512
 # (tokens of a prefill call, tokens of the cache): for a first call, and for one behind
 # tokens that are in the cache already.
-_FIRST = ((128, 1024), (1024, 1024), (4096, 4608))
+_FIRST_ALONE = ((1024, 1024), (4096, 4608))
+_FIRST = ((4096, 4608),)
 _LATER = ((128, 1024), (128, 4608), (1024, 4608))
-# Short prompts are cut into small tiles: a tile runs whole for its last token.
-_SHORT, _SHORT_TILE = 1024, 256
+# A tile runs whole for its last token: it is small where prompts are short, and where
+# other rows bring the tokens that a product wants.
+_SHORT, _LEAST_TILE, _TILE_TOKENS = 1024, 128, 1024
 
 
 def bucket(length: int, smallest: int) -> int:
@@ -96,6 +100,7 @@ def shared_rows(batch: int) -> int | None:
 
 
 def shared_shapes(
+    rows: int,
     prompt: int,
     *,
     farthest_start: int,
@@ -107,17 +112,19 @@ def shared_shapes(
     """Sizes that a small request shares with others; None for a large one.
 
     Args:
+      rows: As `shared_rows` gives them.
       prompt, farthest_start, longest, max_new, tile_size, block_size: As those of
         `plan_shapes`.
     """
     if max_new > _NEW:
         return None
-    for width, tokens in _LATER if farthest_start else _FIRST:
+    first = _FIRST_ALONE if rows == 1 else _FIRST
+    for width, tokens in _LATER if farthest_start else first:
         capacity = -(-tokens // block_size) * block_size
         room = max(farthest_start + width, longest + max_new)
         if prompt <= width and room <= capacity:
-            tile = min(tile_size, width)
-            if width <= _SHORT:
-                tile = min(tile, _SHORT_TILE)
+            tile = _LEAST_TILE
+            if width > _SHORT:
+                tile = max(tile, min(tile_size, _TILE_TOKENS // rows))
             return Shapes(prompt=width, new=_NEW, capacity=capacity, tile=tile)
     return None

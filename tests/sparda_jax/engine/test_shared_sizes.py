@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 
+import numpy as np
 import pytest
 
 import sparda_jax as sj
 from sparda_jax.engine import session
+from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.inference.shapes import shared_rows, shared_shapes
 
 SPARSE = sj.SparseConfig(local_blocks=2, block_budget=6)
@@ -63,19 +65,18 @@ def test_sizes_of_small_requests_are_few():
         shared_shapes, farthest_start=0, tile_size=256, block_size=64
     )
     prefills, decodes = set(), set()
-    for prompt in range(1, 4001):
-        for new in (1, 100, 256):
-            found = sizes(prompt, longest=prompt, max_new=new)
-            assert found is not None
-            assert found.capacity >= max(prompt + new, found.prompt)
-            prefills.add(found)
-            decodes.add((found.capacity, found.new))
-    rows = {shared_rows(batch) for batch in range(1, 9)}
-    assert (len(rows), len(prefills), len(decodes)) == (4, 3, 2)
-    assert len(rows) * (len(prefills) + len(decodes)) == 20
+    for rows in {shared_rows(batch) for batch in range(1, 9)}:
+        for prompt in range(1, 4001):
+            for new in (1, 100, 256):
+                found = sizes(rows, prompt, longest=prompt, max_new=new)
+                assert found is not None
+                assert found.capacity >= max(prompt + new, found.prompt)
+                prefills.add((rows, found))
+                decodes.add((rows, found.capacity, found.new))
+    assert (len(prefills), len(decodes)) == (5, 5)
     assert shared_rows(9) is None
-    assert sizes(5000, longest=5000, max_new=1) is None
-    assert sizes(5, longest=5, max_new=600) is None
+    assert sizes(1, 5000, longest=5000, max_new=1) is None
+    assert sizes(1, 5, longest=5, max_new=600) is None
 
 
 def test_what_does_not_fit_rounded_up_takes_close_sizes(lm, token_ids):
@@ -87,3 +88,22 @@ def test_what_does_not_fit_rounded_up_takes_close_sizes(lm, token_ids):
     close = sj.generate(limited, ids, max_new_tokens=2)
     assert close.conversation.state.cache.capacity == 1536
     assert close.tokens == shared.tokens
+
+
+@pytest.mark.slow
+def test_ten_programs_serve_all_small_requests(lm, token_ids):
+    """Mixed requests: the first ones compile ten programs, those that follow none."""
+    PROGRAMS.clear()
+    before, compiled = PROGRAMS.compiled, []
+    random = np.random.default_rng(7)
+    for _ in range(2):
+        for _ in range(30):
+            rows, new = int(random.integers(1, 9)), int(random.integers(1, 257))
+            lengths = random.integers(1, 4001, rows)
+            # What runs is cut short: programs do not depend on how many tokens come.
+            prompts = [token_ids(int(length)) for length in lengths]
+            call = sj.stream(lm, prompts, max_new_tokens=new, tokens_per_call=1)
+            for _ in range(rows + 1):
+                next(call, None)
+        compiled.append(PROGRAMS.compiled - before)
+    assert compiled == [10, 10]
