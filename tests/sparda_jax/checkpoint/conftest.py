@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sparda_jax.checkpoint import layout
+from sparda_jax.checkpoint.hf import save_hf
 from sparda_jax.config import ModelConfig
 from sparda_jax.models.spec import base_shapes
 
@@ -206,3 +207,11 @@ def kit(tmp_path: pathlib.Path) -> Kit:
 def session_kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
     """For files that many examples read."""
     return Kit(tmp_path_factory.mktemp("kit"))
+
+
+@pytest.fixture
+def saved(kit: Kit) -> pathlib.Path:
+    """A small untied model with Forecast heads as a safetensors directory."""
+    config = dataclasses.replace(kit.config, tie_embeddings=False)
+    save_hf(kit.folder / "m", config, kit.tensors(config) | kit.forecast(config))
+    return kit.folder / "m"

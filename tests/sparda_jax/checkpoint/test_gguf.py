@@ -1,17 +1,12 @@
 import dataclasses
 import os
-import pathlib
 import struct
 import tracemalloc
 
 import gguf
-import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from sparda_jax.checkpoint import dequantize
 from sparda_jax.checkpoint.errors import CheckpointError
 from sparda_jax.checkpoint.gguf_header import read_header
 from sparda_jax.checkpoint.source import open_checkpoint
@@ -60,158 +55,6 @@ def test_biases_and_untied_head(kit, arch):
     for name, array in source.load().items():
         np.testing.assert_array_equal(array, tensors[name], err_msg=name)
     assert source.fingerprint == fingerprint(tensors)
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        Types.Q4_0,
-        Types.Q4_1,
-        Types.Q5_0,
-        Types.Q5_1,
-        Types.Q8_0,
-        Types.F16,
-        Types.BF16,
-    ],
-)
-def test_stored_types(kit, kind):
-    """Arrays are the library's own, whole and by samples."""
-    tensors = kit.gguf_tensors(kit.config, kit.tensors(kit.config), permute=True)
-    kinds = {name: kind for name in tensors if not name.endswith("norm.weight")}
-    path = kit.write_gguf(kit.metadata(kit.config), tensors, kinds=kinds)
-    source = open_checkpoint(path)
-    plain = {Types.F16: np.float16, Types.BF16: ml_dtypes.bfloat16}
-    value = source.tensors["model.layers.0.mlp.up_proj.weight"]()
-    assert value.dtype == plain.get(kind, np.float32)
-    stored = gguf.quantize(tensors["blk.0.ffn_up.weight"], kind)
-    np.testing.assert_array_equal(
-        value.astype(np.float32), gguf.dequantize(stored, kind)
-    )
-    assert source.fingerprint == fingerprint(source.load(workers=1))
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [Types.Q4_0, Types.Q4_1, Types.Q5_1, Types.Q8_0, Types.Q4_K, Types.Q6_K],
-)
-def test_fast_dequantisation_is_exact(kind):
-    """Every byte pattern, infinite and NaN scales too, over more than one chunk."""
-    rng = np.random.default_rng(0)
-    per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    raw = rng.integers(0, 256, (48, 64 * block_bytes), dtype=np.uint8)
-    found = dequantize.dequantize(raw, kind)
-    assert found.shape == (48, 64 * per_block)
-    with np.errstate(all="ignore"):
-        wanted = gguf.dequantize(raw, kind)
-    np.testing.assert_array_equal(found, wanted)
-
-
-def _library_types() -> list[Types]:
-    """Types that the library dequantises; it says so for a block of zeros."""
-    found = []
-    for kind, (_, block_bytes) in gguf.GGML_QUANT_SIZES.items():
-        try:
-            gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
-        except NotImplementedError:
-            continue
-        found.append(kind)
-    return found
-
-
-@pytest.mark.parametrize("kind", _library_types(), ids=lambda kind: kind.name)
-def test_every_type_that_the_library_dequantises_is_read(kit, kind):
-    """From the file to the arrays, whole and by samples."""
-    per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    config = dataclasses.replace(kit.config, hidden_size=256, num_layers=1)
-    tensors = kit.gguf_tensors(config, kit.tensors(config), permute=True)
-    rng = np.random.default_rng(0)
-    shape = (64, 256 // per_block * block_bytes)
-    raw = rng.integers(0, 256, shape, dtype=np.uint8)
-    tensors["blk.0.ffn_up.weight"] = raw
-    metadata = kit.metadata(config) | {"llama.attention.key_length": 8}
-    path = kit.write_gguf(metadata, tensors, raw_kinds={"blk.0.ffn_up.weight": kind})
-    loader = open_checkpoint(path).tensors["model.layers.0.mlp.up_proj.weight"]
-    with np.errstate(all="ignore"):
-        wanted = gguf.dequantize(raw, kind).reshape(64, 256).astype(np.float32)
-        found = loader().astype(np.float32)
-        np.testing.assert_array_equal(found, wanted)
-        places = np.array([0, 17, 255, 256, 16383])
-        sampled = loader.sample(places)
-    np.testing.assert_array_equal(sampled, wanted.reshape(-1)[places])
-
-
-def _split(kit, count, changes=None):
-    """A model in `count` files, the metadata in the first one; paths in order."""
-    tensors = kit.gguf_tensors(kit.config, kit.tensors(kit.config), permute=True)
-    names = sorted(tensors)
-    paths = []
-    for number in range(count):
-        held = names[number::count]
-        metadata = kit.metadata(kit.config) if number == 0 else {}
-        metadata |= {"split.no": number, "split.count": count}
-        metadata["split.tensors.count"] = len(names)
-        metadata |= (changes or {}).get(number, {})
-        paths.append(
-            kit.write_gguf(
-                metadata,
-                {name: tensors[name] for name in held},
-                name=f"big-{number + 1:05d}-of-{count:05d}.gguf",
-            )
-        )
-    return paths
-
-
-def test_split_files_are_one_model(kit):
-    paths = _split(kit, 3)
-    whole = open_checkpoint(kit.tiny_gguf())
-    for path in paths:
-        source = open_checkpoint(path)
-        assert source.config == whole.config
-        assert source.fingerprint == whole.fingerprint
-        assert source.tokenizer.encode("hello") == whole.tokenizer.encode("hello")
-    loaded = open_checkpoint(paths[0]).load()
-    for name, array in whole.load().items():
-        np.testing.assert_array_equal(loaded[name], array)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({1: {"split.count": 3}}, "00002-of-00002.gguf: GGUF split.count = 3"),
-        ({1: {"split.no": 0}}, "00002-of-00002.gguf: GGUF split.no = 0, allowed: 1"),
-        ({0: {"split.count": -1}}, "split.count = -1"),
-        ({0: {"split.count": True}}, "split.count = True"),
-        ({0: {"split.count": 9}}, "split.count = 9, .*NAME-00001-of-00009.gguf"),
-        ({0: {"split.tensors.count": 5}}, "split.tensors.count = 5, allowed: 20"),
-    ],
-)
-def test_split_files_that_do_not_fit(kit, changes, message):
-    with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(_split(kit, 2, changes)[0])
-
-
-def test_split_files_missing_or_mixed_up(kit):
-    paths = _split(kit, 2)
-    paths[0].write_bytes(paths[1].read_bytes())
-    with pytest.raises(CheckpointError, match=r"split\.no = 1, allowed: 0 in part 1"):
-        open_checkpoint(paths[1])
-    paths[0].unlink()
-    with pytest.raises(CheckpointError, match=r"00001-of-00002.*is missing.*part 1 of"):
-        open_checkpoint(paths[1])
-    first = _split(kit, 2)[0]
-    twice = {"split.no": 1, "split.count": 2}
-    held = kit.gguf_tensors(kit.config, kit.tensors(kit.config), permute=True)
-    kit.write_gguf(twice, held, name=paths[1].name)
-    with pytest.raises(CheckpointError, match=r"is in big-00001-of-00002\.gguf as"):
-        open_checkpoint(first)
-
-
-@pytest.mark.parametrize(
-    ("kind", "supported"),
-    [(Types.Q4_K, True), (Types.Q6_K, True), (Types.IQ4_NL, True), (Types.I8, False)],
-)
-def test_can_dequantize(kind, supported):
-    assert dequantize.can_dequantize(kind) == supported
 
 
 def _open(kit, metadata, extra=None, arch="llama"):
@@ -419,89 +262,6 @@ def test_bool_arrays_hold_bools(tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(_metadata_file(struct.pack("<IIQ", 9, 7, 3) + b"\0\x01\x07"))
     assert read_header(path).metadata["k"].tolist() == [False, True, True]
-
-
-@pytest.fixture(scope="module")
-def intact(session_kit) -> bytes:
-    return session_kit.tiny_gguf().read_bytes()
-
-
-def _try(folder: pathlib.Path, content: bytes) -> bool:
-    """Opens and loads; only CheckpointError may come out. True if it went well."""
-    path = folder / "fuzz.gguf"
-    path.write_bytes(content)
-    try:
-        source = open_checkpoint(path)
-    except CheckpointError as error:
-        assert len(str(error)) < 2000
-        return False
-    source.load(workers=1)
-    if source.tokenizer is not None:
-        source.tokenizer.decode(source.tokenizer.encode("hello, world"))
-    return True
-
-
-def _positions(content: bytes) -> list[int]:
-    """Places of every kind: all of the first 3 kB, the tensor entries, and the data."""
-    entries = content.index(b"token_embd.weight")
-    return [
-        *range(1, 1500, 7),
-        *range(entries - 40, entries + 1200, 5),
-        *range(entries + 1200, len(content), 9001),
-    ]
-
-
-def test_truncation(session_kit, intact):
-    assert _try(session_kit.folder, intact)
-    for position in [*_positions(intact)[::2], len(intact) - 1]:
-        assert not _try(session_kit.folder, intact[:position])
-
-
-def _overwrite(content: bytes, position: int, value: int) -> bytes:
-    damaged = bytearray(content)
-    damaged[position : position + 8] = struct.pack("<Q", value)
-    return bytes(damaged[: len(content)])
-
-
-NUMBERS = [2**64 - 1, 2**63, 2**40, 2**32 - 1, 2**27, 0]
-
-
-@pytest.mark.parametrize("value", NUMBERS)
-def test_huge_and_zero_numbers_anywhere(session_kit, intact, value):
-    for position in _positions(intact)[::4]:
-        _try(session_kit.folder, _overwrite(intact, position, value))
-
-
-def test_huge_numbers_take_no_memory(session_kit, intact):
-    """Few places, as counting memory makes opening ten times as slow."""
-    tracemalloc.start()
-    for number, position in enumerate(_positions(intact)[::12]):
-        value = NUMBERS[number % len(NUMBERS)]
-        _try(session_kit.folder, _overwrite(intact, position, value))
-    assert tracemalloc.get_traced_memory()[1] < 64 << 20
-    tracemalloc.stop()
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)),
-        min_size=1,
-        max_size=8,
-    )
-)
-def test_random_damage(session_kit, intact, changes):
-    damaged = bytearray(intact)
-    header = intact.index(b"token_embd.weight") + 1200
-    for place, value in changes:
-        damaged[int(place * header)] = value
-    _try(session_kit.folder, bytes(damaged))
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.binary(max_size=400))
-def test_random_bytes(session_kit, content):
-    _try(session_kit.folder, b"GGUF\3\0\0\0" + content)
 
 
 @pytest.mark.network
