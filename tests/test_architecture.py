@@ -1,10 +1,11 @@
-"""Imports go along the arrows only: pallas_kernels ← sparda_jax ← train."""
+"""The house: imports along the arrows, nothing private across, no long file."""
 
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 
@@ -86,3 +87,47 @@ def test_a_private_import_is_seen(tmp_path, monkeypatch):
     assert private_imports(path) == ["pallas_kernels._common.triton.dot"]
     path.write_text("from sparda_jax.models.decoder import _hidden\n")
     assert private_imports(path) == ["sparda_jax.models.decoder._hidden"]
+
+
+LONGEST = 500  # Lines of a file: one that is longer has several reasons to change.
+
+
+def _files(*folders: str) -> list[pathlib.Path]:
+    return [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+
+
+def test_no_file_is_long():
+    lines = {
+        str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("\n")
+        for path in _files(*PACKAGES, "configs", "tests")
+    }
+    assert len(lines) > 100
+    assert {path: count for path, count in lines.items() if count > LONGEST} == {}
+
+
+def _module(path: pathlib.Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _loads(path: pathlib.Path, modules: Mapping[str, pathlib.Path]) -> set[str]:
+    """Modules of ours that importing a file runs, if they have not run yet."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            # `from package import module` needs nothing of the package itself.
+            names = [name if name in modules else node.module for name in inner]
+        else:
+            continue
+        found.update(name for name in names if name in modules)
+    return found - {_module(path)}
+
+
+def test_no_import_goes_round():
+    modules = {_module(path): path for path in _files(*PACKAGES)}
+    graph = {name: _loads(path, modules) for name, path in modules.items()}
+    # Raises CycleError, which names the circle.
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(graph)
