@@ -12,7 +12,7 @@ import math
 import operator
 import os
 import reprlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from typing import Any
 
 import jax.numpy as jnp
@@ -291,34 +291,47 @@ def optional[T](check: Check[T]) -> Check[T | None]:
 class _Several[T]:
     check: Check[T]
     what: str
+    ordered: bool
 
     def __call__(self, field: str, value: object) -> tuple[T, ...]:
         # Without a length it may not end, and a range may be longer than memory.
         plain = isinstance(value, Collection) and not isinstance(
-            value, str | bytes | bytearray | Mapping
+            value, str | bytes | bytearray | memoryview | Mapping
         )
+        # A set would be read in an order that nobody chose.
+        plain = plain and not (self.ordered and isinstance(value, Set))
+        sized: Any = value
         try:
-            count = len(value) if plain else None
+            count = len(sized) if plain else None
         except Exception:  # an array without axes
             count = None
         if count is None:
             raise _refusal(field, value, f"a sequence of {self.what}")
         if count > _MOST_ENTRIES:
             raise _refusal(field, value, f"at most {_MOST_ENTRIES} {self.what}")
-        entries: Any = value.tolist() if hasattr(value, "tolist") else value
+        try:
+            read: Any = value.tolist() if hasattr(value, "tolist") else value
+            entries = list(read)
+        except Exception:  # a deleted array; anyone's own __iter__
+            raise _refusal(
+                field, value, f"a sequence of {self.what} that can be read"
+            ) from None
         return tuple(
             self.check(f"{field}[{i}]", entry) for i, entry in enumerate(entries)
         )
 
 
-def several[T](check: Check[T], what: str) -> Check[tuple[T, ...]]:
+def several[T](
+    check: Check[T], what: str, *, ordered: bool = True
+) -> Check[tuple[T, ...]]:
     """A check for a flat sequence whose entries pass `check`.
 
     Args:
       check: Of each entry.
       what: What to call them, as "token ids".
+      ordered: Whether their order matters: a set is refused then.
     """
-    return _Several(check, what)
+    return _Several(check, what, ordered)
 
 
 def settle(owner: object, **checks: Check[Any]) -> None:

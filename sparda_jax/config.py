@@ -193,7 +193,7 @@ class ModelConfig:
             residual_scale=positive,
             logits_divisor=positive,
             bos_id=optional(integer(0)),
-            eos_ids=several(integer(0), "token ids"),
+            eos_ids=several(integer(0), "token ids", ordered=False),
         )
         require(
             self.num_heads % self.num_kv_heads == 0,

@@ -12,8 +12,8 @@ from sparda_jax.inference.sampling import MOST_SEED, seed_list
 
 PromptLike = str | Sequence[int] | np.ndarray | jax.Array
 LANGUAGE_MODEL = instance(LanguageModel, ", as `load` returns it")
-# Of one prompt; each is a row of the batch.
-_MOST_OUTPUTS = 2**16
+# Of one call, and outputs of one prompt.
+_MOST_ROWS = _MOST_OUTPUTS = 2**16
 Prompts = Sequence[PromptLike] | np.ndarray | jax.Array
 
 
@@ -24,7 +24,7 @@ def prompt_rows(prompts: Prompts) -> Sequence[PromptLike]:
       ConfigError: If they are no list of prompts, or none.
     """
     if isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim == 2:
-        prompts = list(np.asarray(prompts))
+        prompts = list(_as_array(prompts, "prompts"))
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         shape = getattr(prompts, "shape", None)
         got = type(prompts).__name__ + ("" if shape is None else f" of shape {shape}")
@@ -32,8 +32,12 @@ def prompt_rows(prompts: Prompts) -> Sequence[PromptLike]:
             "prompts must be a list with one prompt per sequence, each text or token "
             f"ids, or an integer array [B, T]; got {got}"
         )
-    if not prompts:
+    if len(prompts) == 0:
         raise ConfigError("prompts is empty: it must hold at least one prompt")
+    if len(prompts) > _MOST_ROWS:
+        raise ConfigError(
+            f"prompts holds {len(prompts)} prompts: at most {_MOST_ROWS} are one batch"
+        )
     return prompts
 
 
@@ -54,12 +58,25 @@ def repeat_prompts(
     return repeated, [(first + i) & MOST_SEED for first in seeds for i in range(n)]
 
 
+def _as_array(value: object, field: str) -> np.ndarray:
+    """Any library's array as NumPy's; a mask, which would be lost, is refused."""
+    if not isinstance(value, np.ma.MaskedArray):
+        try:
+            return np.asarray(value)
+        except Exception:  # a deleted array; anyone's own __array__
+            pass
+    raise ConfigError(
+        f"{field} is a {type(value).__name__} that cannot be read as token ids: it "
+        "must be text, a sequence of integers or a plain integer array"
+    )
+
+
 def _token_ids(prompt: object, field: str) -> list[int]:
     """Token ids of a sequence or of any library's array, as integers."""
     if isinstance(prompt, list) and all(type(token) is int for token in prompt):
         return list(prompt)  # the common case, without a look at every entry's class
     if hasattr(prompt, "__array__"):
-        array = np.asarray(prompt)
+        array = _as_array(prompt, field)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise ConfigError(
                 f"{field} has shape {array.shape} and dtype {array.dtype}: it must be "

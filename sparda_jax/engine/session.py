@@ -80,7 +80,8 @@ class Session:
         max_new_tokens = integer(1)("max_new_tokens", max_new_tokens)
         max_context = optional(integer(1))("max_context", max_context)
         prefill_chunk = optional(integer(1))("prefill_chunk", prefill_chunk)
-        stop_ids = several(integer(0), "token ids")("stop_ids", stop_ids)
+        ids = several(integer(0), "token ids", ordered=False)
+        stop_ids = ids("stop_ids", stop_ids)
         ignore_eos = flag("ignore_eos", ignore_eos)
         prompts = prompt_rows(prompts)
         self.lm, self.max_new_tokens = lm, max_new_tokens

@@ -19,7 +19,7 @@ def check_stop(lm: LanguageModel, stop: str | Sequence[str]) -> tuple[str, ...]:
     """
     if isinstance(stop, str):
         stop = [stop]
-    stops = several(text, "texts")("stop", stop)
+    stops = several(text, "texts", ordered=False)("stop", stop)
     require("" not in stops, "stop", stop, "texts of at least one character")
     if stops and lm.tokenizer is None:
         raise ConfigError(

@@ -27,6 +27,11 @@ HUGE = 10**5000  # its repr alone is a ValueError
 RAGGED = [[1], [2, 3]]
 NOTHING = object()
 LONE = "\ud800"
+DELETED = jnp.arange(2)
+DELETED.delete()
+MASKED = np.ma.array([1, 2], mask=[False, True])
+# Integers that stand in no order, are bytes, or cannot be read.
+UNREADABLE = ({1, 2}, frozenset([1]), memoryview(b"ab"), DELETED)
 
 # Values that no argument of the kind may take.
 _NO_NUMBER = (math.nan, math.inf, -math.inf, HUGE, -HUGE, "3", True, 1j, b"3", RAGGED)
@@ -54,10 +59,13 @@ SEEDS = (
     [HUGE],
     [-1],
     itertools.count(),
+    *UNREADABLE,
 )
 PROMPT = (3, None, math.nan, LONE, b"ab", RAGGED, [True], [None], [1.5], [HUGE], [-1])
+PROMPT += (*UNREADABLE, MASKED, jax.random.key(0))
 PROMPT += ([10**6], [], [1, True], np.ones((1, 2, 2)), {1: 2}, itertools.count())
 PROMPTS = (3, None, math.nan, "text", [], {1: [1]}, itertools.count(), np.ones((2, 2)))
+PROMPTS += (np.ma.array([[1, 2]], mask=[[False, True]]), range(10**12))
 PROMPTS += tuple([prompt] for prompt in PROMPT)
 MESSAGES = (3, None, math.nan, "ab", b"ab", [], [3], {"role": "user"}, [{}], [LONE])
 MESSAGES += ([{"role": 3}], itertools.count(), [[]], NOTHING)
