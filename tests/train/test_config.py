@@ -28,7 +28,9 @@ pytestmark = pytest.mark.usefixtures("without_type_checks")
 CLASSES = [
     value
     for value in vars(configs).values()
-    if dataclasses.is_dataclass(value) and value.__module__ == configs.__name__
+    if isinstance(value, type)
+    and dataclasses.is_dataclass(value)
+    and value.__module__ == configs.__name__
 ]
 FIELDS = [(kind, field.name) for kind in CLASSES for field in dataclasses.fields(kind)]
 
