@@ -114,6 +114,8 @@ def _trace_settings() -> Hashable:
         config.jax_enable_x64,
         config.jax_default_matmul_precision,
         config.jax_numpy_dtype_promotion,
+        config.jax_default_prng_impl,
+        config.jax_threefry_partitionable,
     )
 
 

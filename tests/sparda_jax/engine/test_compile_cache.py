@@ -77,6 +77,29 @@ def test_programs_are_keyed_by_all_that_is_static():
     assert seconds == 0 and programs.compiled == 5
 
 
+def _draw(seed):
+    return jax.random.normal(jax.random.key(seed[0]), (5,))
+
+
+@pytest.mark.parametrize(
+    ("setting", "other"),
+    [("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", None)],
+)
+def test_a_changed_random_generator_meets_no_old_program(setting, other):
+    programs, seed = Programs(4), (jnp.arange(1, 2, dtype=jnp.uint32),)
+    usual = getattr(jax.config, setting)
+    drawn = programs.get(_draw, seed, {})[0](*seed)
+    try:
+        jax.config.update(setting, not usual if other is None else other)
+        changed = programs.get(_draw, seed, {})[0](*seed)
+        np.testing.assert_array_equal(changed, _draw(*seed))
+        assert not np.array_equal(changed, drawn)
+    finally:
+        jax.config.update(setting, usual)
+    programs.get(_draw, seed, {})
+    assert programs.compiled == len(programs) == 2
+
+
 def test_the_number_of_programs_is_bounded():
     programs = Programs(2)
     for factor in range(4):
