@@ -183,7 +183,7 @@ def _compile(model, state, request, settings: list) -> list:
     first program is compiled alone: the products' kernels are chosen by timing them,
     and what was chosen serves the others, which are compiled side by side.
     """
-    from sparda_jax.inference.generate import advance_call
+    from sparda_jax.inference.generate import decode_loop_call
     from sparda_jax.inference.host_loop import decode_host_loop
 
     if any(map(_is_host_loop, settings)):
@@ -191,7 +191,9 @@ def _compile(model, state, request, settings: list) -> list:
             (functools.partial(decode_host_loop, settings=s), 0.0) for s in settings
         ]
 
-    lowered = [advance_call.lower(model, state, request, settings=s) for s in settings]
+    lowered = [
+        decode_loop_call.lower(model, state, request, settings=s) for s in settings
+    ]
 
     def compiled(program):
         begun = time.perf_counter()

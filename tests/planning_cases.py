@@ -9,8 +9,8 @@ from sparda_jax.config import CacheConfig
 from sparda_jax.inference.generate import (
     Prompt,
     Request,
-    advance_call,
-    begin_call,
+    decode_loop_call,
+    prefill_and_sample_call,
 )
 from sparda_jax.inference.sampling import SamplingConfig, sampling_state
 from sparda_jax.inference.shapes import Shapes, plan_shapes
@@ -114,8 +114,8 @@ class Case:
         """What XLA says of prefill and of decode."""
         model, state, prompt, request = self.arguments()
         settings, tile = self.settings, self.shapes.tile
-        begin = begin_call.lower(
+        prefill = prefill_and_sample_call.lower(
             model, state, prompt, request, settings=settings, tile_size=tile
         )
-        advance = advance_call.lower(model, state, request, settings=settings)
-        return begin.compile().memory_analysis(), advance.compile().memory_analysis()
+        decode = decode_loop_call.lower(model, state, request, settings=settings)
+        return prefill.compile().memory_analysis(), decode.compile().memory_analysis()

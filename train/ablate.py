@@ -130,12 +130,12 @@ class Trainer:
             jax.block_until_ready(heads)
             if number == 0:
                 first = time.monotonic() - begin
-        told = {
+        figures = {
             "loss": float(loss),
             "first_step_s": round(first, 1),
             "seconds": round(time.monotonic() - begin, 1),
         }
-        return heads, told
+        return heads, figures
 
 
 def first_heads(run: Run, how: str) -> Float[Array, "L D KH"]:
@@ -174,8 +174,8 @@ def ablate(
         if how not in first:
             first[how] = first_heads(run, how)
             note(f"untrained, {how}", measured(first[how]))
-        heads, told = trainer.train(name, variant, first[how])
-        note(name, {**told, **measured(heads)})
+        heads, figures = trainer.train(name, variant, first[how])
+        note(name, {**figures, **measured(heads)})
         if name in save:
             state = run.state._replace(
                 heads=heads, step=jnp.int32(variant.optimizer.steps)

@@ -51,7 +51,7 @@ LOSSES = {
 
 
 class Report:
-    """What is known so far: told on stderr and kept in a file."""
+    """What is known so far: shown on stderr and kept in a file."""
 
     def __init__(self, out: pathlib.Path | None):
         """Opens a report; `out` may be None."""
@@ -62,8 +62,8 @@ class Report:
         """Ends a phase."""
         self.values.update(values)
         seconds = time.perf_counter() - self._begin
-        told = ", ".join(f"{key} {value}" for key, value in values.items())
-        print(f"[{seconds:7.1f} s] {phase} {told}", file=sys.stderr, flush=True)
+        shown = ", ".join(f"{key} {value}" for key, value in values.items())
+        print(f"[{seconds:7.1f} s] {phase} {shown}", file=sys.stderr, flush=True)
         keep_json(self._out, self.values)
 
 

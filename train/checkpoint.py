@@ -377,7 +377,7 @@ class Checkpoints:
         Raises:
           CheckpointError: What was being written could not be, and nobody was told.
         """
-        told = self._failed
+        reported = self._failed
         try:
             with self._writing():
                 try:
@@ -385,7 +385,7 @@ class Checkpoints:
                 finally:
                     self._manager.close()
         except CheckpointError:
-            if not told:
+            if not reported:
                 raise
         finally:
             self._silence.end()

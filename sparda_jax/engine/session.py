@@ -42,13 +42,13 @@ from sparda_jax.inference.generate import (
     GenerateState,
     Prompt,
     Request,
-    advance,
-    begin,
-    begin_new,
+    decode_loop,
+    generate_loop,
     new_state,
     next_turn,
     pad_rows,
-    run,
+    prefill_and_sample,
+    prefill_and_sample_new,
     stop_array,
 )
 from sparda_jax.inference.host_loop import decode_host_loop
@@ -245,9 +245,9 @@ class Session:
         """
         model, settings = self.lm.model, self.settings
         state: tuple[GenerateState, ...] = ()
-        if function is not begin_new:
+        if function is not prefill_and_sample_new:
             state = (self.state,)
-        if function is begin and settings.offload is not None:
+        if function is prefill_and_sample and settings.offload is not None:
             # Prefill is the same program whether decode looks ahead or not.
             offload = on_demand(settings.offload)
             settings = dataclasses.replace(settings, offload=offload)
@@ -271,10 +271,10 @@ class Session:
         """Runs the prompt (in chunks) and samples the first token of every row."""
         longest = max(len(row) for row in self.rows)
         rows = [*self.rows, *[[]] * (self.padded - self.batch)]
-        function, static = begin, {"tile_size": self.shapes.tile}
+        function, static = prefill_and_sample, {"tile_size": self.shapes.tile}
         whole = longest <= self.chunk and self.settings.offload is None
         if self._state is None and whole:
-            function, static = begin_new, {"shapes": self.shapes}
+            function, static = prefill_and_sample_new, {"shapes": self.shapes}
         for first in range(0, longest, self.chunk):
             pieces = [row[first : first + self.chunk] for row in rows]
             # A row samples its first token with the last chunk of its prompt.
@@ -342,7 +342,7 @@ class Session:
             jax.block_until_ready(self._state.done)
             self.decode_seconds += time.perf_counter() - begun
             return
-        self.decode_seconds += self._call(advance, request)
+        self.decode_seconds += self._call(decode_loop, request)
 
     def whole(self) -> None:
         """Prompt and all tokens in one call."""
@@ -372,7 +372,9 @@ class Session:
         prompt = pad_rows(rows, self.shapes.prompt)
         request = self.request(int(self.max_new[0]), self.max_new)
         tile = self.shapes.tile
-        self.prefill_seconds += self._call(run, prompt, request, tile_size=tile)
+        self.prefill_seconds += self._call(
+            generate_loop, prompt, request, tile_size=tile
+        )
 
     @property
     def finished(self) -> bool:

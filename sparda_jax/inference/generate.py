@@ -1,8 +1,9 @@
 """Generation: prefill, then a `lax.while_loop` over tokens until every row has ended.
 
-`run` is both in one program. `begin` and `advance` are its halves, which plain
-generation calls one after the other so that both are timed, and streaming calls as
-often as it shall yield; a first token then waits for the compilation of its half alone.
+`generate_loop` is both in one program. `prefill_and_sample` and `decode_loop` are its
+halves, which plain generation calls one after the other so that both are timed, and
+streaming calls as often as it shall yield; a first token then waits for the compilation
+of its half alone.
 All limits are dynamic and lengths are bucketed: other requests do not recompile.
 """
 
@@ -122,7 +123,7 @@ def _emit(
     )
 
 
-def begin(
+def prefill_and_sample(
     model: Decoder,
     state: GenerateState,
     prompt: Prompt,
@@ -169,7 +170,7 @@ def begin(
     return _emit(state, logits(model, hidden), fresh & ~state.done, request)
 
 
-def begin_new(
+def prefill_and_sample_new(
     model: Decoder,
     prompt: Prompt,
     request: Request,
@@ -177,7 +178,7 @@ def begin_new(
     settings: LayerSettings,
     shapes: Shapes,
 ) -> GenerateState:
-    """`begin` on an empty state with a resident cache, made inside the program.
+    """`prefill_and_sample` on an empty, resident state that the program makes.
 
     Args:
       model: The decoder.
@@ -188,7 +189,7 @@ def begin_new(
     """
     rows = prompt.count.shape[0]
     state = new_state(model, settings, rows, shapes, CacheConfig())
-    return begin(
+    return prefill_and_sample(
         model, state, prompt, request, settings=settings, tile_size=shapes.tile
     )
 
@@ -229,7 +230,7 @@ def must_pause(state: GenerateState, request: Request) -> Bool[Array, ""]:
     return jnp.any(request.pause[state.pending] & ~state.done)
 
 
-def advance(
+def decode_loop(
     model: Decoder, state: GenerateState, request: Request, *, settings: LayerSettings
 ) -> GenerateState:
     """Decodes up to `request.steps` tokens, until a pause or until all rows ended."""
@@ -260,7 +261,7 @@ def advance(
     return jax.lax.while_loop(unfinished, step, begun)[2]
 
 
-def run(
+def generate_loop(
     model: Decoder,
     state: GenerateState,
     prompt: Prompt,
@@ -269,16 +270,24 @@ def run(
     settings: LayerSettings,
     tile_size: int,
 ) -> GenerateState:
-    """`begin`, then `advance`: a whole generation as one pure function."""
-    state = begin(model, state, prompt, request, settings=settings, tile_size=tile_size)
-    return advance(model, state, request, settings=settings)
+    """Both of the above: a whole generation as one pure function."""
+    state = prefill_and_sample(
+        model, state, prompt, request, settings=settings, tile_size=tile_size
+    )
+    return decode_loop(model, state, request, settings=settings)
 
 
 # The state's buffers are donated: a cache is never copied from one call to the next.
 _TILED = ("settings", "tile_size")
-begin_call = jax.jit(begin, static_argnames=_TILED, donate_argnames="state")
-advance_call = jax.jit(advance, static_argnames="settings", donate_argnames="state")
-run_call = jax.jit(run, static_argnames=_TILED, donate_argnames="state")
+prefill_and_sample_call = jax.jit(
+    prefill_and_sample, static_argnames=_TILED, donate_argnames="state"
+)
+decode_loop_call = jax.jit(
+    decode_loop, static_argnames="settings", donate_argnames="state"
+)
+generate_loop_call = jax.jit(
+    generate_loop, static_argnames=_TILED, donate_argnames="state"
+)
 
 
 def _list_width(shapes: Shapes, settings: LayerSettings) -> int:

@@ -9,10 +9,10 @@ A head belongs to the layer that *consumes* its forecast:
 so every head is used and trained, L in all. (The reference also allocates the last
 layer's q_future_proj, which feeds nothing.) With x_l the normalised input of layer l:
 
-    phi_0     = RoPE(heads[0]   · x_0)
-    phi_{l+1} = RoPE(heads[l+1] · x_l)          at the token's own position
+    forecast_0     = RoPE(heads[0]   · x_0)
+    forecast_{l+1} = RoPE(heads[l+1] · x_l)          at the token's own position
 
-and phi_l is scored against layer l's own compressed keys (specification §4.2).
+and forecast_l is scored against layer l's own compressed keys (specification §4.2).
 """
 
 import jax.numpy as jnp

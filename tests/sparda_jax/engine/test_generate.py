@@ -188,7 +188,7 @@ def test_blocks_are_counted(lm, token_ids):
 def test_run_is_one_program(lm, prompts, greedy):
     """The public function can be jitted by the caller, prefill and loop together."""
     from sparda_jax.engine.session import Session
-    from sparda_jax.inference.generate import pad_rows, run
+    from sparda_jax.inference.generate import generate_loop, pad_rows
     from sparda_jax.inference.sampling import SamplingConfig
 
     call = Session(
@@ -207,7 +207,9 @@ def test_run_is_one_program(lm, prompts, greedy):
     prompt = pad_rows(call.rows, call.shapes.prompt)
     request = call.request(24, call.max_new)
     whole = jax.jit(
-        functools.partial(run, settings=lm.settings, tile_size=call.shapes.tile)
+        functools.partial(
+            generate_loop, settings=lm.settings, tile_size=call.shapes.tile
+        )
     )
     state = whole(lm.model, call.state, prompt, request)
     assert np.asarray(state.tokens)[:, :24].tolist() == greedy.tokens

@@ -218,7 +218,7 @@ def test_no_buffer_grows_with_tokens_times_keys(runner):
     windows = tokens // 16
     score_matrix = config.num_kv_heads * tokens * windows * 4
     hidden = tokens * config.hidden_size * 4
-    # phi, rotation and padded copies are a few times the hidden states.
+    # Forecast, rotation and padded copies are a few times the hidden states.
     assert memory.temp_size_in_bytes < 8 * hidden
     assert memory.temp_size_in_bytes < score_matrix / 4
 

@@ -350,7 +350,7 @@ def test_no_host_computation_in_the_pipeline(case, deeper):
     settings = _settings(case, model, offload=True)
     shapes = Shapes(prompt=128, new=32, capacity=1024, tile=128)
     state = new_state(model, settings, 2, shapes, case.cache)
-    from sparda_jax.inference.generate import Prompt, Request, run
+    from sparda_jax.inference.generate import Prompt, Request, generate_loop
     from sparda_jax.inference.sampling import SamplingConfig, sampling_state
 
     request = Request(
@@ -361,7 +361,7 @@ def test_no_host_computation_in_the_pipeline(case, deeper):
         rope=model_rope(model.config, 1024),
     )
     prompt = Prompt(jnp.zeros((2, 128), jnp.int32), jnp.asarray([5, 100], jnp.int32))
-    call = functools.partial(run, settings=settings, tile_size=128)
+    call = functools.partial(generate_loop, settings=settings, tile_size=128)
     traced = jax.jit(call).trace(model, state, prompt, request)
     assert lint_host_operands(traced.jaxpr) == []
     assert "host" in str(traced.jaxpr), "the store must be typed as a host array"

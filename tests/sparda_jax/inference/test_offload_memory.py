@@ -14,8 +14,8 @@ from sparda_jax.config import CacheConfig
 from sparda_jax.inference.generate import (
     Prompt,
     Request,
-    advance_call,
-    begin_call,
+    decode_loop_call,
+    prefill_and_sample_call,
 )
 from sparda_jax.inference.sampling import SamplingConfig, sampling_state
 from sparda_jax.inference.shapes import Shapes
@@ -53,7 +53,7 @@ def _compiled(call, context, **static):
         rope=model_rope(PRESET.model, 1024),
     )
     arguments = [request]
-    if call is begin_call:
+    if call is prefill_and_sample_call:
         ids = jax.ShapeDtypeStruct((1, context), jnp.int32)
         count = jax.ShapeDtypeStruct((1,), jnp.int32)
         arguments = [Prompt(ids, count), request]
@@ -79,7 +79,7 @@ def _keys(context: int) -> int:
 def test_decode_grows_by_compressed_keys_alone():
     sizes, scratch, stores = {}, {}, {}
     for context in (SHORT, LONG):
-        analysis, store = _compiled(advance_call, context)
+        analysis, store = _compiled(decode_loop_call, context)
         assert analysis.alias_size_in_bytes > store, "the store is updated in place"
         sizes[context] = _device_bytes(analysis, store)
         scratch[context], stores[context] = analysis.temp_size_in_bytes, store
@@ -96,7 +96,7 @@ def test_prefill_holds_one_layer_and_the_prompt():
     model = PRESET.model
     sizes = {}
     for context in (SHORT, LONG):
-        analysis, store = _compiled(begin_call, context, tile_size=1024)
+        analysis, store = _compiled(prefill_and_sample_call, context, tile_size=1024)
         assert analysis.alias_size_in_bytes > store
         sizes[context] = _device_bytes(analysis, store)
     tokens = LONG - SHORT

@@ -55,7 +55,7 @@ COMPILED = [
 @pytest.mark.parametrize("case", COMPILED, ids=repr)
 def test_figures_equal_the_compiled_analysis(case):
     found = case.plan()
-    begin, advance = case.compiled()
+    prefill, decode = case.compiled()
     model, state, prompt, request = case.arguments()
     # What is there from call to call is exact. On a CPU the host store is an argument
     # like the others. (Prefill makes no use of the request's step count.)
@@ -65,15 +65,15 @@ def test_figures_equal_the_compiled_analysis(case):
     if not case.settings.selector.lists_blocks(blocks, case.settings.sparse):
         # Where every block is read, heads are held, but passed to no program.
         used -= found.forecast_heads
-    assert advance.argument_size_in_bytes == used
+    assert decode.argument_size_in_bytes == used
     used += tree_bytes(prompt) - request.steps.nbytes
-    assert begin.argument_size_in_bytes == used
-    assert begin.alias_size_in_bytes == tree_bytes(state)
-    assert found.prefill_peak + found.host == pytest.approx(_peak(begin), rel=0.05)
-    assert found.decode_peak + found.host == pytest.approx(_peak(advance), rel=0.05)
+    assert prefill.argument_size_in_bytes == used
+    assert prefill.alias_size_in_bytes == tree_bytes(state)
+    assert found.prefill_peak + found.host == pytest.approx(_peak(prefill), rel=0.05)
+    assert found.decode_peak + found.host == pytest.approx(_peak(decode), rel=0.05)
     # The estimates alone, which are the smaller part of a peak.
     scratch = found.prefill_peak - found.persistent
-    assert scratch == pytest.approx(begin.temp_size_in_bytes, rel=0.15)
+    assert scratch == pytest.approx(prefill.temp_size_in_bytes, rel=0.15)
 
 
 def _8b(kind: str, prompt: int, dtype: str) -> Case:
@@ -107,13 +107,13 @@ def test_8b_figures_equal_the_compiled_analysis(kind, prompt):
     """In float32: a CPU turns bfloat16 weights into it, and other devices do not."""
     case = _8b(kind, prompt, "float32")
     found = case.plan()
-    begin, advance = case.compiled()
+    prefill, decode = case.compiled()
     state = case.arguments()[1]
-    assert begin.alias_size_in_bytes == tree_bytes(state), "the store is in place"
-    assert found.prefill_peak + found.host == pytest.approx(_peak(begin), rel=0.02)
-    assert found.decode_peak + found.host == pytest.approx(_peak(advance), rel=0.02)
+    assert prefill.alias_size_in_bytes == tree_bytes(state), "the store is in place"
+    assert found.prefill_peak + found.host == pytest.approx(_peak(prefill), rel=0.02)
+    assert found.decode_peak + found.host == pytest.approx(_peak(decode), rel=0.02)
     scratch = found.prefill_peak - found.persistent
-    assert scratch == pytest.approx(begin.temp_size_in_bytes, rel=0.15)
+    assert scratch == pytest.approx(prefill.temp_size_in_bytes, rel=0.15)
 
 
 @pytest.mark.parametrize(

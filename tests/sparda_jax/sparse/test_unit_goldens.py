@@ -61,7 +61,7 @@ def _part(windows):
     return CompressedKeys(windows, jnp.zeros((*windows.shape[:2], 2, windows.shape[3])))
 
 
-def _tile(q=None, phi=None, *, windows, positions, length, decoding=False, c=None):
+def _tile(q=None, forecast=None, *, windows, positions, length, decoding=False, c=None):
     """A tile of one sequence from arrays without a batch axis."""
     steps = len(positions)
     dim = windows.shape[-1]
@@ -73,7 +73,7 @@ def _tile(q=None, phi=None, *, windows, positions, length, decoding=False, c=Non
         index["importance"] = _part(np.pad(c, pad[:2])[..., None])
     return SelectionTile(
         q=jnp.asarray(q, jnp.float32)[None],
-        forecast=None if phi is None else jnp.asarray(phi, jnp.float32)[None],
+        forecast=None if forecast is None else jnp.asarray(forecast, jnp.float32)[None],
         positions=jnp.asarray(positions, jnp.int32)[None],
         length=jnp.array([length]),
         index=index,
@@ -161,7 +161,7 @@ def test_forecast_scores_and_pooling(unit, windows):
         local_blocks=2, block_budget=8, query_blocks=3, mask_future_blocks=False
     )
     tile = _tile(
-        phi=unit["fc/phi"][rows], windows=windows, positions=rows, length=LENGTH
+        forecast=unit["fc/phi"][rows], windows=windows, positions=rows, length=LENGTH
     )
     scores = forecast_scores(tile, literal)
     np.testing.assert_allclose(
@@ -204,7 +204,7 @@ def test_selection_lists(unit, windows, source, masked):
     import dataclasses
 
     sparse = dataclasses.replace(UNIT, mask_future_blocks=masked)
-    arrays = {"q": unit["own/q"]} if source == "own" else {"phi": unit["fc/phi"]}
+    arrays = {"q": unit["own/q"]} if source == "own" else {"forecast": unit["fc/phi"]}
     tile = _tile(**arrays, windows=windows, positions=np.arange(LENGTH), length=LENGTH)
     scores = own_query_scores if source == "own" else forecast_scores
     suffix = "_fm" if masked and source == "fc" else ""
@@ -226,7 +226,7 @@ def test_block_scores_of_a_tile_equal_pooled_window_scores(
 
     sparse = dataclasses.replace(UNIT, mask_future_blocks=masked)
     where = slice(200, 290)
-    arrays = {"q": unit["own/q"]} if source == "own" else {"phi": unit["fc/phi"]}
+    arrays = {"q": unit["own/q"]} if source == "own" else {"forecast": unit["fc/phi"]}
     arrays = {name: array[where] for name, array in arrays.items()}
     tile = _tile(**arrays, windows=windows, positions=np.arange(640, 730), length=735)
     own = (tile.positions // sparse.block_size)[:, None]
@@ -241,7 +241,10 @@ def test_a_named_kernel_is_not_replaced(unit, windows):
     if jax.default_backend() == "gpu":
         pytest.skip("there is a device")
     tile = _tile(
-        phi=unit["fc/phi"], windows=windows, positions=np.arange(LENGTH), length=LENGTH
+        forecast=unit["fc/phi"],
+        windows=windows,
+        positions=np.arange(LENGTH),
+        length=LENGTH,
     )
     with pytest.raises(NotImplementedError, match="triton needs a CUDA device"):
         get_selector("sparda").select(tile, get_preset("tiny").model, UNIT, "triton")
@@ -249,7 +252,7 @@ def test_a_named_kernel_is_not_replaced(unit, windows):
 
 def test_decode_selection_equals_golden(unit, windows):
     tile = _tile(
-        phi=unit["fc/phi"][-1:],
+        forecast=unit["fc/phi"][-1:],
         windows=windows,
         positions=[LENGTH - 1],
         length=LENGTH,
@@ -277,7 +280,7 @@ def test_nosa_two_stage_lists(unit, windows, name, source, masked):
     pooled = compress_keys(jnp.asarray(c)[None, :, :, None], UNIT)[0, :, :, 0]
     np.testing.assert_allclose(pooled, unit["nosa/c_pooled"], atol=1e-5)
     sparse = dataclasses.replace(UNIT, block_budget=9, mask_future_blocks=masked)
-    arrays = {"q": unit["own/q"]} if source == "own" else {"phi": unit["fc/phi"]}
+    arrays = {"q": unit["own/q"]} if source == "own" else {"forecast": unit["fc/phi"]}
     tile = _tile(
         **arrays,
         windows=windows,
