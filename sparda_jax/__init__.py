@@ -16,6 +16,7 @@ from sparda_jax.config import (
 from sparda_jax.engine.api import forward, generate, stream
 from sparda_jax.engine.chat import ChatOutput, chat
 from sparda_jax.engine.conversation import Conversation
+from sparda_jax.engine.generate_config import GenerateConfig
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.offload_stats import OffloadStats
 from sparda_jax.engine.results import GenerateOutput, GenerateStats, StreamEvent
@@ -38,6 +39,7 @@ __all__ = [
     "ConfigError",
     "Conversation",
     "Forecast",
+    "GenerateConfig",
     "GenerateOutput",
     "GenerateStats",
     "LanguageModel",

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import inspect
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from sparda_jax.checkpoint.tokenizer import Tokenizer
 from sparda_jax.checks import ConfigError, instance, optional, require, text
 from sparda_jax.engine.api import generate
 from sparda_jax.engine.conversation import ChatHistory, Conversation
+from sparda_jax.engine.generate_config import GenerateConfig, merge_options
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.requests import LANGUAGE_MODEL
 from sparda_jax.engine.results import GenerateOutput, GenerateStats
@@ -21,9 +21,7 @@ from sparda_jax.engine.results import GenerateOutput, GenerateStats
 type Message = Mapping[str, Any]
 
 # What `generate` takes and chat passes on.
-_OPTIONS = inspect.signature(generate).parameters.keys() - {
-    *("lm", "prompts", "conversation", "n", "single_call"),
-}
+_OPTIONS = {field.name for field in dataclasses.fields(GenerateConfig)} - {"n"}
 # What `chat` itself passes to the template.
 _OWN_ARGS = {"self", "messages", "answer_prefix", "add_generation_prompt"}
 # Answers that share no token, to find out what a template writes around one.
@@ -66,6 +64,7 @@ class ChatOutput:
 def chat(
     lm: LanguageModel,
     messages: Sequence[Message],
+    config: GenerateConfig | None = None,
     *,
     chat_args: Mapping[str, Any] | None = None,
     answer_prefix: str = "",
@@ -88,6 +87,7 @@ def chat(
       lm: A loaded model whose tokenizer has a chat template.
       messages: All messages, each with `role` and `content`; in a further turn the
         `messages` of the output before and what is new.
+      config: What to ask for, as in `generate`; of one output (`n` is 1).
       chat_args: Variables of the template, such as `tools` or `enable_thinking`.
       answer_prefix: Words that the answer begins with.
       conversation: From the output before: only what is new is prefilled, behind the
@@ -108,6 +108,8 @@ def chat(
             f"{name} is not allowed in chat, which gives one answer to one chat: it "
             f"must be one of {', '.join(sorted(_OPTIONS))}"
         )
+    config = merge_options(config, options)
+    require(config.n == 1, "n", config.n, "1 in chat, which gives one answer")
     tokenizer = _chat_tokenizer(LANGUAGE_MODEL("lm", lm))
     answer_prefix = text("answer_prefix", answer_prefix)
     variables = {} if chat_args is None else chat_args
@@ -125,7 +127,7 @@ def chat(
         history = _history(conversation, given)
         tail = _tail(tokenizer, history, given, answer_prefix, variables)
         conversation, new = _behind_answer(tokenizer, conversation, tail)
-    output = generate(lm, [new], conversation=conversation, **options)
+    output = generate(lm, [new], config, conversation=conversation)
     answer = {"role": "assistant", "content": answer_prefix + output.texts[0]}
     given.append(answer)
     held = ChatHistory(tuple(copy.deepcopy(given)), tuple(ids))

@@ -12,8 +12,8 @@ from sparda_jax.inference.sampling import MOST_SEED, seed_list
 
 PromptLike = str | Sequence[int] | np.ndarray | jax.Array
 LANGUAGE_MODEL = instance(LanguageModel, ", as `load` returns it")
-# Of one call, and outputs of one prompt.
-_MOST_ROWS = _MOST_OUTPUTS = 2**16
+# Of one call.
+_MOST_ROWS = 2**16
 Prompts = Sequence[PromptLike] | np.ndarray | jax.Array
 
 
@@ -49,10 +49,9 @@ def repeat_prompts(
     A prompt's outputs have the seeds s, s + 1, …, from its own s on.
 
     Raises:
-      ConfigError: If n is not a count, or the seeds are not one a prompt.
+      ConfigError: If the seeds are not one a prompt.
     """
     rows = prompt_rows(prompts)
-    n = integer(1, _MOST_OUTPUTS)("n", n)
     seeds = seed_list(seed, len(rows), "a prompt")
     repeated = [row for row in rows for _ in range(n)]
     return repeated, [(first + i) & MOST_SEED for first in seeds for i in range(n)]

@@ -3,16 +3,17 @@
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 
 import jax
 import numpy as np
 
 from sparda_jax.cache.offload import OffloadCache
-from sparda_jax.checks import flag, instance, integer, optional, several
+from sparda_jax.checks import instance, optional
 from sparda_jax.config import ConfigError
 from sparda_jax.engine.compile_cache import PROGRAMS, signature
 from sparda_jax.engine.conversation import Conversation, MadeWith
+from sparda_jax.engine.generate_config import GenerateConfig
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.offload_stats import OffloadStats, offload_stats
 from sparda_jax.engine.placement import Sizes, place
@@ -24,7 +25,7 @@ from sparda_jax.engine.requests import (
     check_max_context,
     encode_prompt,
     prefill_piece,
-    prompt_rows,
+    repeat_prompts,
     without_effect,
 )
 from sparda_jax.engine.results import (
@@ -52,7 +53,7 @@ from sparda_jax.inference.generate import (
     stop_array,
 )
 from sparda_jax.inference.host_loop import decode_host_loop
-from sparda_jax.inference.sampling import SamplingConfig, sampling_state
+from sparda_jax.inference.sampling import sampling_state
 from sparda_jax.models.rope import model_rope
 from sparda_jax.planning.auto import Probe, fetch_rate, hidden_share, on_demand
 
@@ -64,26 +65,13 @@ class Session:
         self,
         lm: LanguageModel,
         prompts: Prompts,
-        *,
-        max_new_tokens: int,
-        sampling: SamplingConfig,
-        seed: int | Sequence[int],
-        stop: str | Sequence[str],
-        stop_ids: Sequence[int],
-        ignore_eos: bool,
-        conversation: Conversation | None,
-        max_context: int | None,
-        prefill_chunk: int | None,
+        config: GenerateConfig,
+        conversation: Conversation | None = None,
     ):
         lm = LANGUAGE_MODEL("lm", lm)
         conversation = optional(instance(Conversation))("conversation", conversation)
-        max_new_tokens = integer(1)("max_new_tokens", max_new_tokens)
-        max_context = optional(integer(1))("max_context", max_context)
-        prefill_chunk = optional(integer(1))("prefill_chunk", prefill_chunk)
-        ids = several(integer(0), "token ids", ordered=False)
-        stop_ids = ids("stop_ids", stop_ids)
-        ignore_eos = flag("ignore_eos", ignore_eos)
-        prompts = prompt_rows(prompts)
+        prompts, seeds = repeat_prompts(prompts, config.seed, config.n)
+        max_new_tokens, max_context = config.max_new_tokens, config.max_context
         self.lm, self.max_new_tokens = lm, max_new_tokens
         batch = len(prompts)
         rows = [
@@ -118,8 +106,10 @@ class Session:
                 )
             if conversation.rope_length > self.rope_length:
                 self.rope_length = conversation.rope_length
-        stops = set(stop_ids) | (set() if ignore_eos else set(lm.config.eos_ids))
-        self.stop_strings = check_stop(lm, stop)
+        eos = () if config.ignore_eos else lm.config.eos_ids
+        stops = {*config.stop_ids, *eos}
+        self.stop_strings = tuple(config.stop)
+        check_stop(lm, self.stop_strings)
         stops |= special_ids(lm.tokenizer, self.stop_strings)
         self.stops = stop_array(stops, lm.config)
         self.pause = pause_tokens(lm, self.stop_strings)
@@ -128,10 +118,10 @@ class Session:
         self._events: collections.deque[StreamEvent] = collections.deque()
         self.rope = model_rope(lm.config, self.rope_length)
         self.rows, self.held, self.batch = rows, held, batch
-        self.notes = without_effect(lm, max_context, prefill_chunk)
-        self.chunk = prefill_piece(lm, max(map(len, rows)), prefill_chunk)
-        self._place(conversation, int(max_new_tokens))
-        self.sampling = sampling_state(sampling, seed, batch, rows=self.padded)
+        self.notes = without_effect(lm, max_context, config.prefill_chunk)
+        self.chunk = prefill_piece(lm, max(map(len, rows)), config.prefill_chunk)
+        self._place(conversation, max_new_tokens)
+        self.sampling = sampling_state(config.sampling, seeds, batch, rows=self.padded)
         # Rows of padding have no tokens, and end at none.
         self.max_new = np.zeros(self.padded, np.int32)
         self.max_new[:batch] = max_new_tokens

@@ -7,26 +7,17 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from sparda_jax.checkpoint.tokenizer import Tokenizer
-from sparda_jax.checks import ConfigError, require, several, text
+from sparda_jax.checks import ConfigError
 from sparda_jax.engine.model import LanguageModel
 
 
-def check_stop(lm: LanguageModel, stop: str | Sequence[str]) -> tuple[str, ...]:
-    """The stop strings, each once.
-
-    Raises:
-      ConfigError: If one is empty or no text, or the model has no tokenizer.
-    """
-    if isinstance(stop, str):
-        stop = [stop]
-    stops = several(text, "texts", ordered=False)("stop", stop)
-    require("" not in stops, "stop", stop, "texts of at least one character")
+def check_stop(lm: LanguageModel, stops: tuple[str, ...]) -> None:
+    """Raises ConfigError if there are stop strings, and no tokenizer to find them."""
     if stops and lm.tokenizer is None:
         raise ConfigError(
             f"stop={stops!r} is not allowed: model {lm.config.name!r} has no tokenizer "
             "to find texts with; use stop_ids"
         )
-    return tuple(dict.fromkeys(stops))
 
 
 def special_ids(tokenizer: Tokenizer | None, stops: Sequence[str]) -> set[int]:

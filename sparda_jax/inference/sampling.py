@@ -67,6 +67,14 @@ class SamplingState(NamedTuple):
     seed: UInt[Array, " B"]
 
 
+def check_seed(field: str, seed: object) -> int | tuple[int, ...]:
+    """Checks one seed or a sequence of them, each in [0, 2³²)."""
+    one = integer(0, MOST_SEED)
+    if not isinstance(seed, Collection) or getattr(seed, "ndim", 1) == 0:
+        return one(field, seed)
+    return several(one, "seeds")(field, seed)
+
+
 def seed_list(
     seed: int | Sequence[int], count: int, each: str = "a sequence"
 ) -> tuple[int, ...]:
@@ -75,10 +83,9 @@ def seed_list(
     Raises:
       ConfigError: If a seed is not in [0, 2³²), or their number is another.
     """
-    one = integer(0, MOST_SEED)
-    if not isinstance(seed, Collection) or getattr(seed, "ndim", 1) == 0:
-        return (one("seed", seed),) * count
-    seeds = several(one, "seeds")("seed", seed)
+    seeds = check_seed("seed", seed)
+    if isinstance(seeds, int):
+        return (seeds,) * count
     if len(seeds) != count:
         raise ConfigError(
             f"seed has {len(seeds)} values: it must be one integer, or {count} of them "

@@ -10,6 +10,7 @@ import inspect
 import itertools
 import math
 import pathlib
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ import sparda_jax as sj
 from sparda_jax.checkpoint.errors import CheckpointError
 from sparda_jax.checks import shown
 from sparda_jax.engine import session
+from sparda_jax.engine.generate_config import GenerateOptions
 from sparda_jax.inference.sampling import SamplingConfig
 from sparda_jax.planning import measure
 
@@ -83,19 +85,27 @@ _SAMPLING = {
     "min_p": (*NUMBER, 1.5),
     "repetition_penalty": (*NUMBER, 0.0, 1e-30, 1e30),
 }
+_OPTIONS = {
+    "max_new_tokens": (*INTEGER, 0),
+    **_SAMPLING,
+    # Some number of seeds: how many there must be, the prompts say.
+    "seed": (*(v for v in SEEDS if not isinstance(v, np.ndarray)), 2**32),
+    "n": (*INTEGER, 0),
+    "stop_ids": IDS,
+    "stop": STOP,
+    "max_context": (*maybe(INTEGER), 0),
+    "prefill_chunk": (*maybe(INTEGER), 0),
+}
 _REQUEST = {
     "lm": CONFIG,
     "prompts": PROMPTS,
-    "max_new_tokens": (*INTEGER, 0),
-    **_SAMPLING,
-    "seed": (*SEEDS, 2**32, [1, 2]),
-    "n": (*INTEGER, 0),
-    "stop_ids": (*IDS, [10**6]),
-    "stop": STOP,
-    "ignore_eos": FLAG,
+    "config": maybe(CONFIG),
     "conversation": maybe(CONFIG),
-    "max_context": (*maybe(INTEGER), 0),
-    "prefill_chunk": (*maybe(INTEGER), 0),
+    **_OPTIONS,
+    # The prompts and the model have their say as well.
+    "seed": (*SEEDS, 2**32, [1, 2]),
+    "stop_ids": (*IDS, [10**6]),
+    "ignore_eos": FLAG,
 }
 _CHOSEN = {
     "attention": WORD,
@@ -119,6 +129,7 @@ ROWS = {
     "chat": {
         "lm": CONFIG,
         "messages": MESSAGES,
+        "config": (*maybe(CONFIG), sj.GenerateConfig(n=2)),
         "chat_args": (3, "ab", math.nan, [1], {1: 2}, NOTHING),
         "answer_prefix": TEXT,
         "conversation": maybe(CONFIG),
@@ -204,6 +215,7 @@ ROWS = {
         "device_limit": (*maybe(INTEGER), 0),
         "host_limit": (*maybe(INTEGER), 0),
     },
+    "GenerateConfig": _OPTIONS,
     "SamplingConfig": _SAMPLING,
     "Selector": {},
     "LanguageModel": {
@@ -221,6 +233,15 @@ NOT_CALLED = {"ConfigError", "PRESETS", "__version__"}
 
 def _call(name: str):
     return SamplingConfig if name == "SamplingConfig" else getattr(sj, name)
+
+
+def _parameters(name: str) -> set[str]:
+    """Names of a callable's arguments, those of `GenerateConfig` spelt out."""
+    names = set(inspect.signature(_call(name)).parameters)
+    if name in ("generate", "stream"):
+        names -= {"options"}
+        names |= {field.name for field in dataclasses.fields(sj.GenerateConfig)}
+    return names
 
 
 def _flags(name: str) -> list[str]:
@@ -277,9 +298,7 @@ def test_every_public_name_is_in_the_table():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_argument_has_a_row(name):
-    assert {*ROWS[name], *_flags(name)} == set(
-        inspect.signature(_call(name)).parameters
-    )
+    assert {*ROWS[name], *_flags(name)} == _parameters(name)
 
 
 CASES = [(name, argument) for name in ROWS for argument in (*ROWS[name], *_flags(name))]
@@ -311,7 +330,15 @@ _SAME[float] = (np.float64, np.array, decimal.Decimal)
 
 @pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(
-    "name", ["RopeConfig", "ModelConfig", "SparseConfig", "CacheConfig", "Rates"]
+    "name",
+    [
+        "RopeConfig",
+        "ModelConfig",
+        "SparseConfig",
+        "CacheConfig",
+        "Rates",
+        "GenerateConfig",
+    ],
 )
 def test_values_of_other_libraries(name, allowed):
     made = _call(name)(**allowed.get(name, {}))
@@ -368,3 +395,29 @@ def test_a_fork_counts_rows(lm):
         with pytest.raises(sj.ConfigError, match="rows="):
             conversation.fork(bad)
     assert conversation.fork(np.int64(2)).lengths == conversation.lengths * 2
+
+
+def test_options_are_the_fields_of_the_configuration():
+    fields = {field.name: field.type for field in dataclasses.fields(sj.GenerateConfig)}
+    assert typing.get_type_hints(GenerateOptions) == fields
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_a_configuration_is_kept_in_one_form():
+    plain = sj.GenerateConfig(stop=("a",), stop_ids=(7,), seed=(1, 2))
+    other = sj.GenerateConfig(stop="a", stop_ids=np.array([7]), seed=jnp.array([1, 2]))
+    assert other == plain
+    assert hash(other) == hash(plain)
+
+
+def test_a_request_by_configuration_is_the_one_by_arguments(lm):
+    config = sj.GenerateConfig(max_new_tokens=5, stop_ids=[7], top_k=2, ignore_eos=True)
+    plain = sj.generate(
+        lm, [[3, 4]], max_new_tokens=3, stop_ids=[7], top_k=2, ignore_eos=True
+    )
+    # An argument goes before the configuration's field, and leaves the others.
+    assert sj.generate(lm, [[3, 4]], config, max_new_tokens=3).tokens == plain.tokens
+    parts = list(sj.stream(lm, [[3, 4]], config=config, max_new_tokens=3))
+    assert [part.token for part in parts] == plain.tokens[0]
+    with pytest.raises(TypeError, match="max_tokens"):
+        sj.generate(lm, [[3, 4]], config, max_tokens=3)

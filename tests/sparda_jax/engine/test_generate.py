@@ -189,21 +189,8 @@ def test_run_is_one_program(lm, prompts, greedy):
     """The public function can be jitted by the caller, prefill and loop together."""
     from sparda_jax.engine.session import Session
     from sparda_jax.inference.generate import generate_loop, pad_rows
-    from sparda_jax.inference.sampling import SamplingConfig
 
-    call = Session(
-        lm,
-        prompts,
-        max_new_tokens=24,
-        sampling=SamplingConfig(),
-        seed=0,
-        stop=(),
-        stop_ids=(),
-        ignore_eos=True,
-        conversation=None,
-        max_context=None,
-        prefill_chunk=None,
-    )
+    call = Session(lm, prompts, sj.GenerateConfig(max_new_tokens=24, ignore_eos=True))
     prompt = pad_rows(call.rows, call.shapes.prompt)
     request = call.request(24, call.max_new)
     whole = jax.jit(
