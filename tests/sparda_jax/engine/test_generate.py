@@ -191,7 +191,8 @@ def test_run_is_one_program(lm, prompts, greedy):
     from sparda_jax.inference.generate import generate_loop, pad_rows
 
     call = Session(lm, prompts, sj.GenerateConfig(max_new_tokens=24, ignore_eos=True))
-    prompt = pad_rows(call.rows, call.shapes.prompt)
+    padding = [[]] * (call.padded - call.batch)
+    prompt = pad_rows([*call.rows, *padding], call.shapes.prompt)
     request = call.request(24, call.max_new)
     whole = jax.jit(
         functools.partial(
@@ -199,7 +200,7 @@ def test_run_is_one_program(lm, prompts, greedy):
         )
     )
     state = whole(lm.model, call.state, prompt, request)
-    assert np.asarray(state.tokens)[:, :24].tolist() == greedy.tokens
+    assert np.asarray(state.tokens)[: call.batch, :24].tolist() == greedy.tokens
 
 
 @pytest.mark.parametrize(
