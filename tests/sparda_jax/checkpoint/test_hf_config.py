@@ -235,6 +235,7 @@ PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
     ],
 )
 def test_rope(tmp_path, changes, wanted):
+    """No form of them is dropped without a word (public report sglang#26187)."""
     assert _read(tmp_path, changes).rope == wanted
 
 

@@ -74,6 +74,7 @@ def _streamed(stream):
 
 
 def test_stop_strings_end_their_rows(text_lm, whole):
+    """Each its own row, not the batch (public report transformers#26959)."""
     stops = _stops(whole)
     out = sj.generate(text_lm, PROMPTS, seed=7, stop=stops, **HOW)
     decode = text_lm.tokenizer.decode

@@ -66,6 +66,21 @@ def test_measured_prefetch_gives_the_same_tokens(lm, token_ids):
 
 
 @pytest.mark.slow
+def test_a_stream_of_small_calls_decides_as_well(lm, token_ids):
+    """Four tokens a call are fewer than a trial takes: it goes on from call to call."""
+    settings = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 1.5}
+    prompts = [token_ids(700), token_ids(650)]
+    expected = sj.generate(lm, prompts, **settings)
+    cache = CacheConfig(kind="offload", prefetch="auto", route="dynamic_slice")
+    chosen = sj.with_attention(lm, "sparda", cache=cache)
+    stream = sj.stream(chosen, prompts, tokens_per_call=4, **settings)
+    assert len(list(stream)) == 80
+    assert stream.output.tokens == expected.tokens
+    assert "on demand: of" in stream.output.stats.policy
+    assert not stream.output.stats.offload.lookahead
+
+
+@pytest.mark.slow
 def test_resident_where_it_fits_and_offload_where_not(lm, token_ids):
     settings = {"max_new_tokens": 8, "ignore_eos": True}
     prompt = [token_ids(2500)]
