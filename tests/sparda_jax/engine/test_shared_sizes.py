@@ -90,20 +90,39 @@ def test_what_does_not_fit_rounded_up_takes_close_sizes(lm, token_ids):
     assert close.tokens == shared.tokens
 
 
+def test_the_second_hundred_requests_needs_no_new_size():
+    """Mixed ones, as many as two hundred: the first hundred has all ten programs."""
+    random, programs, counts = np.random.default_rng(7), set(), []
+    for _ in range(2):
+        for _ in range(100):
+            batch, new = int(random.integers(1, 9)), int(random.integers(1, 257))
+            longest = int(max(random.integers(1, 4001, batch)))
+            rows = shared_rows(batch)
+            found = shared_shapes(
+                rows,
+                longest,
+                farthest_start=0,
+                longest=longest,
+                max_new=new,
+                tile_size=256,
+                block_size=64,
+            )
+            programs |= {("prefill", rows, found), ("decode", rows, found.capacity)}
+        counts.append(len(programs))
+    assert counts == [10, 10]
+
+
 @pytest.mark.slow
 def test_ten_programs_serve_all_small_requests(lm, token_ids):
-    """Mixed requests: the first ones compile ten programs, those that follow none."""
+    """A call of every size compiles them, and no other call any more."""
     PROGRAMS.clear()
     before, compiled = PROGRAMS.compiled, []
-    random = np.random.default_rng(7)
-    for _ in range(2):
-        for _ in range(30):
-            rows, new = int(random.integers(1, 9)), int(random.integers(1, 257))
-            lengths = random.integers(1, 4001, rows)
-            # What runs is cut short: programs do not depend on how many tokens come.
-            prompts = [token_ids(int(length)) for length in lengths]
-            call = sj.stream(lm, prompts, max_new_tokens=new, tokens_per_call=1)
-            for _ in range(rows + 1):
-                next(call, None)
+    first = ((1, 5, 3), (1, 1100, 2), (2, 30, 2), (3, 40, 2), (7, 20, 2))
+    later = ((8, 200, 5), (5, 1, 1), (4, 900, 3), (2, 1500, 2), (1, 1000, 9))
+    for calls in (first, later):
+        for rows, longest, new in calls:
+            lengths = [longest, *range(1, rows)]
+            prompts = [token_ids(length) for length in lengths]
+            sj.generate(lm, prompts, max_new_tokens=new)
         compiled.append(PROGRAMS.compiled - before)
     assert compiled == [10, 10]
