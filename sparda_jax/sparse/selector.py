@@ -105,8 +105,12 @@ class Selector:
     def importance(
         self, tile: SelectionTile, config: ModelConfig, sparse: SparseConfig
     ) -> Float[Array, "B K W"] | None:
-        """Window scores of NOSA's query-agnostic second stage; None for none."""
-        del tile, config, sparse
+        """Window scores of NOSA's query-agnostic second stage; None for none.
+
+        There is one where the index keeps an importance.
+        """
+        del config, sparse
+        return tile.importance
 
     def scored_heads(
         self, config: ModelConfig, sparse: SparseConfig, *, decoding: bool

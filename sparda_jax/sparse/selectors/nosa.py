@@ -2,26 +2,17 @@
 
 import dataclasses
 
-from jaxtyping import Array, Float
-
-from pallas_kernels.dispatch import Implementation
 from sparda_jax.checks import ConfigError
-from sparda_jax.config import ModelConfig, SparseConfig
-from sparda_jax.sparse.block_scores import score_by_own_query
-from sparda_jax.sparse.index import Indices
-from sparda_jax.sparse.indices.importance import Importance
-from sparda_jax.sparse.indices.key_means import KeyMeans
-from sparda_jax.sparse.selection import SelectionTile
-from sparda_jax.sparse.selector import Selector
+from sparda_jax.config import ModelConfig
+from sparda_jax.sparse.own_query import OwnQuerySelector
 
 
 @dataclasses.dataclass(frozen=True)
-class Nosa(Selector):
+class Nosa(OwnQuerySelector):
     """Needs a model with a value-derived key bias."""
 
     name = "nosa"
     summary = "InfLLM-V2 scores, then NOSA's query-agnostic importance"
-    scores_all_windows = False
 
     def check(self, config: ModelConfig, *, has_forecast: bool) -> None:
         """Raises ConfigError for a model without a key bias."""
@@ -31,32 +22,6 @@ class Nosa(Selector):
                 "needs a model with a value-derived key bias (NOSA); every other "
                 "attention runs this one"
             )
-
-    def indices(self, config: ModelConfig) -> Indices:
-        """Key means, and the means of c."""
-        return {"key_means": KeyMeans(), "importance": Importance()}
-
-    def score(
-        self,
-        tile: SelectionTile,
-        config: ModelConfig,
-        sparse: SparseConfig,
-        implementation: Implementation | None,
-    ) -> Float[Array, "B K T M"]:
-        """As `Selector.score`."""
-        return score_by_own_query(tile, sparse, implementation)
-
-    def importance(
-        self, tile: SelectionTile, config: ModelConfig, sparse: SparseConfig
-    ) -> Float[Array, "B K W"] | None:
-        """As `Selector.importance`."""
-        return tile.importance
-
-    def scored_heads(
-        self, config: ModelConfig, sparse: SparseConfig, *, decoding: bool
-    ) -> int:
-        """All query heads."""
-        return config.num_heads
 
 
 SELECTOR = Nosa()

@@ -12,10 +12,16 @@ from sparda_jax.models.forecast import project_forecast
 from sparda_jax.models.rope import RopeCosSin
 from sparda_jax.sparse.block_scores import score_by_forecast, score_by_own_query
 from sparda_jax.sparse.index import Indices
-from sparda_jax.sparse.indices.importance import Importance
-from sparda_jax.sparse.indices.key_means import KeyMeans
+from sparda_jax.sparse.own_query import OwnQuerySelector, two_stage_indices
 from sparda_jax.sparse.selection import SelectionTile
 from sparda_jax.sparse.selector import Selector
+
+
+@dataclasses.dataclass(frozen=True)
+class _ByOwnQuery(OwnQuerySelector):
+    """What the layers' own queries choose, of the same index."""
+
+    name = "sparda"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +41,7 @@ class SparDA(Selector):
 
     def indices(self, config: ModelConfig) -> Indices:
         """Key means, and the means of c where the model has it."""
-        if not config.key_bias:
-            return {"key_means": KeyMeans()}
-        return {"key_means": KeyMeans(), "importance": Importance()}
+        return two_stage_indices(config)
 
     def next_query_weights(
         self, model: Decoder, layer: int | Int[Array, ""]
@@ -67,47 +71,12 @@ class SparDA(Selector):
             return score_by_own_query(tile, sparse, implementation)
         return score_by_forecast(tile, sparse, implementation)
 
-    def importance(
-        self, tile: SelectionTile, config: ModelConfig, sparse: SparseConfig
-    ) -> Float[Array, "B K W"] | None:
-        """As `Selector.importance`."""
-        return tile.importance
-
     def scored_heads(
         self, config: ModelConfig, sparse: SparseConfig, *, decoding: bool
     ) -> int:
         """One head a group, or all query heads where its own queries prefill."""
         own = sparse.forecast_decode_only and not decoding
         return config.num_heads if own else config.num_kv_heads
-
-
-@dataclasses.dataclass(frozen=True)
-class _ByOwnQuery(SparDA):
-    """What the layers' own queries choose, of the same index."""
-
-    looks_ahead = False
-    needs_forecast = False
-
-    def next_query_weights(
-        self, model: Decoder, layer: int | Int[Array, ""]
-    ) -> Any | None:
-        """None."""
-
-    def score(
-        self,
-        tile: SelectionTile,
-        config: ModelConfig,
-        sparse: SparseConfig,
-        implementation: Implementation | None,
-    ) -> Float[Array, "B K T M"]:
-        """As `Selector.score`."""
-        return score_by_own_query(tile, sparse, implementation)
-
-    def scored_heads(
-        self, config: ModelConfig, sparse: SparseConfig, *, decoding: bool
-    ) -> int:
-        """All query heads."""
-        return config.num_heads
 
 
 SELECTOR = SparDA()

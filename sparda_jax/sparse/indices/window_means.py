@@ -1,0 +1,52 @@
+"""Means over overlapping windows, of whatever a token brings (specification §2.2)."""
+
+import dataclasses
+
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from sparda_jax.config import SparseConfig
+from sparda_jax.sparse.compression import (
+    CompressedKeys,
+    append_windows,
+    empty_windows,
+)
+from sparda_jax.sparse.index import IndexPart, IndexShape, TokenKV
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowMeans(IndexPart):
+    """Window m of a row and head averages tokens σm … σm + κ − 1.
+
+    A subclass says what it averages.
+    """
+
+    def width_and_dtype(self, shape: IndexShape) -> tuple[int, DTypeLike]:
+        """Numbers that a token brings to a head, and the type of the means."""
+        raise NotImplementedError
+
+    def averaged(self, new: TokenKV) -> Float[Array, "B T K width"]:
+        """What is averaged of a tile's tokens."""
+        raise NotImplementedError
+
+    def init(self, shape: IndexShape, sparse: SparseConfig) -> CompressedKeys:
+        """As `IndexPart.init`."""
+        lead = (shape.layers, shape.batch, shape.kv_heads)
+        windows = shape.blocks * sparse.windows_per_block
+        return empty_windows(lead, windows, *self.width_and_dtype(shape))
+
+    def append(
+        self,
+        state: CompressedKeys,
+        layer: int | Int[Array, ""],
+        new: TokenKV,
+        *,
+        start: Int[Array, " B"],
+        count: Int[Array, " B"],
+        sparse: SparseConfig,
+    ) -> CompressedKeys:
+        """As `IndexPart.append`."""
+        tokens = self.averaged(new)
+        return append_windows(
+            state, layer, tokens, start=start, count=count, sparse=sparse
+        )

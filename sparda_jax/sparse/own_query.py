@@ -1,0 +1,53 @@
+"""What selectors by a layer's own queries share: InfLLM-V2's scores (specification §2).
+
+With NOSA's second stage where the model has a key bias (§3).
+"""
+
+import dataclasses
+
+from jaxtyping import Array, Float
+
+from pallas_kernels.dispatch import Implementation
+from sparda_jax.config import ModelConfig, SparseConfig
+from sparda_jax.sparse.block_scores import score_by_own_query
+from sparda_jax.sparse.index import Indices
+from sparda_jax.sparse.indices.importance import Importance
+from sparda_jax.sparse.indices.key_means import KeyMeans
+from sparda_jax.sparse.selection import SelectionTile
+from sparda_jax.sparse.selector import Selector
+
+
+def two_stage_indices(config: ModelConfig) -> Indices:
+    """Key means, and the means of c where the model has it."""
+    if not config.key_bias:
+        return {"key_means": KeyMeans()}
+    return {"key_means": KeyMeans(), "importance": Importance()}
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnQuerySelector(Selector):
+    """The layer's own queries score the windows. A subclass says its name."""
+
+    scores_all_windows = False
+
+    def indices(self, config: ModelConfig) -> Indices:
+        """As `two_stage_indices`."""
+        return two_stage_indices(config)
+
+    def score(
+        self,
+        tile: SelectionTile,
+        config: ModelConfig,
+        sparse: SparseConfig,
+        implementation: Implementation | None,
+    ) -> Float[Array, "B K T M"]:
+        """As `Selector.score`."""
+        del config
+        return score_by_own_query(tile, sparse, implementation)
+
+    def scored_heads(
+        self, config: ModelConfig, sparse: SparseConfig, *, decoding: bool
+    ) -> int:
+        """All query heads."""
+        del sparse, decoding
+        return config.num_heads
