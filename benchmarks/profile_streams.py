@@ -11,7 +11,12 @@ import pathlib
 import re
 
 
-def _events(folder: pathlib.Path):
+def device_events(folder: pathlib.Path):
+    """Yields stream, kernel, begin and duration (in us) of a profile's device events.
+
+    Args:
+      folder: What `jax.profiler.trace` wrote.
+    """
     for path in sorted(folder.rglob("*.trace.json.gz")):
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
         names = {
@@ -23,6 +28,16 @@ def _events(folder: pathlib.Path):
             stream = names.get((event.get("pid"), event.get("tid")), "")
             if event.get("ph") == "X" and "Stream" in stream:
                 yield stream, event["name"], event["ts"], event.get("dur", 0.0)
+
+
+def kernel_name(name: str) -> str:
+    """A kernel's name without the numbers that tell its instances apart."""
+    return re.sub(r"[._]\d+", "", name)[:60]
+
+
+def busy_time(spans: list[tuple[float, float]]) -> float:
+    """Time that at least one of the spans covers."""
+    return sum(end - begin for begin, end in _busy(spans))
 
 
 def _busy(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -57,7 +72,7 @@ def main() -> None:
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--most", type=int, default=24, help="kernels to list")
     arguments = parser.parse_args()
-    events = list(_events(arguments.folder))
+    events = list(device_events(arguments.folder))
     if not events:
         raise SystemExit(f"{arguments.folder} holds no device events")
     streams = collections.defaultdict(list)
@@ -65,14 +80,14 @@ def main() -> None:
     counts = collections.Counter()
     for stream, name, begin, duration in events:
         streams[stream].append((begin, begin + duration))
-        short = re.sub(r"[._]\d+", "", name)[:60]
+        short = kernel_name(name)
         kernels[short] += duration
         counts[short] += 1
     first = min(begin for _, _, begin, _ in events)
     last = max(begin + duration for _, _, begin, duration in events)
     print(f"span {last - first:.0f} us")
     for stream, spans in streams.items():
-        busy = sum(end - begin for begin, end in _busy(spans))
+        busy = busy_time(spans)
         print(f"  {stream[:50]:50} {len(spans):6} events, busy {busy:9.0f} us")
     for name, total in kernels.most_common(arguments.most):
         each = total / counts[name]

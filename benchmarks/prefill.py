@@ -1,0 +1,440 @@
+"""Whole prefill through the public API: tokens/s, time to first token, time by part.
+
+  python -m benchmarks.prefill                                    # 128k, 32 layers
+  python -m benchmarks.prefill --context 32768 131072 --batch 1 4 --layers 8
+
+A model of random weights at a preset's shape runs `generate(max_new_tokens=1)` with
+every `--attention` in every `--cache`, after a first call that compiles. Weights change
+no cost, block lists do: `--agree N` imposes lists that N neighbouring tokens share and
+that are new for the next N (0 takes what random weights choose: neighbours share the
+forced blocks alone). Scores are still made, and timed, for every token.
+
+`limit` is the least time that the products and the attention to the listed keys (dense:
+to all before a token) allow at the matrix rate that was measured in the same run.
+Fewer layers than the preset has are said in every line: nothing is extrapolated.
+`--parts` adds a profiled call: kernel time by part, and the largest of the rest.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import re
+import statistics
+import tempfile
+import time
+
+from benchmarks.profile_streams import busy_time, device_events, kernel_name
+
+# SparDA's published prefill of MiniCPM4.1-8B: an H100, batch 4.
+REFERENCE_TOKENS_PER_SECOND = 17_088
+PARTS = (
+    ("selection", r"block_scores"),
+    ("choice", r"choose_blocks|sort|top_?k"),
+    ("attention", r"block_sparse_attention"),
+    ("products", r"gemm|nvjet|cutlass|cublas"),
+)
+REST = "rest"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="minicpm4.1-8b", help="preset")
+    parser.add_argument("--context", type=int, nargs="+", default=[131072])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument(
+        "--attention", nargs="+", default=["dense", "infllm_v2", "sparda"]
+    )
+    parser.add_argument(
+        "--cache", nargs="+", default=["resident"], choices=["resident", "offload"]
+    )
+    parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
+    parser.add_argument(
+        "--agree", type=int, default=16, help="neighbouring tokens that share a list"
+    )
+    parser.add_argument(
+        "--tile", type=int, nargs="+", default=[0], help="query tokens; 0 is automatic"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls of each")
+    parser.add_argument("--parts", action="store_true", help="profile one more call")
+    parser.add_argument("--most", type=int, default=16, help="kernels of the rest")
+    parser.add_argument("--json", type=pathlib.Path, help="also write figures here")
+    return parser
+
+
+def agreeing_scores(real, positions, agree: int):
+    """Block scores by which `agree` neighbouring tokens choose the same blocks.
+
+    Args:
+      real: The scores that were really made, [B, K, T, M].
+      positions: Of the tokens, [B, T].
+      agree: Tokens of a group; groups choose independently of each other.
+
+    Returns:
+      Scores in [0, 1) that depend on group, row, head and block; where `real` is
+      infinite they are as infinite, so that forced and future blocks stay what they
+      are, and the compiler has to make the real ones.
+    """
+    import jax.numpy as jnp
+
+    def mixed(x):
+        x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+        x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+        return x ^ (x >> 16)
+
+    batch, heads, _, blocks = real.shape
+    pair = jnp.arange(batch)[:, None] * heads + jnp.arange(heads)
+    group = (positions // agree)[:, None, :].astype(jnp.uint32)
+    seed = mixed(
+        group * jnp.uint32(0x9E3779B1) ^ mixed(pair.astype(jnp.uint32) + 1)[:, :, None]
+    )
+    block = jnp.arange(blocks, dtype=jnp.uint32) * jnp.uint32(0x27D4EB2F)
+    drawn = mixed(seed[..., None] ^ block)
+    # 24 bits are exact in float32.
+    drawn = (drawn >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+    return jnp.where(jnp.isinf(real), real, drawn)
+
+
+def _selector(attention: str, agree: int):
+    """The selector of an attention, which scores as ever and chooses by groups."""
+    from sparda_jax.sparse.selectors import get_selector
+
+    found = get_selector(attention)
+    if found.dense or not agree:
+        return found
+
+    @dataclasses.dataclass(frozen=True)
+    class Agreeing(type(found)):
+        agree: int = 0
+
+        name = attention
+
+        def score(self, tile, config, sparse, implementation):
+            real = super().score(tile, config, sparse, implementation)
+            return agreeing_scores(real, tile.positions, self.agree)
+
+    return Agreeing(agree)
+
+
+def _language_model(model, preset, attention: str, kind: str, tile: int, agree: int):
+    """A model that attends as asked, with the given query tiles if there are any."""
+    from sparda_jax.config import CacheConfig
+    from sparda_jax.engine.model import LanguageModel
+
+    class Tiled(LanguageModel):
+        @property
+        def tile_size(self) -> int:
+            return tile
+
+    return (Tiled if tile else LanguageModel)(
+        model=model,
+        config=model.config,
+        sparse=preset.sparse,
+        selector=_selector(attention, agree),
+        tokenizer=None,
+        fingerprint=None,
+        cache=CacheConfig(kind=kind),
+    )
+
+
+def keys_read(tokens: int, block_size: int, budget: int | None) -> int:
+    """Keys that the tokens of a prompt attend to, each up to itself.
+
+    Args:
+      tokens: Of the prompt.
+      block_size: Tokens of a block.
+      budget: Blocks of a token's list, its own among them; None for all.
+    """
+    if budget is None:
+        return tokens * (tokens + 1) // 2
+    whole = min(tokens, budget * block_size)
+    keys = whole * (whole + 1) // 2
+    # Behind that a token reads budget − 1 whole blocks and its own up to itself.
+    full, over = divmod(tokens - whole, block_size)
+    keys += (tokens - whole) * (budget - 1) * block_size
+    return keys + full * block_size * (block_size + 1) // 2 + over * (over + 1) // 2
+
+
+def useful_flops(config, sparse, selector, tokens: int) -> dict[str, int]:
+    """Floating-point operations of a prompt's products and of its attention.
+
+    The head is left out: it runs for one token.
+    """
+    from sparda_jax.models.spec import layer_shapes
+
+    weights = sum(
+        shape[0] * shape[1]
+        for shape in layer_shapes(config).values()
+        if len(shape) == 2 and min(shape) > 1
+    )
+    budget = None if selector.dense else selector.budget(sparse)
+    keys = keys_read(tokens, sparse.block_size, budget)
+    per_key = 4 * config.num_heads * config.head_dim
+    return {
+        "products": 2 * tokens * weights * config.num_layers,
+        "attention": keys * per_key * config.num_layers,
+    }
+
+
+def matrix_rate(width: int) -> float:
+    """FLOP/s of a large product of random matrices; the median of seven."""
+    import jax
+    import jax.numpy as jnp
+
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    left, right = (
+        jax.random.normal(jax.random.key(i), (width, width), dtype) for i in range(2)
+    )
+    product = jax.jit(jnp.matmul)
+    seconds = []
+    for _ in range(8):
+        begun = time.perf_counter()
+        jax.block_until_ready(product(left, right))
+        seconds.append(time.perf_counter() - begun)
+    return 2 * width**3 / statistics.median(seconds[1:])
+
+
+def part_of(kernel: str) -> str:
+    """The part of a prefill that a kernel's name belongs to."""
+    for part, pattern in PARTS:
+        if re.search(pattern, kernel, re.IGNORECASE):
+            return part
+    return REST
+
+
+def by_part(folder: pathlib.Path, most: int) -> dict:
+    """Kernel time of a profile by part, in milliseconds, and the largest of the rest.
+
+    Args:
+      folder: What `jax.profiler.trace` wrote.
+      most: Kernels of the rest to list.
+
+    Raises:
+      ValueError: If the profile holds none, as on a CPU.
+    """
+    parts = dict.fromkeys([part for part, _ in PARTS] + [REST], 0.0)
+    launches = dict.fromkeys(parts, 0)
+    rest: dict[str, list[float]] = {}
+    events = list(device_events(folder))
+    if not events:
+        raise ValueError("the profile holds no kernels: only GPUs give their names")
+    for _, name, _, duration in events:
+        part = part_of(name)
+        parts[part] += duration / 1e3
+        launches[part] += 1
+        if part == REST:
+            rest.setdefault(kernel_name(name), []).append(duration / 1e3)
+    largest = sorted(rest.items(), key=lambda entry: -sum(entry[1]))[:most]
+    spans = [(begin, begin + duration) for _, _, begin, duration in events]
+    return {
+        "milliseconds": parts,
+        "launches": launches,
+        "busy_ms": busy_time(spans) / 1e3,
+        "span_ms": (max(e for _, e in spans) - min(b for b, _ in spans)) / 1e3,
+        "largest_of_rest": [
+            {"kernel": name, "milliseconds": sum(times), "launches": len(times)}
+            for name, times in largest
+        ],
+    }
+
+
+def _prefill(lm, tokens: int, batch: int, seed: int):
+    """One call; returns its figures."""
+    import numpy as np
+
+    import sparda_jax as sj
+
+    rng = np.random.default_rng(seed)
+    rows = [
+        rng.integers(10, lm.config.vocab_size, tokens).tolist() for _ in range(batch)
+    ]
+    return sj.generate(lm, rows, max_new_tokens=1, ignore_eos=True).stats
+
+
+def _profiled(lm, tokens: int, batch: int, most: int) -> dict:
+    import jax
+
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            _prefill(lm, tokens, batch, 0)
+        try:
+            return by_part(pathlib.Path(folder), most)
+        except ValueError as error:
+            raise SystemExit(f"--parts: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is measured: an attention in a cache, by context, batch and tile."""
+
+    attention: str
+    cache: str
+    context: int
+    batch: int
+    tile: int
+
+
+def _measure(case: Case, model, preset, arguments, rate: float) -> dict:
+    """Figures of one case."""
+    import jax
+
+    lm = _language_model(
+        model, preset, case.attention, case.cache, case.tile, arguments.agree
+    )
+    run = functools.partial(_prefill, lm, case.context, case.batch)
+    first = run(0)
+    seconds = [run(i + 1).prefill_seconds for i in range(arguments.repeats)]
+    median = statistics.median(seconds)
+    flops = useful_flops(lm.config, lm.sparse, lm.selector, case.context)
+    limit = case.batch * sum(flops.values()) / rate
+    memory = jax.devices()[0].memory_stats() or {}
+    figures = dataclasses.asdict(case) | {
+        "tile": lm.tile_size,
+        "layers": lm.config.num_layers,
+        "median_ms": median * 1e3,
+        "least_ms": min(seconds) * 1e3,
+        "most_ms": max(seconds) * 1e3,
+        "tokens_per_second": case.batch * case.context / median,
+        "limit_ms": limit * 1e3,
+        "limit_share": limit / median,
+        "blocks_read": list(first.prefill_blocks),
+        "compile_s": first.compile_seconds,
+        "peak_gb": memory.get("peak_bytes_in_use", 0) / 1e9,
+    }
+    if arguments.parts:
+        figures["parts"] = _profiled(lm, case.context, case.batch, arguments.most)
+    return figures
+
+
+HEADER = (
+    f"{'attention':10} {'cache':8} {'context':>7} {'batch':>5} {'tile':>5} "
+    f"{'prefill, ms':>11} {'least':>8} {'most':>8} {'tokens/s':>9} {'layers':>6} "
+    f"{'limit, ms':>9} {'reached':>7} {'peak, GB':>8} {'compile, s':>10}"
+)
+
+
+def _line(row: dict) -> str:
+    return (
+        f"{row['attention']:10} {row['cache']:8} {row['context']:7} {row['batch']:5} "
+        f"{row['tile']:5} {row['median_ms']:11.1f} {row['least_ms']:8.1f} "
+        f"{row['most_ms']:8.1f} {row['tokens_per_second']:9.0f} {row['layers']:6} "
+        f"{row['limit_ms']:9.1f} {row['limit_share']:7.0%} {row['peak_gb']:8.1f} "
+        f"{row['compile_s']:10.1f}"
+    )
+
+
+def _print_parts(parts: dict) -> None:
+    times = ", ".join(
+        f"{part} {parts['milliseconds'][part]:.1f} ms ({count})"
+        for part, count in parts["launches"].items()
+    )
+    print(f"  {times}; busy {parts['busy_ms']:.1f} of {parts['span_ms']:.1f} ms")
+    for entry in parts["largest_of_rest"]:
+        print(
+            f"    {entry['kernel']:60} {entry['milliseconds']:8.2f} ms "
+            f"x{entry['launches']}"
+        )
+
+
+def ratios(rows: list[dict]) -> list[str]:
+    """SparDA beside the other attentions, and offloaded beside resident caches."""
+    found = {
+        (r["context"], r["batch"], r["tile"], r["attention"], r["cache"]): r
+        for r in rows
+    }
+    lines = []
+    for (*sizes, attention, cache), row in found.items():
+        others = []
+        if attention == "sparda":
+            others = [("infllm_v2", cache), ("dense", cache)]
+        if cache == "offload":
+            others.append((attention, "resident"))
+        for other, kind in others:
+            base = found.get((*sizes, other, kind))
+            if base is not None:
+                lines.append(
+                    f"{sizes[0]} tokens, batch {sizes[1]}: {attention} {cache} is "
+                    f"{base['median_ms'] / row['median_ms']:.3f} times as fast as "
+                    f"{other} {kind}"
+                )
+    return lines
+
+
+def _cases(arguments) -> list[Case]:
+    return [
+        Case(attention, cache, context, batch, tile)
+        for context in arguments.context
+        for batch in arguments.batch
+        for tile in arguments.tile
+        for cache in arguments.cache
+        for attention in arguments.attention
+    ]
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    arguments = _parser().parse_args()
+    from sparda_jax.runtime import configure_offload
+
+    configure_offload()
+    import jax
+
+    from sparda_jax.checkpoint.atomic import write_json
+    from sparda_jax.engine.compile_cache import PROGRAMS
+    from sparda_jax.models.presets import get_preset
+    from sparda_jax.models.weights import random_decoder
+
+    preset = get_preset(arguments.model)
+    config = dataclasses.replace(
+        preset.model,
+        num_layers=arguments.layers or preset.model.num_layers,
+        max_context=max(preset.model.max_context, 2 * max(arguments.context)),
+    )
+    cpu = jax.default_backend() == "cpu"
+    rate = matrix_rate(1024 if cpu else 8192)
+    device = jax.devices()[0].device_kind
+    lists = f"lists of {arguments.agree} neighbours agree" if arguments.agree else ""
+    print(
+        f"{arguments.model}, {config.num_layers} of {preset.model.num_layers} layers, "
+        f"random weights, {lists or 'lists as random weights choose'}, {device}, JAX "
+        f"{jax.__version__}, {rate / 1e12:.3g} TFLOP/s; the reference published "
+        f"{REFERENCE_TOKENS_PER_SECOND} tokens/s (an H100, batch 4, all layers)",
+        flush=True,
+    )
+    dtype = "float32" if cpu else "bfloat16"
+    model = random_decoder(config, dtype, forecast=True)
+    rows: list[dict] = []
+    figures = {
+        "device": device,
+        "jax": jax.__version__,
+        "model": arguments.model,
+        "layers": config.num_layers,
+        "layers_of_preset": preset.model.num_layers,
+        "agree": arguments.agree,
+        "matrix_flops": rate,
+        "reference_tokens_per_second": REFERENCE_TOKENS_PER_SECOND,
+        "rows": rows,
+    }
+    print(HEADER)
+    for case in _cases(arguments):
+        try:
+            rows.append(_measure(case, model, preset, arguments, rate))
+        except Exception as error:  # one case's failure must not hide the others
+            print(f"{case} failed: {type(error).__name__}: {str(error)[:300]}")
+            continue
+        print(_line(rows[-1]), flush=True)
+        if "parts" in rows[-1]:
+            _print_parts(rows[-1]["parts"])
+        if arguments.json:
+            write_json(arguments.json, figures)
+        PROGRAMS.clear()
+        jax.clear_caches()
+    if not rows:
+        raise SystemExit("nothing was measured")
+    print(*ratios(rows), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
