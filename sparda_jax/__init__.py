@@ -14,7 +14,7 @@ from sparda_jax.config import (
     SparseConfig,
 )
 from sparda_jax.engine.api import forward, generate, stream
-from sparda_jax.engine.chat import ChatOutput, chat
+from sparda_jax.engine.chat import ChatOutput, ChatStream, chat, stream_chat
 from sparda_jax.engine.conversation import Conversation
 from sparda_jax.engine.generate_config import GenerateConfig
 from sparda_jax.engine.model import LanguageModel
@@ -36,6 +36,7 @@ __all__ = [
     "__version__",
     "CacheConfig",
     "ChatOutput",
+    "ChatStream",
     "ConfigError",
     "Conversation",
     "Forecast",
@@ -64,5 +65,6 @@ __all__ = [
     "recorded_rates",
     "selector_names",
     "stream",
+    "stream_chat",
     "with_attention",
 ]

@@ -126,13 +126,27 @@ def read_text(
 ) -> str | None:
     """Reads a regular file of UTF-8 text; arguments, result, errors of `read_bytes`."""
     content = read_bytes(path, limit, pipes=pipes)
-    if content is None:
-        return None
+    return None if content is None else _as_text(content, path)
+
+
+def read_stream(file: BinaryIO, where: str, limit: int = MAX_TEXT) -> str:
+    """Reads a stream of UTF-8 text, such as standard input, to its end.
+
+    Raises:
+      CheckpointError: It is no UTF-8, or has more than `limit` bytes.
+    """
+    content = file.read(limit + 1)
+    if len(content) > limit:
+        raise CheckpointError(f"{where}: over {limit} bytes, allowed: at most {limit}")
+    return _as_text(content, where)
+
+
+def _as_text(content: bytes, where: str | os.PathLike) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(
-            f"{path} is not UTF-8: byte {error.start} is {content[error.start]:#04x}"
+            f"{where} is not UTF-8: byte {error.start} is {content[error.start]:#04x}"
         ) from error
 
 

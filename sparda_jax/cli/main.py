@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 import sparda_jax as sj
+from sparda_jax.cli.chat import add_chat_parser
+from sparda_jax.cli.completion import add_completion_parser
 from sparda_jax.cli.console import note
 from sparda_jax.cli.demo import add_demo_parser
 from sparda_jax.cli.ending import run_command
@@ -27,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_generate_parser(commands)
+    add_chat_parser(commands)
     add_plan_parser(commands)
     add_models_parser(commands)
     # Only listed here: `main` hands its arguments over as they are.
@@ -36,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="distil Forecast heads (sparda train --help; needs sparda-jax[train])",
     )
     add_demo_parser(commands)
+    add_completion_parser(commands, build_parser)
     return parser
 
 

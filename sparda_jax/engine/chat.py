@@ -3,20 +3,29 @@
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from sparda_jax.checkpoint.tokenizer import Tokenizer
-from sparda_jax.checks import ConfigError, instance, optional, require, text
-from sparda_jax.engine.api import generate
+from sparda_jax.checks import (
+    ConfigError,
+    function,
+    instance,
+    integer,
+    optional,
+    require,
+    text,
+)
+from sparda_jax.engine.api import generate, stream
 from sparda_jax.engine.conversation import ChatHistory, Conversation
 from sparda_jax.engine.generate_config import GenerateConfig, merge_options
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.requests import LANGUAGE_MODEL
-from sparda_jax.engine.results import GenerateOutput, GenerateStats
+from sparda_jax.engine.results import GenerateOutput, GenerateStats, StreamEvent
+from sparda_jax.engine.stream import Stream
 
 type Message = Mapping[str, Any]
 
@@ -103,6 +112,128 @@ def chat(
         template, or the messages do not go on from the conversation's.
       CheckpointError: If the template fails.
     """
+    turn = _turn(lm, messages, config, chat_args, answer_prefix, conversation, options)
+    output = generate(lm, [turn.new], turn.config, conversation=turn.conversation)
+    return turn.answered(output)
+
+
+class ChatStream:
+    """An answer as it comes; see `stream_chat`. An iterator, consumed once."""
+
+    def __init__(self, turn: "_Turn", events: Stream):
+        self._turn, self._events = turn, events
+        self._output: ChatOutput | None = None
+
+    def __iter__(self) -> "ChatStream":
+        return self
+
+    def __next__(self) -> StreamEvent:
+        return next(self._events)
+
+    @property
+    def stats(self) -> GenerateStats | None:
+        """As `Stream.stats`."""
+        return self._events.stats
+
+    @property
+    def prompt_tokens(self) -> int:
+        """As `Stream.prompt_tokens`: tokens of what is new."""
+        return self._events.prompt_tokens
+
+    @property
+    def output(self) -> ChatOutput | None:
+        """What `chat` would return; None until a loop over it has ended."""
+        if self._output is None and self._events.output is not None:
+            self._output = self._turn.answered(self._events.output)
+        return self._output
+
+    def cancel(self) -> ChatOutput:
+        """As `Stream.cancel`: the answer ends with the tokens that have come."""
+        self._events.cancel()
+        assert self.output is not None
+        return self.output
+
+    def __repr__(self) -> str:
+        return f"ChatStream({self._events!r})"
+
+
+def stream_chat(
+    lm: LanguageModel,
+    messages: Sequence[Message],
+    config: GenerateConfig | None = None,
+    *,
+    chat_args: Mapping[str, Any] | None = None,
+    answer_prefix: str = "",
+    conversation: Conversation | None = None,
+    tokens_per_call: int = 4,
+    on_progress: Callable[[int], None] | None = None,
+    **options: Any,
+) -> ChatStream:
+    """`chat`, yielding `StreamEvent`s as tokens come.
+
+    The same answer as `chat`, which `output` is once the loop has ended.
+    `tokens_per_call` and `on_progress` are those of `stream`; other arguments and
+    errors are those of `chat`.
+
+        answer = sj.stream_chat(lm, messages, max_new_tokens=64)
+        for event in answer:
+            print(event.text, end="", flush=True)
+        answer.output.messages
+    """
+    tokens_per_call = integer(1)("tokens_per_call", tokens_per_call)
+    on_progress = optional(function)("on_progress", on_progress)
+    turn = _turn(lm, messages, config, chat_args, answer_prefix, conversation, options)
+    events = stream(
+        lm,
+        [turn.new],
+        turn.config,
+        conversation=turn.conversation,
+        tokens_per_call=tokens_per_call,
+        on_progress=on_progress,
+    )
+    return ChatStream(turn, events)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Turn:
+    """Checked arguments of one answer.
+
+    Attributes:
+      messages: Those that were given.
+      answer_prefix: What the answer begins with.
+      config: What to ask for.
+      prompt: Token ids of all messages, as the template writes them.
+      new: Those to prefill.
+      conversation: To append them to.
+    """
+
+    messages: list[dict[str, Any]]
+    answer_prefix: str
+    config: GenerateConfig
+    prompt: tuple[int, ...]
+    new: list[int]
+    conversation: Conversation | None
+
+    def answered(self, output: GenerateOutput) -> ChatOutput:
+        """What `chat` returns for what was generated."""
+        answer = {"role": "assistant", "content": self.answer_prefix + output.texts[0]}
+        given = [*self.messages, answer]
+        held = ChatHistory(tuple(copy.deepcopy(given)), self.prompt)
+        return ChatOutput(
+            given, output, dataclasses.replace(output.conversation, chat=held)
+        )
+
+
+def _turn(
+    lm: LanguageModel,
+    messages: Sequence[Message],
+    config: GenerateConfig | None,
+    chat_args: Mapping[str, Any] | None,
+    answer_prefix: str,
+    conversation: Conversation | None,
+    options: Mapping[str, Any],
+) -> _Turn:
+    """Checks the arguments of `chat`, and settles what is to be prefilled."""
     for name in options.keys() - _OPTIONS:
         raise ConfigError(
             f"{name} is not allowed in chat, which gives one answer to one chat: it "
@@ -127,13 +258,7 @@ def chat(
         history = _history(conversation, given)
         tail = _tail(tokenizer, history, given, answer_prefix, variables)
         conversation, new = _behind_answer(tokenizer, conversation, tail)
-    output = generate(lm, [new], config, conversation=conversation)
-    answer = {"role": "assistant", "content": answer_prefix + output.texts[0]}
-    given.append(answer)
-    held = ChatHistory(tuple(copy.deepcopy(given)), tuple(ids))
-    return ChatOutput(
-        given, output, dataclasses.replace(output.conversation, chat=held)
-    )
+    return _Turn(given, answer_prefix, config, tuple(ids), new, conversation)
 
 
 def _chat_tokenizer(lm: LanguageModel) -> Tokenizer:

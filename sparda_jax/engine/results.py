@@ -64,9 +64,10 @@ class GenerateOutput:
       tokens: Output token ids of each sequence, with the one that ended it.
       texts: Decoded outputs without special tokens, each up to the stop string that
         ended it; empty without a tokenizer.
-      finish_reasons: Per sequence "stop" (EOS, a stop id or string), "length", or
+      finish_reasons: Per sequence "stop" (EOS, a stop id or string), "length",
         "non_finite": its logits were NaN or infinite, so that no further token follows
-        (damaged weights, or a type too narrow for them).
+        (damaged weights, or a type too narrow for them), or "cancelled": its stream was
+        ended by `Stream.cancel`.
       stats: Measured figures.
       conversation: To continue with `generate(..., conversation=...)`.
     """

@@ -384,14 +384,8 @@ class Session:
         block_bytes = cache.store.bytes_per_block
         return offload_stats(self.state.fetches, offload, block_bytes=block_bytes)
 
-    def output(self, *, split: bool) -> GenerateOutput:
-        """The result after the last call."""
-        tokens = self.tokens()
-        stops = {int(token) for token in np.asarray(self.stops)}
-        tokenizer = self.lm.tokenizer
-        texts = [] if tokenizer is None else [tokenizer.decode(row) for row in tokens]
-        if self.stop_strings:
-            texts = [text.text for text in self.texts]
+    def stats(self, *, split: bool) -> GenerateStats:
+        """Figures of what has run so far."""
         state = self.state
         blocks = [
             counts.to_ints() for counts in (state.prefill_counts, state.decode_counts)
@@ -400,9 +394,9 @@ class Session:
         if self._trial is not None:
             notes.append(self._trial.unfinished())
         prefill_seconds, decode_seconds = self.prefill_seconds, self.decode_seconds
-        stats = GenerateStats(
+        return GenerateStats(
             prompt_tokens=sum(len(row) for row in self.rows),
-            new_tokens=sum(len(row) for row in tokens),
+            new_tokens=int(np.sum(np.asarray(state.generated)[: self.batch])),
             batch=self.batch,
             prefill_seconds=prefill_seconds if split else None,
             decode_seconds=decode_seconds if split else None,
@@ -413,8 +407,19 @@ class Session:
             offload=self._offload_stats(),
             policy="; ".join(notes),
         )
+
+    def output(self, *, split: bool) -> GenerateOutput:
+        """The result after the last call; of a row that has not ended, what it has."""
+        tokens = self.tokens()
+        stops = {int(token) for token in np.asarray(self.stops)}
+        tokenizer = self.lm.tokenizer
+        texts = [] if tokenizer is None else [tokenizer.decode(row) for row in tokens]
+        if self.stop_strings:
+            texts = [text.text for text in self.texts]
+        state = self.state
         lengths = np.asarray(state.lengths)[: self.batch].tolist()
         broken = np.asarray(state.broken)[: self.batch]
+        done = np.asarray(state.done)[: self.batch]
         return GenerateOutput(
             tokens=tokens,
             texts=texts,
@@ -424,9 +429,13 @@ class Session:
                 else "stop"
                 if row[-1] in stops or text.matched
                 else "length"
-                for row, text, bad in zip(tokens, self.texts, broken, strict=True)
+                if ended
+                else "cancelled"
+                for row, text, bad, ended in zip(
+                    tokens, self.texts, broken, done, strict=True
+                )
             ],
-            stats=stats,
+            stats=self.stats(split=split),
             conversation=Conversation(
                 state,
                 tuple(lengths),

@@ -1,9 +1,10 @@
 """Tokens as they come."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
-from sparda_jax.engine.results import GenerateOutput, StreamEvent
+from sparda_jax.checks import ConfigError
+from sparda_jax.engine.results import GenerateOutput, GenerateStats, StreamEvent
 from sparda_jax.engine.session import Session
 
 
@@ -31,6 +32,7 @@ class Stream:
         self._on_progress = on_progress
         self._output: GenerateOutput | None = None
         self._error: BaseException | None = None
+        self._begun = False
         self._events = self._run()
         # Reentrant, so that a progress callback that asks for an event gets an error
         # and not a deadlock.
@@ -40,6 +42,35 @@ class Stream:
     def output(self) -> GenerateOutput | None:
         """What `generate` would return; None until a loop over it has ended."""
         return self._output
+
+    @property
+    def stats(self) -> GenerateStats | None:
+        """Figures of what has run so far; None before the first event."""
+        with self._lock:
+            if self._output is not None:
+                return self._output.stats
+            return self._session.stats(split=True) if self._begun else None
+
+    def cancel(self) -> GenerateOutput:
+        """Ends the stream after the tokens that have come; events not taken are lost.
+
+        Returns:
+          The output so far: sequences that had not ended are "cancelled", and its
+          conversation goes on from there. A stream that has ended returns its output.
+
+        Raises:
+          ConfigError: If nothing has come yet, or the stream ended with an error.
+        """
+        with self._lock:
+            if self._output is None:
+                if self._error is not None or not self._begun:
+                    raise ConfigError(
+                        "cancel() is not allowed before the first event or after an "
+                        "error: there is nothing to keep"
+                    )
+                self._events.close()
+                self._output = self._session.output(split=True)
+            return self._output
 
     def __repr__(self) -> str:
         end = "not finished" if self._output is None else f"finished: {self._output!r}"
@@ -67,9 +98,10 @@ class Stream:
                 self._error = error
                 raise
 
-    def _run(self) -> Iterator[StreamEvent]:
+    def _run(self) -> Generator[StreamEvent]:
         session = self._session
         session.prefill(on_progress=self._on_progress)
+        self._begun = True
         yield from session.take_events()
         while not session.finished:
             session.decode(self._tokens_per_call)

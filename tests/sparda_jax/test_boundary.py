@@ -112,6 +112,15 @@ _CHOSEN = {
     "sparse": maybe(CONFIG),
     "cache": maybe(CONFIG),
 }
+_CHAT = {
+    "lm": CONFIG,
+    "messages": MESSAGES,
+    "config": (*maybe(CONFIG), sj.GenerateConfig(n=2)),
+    "chat_args": (3, "ab", math.nan, [1], {1: 2}, NOTHING),
+    "answer_prefix": TEXT,
+    "conversation": maybe(CONFIG),
+    "options": (3, None),
+}
 ROWS = {
     "load": {
         "model": (*PATH, "no/such/model.gguf", "no-such-preset"),
@@ -126,14 +135,11 @@ ROWS = {
     "forward": {"lm": CONFIG, "ids": PROMPT},
     "generate": {**_REQUEST, "single_call": FLAG},
     "stream": {**_REQUEST, "tokens_per_call": (*INTEGER, 0), "on_progress": FUNCTION},
-    "chat": {
-        "lm": CONFIG,
-        "messages": MESSAGES,
-        "config": (*maybe(CONFIG), sj.GenerateConfig(n=2)),
-        "chat_args": (3, "ab", math.nan, [1], {1: 2}, NOTHING),
-        "answer_prefix": TEXT,
-        "conversation": maybe(CONFIG),
-        "options": (3, None),
+    "chat": _CHAT,
+    "stream_chat": {
+        **_CHAT,
+        "tokens_per_call": (*INTEGER, 0),
+        "on_progress": FUNCTION,
     },
     "plan": {
         "model": (*PATH, "no/such/model.gguf", {}),
@@ -227,7 +233,7 @@ ROWS = {
 }
 # What the package makes and hands out, and names that are not called.
 RESULTS = {"ChatOutput", "Conversation", "Forecast", "GenerateOutput", "GenerateStats"}
-RESULTS |= {"OffloadStats", "Plan", "Stream", "StreamEvent"}
+RESULTS |= {"ChatStream", "OffloadStats", "Plan", "Stream", "StreamEvent"}
 NOT_CALLED = {"ConfigError", "PRESETS", "__version__"}
 
 
@@ -264,13 +270,15 @@ def allowed(lm):
     small |= {"num_kv_heads": 1, "head_dim": 4, "max_context": 64, "vocab_size": 9}
     machine = {"context": 2048, "hbm_gib": 1.0, "host_gib": 1.0}
     request = {"lm": lm, "prompts": [[1]], "max_new_tokens": 2}
+    talk = {"lm": lm, "messages": [{"role": "user", "content": "x"}]}
     return {
         "load": {"model": "tiny"},
         "with_attention": {"lm": lm, "attention": "dense"},
         "forward": {"lm": lm, "ids": [1]},
         "generate": request,
         "stream": request,
-        "chat": {"lm": lm, "messages": [{"role": "user", "content": "x"}]},
+        "chat": talk,
+        "stream_chat": talk,
         "plan": {"model": "tiny", "rates": sj.Rates(1e9, 1e9), **machine},
         "recorded_rates": {"device_kind": "NVIDIA H200"},
         "Rates": {"memory": 1e9, "fetch": 1e9},

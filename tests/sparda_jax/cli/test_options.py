@@ -40,31 +40,36 @@ _SLOTS = {
     "--route": WORD,
 }
 _SIZE = (*NUMBER, "0")
+_ANSWER = {
+    **_MODEL,
+    **_SLOTS,
+    "--cache": WORD,
+    "--exactness": WORD,
+    "--recall-every": INTEGER,
+    "--chat-arg": (*TEXT, "", "x", "=1", "a b=1", "messages=1"),
+    "--max-new-tokens": (*INTEGER, "0"),
+    "--temperature": NUMBER,
+    "--top-k": INTEGER,
+    "--top-p": (*NUMBER, "0", "1.5"),
+    "--min-p": (*NUMBER, "1.5"),
+    "--repetition-penalty": (*NUMBER, "0"),
+    "--seed": (*INTEGER, str(2**32)),
+    "--stop": (*TEXT, ""),
+    "--stop-id": INTEGER,
+    "--ignore-eos": FLAG,
+    "--json": FLAG,
+}
 ROWS = {
     "generate": {
-        **_MODEL,
-        **_SLOTS,
-        "--cache": WORD,
-        "--exactness": WORD,
-        "--recall-every": INTEGER,
+        **_ANSWER,
         "--prompt": TEXT,
         "--prompt-file": PATH,
         "--question": TEXT,
         "--chat": FLAG,
         "--answer-prefix": TEXT,
-        "--chat-arg": (*TEXT, "", "x", "=1", "a b=1", "messages=1"),
-        "--max-new-tokens": (*INTEGER, "0"),
-        "--temperature": NUMBER,
-        "--top-k": INTEGER,
-        "--top-p": (*NUMBER, "0", "1.5"),
-        "--min-p": (*NUMBER, "1.5"),
-        "--repetition-penalty": (*NUMBER, "0"),
-        "--seed": (*INTEGER, str(2**32)),
-        "--stop": (*TEXT, ""),
-        "--stop-id": INTEGER,
-        "--ignore-eos": FLAG,
         "--stats": FLAG,
     },
+    "chat": {**_ANSWER, "--system": TEXT, "--document": PATH},
     "plan": {
         **_SLOTS,
         **{name: _MODEL[name] for name in _MODEL if name.endswith("-blocks")},
@@ -86,6 +91,7 @@ ROWS = {
     },
     "models": {"--model": PATH},
     "train": {},
+    "completion": {},
     "demo": {
         **_MODEL,
         "--tokens": (*INTEGER, "0"),
@@ -97,6 +103,7 @@ BESIDE = {
     "generate": {"--model": "tiny", "--prompt": "x"},
     "plan": {"--model": "tiny", "--context": "999", "--hbm": "1", "--host": "1"},
     "demo": {"--model": "tiny"},
+    "chat": {"--model": "tiny"},
     "models": {},
 }
 
@@ -150,6 +157,8 @@ def test_bad_values_are_one_line(capsys, monkeypatch, command, option):
         (["generate", "--prompt", "a", "--prompt-file", "b"], "not allowed with"),
         (["generate", "--prompt"], "expected one argument"),
         (["plan", "--model", "tiny"], "required: --context, --hbm, --host"),
+        (["completion"], "required: shell"),
+        (["completion", "fish"], "invalid choice: 'fish'"),
         (["models", f"--{LONE}\n"], "unrecognized arguments"),
         (["models", "x" * 10_000], "unrecognized arguments"),
     ],
@@ -165,7 +174,7 @@ def test_what_argparse_refuses_is_one_line(capsys, arguments, told):
 
 
 def test_help_shows_defaults_that_say_something(capsys):
-    for command in ("generate", "plan", "demo"):
+    for command in ("generate", "chat", "plan", "demo"):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0

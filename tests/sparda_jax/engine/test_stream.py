@@ -120,3 +120,33 @@ def test_a_stream_that_failed_says_so_again(lm):
     with pytest.raises(RuntimeError, match="ended with an error"):
         list(stream)
     assert stream.output is None
+
+
+def test_a_cancelled_stream_keeps_what_has_come(lm, want):
+    stream = sj.stream(lm, [PROMPT], tokens_per_call=3, **HOW)
+    assert stream.stats is None
+    with pytest.raises(ConfigError, match=r"cancel\(\) is not allowed before"):
+        stream.cancel()
+    _take(stream, 2)
+    assert stream.stats is not None and stream.stats.new_tokens == 4
+    out = stream.cancel()
+    assert out.tokens == [want[:4]]
+    assert out.finish_reasons == ["cancelled"]
+    assert stream.output is out is stream.cancel()
+    assert list(stream) == []
+    assert stream.stats is out.stats
+    # It goes on as what asked for that many tokens does.
+    short = sj.generate(lm, [PROMPT], **{**HOW, "max_new_tokens": 4})
+    assert short.tokens == out.tokens and short.finish_reasons == ["length"]
+    then = [
+        sj.generate(lm, [[7, 8]], conversation=before.conversation, **HOW).tokens
+        for before in (out, short)
+    ]
+    assert then[0] == then[1]
+
+
+def test_an_ended_stream_is_not_cancelled(lm, want):
+    stream = sj.stream(lm, [PROMPT], **HOW)
+    assert [event.token for event in stream] == want
+    assert stream.cancel() is stream.output
+    assert stream.output.finish_reasons == ["length"]
