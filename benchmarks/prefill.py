@@ -118,7 +118,7 @@ def _selector(attention: str, agree: int):
     return Agreeing(agree)
 
 
-def _language_model(model, preset, attention: str, kind: str, tile: int, agree: int):
+def _language_model(model, preset, attention: str, kind, tile: int, agree: int):
     """A model that attends as asked, with the given query tiles if there are any."""
     from sparda_jax.config import CacheConfig
     from sparda_jax.engine.model import LanguageModel
@@ -285,7 +285,7 @@ def _measure(case: Case, model, preset, arguments, rate: float) -> dict:
     )
     run = functools.partial(_prefill, lm, case.context, case.batch)
     first = run(0)
-    seconds = [run(i + 1).prefill_seconds for i in range(arguments.repeats)]
+    seconds = [run(i + 1).total_seconds for i in range(arguments.repeats)]
     median = statistics.median(seconds)
     flops = useful_flops(lm.config, lm.sparse, lm.selector, case.context)
     limit = case.batch * sum(flops.values()) / rate
