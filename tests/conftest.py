@@ -80,9 +80,10 @@ def pytest_collection_modifyitems(
 
     has_gpu = any(device.platform == "gpu" for device in jax.devices())
     for item in items:
-        if "slow" in item.keywords and not config.getoption("--runslow"):
+        # The marker, not a keyword: the name of a folder is one as well.
+        if item.get_closest_marker("slow") and not config.getoption("--runslow"):
             item.add_marker(pytest.mark.skip(reason="slow: needs --runslow"))
-        if "gpu" in item.keywords and not has_gpu:
+        if item.get_closest_marker("gpu") and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 

@@ -1,0 +1,149 @@
+"""The mapping of a trace onto a benchmark: shares, reuse, unions, what is chosen."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from trace_cases import drifting_trace
+
+from benchmarks.traced import (
+    check_room,
+    map_trace,
+    prefill_lists,
+    traced_scores,
+)
+from sparda_jax.config import ConfigError, SparseConfig
+from sparda_jax.planning.traces import slot_misses
+
+SIZES = (1, 2, 3, 4)
+
+
+@pytest.fixture(scope="module")
+def trace():
+    return drifting_trace(layers=3, tokens=12000, prefill=100, decode=156)
+
+
+def unions(lists, neighbours):
+    """Blocks that neighbours list together, in lists."""
+    count = lists.shape[-2] // neighbours
+    size = lists[..., 0, :].sum(-1).mean()
+    groups = lists[..., : count * neighbours, :].reshape(
+        *lists.shape[:-2], count, neighbours, -1
+    )
+    return groups.any(-2).sum(-1).mean() / size
+
+
+def shares(lists, scored):
+    """New share of a token's list, and misses of caches of 1, 2, 3 and 4 lists."""
+    flat = lists.reshape(-1, *lists.shape[-2:])
+    new = (flat[:, 1:] & ~flat[:, :-1]).sum(-1).mean() / scored
+    never_own = np.full(flat.shape[1], -1)
+    # A block that is nobody's own: every miss is counted.
+    padded = np.concatenate([flat, np.zeros_like(flat[..., :1])], axis=-1)
+    misses = slot_misses(padded, never_own, [size * scored for size in SIZES])
+    return new, misses[:, flat.shape[1] // 4 :].mean((0, 1)) / scored
+
+
+def check_kept(trace, layers, rows, kv_heads, scored):
+    chosen = trace.chosen
+    want_new, want_misses = shares(chosen, trace.scored)
+    mapped = map_trace(
+        trace,
+        layers=layers,
+        rows=rows,
+        kv_heads=kv_heads,
+        scored=scored,
+        tokens=chosen.shape[2],
+    )
+    lists = mapped.listed
+    assert lists.shape[:4] == (layers, rows, kv_heads, chosen.shape[2])
+    assert (lists.sum(-1) == scored).all()
+    new, misses = shares(lists, scored)
+    assert new == pytest.approx(want_new, rel=0.1)
+    np.testing.assert_allclose(misses, want_misses, rtol=0.15, atol=0.005)
+    for neighbours in (16, 64):
+        want = unions(chosen, neighbours)
+        assert unions(lists, neighbours) == pytest.approx(want, rel=0.1)
+
+
+@pytest.mark.parametrize("scored", [12, 24, 7, 17, 31])
+def test_the_mapping_keeps_shares_reuse_and_unions(trace, scored):
+    check_kept(trace, layers=6, rows=3, kv_heads=2, scored=scored)
+
+
+def test_a_walk_comes_back_without_a_jump(trace):
+    mapped = map_trace(trace, layers=1, rows=1, kv_heads=1, scored=20)
+    lists = mapped.listed[0, 0, 0]
+    around = np.concatenate([lists[-1:], lists])
+    new = (around[1:] & ~around[:-1]).sum(-1)
+    assert new.max() <= 2 * trace.scored and new[0] <= new.max()
+    assert len(lists) == 2 * (trace.chosen.shape[2] - 1)
+
+
+SPARSE = SparseConfig(local_blocks=2, block_budget=16)
+
+
+def test_what_is_scored_best_is_the_list(trace):
+    mapped = map_trace(trace, layers=2, rows=2, kv_heads=2, scored=12, tokens=50)
+    context = 64 * (mapped.places + 40)
+    room = check_room(mapped, context, SPARSE)
+    blocks = mapped.blocks(room, SPARSE.init_blocks)
+    assert len(set(blocks.tolist())) == mapped.places
+    at = np.array([[3, 4], [7, 49]])
+    scores = traced_scores(
+        jnp.asarray(mapped.bits[1]),
+        mapped.places,
+        jnp.asarray(at),
+        jnp.int32(context // 64),
+        context // 64 + 1,
+        SPARSE,
+        steady=True,
+    )
+    for row, head, token in np.ndindex(2, 2, 2):
+        want = blocks[mapped.listed[1, row, head, at[row, token]]]
+        mine = np.asarray(scores[row, head, token])
+        np.testing.assert_array_equal(np.flatnonzero(mine > 0), np.sort(want))
+        assert len(np.unique(mine)) == len(mine)
+
+
+def test_prefill_lists_have_the_traces_unions(trace):
+    mapped = map_trace(trace, layers=1, rows=1, kv_heads=2, scored=12)
+    tokens, start = 512, 64 * (mapped.places * 2)
+    lists = prefill_lists(
+        mapped, 0, tokens=tokens, sparse=SPARSE, start=start, tile=256
+    )
+    assert lists.shape == (1, 2, tokens, 16) and (lists >= 0).all()
+    own = (start + np.arange(tokens)) // 64
+    assert (lists.max(-1) == own).all()
+    held = np.zeros((1, 2, tokens, own[-1] + 1), bool)
+    np.put_along_axis(held, lists, True, axis=-1)
+    want = np.concatenate([trace.listed[0, :], trace.listed[0, :, ::-1]], axis=1)
+    for neighbours in (16, 64):
+        assert unions(held, neighbours) == pytest.approx(
+            unions(want, neighbours), rel=0.15
+        )
+
+
+def test_early_tokens_list_all_that_there_is(trace):
+    mapped = map_trace(trace, layers=1, rows=1, kv_heads=1, scored=12)
+    lists = prefill_lists(mapped, 0, tokens=2048, sparse=SPARSE, tile=512)
+    own = np.arange(2048) // 64
+    held = (lists >= 0).sum(-1)[0, 0]
+    np.testing.assert_array_equal(held, np.minimum(own + 1, 16))
+    assert (lists.max(-1)[0, 0] == own).all()
+
+
+def test_a_context_that_is_too_short_is_refused(trace):
+    mapped = map_trace(trace, layers=1, rows=1, kv_heads=1, scored=40)
+    with pytest.raises(ConfigError, match=r"context=4096 .* at least \d+ tokens"):
+        check_room(mapped, 4096, SPARSE)
+    with pytest.raises(ConfigError, match="scored=0"):
+        map_trace(trace, layers=1, rows=1, kv_heads=1, scored=0)
+
+
+def test_rows_are_not_in_step(trace):
+    mapped = map_trace(trace, layers=1, rows=8, kv_heads=2, scored=12, tokens=64)
+    lists = mapped.listed[0].reshape(16, 64, -1)
+    new = (lists[:, 1:] & ~lists[:, :-1]).sum(-1)
+    # Two rows in step would list as many new blocks at every step.
+    same = [(a == b).mean() for i, a in enumerate(new) for b in new[:i]]
+    assert max(same) < 0.7
