@@ -32,8 +32,11 @@ SHARD_TOKENS = 1 << 26
 _CHUNK = 1 << 20
 _TEXT = (".txt", ".md", ".rst", ".py")
 _SUFFIXES = (*_TEXT, ".gz", ".jsonl")
-# Of the standard library, what is not code that people read.
-_STDLIB_SKIPPED = frozenset(("test", "tests", "site-packages", "dist-packages"))
+# Of the standard library, what is not code that people read; the manual's topics are a
+# source of their own, whose held-out documents must not come in by another door.
+_STDLIB_SKIPPED = frozenset(
+    ("test", "tests", "site-packages", "dist-packages", "pydoc_data")
+)
 
 
 class DataError(ConfigError):
