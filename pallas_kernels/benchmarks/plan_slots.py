@@ -22,10 +22,12 @@ BLOCKS = 512
 def inputs(
     layers: int, rows: int, capacity: int, budget: int
 ) -> tuple[Int[Array, "layers rows *_"], ...]:
-    """Tables, lists, stamps and own blocks of ``layers`` layers, a tenth missing."""
+    """Tables, lists, steps and tail blocks of ``layers`` layers, a tenth missing."""
     spec = ArgSpec("", (layers, rows), capacity, budget, BLOCKS, 0.1, 0.0)
     args = spec.make()
-    return tuple(args[name] for name in ("blocks", "used", "listed", "stamp", "own"))
+    return tuple(
+        args[name] for name in ("blocks", "last_used", "listed", "step", "tail_block")
+    )
 
 
 def chain(
@@ -35,15 +37,15 @@ def chain(
     plans, bound = [], jnp.int32(0)
     for number, layer in enumerate(zip(*layers, strict=True)):
         layer, bound = jax.lax.optimization_barrier((layer, bound))
-        blocks, used, listed, stamp, own = layer
+        blocks, last_used, listed, step, tail_block = layer
         plans.append(
             plan(
                 blocks,
-                used,
+                last_used,
                 listed,
-                stamp=stamp,
-                own=own,
-                source=jnp.int32(number * own.size * BLOCKS),
+                step=step,
+                tail_block=tail_block,
+                source=jnp.int32(number * tail_block.size * BLOCKS),
                 target=jnp.int32(number * blocks.size),
                 row_blocks=BLOCKS,
             )

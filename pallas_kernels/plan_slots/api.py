@@ -14,11 +14,11 @@ OP = "plan_slots"
 
 def plan_slots(
     blocks: Int[Array, "*rows C"],
-    used: Int[Array, "*rows C"],
+    last_used: Int[Array, "*rows C"],
     listed: Int[Array, "*rows P"],
     *,
-    stamp: Int[Array, "*rows"],
-    own: Int[Array, "*rows"],
+    step: Int[Array, "*rows"],
+    tail_block: Int[Array, "*rows"],
     source: Int[Array, ""] | int,
     target: Int[Array, ""] | int,
     row_blocks: int,
@@ -29,17 +29,18 @@ def plan_slots(
     Every row has C slots for blocks of its own. Listed blocks that lie in a slot stay
     there (hits). The others (misses) take, in the order of the list, the slots that the
     list does not ask for: empty ones first, then the least recently asked for, among
-    equals the lowest. A row's own block, the one that grows, is in every list, so that
+    equals the lowest. A row's tail block, the one that grows, is in every list, so that
     its slot is never taken; it has nothing to fetch when it begins.
 
     Args:
       blocks: int32 number of the block in each slot, no block twice in a row; -1 in an
         empty slot.
-      used: int32 stamp of the last list that asked for it; -1 for never.
+      last_used: int32 step of the last list that asked for it; -1 for never.
       listed: int32 block numbers without duplicates in a row, -1 padded anywhere;
         P is at most C.
-      stamp: int32 stamp of each row's list; must not go back.
-      own: int32 number of each row's own block. It and later ones are not fetched.
+      step: int32 step of each row's list; must not go back.
+      tail_block: int32 number of each row's tail block. It and later ones are not
+        fetched.
       source: int32 number of the first row's block 0 where blocks are fetched from.
       target: int32 number of the first row's slot 0 where they are put; the other
         rows' slots follow.
@@ -57,7 +58,7 @@ def plan_slots(
     """
     validation.require_rows("blocks", blocks, "[*rows, C]")
     rows, capacity = blocks.shape[:-1], blocks.shape[-1]
-    validation.require_shape("used", used, blocks.shape, "*rows C")
+    validation.require_shape("last_used", last_used, blocks.shape, "*rows C")
     validation.require_rows("listed", listed, "[*rows, P]")
     validation.require_shape("listed", listed, (*rows, listed.shape[-1]), "*rows P")
     if listed.shape[-1] > capacity:
@@ -66,17 +67,17 @@ def plan_slots(
             "there must be a slot for every listed block"
         )
     source, target = jnp.asarray(source), jnp.asarray(target)
-    for name, x in {"stamp": stamp, "own": own}.items():
+    for name, x in {"step": step, "tail_block": tail_block}.items():
         validation.require_shape(name, x, rows, "*rows")
     for name, x in {"source": source, "target": target}.items():
         validation.require_shape(name, x, (), "")
     validation.require_positive("row_blocks", row_blocks)
     named = {
         "blocks": blocks,
-        "used": used,
+        "last_used": last_used,
         "listed": listed,
-        "stamp": stamp,
-        "own": own,
+        "step": step,
+        "tail_block": tail_block,
         "source": source,
         "target": target,
     }

@@ -51,13 +51,13 @@ class ArgSpec:
             wanted += [*rng.permutation(held)[: self.budget - fresh]]
             kept = rng.random(self.budget) < 0.9
             listed[at] = np.where(kept, rng.permutation(wanted), -1)
-        stamps = np.where(blocks >= 0, rng.integers(0, 6, shape), -1)
+        steps = np.where(blocks >= 0, rng.integers(0, 6, shape), -1)
         values = {
             "blocks": blocks,
-            "used": stamps,
+            "last_used": steps,
             "listed": listed,
-            "stamp": rng.integers(6, 9, self.rows),
-            "own": rng.integers(self.blocks // 2, self.blocks, self.rows),
+            "step": rng.integers(6, 9, self.rows),
+            "tail_block": rng.integers(self.blocks // 2, self.blocks, self.rows),
         }
         arrays = {name: jnp.asarray(x, jnp.int32) for name, x in values.items()}
         return arrays | {"source": 7, "target": 3, "row_blocks": self.blocks}

@@ -2,7 +2,7 @@
 
 Algorithm: one program a row, one lane for each listed block and each slot. Two loops
 compare them with what lies in memory, a number at a time: every block with every slot,
-then every slot's age with every other's, which gives the slot its turn as a victim. A
+then every slot's age with every other's, which gives the slot its rank as a victim. A
 running count numbers the misses. Victims and misses meet in memory: both are stored by
 their number and read by each other's, behind a barrier. Each miss is stored where the
 fetch expects it, at number * R + r, and -1 in the places behind the last of them. What
@@ -72,15 +72,15 @@ def _store(
 
 def _kernel(
     blocks_ref,  # [R C]
-    used_ref,  # [R C]
+    last_used_ref,  # [R C]
     listed_ref,  # [R P]
-    stamp_ref,  # [R]
-    own_ref,  # [R]
+    step_ref,  # [R]
+    tail_block_ref,  # [R]
     source_ref,  # [1]
     target_ref,  # [1]
     slots_ref,  # [R P]
     new_blocks_ref,  # [R C]
-    new_used_ref,  # [R C]
+    new_last_used_ref,  # [R C]
     sources_ref,  # [P R]
     targets_ref,  # [P R]
     ages_ref,  # [R C]: scratch
@@ -96,7 +96,7 @@ def _kernel(
 ):
     row = pl.program_id(0)
     blocks = _load(blocks_ref, row, capacity, -1)
-    used = _load(used_ref, row, capacity, LAST)
+    last_used = _load(last_used_ref, row, capacity, LAST)
     listed = _load(listed_ref, row, budget, -1)
     slot, entry = jnp.arange(blocks.shape[0]), jnp.arange(listed.shape[0])
     is_slot, is_entry = slot < capacity, entry < budget
@@ -118,34 +118,34 @@ def _kernel(
     count = missing.astype(jnp.int32).sum()
 
     # The n-th miss takes the n-th victim: empty slots first, kept ones last.
-    age = jnp.where(blocks < 0, -2, used)
+    age = jnp.where(blocks < 0, -2, last_used)
     age = jnp.where(kept, LAST, age)
     _store(ages_ref, rows * capacity, in_row, age, is_slot)
     barrier()
 
-    def overtake(i, turn):
+    def overtake(i, rank):
         other = ages_ref[row * capacity + i]
         before = (other < age) | ((other == age) & (i < slot))
-        return turn + before.astype(jnp.int32)
+        return rank + before.astype(jnp.int32)
 
-    turn = lax.fori_loop(0, capacity, overtake, jnp.zeros(slot.shape, jnp.int32))
-    _store(victims_ref, rows * capacity, row * capacity + turn, slot, is_slot)
+    rank = lax.fori_loop(0, capacity, overtake, jnp.zeros(slot.shape, jnp.int32))
+    _store(victims_ref, rows * capacity, row * capacity + rank, slot, is_slot)
     _store(misses_ref, rows * budget, row * budget + number, listed, missing)
     barrier()
-    taken = is_slot & (turn < count)
+    taken = is_slot & (rank < count)
     victim = row * capacity + jnp.where(missing, number, 0)
     place = jnp.where(missing, plt.load(victims_ref.at[victim]), held)
-    miss = row * budget + jnp.where(taken, turn, 0)
+    miss = row * budget + jnp.where(taken, rank, 0)
     incoming = plt.load(misses_ref.at[miss], mask=taken, other=-1)
 
     _store(slots_ref, rows * budget, row * budget + entry, place, is_entry)
     after = jnp.where(taken, incoming, blocks)
     _store(new_blocks_ref, rows * capacity, in_row, after, is_slot)
-    after = jnp.where(kept | taken, stamp_ref[row], used)
-    _store(new_used_ref, rows * capacity, in_row, after, is_slot)
+    after = jnp.where(kept | taken, step_ref[row], last_used)
+    _store(new_last_used_ref, rows * capacity, in_row, after, is_slot)
 
     # No two of these stores name one place: misses are numbered from 0 without a gap.
-    come = missing & (listed < own_ref[row])
+    come = missing & (listed < tail_block_ref[row])
     nothing = jnp.full(entry.shape, -1, jnp.int32)
     for ref, value in (
         (sources_ref, source_ref[0] + row * row_blocks + listed),
@@ -163,10 +163,10 @@ def _kernel(
 @in_32_bit
 def plan_slots_triton(
     blocks: Int[Array, "*rows C"],
-    used: Int[Array, "*rows C"],
+    last_used: Int[Array, "*rows C"],
     listed: Int[Array, "*rows P"],
-    stamp: Int[Array, "*rows"],
-    own: Int[Array, "*rows"],
+    step: Int[Array, "*rows"],
+    tail_block: Int[Array, "*rows"],
     source: Int[Array, ""],
     target: Int[Array, ""],
     *,
@@ -178,10 +178,10 @@ def plan_slots_triton(
 
     Args:
       blocks: as in the operation, like the following ones.
-      used: stamps.
+      last_used: of the slots' blocks.
       listed: lists.
-      stamp: of the lists.
-      own: own blocks.
+      step: of the lists.
+      tail_block: of the rows.
       source: where blocks begin.
       target: where slots begin.
       row_blocks: of each row.
@@ -230,12 +230,17 @@ def plan_slots_triton(
         input_output_aliases={} if interpret else {0: 1, 1: 2},
         interpret=interpret,
         name="plan_slots_triton",
-    )(*(x.reshape(-1) for x in (blocks, used, listed, stamp, own, source, target)))
+    )(
+        *(
+            x.reshape(-1)
+            for x in (blocks, last_used, listed, step, tail_block, source, target)
+        )
+    )
     flat = [x[:size] for x, size in zip(flat, sizes, strict=True)]
     return SlotPlan(
         slots=flat[0].reshape(*lead, budget),
         blocks=flat[1].reshape(*lead, capacity),
-        used=flat[2].reshape(*lead, capacity),
+        last_used=flat[2].reshape(*lead, capacity),
         sources=flat[3],
         targets=flat[4],
         bound=jnp.max(counts[0]),

@@ -10,10 +10,10 @@ from pallas_kernels.plan_slots.plan import SlotPlan
 
 def plan_slots_reference(
     blocks: np.ndarray,
-    used: np.ndarray,
+    last_used: np.ndarray,
     listed: np.ndarray,
-    stamp: np.ndarray,
-    own: np.ndarray,
+    step: np.ndarray,
+    tail_block: np.ndarray,
     source: int,
     target: int,
     row_blocks: int,
@@ -21,9 +21,11 @@ def plan_slots_reference(
     """Computes the result in NumPy; arguments as those of the operation."""
     lead, budget = listed.shape[:-1], listed.shape[-1]
     rows = int(np.prod(lead))
-    blocks, used = (np.array(x, np.int32).reshape(rows, -1) for x in (blocks, used))
+    blocks, last_used = (
+        np.array(x, np.int32).reshape(rows, -1) for x in (blocks, last_used)
+    )
     listed = np.asarray(listed).reshape(rows, budget)
-    stamp, own = (np.asarray(x).reshape(rows) for x in (stamp, own))
+    step, tail_block = (np.asarray(x).reshape(rows) for x in (step, tail_block))
     slots = np.full((rows, budget), -1, np.int32)
     sources, targets = np.full((2, budget, rows), -1, np.int32)
     fetched = hits = bound = 0
@@ -31,7 +33,7 @@ def plan_slots_reference(
         asked = {int(b) for b in listed[r] if b >= 0}
         victims = sorted(
             (s for s, b in enumerate(blocks[r]) if b not in asked),
-            key=lambda s: (blocks[r, s] >= 0, used[r, s], s),
+            key=lambda s: (blocks[r, s] >= 0, last_used[r, s], s),
         )
         held = {int(b): s for s, b in enumerate(blocks[r]) if b >= 0}
         missing = 0
@@ -43,18 +45,18 @@ def plan_slots_reference(
                 hits += 1
             else:
                 slot = victims[missing]
-                if block < own[r]:
+                if block < tail_block[r]:
                     sources[missing, r] = source + r * row_blocks + block
                     targets[missing, r] = target + r * blocks.shape[1] + slot
                     bound = max(bound, rows * (missing + 1))
                     fetched += 1
                 missing += 1
             slots[r, p] = slot
-            blocks[r, slot], used[r, slot] = block, stamp[r]
+            blocks[r, slot], last_used[r, slot] = block, step[r]
     results = (
         slots.reshape(*lead, budget),
         blocks.reshape(*lead, -1),
-        used.reshape(*lead, -1),
+        last_used.reshape(*lead, -1),
         sources.reshape(-1),
         targets.reshape(-1),
         *(np.int32(count) for count in (bound, fetched, hits)),

@@ -38,8 +38,8 @@ def by_number(
     Returns:
       A list for each of the values, -1 where a row has no entry of a number.
     """
-    turn = jnp.arange(marked.shape[1], dtype=jnp.int32)[:, None, None]
-    here = marked & (number == turn)  # P R P
+    nth = jnp.arange(marked.shape[1], dtype=jnp.int32)[:, None, None]
+    here = marked & (number == nth)  # P R P
     return [
         jnp.max(jnp.where(here, value, EMPTY), axis=-1).reshape(-1) for value in values
     ]
@@ -48,10 +48,10 @@ def by_number(
 @in_32_bit
 def plan_slots_xla(
     blocks: Int[Array, "*rows C"],
-    used: Int[Array, "*rows C"],
+    last_used: Int[Array, "*rows C"],
     listed: Int[Array, "*rows P"],
-    stamp: Int[Array, "*rows"],
-    own: Int[Array, "*rows"],
+    step: Int[Array, "*rows"],
+    tail_block: Int[Array, "*rows"],
     source: Int[Array, ""],
     target: Int[Array, ""],
     *,
@@ -64,17 +64,17 @@ def plan_slots_xla(
     missing = asked & ~hit
     kept = jnp.any(holds, axis=-2)
 
-    # The n-th miss takes the n-th victim. A slot's turn is how many others go before
+    # The n-th miss takes the n-th victim. A slot's rank is how many others go before
     # it; kept slots go last.
-    age = jnp.where(kept, jnp.iinfo(jnp.int32).max, used)
+    age = jnp.where(kept, jnp.iinfo(jnp.int32).max, last_used)
     age = jnp.where((blocks < 0) & ~kept, -2, age)
     slot = jnp.arange(age.shape[-1], dtype=jnp.int32)
     older = age[..., None, :] < age[..., :, None]
     tied = age[..., None, :] == age[..., :, None]
     before = older | (tied & (slot[None, :] < slot[:, None]))
-    turn = jnp.sum(before, axis=-1, dtype=jnp.int32)
+    rank = jnp.sum(before, axis=-1, dtype=jnp.int32)
     number = running_count(missing) - 1
-    takes = (number[..., :, None] == turn[..., None, :]) & missing[..., None]
+    takes = (number[..., :, None] == rank[..., None, :]) & missing[..., None]
 
     placed = holds | takes
     slots = jnp.where(asked, jnp.argmax(placed, axis=-1).astype(jnp.int32), EMPTY)
@@ -82,7 +82,7 @@ def plan_slots_xla(
     taken = incoming >= 0
 
     # A block that begins now has nothing to fetch.
-    come = missing & (listed < own[..., None])
+    come = missing & (listed < tail_block[..., None])
     come, number, block, place = (
         x.reshape(-1, listed.shape[-1]) for x in (come, number, listed, slots)
     )
@@ -96,7 +96,7 @@ def plan_slots_xla(
     return SlotPlan(
         slots=slots,
         blocks=jnp.where(taken, incoming, blocks),
-        used=jnp.where(kept | taken, stamp[..., None], used),
+        last_used=jnp.where(kept | taken, step[..., None], last_used),
         sources=sources,
         targets=targets,
         bound=come.shape[0] * (1 + jnp.max(jnp.where(come, number, -1))),

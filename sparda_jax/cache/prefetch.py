@@ -39,7 +39,7 @@ class BlockFetch(NamedTuple):
     @property
     def table(self) -> SlotTable:
         """The layer's slots once the fetch is committed."""
-        return SlotTable(self.plan.blocks, self.plan.used)
+        return SlotTable(self.plan.blocks, self.plan.last_used)
 
 
 def plan_fetch(
@@ -75,8 +75,8 @@ def plan_fetch(
         table.blocks,
         table.last_used,
         blocks,
-        stamp=by_head(tile.length),
-        own=by_head(tile.start // settings.sparse.block_size),
+        step=by_head(tile.length),
+        tail_block=by_head(tile.start // settings.sparse.block_size),
         source=layer_in_store * (batch * heads * capacity),
         target=layer_in_stack * table.blocks.size,
         row_blocks=capacity,

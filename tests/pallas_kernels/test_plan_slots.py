@@ -36,7 +36,7 @@ PLANS = {
 
 
 def _want(args):
-    arrays = ("blocks", "used", "listed", "stamp", "own")
+    arrays = ("blocks", "last_used", "listed", "step", "tail_block")
     return plan_slots_reference(**args | {k: np.asarray(args[k]) for k in arrays})
 
 
@@ -85,17 +85,17 @@ def test_native(spec, implementation):
 
 @st.composite
 def histories(draw):
-    """Lists of a growing row, each in an order of its own: the row's own block, others
+    """Lists of a growing row, each in an order of its own: the row's tail block, others
     below it, padding."""
-    own = draw(st.integers(0, 4))
+    tail_block = draw(st.integers(0, 4))
     lists = []
     for _ in range(draw(st.integers(1, 12))):
-        own = min(own + draw(st.integers(0, 1)), BLOCKS - 1)
+        tail_block = min(tail_block + draw(st.integers(0, 1)), BLOCKS - 1)
         blocks = draw(st.lists(st.integers(0, BLOCKS - 1), max_size=8))
-        others = [b for b in blocks if b < own][: LISTED - 1]
-        listed = [own, *dict.fromkeys(others)]
+        others = [b for b in blocks if b < tail_block][: LISTED - 1]
+        listed = [tail_block, *dict.fromkeys(others)]
         listed += [-1] * (LISTED - len(listed))
-        lists.append((own, draw(st.permutations(listed))))
+        lists.append((tail_block, draw(st.permutations(listed))))
     return lists
 
 
@@ -104,10 +104,10 @@ def histories(draw):
 def test_a_history_of_lists(history, slots):
     # NumPy arrays: nothing but the plans themselves is a program.
     empty = np.full((1, 2, slots), -1, np.int32)
-    args = {"blocks": empty, "used": empty}
+    args = {"blocks": empty, "last_used": empty}
     tail = None
-    for stamp, (own, listed) in enumerate(history):
-        values = {"stamp": stamp, "own": own}
+    for step, (tail_block, listed) in enumerate(history):
+        values = {"step": step, "tail_block": tail_block}
         args |= {k: np.full((1, 2), v, np.int32) for k, v in values.items()}
         args |= {"source": 0, "target": 0, "row_blocks": BLOCKS}
         args["listed"] = np.asarray([[listed, listed]], np.int32)
@@ -121,46 +121,50 @@ def test_a_history_of_lists(history, slots):
         assert len(filled) == len(set(filled)), "a block in two slots"
         assert asked <= set(filled), "a selected block without a slot"
         fetched = set(want.sources.reshape(-1, 2)[:, 0].tolist()) - {-1}
-        assert fetched == asked - held - {own}, "misses are selected minus resident"
-        slot = want.blocks[0, 0].tolist().index(own)
-        assert tail is None or tail[0] != own or tail[1] == slot, "the tail moved"
-        tail = own, slot
-        args |= {"blocks": want.blocks, "used": want.used}
+        assert fetched == asked - held - {tail_block}, (
+            "misses are selected minus resident"
+        )
+        slot = want.blocks[0, 0].tolist().index(tail_block)
+        assert tail is None or tail[0] != tail_block or tail[1] == slot, (
+            "the tail moved"
+        )
+        tail = tail_block, slot
+        args |= {"blocks": want.blocks, "last_used": want.last_used}
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_tail_is_never_evicted(name):
-    """The row's own block stays where it is, however the rest changes."""
+    """The row's tail block stays where it is, however the rest changes."""
     rng = np.random.default_rng(0)
-    blocks = used = jnp.full((1, 1, LISTED), -1, jnp.int32)
+    blocks = last_used = jnp.full((1, 1, LISTED), -1, jnp.int32)
     slots = []
-    for stamp in range(40):
+    for step in range(40):
         others = rng.permutation(15)[: LISTED - 1]
         listed = rng.permutation([15, *others])
         plan = PLANS[name](
             blocks,
-            used,
+            last_used,
             jnp.asarray(listed[None, None], jnp.int32),
-            stamp=jnp.full((1, 1), stamp, jnp.int32),
-            own=jnp.full((1, 1), 15, jnp.int32),
+            step=jnp.full((1, 1), step, jnp.int32),
+            tail_block=jnp.full((1, 1), 15, jnp.int32),
             source=0,
             target=0,
             row_blocks=16,
         )
-        blocks, used = plan.blocks, plan.used
+        blocks, last_used = plan.blocks, plan.last_used
         slots.append(np.asarray(blocks)[0, 0].tolist().index(15))
     assert len(set(slots)) == 1
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_rows_without_a_list_keep_their_slots(name):
-    table = {"blocks": [[3, 1, -1]], "used": [[5, 6, -1]], "listed": [[-1, -1]]}
+    table = {"blocks": [[3, 1, -1]], "last_used": [[5, 6, -1]], "listed": [[-1, -1]]}
     table = {k: jnp.asarray(v, jnp.int32) for k, v in table.items()}
     values = {"source": 1, "target": 1, "row_blocks": 5}
     nine = jnp.asarray([9], jnp.int32)
-    plan = PLANS[name](**table, **values, stamp=nine, own=nine)
+    plan = PLANS[name](**table, **values, step=nine, tail_block=nine)
     np.testing.assert_array_equal(plan.blocks, table["blocks"])
-    np.testing.assert_array_equal(plan.used, table["used"])
+    np.testing.assert_array_equal(plan.last_used, table["last_used"])
     for x in (plan.slots, plan.sources, plan.targets):
         assert (x == -1).all()
     assert not any((plan.bound, plan.fetched, plan.hits))
@@ -195,7 +199,7 @@ def test_refusals():
         plan_slots(**args, implementation="mosaic_gpu")
     many = jnp.full((1, MOST_SLOTS + 1), -1)
     first = jnp.int32(0)
-    wide = CI_SPECS[5].make() | {"blocks": many, "used": many}
+    wide = CI_SPECS[5].make() | {"blocks": many, "last_used": many}
     wide |= {"source": first, "target": first}
     with pytest.raises(NotImplementedError, match=f"at most {MOST_SLOTS} slots"):
         plan_slots_triton(**wide, interpret=True)
@@ -206,10 +210,10 @@ def test_refusals():
     [
         ({"blocks": jnp.zeros((3,), jnp.int32)}, "blocks has shape"),
         ({"blocks": jnp.zeros((2, 2, 24))}, "blocks has dtype"),
-        ({"used": jnp.zeros((2, 2, 25), jnp.int32)}, "used has shape"),
+        ({"last_used": jnp.zeros((2, 2, 25), jnp.int32)}, "last_used has shape"),
         ({"listed": jnp.zeros((2, 3, 24), jnp.int32)}, "listed has shape"),
         ({"listed": jnp.zeros((2, 2, 25), jnp.int32)}, "listed has 25 blocks a row"),
-        ({"own": jnp.zeros((2, 2))}, "own has dtype"),
+        ({"tail_block": jnp.zeros((2, 2))}, "tail_block has dtype"),
         ({"target": jnp.zeros((2,), jnp.int32)}, "target has shape"),
         ({"source": 0.5}, "source has dtype"),
         ({"row_blocks": 0}, "row_blocks is 0"),
