@@ -9,6 +9,7 @@ version. A kernel that is wrong, or does not run, is left out with a warning.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
@@ -95,7 +96,9 @@ def fault_of(op: str, implementation: str, device: Any) -> str | None:
         found = read_json(path)
         of_op = found.get(op)
         of_op = of_op if isinstance(of_op, dict) else {}
-        write_json(path, found | {op: of_op | {implementation: verdict}})
+        # Where nothing can be kept, the next process looks again.
+        with contextlib.suppress(OSError):
+            write_json(path, found | {op: of_op | {implementation: verdict}})
     if verdict == "right":
         return None
     warnings.warn(

@@ -7,9 +7,9 @@ without a word; the seal is compared before anything else looks at the files.
 
 import hashlib
 import json
-import os
 import pathlib
 
+from pallas_kernels.atomic_file import synchronise
 from sparda_jax.checkpoint.atomic import write_json
 
 SEAL = "sealed.json"
@@ -41,8 +41,7 @@ def seal(step: pathlib.Path) -> None:
       CheckpointError: The seal cannot be written.
     """
     for path in _files(step).values():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        synchronise(path)
     hashes = {name: _hash(path) for name, path in _files(step).items()}
     write_json(step / SEAL, hashes)
 

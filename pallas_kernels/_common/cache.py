@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pallas_kernels.atomic_file import new_file
 
 
 def cache_directory() -> Path:
@@ -28,15 +29,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> bool:
-    """Replaces a file as a whole; says whether the place could be written to."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
-        ) as file:
-            json.dump(value, file, indent=1)
-        Path(file.name).replace(path)
-    except OSError:
-        return False
-    return True
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replaces a file as a whole; makes its folder.
+
+    Raises:
+      OSError: The place cannot be written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -23,6 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._common.cache import write_json
+
 # A call that takes longer is timed by the wall clock, and not often.
 SLOW_CALL = 0.2
 
@@ -239,7 +241,6 @@ class Report:
     def _write(self) -> None:
         if self._out is None:
             return
-        self._out.mkdir(parents=True, exist_ok=True)
         record = {
             "op": self._op,
             "device": jax.devices()[0].device_kind,
@@ -247,8 +248,7 @@ class Report:
             **self._extra,
             "timings": [asdict(t) for t in self.timings],
         }
-        text = json.dumps(record, indent=1) + "\n"
-        (self._out / f"{self._op}.json").write_text(text, encoding="utf-8")
+        write_json(self._out / f"{self._op}.json", record)
 
     def _plot(self, path: Path) -> None:
         try:

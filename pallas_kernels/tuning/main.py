@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels._common.cache import cache_directory
+from pallas_kernels._common.cache import cache_directory, write_json
 from pallas_kernels._common.devices import current_device_kind, device_slug
 from pallas_kernels.dispatch import IMPLEMENTATIONS, TUNED
 from pallas_kernels.tuning.cases import CASES
@@ -65,11 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def write(record: Mapping[str, Any]) -> None:
         if not (args.write or args.out or args.user):
             return
-        record = merged(old, record, bool(args.implementation or args.case))
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_json(path, merged(old, record, bool(args.implementation or args.case)))
 
     record = tune(
         args.op,

