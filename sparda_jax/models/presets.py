@@ -43,45 +43,12 @@ _LLAMA3_ROPE = RopeConfig(
 )
 
 
-def _qwen2(name: str, hidden: int, ffn: int, layers: int, heads: int, kv: int):
-    big = hidden >= 3584
-    model = ModelConfig(
-        name=name,
-        vocab_size=152064 if big else 151936,
-        hidden_size=hidden,
-        ffn_size=ffn,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv,
-        head_dim=hidden // heads,
-        max_context=32768,
-        rms_norm_eps=1e-6,
-        rope=RopeConfig(theta=1e6),
-        tie_embeddings=not big,
-        attention_bias=True,
-        eos_ids=(151645, 151643),
-    )
-    return Preset(model, _DENSE_8B, "Qwen2.5 Instruct, dense pretrained")
-
-
-def _qwen3(name: str, hidden: int, ffn: int, layers: int, heads: int, tied: bool):
-    model = ModelConfig(
-        name=name,
-        vocab_size=151936,
-        hidden_size=hidden,
-        ffn_size=ffn,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=8,
-        head_dim=128,
-        max_context=40960,
-        rms_norm_eps=1e-6,
-        rope=RopeConfig(theta=1e6),
-        tie_embeddings=tied,
-        qk_norm=True,
-        eos_ids=(151645, 151643),
-    )
-    return Preset(model, _DENSE_8B, "Qwen3, dense pretrained")
+def _sized(
+    base: ModelConfig, name: str, hidden: int, ffn: int, layers: int, heads: int, **more
+) -> ModelConfig:
+    """The same model in another size; `more` are further fields that differ."""
+    sizes = {"hidden_size": hidden, "ffn_size": ffn, "num_layers": layers}
+    return dataclasses.replace(base, name=name, num_heads=heads, **sizes, **more)
 
 
 _SMOLLM2 = ModelConfig(
@@ -156,6 +123,36 @@ _MISTRAL = dataclasses.replace(
     eos_ids=(2,),
 )
 
+_QWEN25 = ModelConfig(
+    name="qwen2.5-0.5b",
+    vocab_size=151936,
+    hidden_size=896,
+    ffn_size=4864,
+    num_layers=24,
+    num_heads=14,
+    num_kv_heads=2,
+    head_dim=64,
+    max_context=32768,
+    rms_norm_eps=1e-6,
+    rope=RopeConfig(theta=1e6),
+    tie_embeddings=True,
+    attention_bias=True,
+    eos_ids=(151645, 151643),
+)
+_WIDE = {"head_dim": 128}
+_BIG = {"head_dim": 128, "vocab_size": 152064, "tie_embeddings": False}
+
+_QWEN3 = _sized(
+    _QWEN25,
+    "qwen3-0.6b",
+    *(1024, 3072, 28, 16),
+    num_kv_heads=8,
+    head_dim=128,
+    max_context=40960,
+    attention_bias=False,
+    qk_norm=True,
+)
+
 _TINY = ModelConfig(
     name="tiny",
     vocab_size=128,
@@ -171,42 +168,48 @@ _TINY = ModelConfig(
 )
 _TINY_SPARSE = SparseConfig(local_blocks=2, block_budget=8, query_blocks=3)
 
-PRESETS = types.MappingProxyType(
-    {
-        preset.model.name: preset
-        for preset in (
-            Preset(
-                _SMOLLM2,
-                _SMALL,
-                "SmolLM2-135M-Instruct, fetched from the package index",
-                fetchable=True,
-            ),
-            Preset(_MINICPM41, _MINICPM, "MiniCPM4.1-8B, sparse pretrained"),
-            Preset(_NOSA_8B, _NOSA, "NOSA-8B, sparse pretrained with key bias"),
-            Preset(_LLAMA31, _DENSE_8B, "Llama 3.1 8B Instruct, dense pretrained"),
-            Preset(_MISTRAL, _DENSE_8B, "Mistral 7B v0.3, dense pretrained"),
-            _qwen2("qwen2.5-0.5b", 896, 4864, 24, 14, 2),
-            _qwen2("qwen2.5-1.5b", 1536, 8960, 28, 12, 2),
-            _qwen2("qwen2.5-3b", 2048, 11008, 36, 16, 2),
-            _qwen2("qwen2.5-7b", 3584, 18944, 28, 28, 4),
-            _qwen2("qwen2.5-14b", 5120, 13824, 48, 40, 8),
-            _qwen2("qwen2.5-32b", 5120, 27648, 64, 40, 8),
-            _qwen2("qwen2.5-72b", 8192, 29568, 80, 64, 8),
-            _qwen3("qwen3-0.6b", 1024, 3072, 28, 16, True),
-            _qwen3("qwen3-1.7b", 2048, 6144, 28, 16, True),
-            _qwen3("qwen3-4b", 2560, 9728, 36, 32, True),
-            _qwen3("qwen3-8b", 4096, 12288, 36, 32, False),
-            _qwen3("qwen3-14b", 5120, 17408, 40, 40, False),
-            _qwen3("qwen3-32b", 5120, 25600, 64, 64, False),
-            Preset(_TINY, _TINY_SPARSE, "random weights, for tests"),
-            Preset(
-                dataclasses.replace(_TINY, name="tiny-nosa", key_bias=True),
-                _TINY_SPARSE,
-                "random weights with a key bias, for tests",
-            ),
+_ALL = (
+    Preset(
+        _SMOLLM2,
+        _SMALL,
+        "SmolLM2-135M-Instruct, fetched from the package index",
+        fetchable=True,
+    ),
+    Preset(_MINICPM41, _MINICPM, "MiniCPM4.1-8B, sparse pretrained"),
+    Preset(_NOSA_8B, _NOSA, "NOSA-8B, sparse pretrained with key bias"),
+    Preset(_LLAMA31, _DENSE_8B, "Llama 3.1 8B Instruct, dense pretrained"),
+    Preset(_MISTRAL, _DENSE_8B, "Mistral 7B v0.3, dense pretrained"),
+    *(
+        Preset(model, _DENSE_8B, "Qwen2.5 Instruct, dense pretrained")
+        for model in (
+            _QWEN25,
+            _sized(_QWEN25, "qwen2.5-1.5b", 1536, 8960, 28, 12, **_WIDE),
+            _sized(_QWEN25, "qwen2.5-3b", 2048, 11008, 36, 16, **_WIDE),
+            _sized(_QWEN25, "qwen2.5-7b", 3584, 18944, 28, 28, num_kv_heads=4, **_BIG),
+            _sized(_QWEN25, "qwen2.5-14b", 5120, 13824, 48, 40, num_kv_heads=8, **_BIG),
+            _sized(_QWEN25, "qwen2.5-32b", 5120, 27648, 64, 40, num_kv_heads=8, **_BIG),
+            _sized(_QWEN25, "qwen2.5-72b", 8192, 29568, 80, 64, num_kv_heads=8, **_BIG),
         )
-    }
+    ),
+    *(
+        Preset(model, _DENSE_8B, "Qwen3, dense pretrained")
+        for model in (
+            _QWEN3,
+            _sized(_QWEN3, "qwen3-1.7b", 2048, 6144, 28, 16),
+            _sized(_QWEN3, "qwen3-4b", 2560, 9728, 36, 32),
+            _sized(_QWEN3, "qwen3-8b", 4096, 12288, 36, 32, tie_embeddings=False),
+            _sized(_QWEN3, "qwen3-14b", 5120, 17408, 40, 40, tie_embeddings=False),
+            _sized(_QWEN3, "qwen3-32b", 5120, 25600, 64, 64, tie_embeddings=False),
+        )
+    ),
+    Preset(_TINY, _TINY_SPARSE, "random weights, for tests"),
+    Preset(
+        dataclasses.replace(_TINY, name="tiny-nosa", key_bias=True),
+        _TINY_SPARSE,
+        "random weights with a key bias, for tests",
+    ),
 )
+PRESETS = types.MappingProxyType({preset.model.name: preset for preset in _ALL})
 
 
 def get_preset(name: str) -> Preset:
