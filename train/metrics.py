@@ -64,15 +64,16 @@ class LayerSums(NamedTuple):
 
     Attributes:
       kl, kl_weight: Loss, and its weights.
-      hits, wanted: Blocks that both choose, blocks that the own query chooses.
+      recall_hits, recall_total: Blocks that both choose, blocks that the own query
+        chooses.
       forecast_mass, own_mass, oracle_mass: Attention mass in the chosen blocks.
       rows: Rows times kv heads that count for mass.
     """
 
     kl: Float[Array, "*L"]
     kl_weight: Float[Array, "*L"]
-    hits: Float[Array, "*L"]
-    wanted: Float[Array, "*L"]
+    recall_hits: Float[Array, "*L"]
+    recall_total: Float[Array, "*L"]
     forecast_mass: Float[Array, "*L"]
     own_mass: Float[Array, "*L"]
     oracle_mass: Float[Array, "*L"]
@@ -99,8 +100,8 @@ class Evaluation:
         with np.errstate(invalid="ignore", divide="ignore"):
             return Evaluation(
                 kl=s.kl / s.kl_weight,
-                recall=s.hits / s.wanted,
-                recall_at_budget=(s.hits + forced) / (s.wanted + forced),
+                recall=s.recall_hits / s.recall_total,
+                recall_at_budget=(s.recall_hits + forced) / (s.recall_total + forced),
                 forecast_mass=s.forecast_mass / s.rows,
                 own_mass=s.own_mass / s.rows,
                 oracle_mass=s.oracle_mass / s.rows,
@@ -137,7 +138,7 @@ def _tile_sums(
     key_bias: Float[Array, "B K S"] | None,
     settings: Settings,
 ) -> tuple[tuple[Array, ...], Int[Array, "B K T P"]]:
-    """(hits, wanted, three masses, rows) of one tile, and the own query's lists."""
+    """Sums of one tile as in `LayerSums` from recall on, and the own query's lists."""
     sparse = settings.sparse
     deployed = LossConfig(teacher="deployed")
     own = teach(queries, keys, sparse=sparse, loss=deployed).routing
@@ -146,8 +147,8 @@ def _tile_sums(
     held = queries.token // sparse.block_size - queries.start // sparse.block_size + 1
     counts = (held > sparse.block_budget) & (queries.token < queries.end)
     counts = counts[:, None]
-    wanted = supervised_blocks(own, queries, blocks, sparse) & counts[..., None]
-    hits = supervised_blocks(guess, queries, blocks, sparse) & wanted
+    total = supervised_blocks(own, queries, blocks, sparse) & counts[..., None]
+    hits = supervised_blocks(guess, queries, blocks, sparse) & total
     masses = (jnp.float32(jnp.nan),) * 3
     if raw is not None:
         index = jnp.arange(raw.shape[2])
@@ -168,7 +169,7 @@ def _tile_sums(
             for lists in (guess, own, best)
         )
     rows = jnp.sum(counts) * keys.windows.shape[1]
-    sums = (jnp.sum(hits), jnp.sum(wanted), *masses, rows)
+    sums = (jnp.sum(hits), jnp.sum(total), *masses, rows)
     return tuple(x.astype(jnp.float32) for x in sums), own
 
 
