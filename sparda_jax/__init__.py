@@ -6,29 +6,30 @@ out = sj.generate(lm, ["Once upon a time"], max_new_tokens=32)
 print(out.texts[0], out.stats)
 """
 
-from sparda_jax.config import (
-    CacheConfig,
-    ConfigError,
-    ModelConfig,
-    RopeConfig,
-    SparseConfig,
-)
-from sparda_jax.engine.api import forward, generate, stream
-from sparda_jax.engine.chat import ChatOutput, ChatStream, chat, stream_chat
-from sparda_jax.engine.conversation import Conversation
-from sparda_jax.engine.generate_config import GenerateConfig
-from sparda_jax.engine.model import LanguageModel
-from sparda_jax.engine.offload_stats import OffloadStats
-from sparda_jax.engine.results import GenerateOutput, GenerateStats, StreamEvent
-from sparda_jax.engine.stream import Stream
-from sparda_jax.loading import load, with_attention
-from sparda_jax.models.forecast import Forecast
-from sparda_jax.models.presets import PRESETS
-from sparda_jax.planning.measure import measure_rates
-from sparda_jax.planning.plan import Plan, plan
-from sparda_jax.planning.rates import Rates, recorded_rates
-from sparda_jax.runtime import configure_cache, configure_offload
-from sparda_jax.sparse.selectors import Selector, selector_names
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparda_jax.checkpoint.errors import CheckpointError
+    from sparda_jax.checks import ConfigError
+    from sparda_jax.config import CacheConfig, ModelConfig, RopeConfig, SparseConfig
+    from sparda_jax.engine.api import forward, generate, stream
+    from sparda_jax.engine.chat import ChatOutput, ChatStream, chat, stream_chat
+    from sparda_jax.engine.conversation import Conversation
+    from sparda_jax.engine.generate_config import GenerateConfig
+    from sparda_jax.engine.model import LanguageModel
+    from sparda_jax.engine.offload_stats import OffloadStats
+    from sparda_jax.engine.results import GenerateOutput, GenerateStats, StreamEvent
+    from sparda_jax.engine.stream import Stream
+    from sparda_jax.loading import load, with_attention
+    from sparda_jax.models.forecast import Forecast
+    from sparda_jax.models.presets import PRESETS
+    from sparda_jax.planning.measure import measure_rates
+    from sparda_jax.planning.plan import Plan, plan
+    from sparda_jax.planning.rates import Rates, recorded_rates
+    from sparda_jax.runtime import configure_cache, configure_offload
+    from sparda_jax.sparse.selector import Selector
+    from sparda_jax.sparse.selectors import selector_names
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "CacheConfig",
     "ChatOutput",
     "ChatStream",
+    "CheckpointError",
     "ConfigError",
     "Conversation",
     "Forecast",
@@ -68,3 +70,54 @@ __all__ = [
     "stream_chat",
     "with_attention",
 ]
+
+# Where each name is made. A name is imported when it is first asked for: `import
+# sparda_jax` takes milliseconds, and a command that needs no model starts no JAX.
+_HOMES = {
+    "CacheConfig": "sparda_jax.config",
+    "ChatOutput": "sparda_jax.engine.chat",
+    "ChatStream": "sparda_jax.engine.chat",
+    "CheckpointError": "sparda_jax.checkpoint.errors",
+    "ConfigError": "sparda_jax.checks",
+    "Conversation": "sparda_jax.engine.conversation",
+    "Forecast": "sparda_jax.models.forecast",
+    "GenerateConfig": "sparda_jax.engine.generate_config",
+    "GenerateOutput": "sparda_jax.engine.results",
+    "GenerateStats": "sparda_jax.engine.results",
+    "LanguageModel": "sparda_jax.engine.model",
+    "ModelConfig": "sparda_jax.config",
+    "PRESETS": "sparda_jax.models.presets",
+    "OffloadStats": "sparda_jax.engine.offload_stats",
+    "Plan": "sparda_jax.planning.plan",
+    "Rates": "sparda_jax.planning.rates",
+    "RopeConfig": "sparda_jax.config",
+    "Selector": "sparda_jax.sparse.selector",
+    "SparseConfig": "sparda_jax.config",
+    "Stream": "sparda_jax.engine.stream",
+    "StreamEvent": "sparda_jax.engine.results",
+    "chat": "sparda_jax.engine.chat",
+    "configure_cache": "sparda_jax.runtime",
+    "configure_offload": "sparda_jax.runtime",
+    "forward": "sparda_jax.engine.api",
+    "generate": "sparda_jax.engine.api",
+    "load": "sparda_jax.loading",
+    "measure_rates": "sparda_jax.planning.measure",
+    "plan": "sparda_jax.planning.plan",
+    "recorded_rates": "sparda_jax.planning.rates",
+    "selector_names": "sparda_jax.sparse.selectors",
+    "stream": "sparda_jax.engine.api",
+    "stream_chat": "sparda_jax.engine.chat",
+    "with_attention": "sparda_jax.loading",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,20 +8,23 @@ import dataclasses
 import json
 import sys
 
-import jax
+from sparda_jax.cli.starting import interrupt_ends
 
-from sparda_jax.checks import (
-    ConfigError,
-    integer,
-    one_line,
-    optional,
-    require,
-    shown,
-    text,
-)
-from train.command import run_command
-from train.config import load_config, with_overrides
-from train.run import train
+with interrupt_ends("interrupted"):
+    import jax
+
+    from sparda_jax.checks import (
+        ConfigError,
+        integer,
+        one_line,
+        optional,
+        require,
+        shown,
+        text,
+    )
+    from train.command import run_command
+    from train.config import load_config, with_overrides
+    from train.run import train
 
 
 def _parser() -> argparse.ArgumentParser:

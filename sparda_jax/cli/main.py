@@ -15,6 +15,7 @@ from sparda_jax.cli.generate import EXAMPLES, add_generate_parser
 from sparda_jax.cli.models import add_models_parser
 from sparda_jax.cli.options import HelpFormatter, Parser
 from sparda_jax.cli.plan import add_plan_parser
+from sparda_jax.cli.starting import interrupt_ends
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,7 +53,8 @@ def _train(argv: Sequence[str]) -> int:
     problem = "the trainer is not installed"
     for entry in found:
         try:
-            run: Callable[[list[str]], int] = entry.load()
+            with interrupt_ends("sparda: interrupted"):
+                run: Callable[[list[str]], int] = entry.load()
         except ImportError as error:
             problem = f"a package is missing ({error.name})"
             break

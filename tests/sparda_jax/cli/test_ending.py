@@ -67,28 +67,65 @@ def test_a_closed_pipe_is_no_fault():
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+# Whoever is started in the background is started with Ctrl-C ignored.
+_HEEDS_INTERRUPTS = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
 _WAITING = """
 import time
 from sparda_jax.cli import main as cli
-def wait(argv):
+def wait():
     print("ready", flush=True)
     time.sleep(60)
-cli.sj.configure_offload = lambda: wait(None)
+cli.sj.configure_offload = wait
 raise SystemExit(cli.main(["models"]))
+"""
+_STARTING = """
+import runpy
+runpy.run_module({module!r}, run_name="__main__")
 """
 
 
-def test_an_interrupt_is_one_line():
+def _interrupt(script: str, **settings) -> tuple[int, bytes]:
+    """The status of a script that is interrupted where it says so, and its error."""
     with subprocess.Popen(
-        [sys.executable, "-c", _WAITING],
-        cwd=ROOT,
+        [sys.executable, "-c", _HEEDS_INTERRUPTS + script],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        **settings,
     ) as process:
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=60)
-    assert (process.returncode, told) == (130, b"sparda: interrupted\n")
+    return process.returncode, told
+
+
+def test_an_interrupt_is_one_line():
+    assert _interrupt(_WAITING, cwd=ROOT) == (130, b"sparda: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("module", "told"),
+    [
+        ("sparda_jax.cli", b"sparda: interrupted\n"),
+        ("train.main", b"interrupted\n"),
+    ],
+)
+def test_an_interrupt_while_jax_is_imported_is_one_line(tmp_path, module, told):
+    (tmp_path / "jax.py").write_text(
+        "import time\n"
+        "try:\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(60)\n"
+        "except BaseException:\n"  # as an import that is optional
+        "    pass\n"
+    )
+    path = os.pathsep.join((str(tmp_path), str(ROOT)))
+    found = _interrupt(
+        _STARTING.format(module=module), env={**os.environ, "PYTHONPATH": path}
+    )
+    assert found == (130, told)
 
 
 def test_a_path_may_hold_bytes_that_are_not_utf8():
