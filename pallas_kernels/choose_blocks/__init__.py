@@ -1,5 +1,6 @@
 """The best blocks of each row of scores."""
 
 from pallas_kernels.choose_blocks.api import choose_blocks
+from pallas_kernels.choose_blocks.forced import Forced
 
-__all__ = ["choose_blocks"]
+__all__ = ["Forced", "choose_blocks"]

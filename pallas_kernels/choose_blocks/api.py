@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common import validation
+from pallas_kernels.choose_blocks.forced import Forced
 from pallas_kernels.dispatch import Implementation, dispatch
 
 OP = "choose_blocks"
@@ -17,6 +18,7 @@ def choose_blocks(
     own: Int[Array, "*#rows"],
     *,
     budget: int,
+    forced: Forced | None = None,
     implementation: Implementation | None = None,
 ) -> Int[Array, "*rows P"]:
     """Lists the ``budget`` best blocks of each row of scores.
@@ -25,10 +27,13 @@ def choose_blocks(
     otherwise. Among equal scores the lowest block number wins. No gradient passes.
 
     Args:
-      scores: float32, +inf for forced blocks, -inf for those not to be chosen; no NaN.
+      scores: float32, -inf for blocks not to be chosen. Without ``forced`` +inf is for
+        forced blocks, and none is NaN.
       own: int32 number of each row's own block; a later one that is among the best is
         replaced by -1.
       budget: how many blocks each row lists (P).
+      forced: blocks that every row takes and leaves whatever their scores, which may
+        then be NaN (ranked last) or +inf (ranked behind forced blocks).
       implementation: "triton" or "xla"; None for the recorded choice of this device
         kind. A named implementation never falls back.
 
@@ -43,6 +48,8 @@ def choose_blocks(
     validation.require_dtype("scores", scores, jnp.float32)
     validation.require_integer("own", own)
     validation.require_positive("budget", budget)
+    if forced is not None:
+        forced.check()
     rows = scores.shape[:-1]
     if own.ndim != len(rows) or any(
         size not in (1, whole) for size, whole in zip(own.shape, rows, strict=True)
@@ -62,9 +69,11 @@ def choose_blocks(
         if name == "triton":
             from pallas_kernels.choose_blocks import pallas_triton
 
-            return pallas_triton.choose_blocks_triton(scores, own, budget=budget)
+            return pallas_triton.choose_blocks_triton(
+                scores, own, budget=budget, forced=forced
+            )
         from pallas_kernels.choose_blocks.xla import choose_blocks_xla
 
-        return choose_blocks_xla(scores, own, budget=budget)
+        return choose_blocks_xla(scores, own, budget=budget, forced=forced)
 
     return dispatch(OP, implementation, run)

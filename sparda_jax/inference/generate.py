@@ -156,12 +156,8 @@ def prefill_and_sample(
         request.rope,
         settings,
         tile_size=tile_size,
-        # A call that samples nothing is followed by another one of the same prompt.
-        ends=fresh & (request.max_new > state.generated),
     )
-    counts = block_counts(
-        carry, state.lengths, count, tokens.shape[1], settings, decoding=False
-    )
+    counts = block_counts(carry, state.lengths, count, tokens.shape[1], settings)
     last = jnp.maximum(count - 1, 0)[:, None, None]
     hidden = jnp.take_along_axis(carry.hidden, last, axis=1)[:, 0]
     state = state._replace(
@@ -216,7 +212,7 @@ def after_step(
     """
     active = ~state.done
     fed = active.astype(jnp.int32)
-    counts = block_counts(carry, state.lengths, fed, 1, settings, decoding=True)
+    counts = block_counts(carry, state.lengths, fed, 1, settings)
     state = state._replace(
         cache=carry.cache,
         lengths=state.lengths + fed,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.choose_blocks.api import choose_blocks
+from pallas_kernels.choose_blocks.forced import Forced
 from sparda_jax.config import SparseConfig
 
 
@@ -23,24 +24,21 @@ class SelectionTile:
 
     Attributes:
       q: Queries after RoPE [B, T, N, H]; None while the layer before looks ahead.
-      forecast: What the layer before made of these tokens for this one, or None: a
-        query [B, T, K, H] as a rule, or block scores (`Selector.hands_on_scores`).
+      forecast: Forecasts of the layer before for these tokens [B, T, K, H], or None.
       positions: [B, T].
       length: Keys that each row holds once its whole prompt or step is in [B].
       index: The selector's index of the layer, by part.
       num_blocks: M, blocks of capacity per row.
       decoding: The tile is one decode step.
-      layer: The layer's number.
     """
 
     q: Float[Array, "B T N H"] | None
-    forecast: Float[Array, "B T heads F"] | None
+    forecast: Float[Array, "B T K H"] | None
     positions: Int[Array, "B T"]
     length: Int[Array, " B"]
     index: dict[str, Any]
     num_blocks: int = dataclasses.field(metadata={"static": True})
     decoding: bool = dataclasses.field(metadata={"static": True})
-    layer: int | Int[Array, ""] = 0
 
     @property
     def windows(self) -> Float[Array, "B K W H"]:
@@ -163,15 +161,22 @@ def top_blocks(
     query_block: Int[Array, "B #K T"],
     length: Int[Array, " B"],
     sparse: SparseConfig,
+    *,
+    force: bool = False,
 ) -> Int[Array, "B K T P"]:
     """The best blocks of each row, in any order; −1 where there is none (§2.4).
 
-    Rows shorter than `dense_len` take all their blocks instead.
+    Rows shorter than `dense_len` take all their blocks instead. With `force` the scores
+    are not yet those of `force_blocks`: the choice then does its work on the way.
     """
     width = budget_width(sparse, scores.shape[-1])
     budget = min(sparse.block_budget, width)
-    lists = choose_blocks(scores, query_block, budget=budget)
-    if sparse.dense_len == 0:
+    forced = None
+    if force:
+        local = sparse.local_blocks + 1
+        forced = Forced(sparse.init_blocks, local, sparse.mask_future_blocks)
+    lists = choose_blocks(scores, query_block, budget=budget, forced=forced)
+    if sparse.dense_len <= 0:
         return lists
     lists = jnp.pad(lists, ((0, 0),) * 3 + ((0, width - budget),), constant_values=-1)
     block = jnp.arange(width, dtype=jnp.int32)

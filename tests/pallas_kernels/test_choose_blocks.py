@@ -13,6 +13,7 @@ from kernel_cases import in_ci
 
 from pallas_kernels import choose_blocks
 from pallas_kernels.choose_blocks.arg_specs import ARG_SPECS
+from pallas_kernels.choose_blocks.forced import Forced
 from pallas_kernels.choose_blocks.pallas_triton import (
     MOST_BLOCKS,
     Config,
@@ -26,8 +27,18 @@ specs = pytest.mark.parametrize("spec", CI_SPECS, ids=lambda s: s.name)
 
 def _want(args):
     return choose_blocks_reference(
-        np.asarray(args["scores"]), np.asarray(args["own"]), args["budget"]
+        np.asarray(args["scores"]),
+        np.asarray(args["own"]),
+        args["budget"],
+        args.get("forced"),
     )
+
+
+def _bound(args, implementation):
+    """A function of the call's arrays, and the arrays."""
+    fixed = {k: v for k, v in args.items() if k not in ("scores", "own")}
+    call = functools.partial(choose_blocks, implementation=implementation, **fixed)
+    return call, {k: args[k] for k in ("scores", "own")}
 
 
 def _same(got, want):
@@ -37,18 +48,15 @@ def _same(got, want):
 @specs
 def test_xla(spec):
     args = spec.make()
-    budget = args.pop("budget")
-    call = functools.partial(choose_blocks, budget=budget, implementation="xla")
-    _same(jax.jit(call)(**args), _want(args | {"budget": budget}))
+    call, arrays = _bound(args, "xla")
+    _same(jax.jit(call)(**arrays), _want(args))
 
 
 @specs
 def test_triton_in_the_interpreter(spec):
     args = spec.make()
     own = jnp.broadcast_to(args["own"], args["scores"].shape[:-1])
-    got = choose_blocks_triton(
-        args["scores"], own, budget=args["budget"], interpret=True
-    )
+    got = choose_blocks_triton(**args | {"own": own}, interpret=True)
     _same(got, _want(args))
 
 
@@ -57,12 +65,9 @@ def test_triton_in_the_interpreter(spec):
 @pytest.mark.parametrize("spec", ARG_SPECS, ids=lambda s: s.name)
 def test_native(spec, implementation):
     args = spec.make()
-    budget = args.pop("budget")
-    call = functools.partial(
-        choose_blocks, budget=budget, implementation=implementation
-    )
-    first, again = jax.jit(call)(**args), jax.jit(call)(**args)
-    _same(first, _want(args | {"budget": budget}))
+    call, arrays = _bound(args, implementation)
+    first, again = jax.jit(call)(**arrays), jax.jit(call)(**arrays)
+    _same(first, _want(args))
     np.testing.assert_array_equal(first, again)
 
 
@@ -133,6 +138,7 @@ def test_refusals():
         ({"own": jnp.zeros((2, 2, 1))}, "own has dtype"),
         ({"own": jnp.zeros((2, 3, 1), jnp.int32)}, "own has shape"),
         ({"budget": -1}, "budget is -1"),
+        ({"forced": Forced(-1, 2)}, "forced.first is -1"),
     ],
 )
 def test_bad_arguments(change, message, without_type_checks):

@@ -45,7 +45,7 @@ OPS = {
         extra={"return_lse": True},
     ),
     "choose_blocks": Op(
-        pallas_kernels.choose_blocks, ("triton",), ("decode", "one"), typed=False
+        pallas_kernels.choose_blocks, ("triton",), ("forced", "one"), typed=False
     ),
     "commit_blocks": Op(
         pallas_kernels.commit_blocks,
