@@ -316,7 +316,8 @@ def write_back_layer(
       cache: The cache.
       index: The layer, counted among the offloaded ones.
       working: The layer's cache with the new tokens in it.
-      last: The block lists of each row's last token, or None when it read all blocks.
+      last: The block lists of each row's last token, or None when it read all blocks:
+        then the newest ones stay, as many as there are slots.
       start: Tokens that each row held before.
       count: New tokens of each row; a row without any keeps its slots.
     """
@@ -338,8 +339,10 @@ def write_back_layer(
 
     held = -(-end // block)
     if last is None or slots == blocks:
-        own = jnp.arange(slots) < held[:, None]
-        wanted = jnp.where(own, jnp.arange(slots), -1)[:, None]
+        slot = jnp.arange(slots)
+        block_of = slot if slots == blocks else held[:, None] - 1 - slot
+        own = (block_of >= 0) & (block_of < held[:, None])
+        wanted = jnp.where(own, block_of, -1)[:, None]
         wanted = jnp.broadcast_to(wanted, (batch, heads, slots))
     else:
         padding = slots - last.shape[-1]

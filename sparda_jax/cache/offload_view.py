@@ -95,7 +95,7 @@ class OffloadView(NamedTuple):
     def select(
         self,
         q: Float[Array, "B 1 N H"],
-        forecast: Float[Array, "B 1 K H"] | None,
+        forecast: Float[Array, "B 1 heads F"] | None,
         tile: TileState,
         settings: LayerSettings,
     ) -> "OffloadView":
@@ -107,6 +107,13 @@ class OffloadView(NamedTuple):
             return self._replace(own_blocks=own)
         blocks = self._choose(settings.chooser, q, forecast, tile, settings)
         return self if blocks is None else self._plan(blocks, tile, settings)
+
+    def own_scores(
+        self, q: Float[Array, "B 1 N H"], tile: TileState, settings: LayerSettings
+    ) -> Float[Array, "B K 1 M"]:
+        """Block scores of the layer's own queries, to be handed on."""
+        seen = tile.selection(self.layer_cache.index, self.layer_in_stack, q=q)
+        return settings.score_by_own_query(seen)
 
     def order(
         self, q: Float[Array, "B 1 N H"], lookahead: Lookahead, settings: LayerSettings
@@ -162,7 +169,7 @@ class OffloadView(NamedTuple):
         self,
         selector: Selector,
         q: Float[Array, "B 1 N H"],
-        forecast: Float[Array, "B 1 K H"] | None,
+        forecast: Float[Array, "B 1 heads F"] | None,
         tile: TileState,
         settings: LayerSettings,
     ) -> Int[Array, "B K P"] | None:

@@ -120,7 +120,7 @@ class NextLayer(NamedTuple):
 
     def plan(
         self,
-        forecast: Float[Array, "B 1 K H"] | None,
+        forecast: Float[Array, "B 1 heads F"] | None,
         tile: TileState,
         settings: LayerSettings,
     ) -> BlockFetch:
@@ -131,7 +131,9 @@ class NextLayer(NamedTuple):
         is the same (§4.4).
         """
         layer, place = self.layer_cache, self.layer_in_stack
-        seen = tile.selection(layer.index, place, forecast=forecast)
+        seen = tile.in_layer(tile.layer + 1).selection(
+            layer.index, place, forecast=forecast
+        )
         blocks = settings.selector.select(seen, settings.config, settings.sparse)
         assert blocks is not None
         return plan_fetch(
@@ -163,7 +165,7 @@ class Lookahead(NamedTuple):
 
     def plan_next(
         self,
-        forecast: Float[Array, "B T K H"] | None,
+        forecast: Float[Array, "B T heads F"] | None,
         tile: TileState,
         settings: LayerSettings,
     ) -> "Lookahead":

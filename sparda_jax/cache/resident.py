@@ -14,15 +14,17 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
 from sparda_jax.sparse.index import (
     IndexShape,
     IndexState,
     Indices,
+    PromptEnd,
     TokenKV,
     append_to_index,
+    end_prefill_of_index,
     grow_index,
     init_index,
 )
@@ -233,6 +235,32 @@ def append_tokens(
         assert new.key_bias is not None
         key_bias = write(key_bias, new.key_bias)
     return LayerCache(kv=kv, key_bias=key_bias, index=index)
+
+
+def end_prefill(
+    cache: LayerCache,
+    layer: int | Int[Array, ""],
+    *,
+    start: Int[Array, " B"],
+    length: Int[Array, " B"],
+    ends: Bool[Array, " B"],
+    sparse: SparseConfig,
+    indices: Indices,
+) -> LayerCache:
+    """The cache once a prefill call has run all of a layer's tiles (`PromptEnd`).
+
+    Args:
+      cache: The cache that holds the layer.
+      layer: The layer's index inside it.
+      start: Tokens that each row held before the call.
+      length: Tokens that each row holds now.
+      ends: Rows whose prompt ends with the call.
+      sparse: Block and window sizes.
+      indices: What the selector keeps of the keys.
+    """
+    end = PromptEnd(cache.kv, cache.key_bias, layer, start, length, ends)
+    index = end_prefill_of_index(indices, cache.index, layer, end, sparse)
+    return cache._replace(index=index)
 
 
 def pad_blocks(array: Array, size: int, value: int = 0) -> Array:

@@ -47,7 +47,7 @@ class ResidentView(NamedTuple):
     def select(
         self,
         q: Float[Array, "B T N H"],
-        forecast: Float[Array, "B T K H"] | None,
+        forecast: Float[Array, "B T heads F"] | None,
         tile: TileState,
         settings: LayerSettings,
     ) -> "ResidentView":
@@ -58,6 +58,13 @@ class ResidentView(NamedTuple):
             seen, settings.config, settings.sparse, settings.implementation
         )
         return self._replace(blocks=blocks)
+
+    def own_scores(
+        self, q: Float[Array, "B T N H"], tile: TileState, settings: LayerSettings
+    ) -> Float[Array, "B K T M"]:
+        """Block scores of the layer's own queries, to be handed on."""
+        seen = tile.selection(self.layer_cache.index, self.layer_in_stack, q=q)
+        return settings.score_by_own_query(seen)
 
     def order(
         self, q: Float[Array, "B T N H"], lookahead: Lookahead, settings: LayerSettings

@@ -69,6 +69,11 @@ class LayerSettings:
         """The selector with the layer's own queries in place of the forecast."""
         return self.selector.by_own_query()
 
+    def score_by_own_query(self, seen: SelectionTile) -> Float[Array, "B K T M"]:
+        """Block scores of a tile by the layer's own queries."""
+        implementation = None if seen.decoding else self.implementation
+        return self.own_query.score(seen, self.config, self.sparse, implementation)
+
     @property
     def chooser(self) -> Selector:
         """Who has the last word: the own queries when a forecast is verified."""
@@ -88,6 +93,7 @@ class TileState:
       rope_cos_sin: cos and sin of the tile's tokens.
       num_blocks: M, blocks of capacity per row.
       decoding: The tile is one decode step.
+      layer: The number of the layer that it is in.
     """
 
     start: Int[Array, " B"]
@@ -96,6 +102,11 @@ class TileState:
     rope_cos_sin: RopeCosSin
     num_blocks: int = dataclasses.field(metadata={"static": True})
     decoding: bool = dataclasses.field(metadata={"static": True})
+    layer: int | Int[Array, ""] = 0
+
+    def in_layer(self, number: int | Int[Array, ""]) -> "TileState":
+        """The same tile in another layer."""
+        return dataclasses.replace(self, layer=number)
 
     def positions(self, steps: int) -> Int[Array, "B T"]:
         """Positions of the tile's tokens."""
@@ -107,7 +118,7 @@ class TileState:
         layer: int | Int[Array, ""],
         *,
         q: Float[Array, "B T N H"] | None = None,
-        forecast: Float[Array, "B T K H"] | None = None,
+        forecast: Float[Array, "B T heads F"] | None = None,
     ) -> SelectionTile:
         """What a selector sees of the tile.
 
@@ -115,7 +126,7 @@ class TileState:
           index: The selector's index, of one layer or of all.
           layer: Index on its leading axis.
           q: The tile's queries; None one layer ahead.
-          forecast: The query that the layer before made for this one, or None.
+          forecast: What the layer before made for this one, or None.
         """
         query = forecast if q is None else q
         steps = 1 if query is None else query.shape[1]
@@ -127,4 +138,5 @@ class TileState:
             index=jax.tree.map(lambda x: x[layer], index),
             num_blocks=self.num_blocks,
             decoding=self.decoding,
+            layer=self.layer,
         )

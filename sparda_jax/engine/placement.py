@@ -189,10 +189,6 @@ def _without_effect(lm: LanguageModel, cache: CacheConfig) -> list[str]:
     ]
     if lm.cache.kind == "resident" and given:
         return [f"no effect on a resident cache: {', '.join(given)}"]
-    if (
-        cache.kind == "offload"
-        and cache.recall_every
-        and not lm.selector.needs_forecast
-    ):
+    if cache.kind == "offload" and cache.recall_every and not lm.selector.looks_ahead:
         return [f"no effect without a forecast: recall_every={cache.recall_every}"]
     return []

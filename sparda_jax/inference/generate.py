@@ -156,8 +156,12 @@ def prefill_and_sample(
         request.rope,
         settings,
         tile_size=tile_size,
+        # A call that samples nothing is followed by another one of the same prompt.
+        ends=fresh & (request.max_new > state.generated),
     )
-    counts = block_counts(carry, state.lengths, count, tokens.shape[1], settings)
+    counts = block_counts(
+        carry, state.lengths, count, tokens.shape[1], settings, decoding=False
+    )
     last = jnp.maximum(count - 1, 0)[:, None, None]
     hidden = jnp.take_along_axis(carry.hidden, last, axis=1)[:, 0]
     state = state._replace(
@@ -212,7 +216,7 @@ def after_step(
     """
     active = ~state.done
     fed = active.astype(jnp.int32)
-    counts = block_counts(carry, state.lengths, fed, 1, settings)
+    counts = block_counts(carry, state.lengths, fed, 1, settings, decoding=True)
     state = state._replace(
         cache=carry.cache,
         lengths=state.lengths + fed,

@@ -10,7 +10,8 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from sparda_jax.cache.offload_view import OffloadView
 from sparda_jax.cache.prefetch import Lookahead
@@ -30,10 +31,12 @@ class LayerBlock(NamedTuple):
       weights: The layer's own.
       next_query: Weights of the query that the selector makes for the next layer, a
         Forecast head for one; or None.
+      number: The layer's number.
     """
 
     weights: DecoderLayer
     next_query: Any | None
+    number: int | Int[Array, ""]
 
 
 class LayerMiddle(NamedTuple):
@@ -42,14 +45,14 @@ class LayerMiddle(NamedTuple):
     Attributes:
       hidden: The layer's input [B, T, D].
       q: Queries after RoPE [B, T, N, H].
-      forecast: Forecast for the next layer [B, T, K, H], or None.
+      forecast: What it makes for the next layer's choice, or None.
       view: The layer's cache, its blocks chosen.
       lookahead: The next layer's fetch, planned.
     """
 
     hidden: Float[Array, "B T D"]
     q: Float[Array, "B T N H"]
-    forecast: Float[Array, "B T K H"] | None
+    forecast: Float[Array, "B T heads F"] | None
     view: CacheView
     lookahead: Lookahead
 
@@ -59,13 +62,13 @@ class LayerOutput(NamedTuple):
 
     Attributes:
       hidden: Hidden states [B, T, D].
-      forecast: Forecast for the next layer [B, T, K, H], or None.
+      forecast: What it makes for the next layer's choice, or None.
       view: The layer's cache with the tile's tokens.
       lookahead: The next layer's fetch, under way.
     """
 
     hidden: Float[Array, "B T D"]
-    forecast: Float[Array, "B T K H"] | None
+    forecast: Float[Array, "B T heads F"] | None
     view: CacheView
     lookahead: Lookahead
 
@@ -73,24 +76,30 @@ class LayerOutput(NamedTuple):
 def layer_before_fetch(
     block: LayerBlock,
     h: Float[Array, "B T D"],
-    forecast: Float[Array, "B T K H"] | None,
+    forecast: Float[Array, "B T heads F"] | None,
     view: CacheView,
     lookahead: Lookahead,
     tile: TileState,
     settings: LayerSettings,
 ) -> LayerMiddle:
     """The layer up to the blocks that must be fetched; see `decoder_layer`."""
+    tile, selector = tile.in_layer(block.number), settings.selector
     x, q, k, v, key_bias = before_attention(
         block.weights, settings.config, h, tile.rope_cos_sin
     )
-    next_forecast = None
-    if block.next_query is not None:
-        next_forecast = settings.selector.next_query(
-            block.next_query, x, tile.rope_cos_sin
-        )
+    new, next_forecast = TokenKV(k, v, key_bias, q), None
+    # Where nothing was made for this layer, nobody asks for the next one either.
+    asked = forecast is not None
+    if asked and selector.hands_on_scores:
+        # They need this tile in this layer's index, and nothing of the next one's.
+        view = view.append(new, tile, settings)
+        next_forecast = jnp.swapaxes(view.own_scores(q, tile, settings), 1, 2)
+    elif asked and block.next_query is not None:
+        next_forecast = selector.next_query(block.next_query, x, tile.rope_cos_sin)
     lookahead = lookahead.plan_next(next_forecast, tile, settings)
     view, lookahead = view.behind(lookahead)
-    view = view.append(TokenKV(k, v, key_bias, q), tile, settings)
+    if not (asked and selector.hands_on_scores):
+        view = view.append(new, tile, settings)
     view = view.select(q, forecast, tile, settings)
     return LayerMiddle(h, q, next_forecast, view, lookahead)
 
@@ -99,6 +108,7 @@ def layer_after_fetch(
     block: LayerBlock, middle: LayerMiddle, tile: TileState, settings: LayerSettings
 ) -> LayerOutput:
     """The rest of the layer, which needs the fetched blocks; see `decoder_layer`."""
+    tile = tile.in_layer(block.number)
     h, q, next_forecast, view, lookahead = middle
     view, lookahead = view.commit(q, lookahead, tile, settings)
     attended = view.attend(q, tile, settings)
@@ -112,7 +122,7 @@ def layer_after_fetch(
 def decoder_layer(
     block: LayerBlock,
     h: Float[Array, "B T D"],
-    forecast: Float[Array, "B T K H"] | None,
+    forecast: Float[Array, "B T heads F"] | None,
     view: CacheView,
     lookahead: Lookahead,
     tile: TileState,
@@ -123,7 +133,7 @@ def decoder_layer(
     Args:
       block: The layer's weights.
       h: Hidden states.
-      forecast: Forecasts of the layer before for this layer's selection, or None.
+      forecast: What the layer before made for this layer's selection, or None.
       view: The layer's cache, before the tile.
       lookahead: The next layer, if this one shall look ahead for it.
       tile: Where the tile stands.

@@ -13,7 +13,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from sparda_jax.cache.offload import (
     OffloadCache,
@@ -22,7 +22,7 @@ from sparda_jax.cache.offload import (
     write_back_layer,
 )
 from sparda_jax.cache.prefetch import Lookahead
-from sparda_jax.cache.resident import KVCache, LayerCache
+from sparda_jax.cache.resident import KVCache, LayerCache, end_prefill
 from sparda_jax.cache.resident_view import ResidentView
 from sparda_jax.cache.settings import LayerSettings, TileState
 from sparda_jax.inference.stack import (
@@ -49,6 +49,7 @@ def prefill(
     *,
     tile_size: int,
     capture: bool = False,
+    ends: Bool[Array, " B"] | None = None,
 ) -> StackCarry:
     """Appends `count` tokens of every row to the cache and runs them.
 
@@ -63,6 +64,7 @@ def prefill(
       settings: The model and how to attend.
       tile_size: Query tokens per tile; the result does not depend on it.
       capture: Also return the block lists (for tests and evaluation: T×P memory).
+      ends: Rows whose prompt ends with this call; None for all that have tokens.
 
     Returns:
       The carry after the last layer: hidden states [B, T, D] (garbage behind each row's
@@ -80,6 +82,7 @@ def prefill(
     padded = padded_length(width, tile_size)
     tokens = jnp.pad(tokens, ((0, 0), (0, padded - width)))
     needed = -(-jnp.max(count) // tile_size)
+    ends = count > 0 if ends is None else ends
 
     rope_cos_sin = rope_cos_sin_at(rope, start[:, None] + jnp.arange(padded))
 
@@ -126,7 +129,17 @@ def prefill(
             return activations, view.layer_cache, last
 
         loop = (activations, view.layer_cache, last)
-        return jax.lax.fori_loop(0, needed, on_tile, loop)
+        activations, layer_cache, last = jax.lax.fori_loop(0, needed, on_tile, loop)
+        layer_cache = end_prefill(
+            layer_cache,
+            place,
+            start=start,
+            length=start + count,
+            ends=ends,
+            sparse=settings.sparse,
+            indices=settings.indices,
+        )
+        return activations, layer_cache, last
 
     def resident(
         carry: StackCarry, layer: DecoderLayer, layer_index: int | Array
@@ -154,7 +167,8 @@ def prefill(
             return carry._replace(activations=activations, cache=cache), scratch
         index = layer_index - cache.resident_layers
         view, last = ResidentView(load_layer(cache, index, scratch, start), 0), None
-        if settings.selector.lists_blocks(cache.num_blocks, settings.sparse):
+        selector, blocks = settings.selector, cache.num_blocks
+        if selector.lists_blocks(blocks, settings.sparse, decoding=False):
             width = settings.selector.list_width(cache.num_blocks, settings.sparse)
             last = jnp.full((*cache.store.lead[1:3], width), -1, jnp.int32)
         activations, layer_cache, last = run_tiles(

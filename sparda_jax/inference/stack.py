@@ -31,13 +31,14 @@ class LayerActivations(NamedTuple):
 
     Attributes:
       hidden: Hidden states [B, T, D].
-      forecast: Forecasts of the layer before [B, T, K, H], or None.
+      forecast: What the layer before made for this one's choice: forecasts
+        [B, T, K, H] as a rule, or block scores; None for nothing.
       attended: KV blocks read so far; stays 0 while all causal blocks are read.
       blocks: Captured block lists [L, B, K, T, P], or None.
     """
 
     hidden: Float[Array, "B T D"]
-    forecast: Float[Array, "B T K H"] | None
+    forecast: Float[Array, "B T heads F"] | None
     attended: WideCount
     blocks: Int[Array, "L B K T P"] | None
 
@@ -80,13 +81,10 @@ def start_stack(
     """Embeds the tokens and makes layer 0's own forecast (specification §4.2)."""
     config = settings.config
     h = embed(model, tokens, model.embedding[...].dtype)
-    forecast = blocks = None
-    weights = settings.selector.next_query_weights(model, 0)
-    if weights is not None:
-        x = rms_norm(h, model.first_attention_norm(), config.rms_norm_eps)
-        forecast = settings.selector.next_query(weights, x, tile.rope_cos_sin)
+    blocks = None
+    forecast = _first_forecast(model, h, cache.num_blocks, tile, settings)
     if capture:
-        width = _captured_width(cache.num_blocks, settings)
+        width = _captured_width(cache.num_blocks, tile, settings)
         shape = (config.num_layers, tokens.shape[0], config.num_kv_heads)
         blocks = jnp.full((*shape, tokens.shape[1], width), -1, jnp.int32)
     fetches = None
@@ -96,10 +94,36 @@ def start_stack(
     return StackCarry(activations, cache, None, fetches)
 
 
-def _captured_width(num_blocks: int, settings: LayerSettings) -> int:
+def _first_forecast(
+    model: Decoder,
+    h: Float[Array, "B T D"],
+    num_blocks: int,
+    tile: TileState,
+    settings: LayerSettings,
+) -> Float[Array, "B T heads F"] | None:
+    """What layer 0 chooses by: its own forecast, or None."""
+    config, selector = settings.config, settings.selector
+    if selector.dense_prefill and not tile.decoding:
+        return None
+    if selector.hands_on_scores:
+        if not selector.lists_blocks(num_blocks, settings.sparse):
+            return None
+        # Nobody hands layer 0 any: it takes its own.
+        shape = (*h.shape[:2], config.num_kv_heads, num_blocks)
+        return jnp.zeros(shape, jnp.float32)
+    weights = selector.next_query_weights(model, 0)
+    if weights is None:
+        return None
+    x = rms_norm(h, model.first_attention_norm(), config.rms_norm_eps)
+    return selector.next_query(weights, x, tile.rope_cos_sin)
+
+
+def _captured_width(num_blocks: int, tile: TileState, settings: LayerSettings) -> int:
     """Blocks of a captured list."""
     if settings.selector.dense:
         return budget_width(settings.sparse, num_blocks)
+    if settings.selector.dense_prefill and not tile.decoding:
+        return num_blocks
     return settings.selector.list_width(num_blocks, settings.sparse)
 
 
@@ -200,7 +224,7 @@ def layer_block(
 ) -> LayerBlock:
     """A layer's weights, with those of the query that it makes for the next one."""
     weights = settings.selector.next_query_weights(model, layer_index + 1)
-    return LayerBlock(layer, weights)
+    return LayerBlock(layer, weights, layer_index)
 
 
 def layer_on_tile(
@@ -328,6 +352,8 @@ def block_counts(
     count: Int[Array, " B"],
     width: int,
     settings: LayerSettings,
+    *,
+    decoding: bool,
 ) -> BlockCounts:
     """Blocks read and present for `count` tokens from `start` on in every row."""
     config = settings.config
@@ -335,5 +361,7 @@ def block_counts(
     blocks = (start[:, None] + token) // settings.sparse.block_size + 1
     blocks = jnp.where(token < count[:, None], blocks, 0)
     present = WideCount.total(blocks * (config.num_kv_heads * config.num_layers))
-    lists = settings.selector.lists_blocks(carry.cache.num_blocks, settings.sparse)
+    lists = settings.selector.lists_blocks(
+        carry.cache.num_blocks, settings.sparse, decoding=decoding
+    )
     return BlockCounts(carry.activations.attended if lists else present, present)

@@ -259,12 +259,12 @@ def _tile_scratch(
     if not sparse.mask_future_blocks:
         tile = shapes.prompt
     blocks = shapes.capacity // sparse.block_size
-    windows = blocks * sparse.windows_per_block
-    lists = settings.selector.lists_blocks(blocks, sparse)
+    windows = blocks * settings.selector.scores_held(sparse)
+    lists = settings.selector.lists_blocks(blocks, sparse, decoding=False)
     rows = batch * tile
     hidden, q = rows * config.hidden_size * size, rows * heads * dim * size
     kv = 2 * rows * kv_heads * dim * size
-    forecast = rows * kv_heads * dim * size if settings.selector.needs_forecast else 0
+    forecast = rows * settings.selector.ahead_bytes(config, blocks, size)
 
     attend = hidden + q
     attend += block_sparse_attention.scratch_bytes(
@@ -349,7 +349,9 @@ def _decode_scratch(
     )
     per_token = settings.selector.scored_heads(config, sparse, decoding=True)
     choose = (
-        2 * batch * per_token * blocks * sparse.windows_per_block * 4 if lists else 0
+        2 * batch * per_token * blocks * settings.selector.scores_per_block(sparse) * 4
+        if lists
+        else 0
     )
     mlp = batch * (3 * config.ffn_size + 2 * config.hidden_size) * size
     # Float32 logits, once as the head gives them and once as sampling sorts them.
@@ -407,12 +409,13 @@ def memory_plan(
         staging = area * (2 if offload.lookahead else 1)
     padded = padded_length(shapes.prompt, shapes.tile)
     rows = batch * padded
-    forecasts = config.num_kv_heads if settings.selector.needs_forecast else 0
-    states = rows * (config.hidden_size + forecasts * config.head_dim) * size
+    ahead = settings.selector.ahead_bytes(config, blocks, size)
+    states = rows * (config.hidden_size * size + ahead)
     rotation = rows * config.head_dim * 4
     copy = 0
     if storage == "stacked":
-        copy = layer + (heads // config.num_layers if forecasts else 0)
+        needed = settings.selector.needs_forecast
+        copy = layer + (heads // config.num_layers if needed else 0)
     scratch = 0
     if offload is not None:
         scratch = batch * config.num_kv_heads * blocks * block_bytes

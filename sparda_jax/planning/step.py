@@ -97,7 +97,7 @@ def step_time(
     per_key = 4 * config.group_size * config.head_dim
     flops += heads * attended * block * per_key
     if lists:
-        windows = held * sparse.windows_per_block
+        windows = held * selector.scores_per_block(sparse)
         scored = selector.scored_heads(config, sparse, decoding=True)
         if scored:
             moved += heads * windows * config.head_dim * size

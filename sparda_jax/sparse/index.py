@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sparda_jax.config import SparseConfig
 
@@ -29,12 +29,34 @@ class TokenKV(NamedTuple):
     q: Float[Array, "B T N H"] | None = None
 
 
+class PromptEnd(NamedTuple):
+    """A layer's cache when a prefill call has run all of its tiles.
+
+    Attributes:
+      kv: The layer's blocks, of one layer or of all.
+      key_bias: NOSA's c per token, or None.
+      layer: Index on their leading axis.
+      start: Tokens that each row held before the call.
+      length: Tokens that each row holds now.
+      ends: Rows whose prompt ends with this call; the others go on in a further one, or
+        had no tokens in it.
+    """
+
+    kv: Float[Array, "layers B K M block 2 H"]
+    key_bias: Float[Array, "layers B K M block"] | None
+    layer: int | Int[Array, ""]
+    start: Int[Array, " B"]
+    length: Int[Array, " B"]
+    ends: Bool[Array, " B"]
+
+
 @dataclasses.dataclass(frozen=True)
 class IndexShape:
     """Sizes of an index.
 
     Attributes:
       layers, batch, kv_heads, blocks: Leading axes, and blocks of capacity per row.
+        Every array of a state leads with layers and rows.
       head_dim: H.
       dtype: Type of the keys.
     """
@@ -71,6 +93,23 @@ class IndexPart:
         """
         raise NotImplementedError
 
+    def end_prefill(
+        self,
+        state: Any,
+        layer: int | Int[Array, ""],
+        end: PromptEnd,
+        *,
+        sparse: SparseConfig,
+    ) -> Any:
+        """The state once a prefill call has run all of a layer's tiles.
+
+        For what is settled once, by a whole prompt. It may read all keys of the layer;
+        queries it must have kept by itself in `append`, so that a prompt may be cut
+        into calls. Rows that are not in `end.ends` must stay as they are.
+        """
+        del layer, end, sparse
+        return state
+
 
 Indices = Mapping[str, IndexPart]
 
@@ -95,6 +134,20 @@ def append_to_index(
         name: part.append(
             index[name], layer, new, start=start, count=count, sparse=sparse
         )
+        for name, part in indices.items()
+    }
+
+
+def end_prefill_of_index(
+    indices: Indices,
+    index: IndexState,
+    layer: int | Int[Array, ""],
+    end: PromptEnd,
+    sparse: SparseConfig,
+) -> IndexState:
+    """The states of all parts behind a prefill call's last tile of a layer."""
+    return {
+        name: part.end_prefill(index[name], layer, end, sparse=sparse)
         for name, part in indices.items()
     }
 

@@ -24,21 +24,24 @@ class SelectionTile:
 
     Attributes:
       q: Queries after RoPE [B, T, N, H]; None while the layer before looks ahead.
-      forecast: Forecasts of the layer before for these tokens [B, T, K, H], or None.
+      forecast: What the layer before made of these tokens for this one, or None: a
+        query [B, T, K, H] as a rule, or block scores (`Selector.hands_on_scores`).
       positions: [B, T].
       length: Keys that each row holds once its whole prompt or step is in [B].
       index: The selector's index of the layer, by part.
       num_blocks: M, blocks of capacity per row.
       decoding: The tile is one decode step.
+      layer: The layer's number.
     """
 
     q: Float[Array, "B T N H"] | None
-    forecast: Float[Array, "B T K H"] | None
+    forecast: Float[Array, "B T heads F"] | None
     positions: Int[Array, "B T"]
     length: Int[Array, " B"]
     index: dict[str, Any]
     num_blocks: int = dataclasses.field(metadata={"static": True})
     decoding: bool = dataclasses.field(metadata={"static": True})
+    layer: int | Int[Array, ""] = 0
 
     @property
     def windows(self) -> Float[Array, "B K W H"]:

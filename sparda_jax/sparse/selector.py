@@ -33,21 +33,34 @@ class Selector:
 
     Attributes:
       name: As users write it.
+      title: As reports write it, 'X-style' for a method that does not choose blocks
+        where it comes from; empty for the name.
       summary: One line for help texts.
       dense: Attends to everything; nothing is scored.
+      dense_prefill: Prompts attend to everything: blocks are chosen in decode alone.
       looks_ahead: Chooses without the layer's own queries, so that the layer before can
         choose for it and start its fetch.
+      hands_on_scores: What travels to the next layer are the block scores of
+        `by_own_query`, no query.
       needs_forecast: The model must have Forecast heads.
       scores_all_windows: Prefill holds the scores of all windows of a tile; else they
         go through `pallas_kernels.block_scores` (for the planner).
     """
 
     name: ClassVar[str]
+    title: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     dense: ClassVar[bool] = False
+    dense_prefill: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
+    hands_on_scores: ClassVar[bool] = False
     needs_forecast: ClassVar[bool] = False
     scores_all_windows: ClassVar[bool] = True
+
+    @property
+    def label(self) -> str:
+        """What to call it in a report."""
+        return self.title or self.name
 
     def check(self, config: ModelConfig, *, has_forecast: bool) -> None:
         """Raises ConfigError if the model cannot be used with this selector."""
@@ -115,17 +128,37 @@ class Selector:
     def scored_heads(
         self, config: ModelConfig, sparse: SparseConfig, *, decoding: bool
     ) -> int:
-        """Heads whose scores of every window are computed, for the planner."""
+        """Heads whose scores are computed, for the planner."""
         del sparse, decoding
         return config.num_kv_heads
 
-    def lists_blocks(self, num_blocks: int, sparse: SparseConfig) -> bool:
+    def scores_per_block(self, sparse: SparseConfig) -> int:
+        """Scores that a head computes of one block, for the planner."""
+        return sparse.windows_per_block
+
+    def scores_held(self, sparse: SparseConfig) -> int:
+        """Of them, how many a prefill tile holds at a time, for the planner."""
+        return self.scores_per_block(sparse)
+
+    def ahead_bytes(self, config: ModelConfig, num_blocks: int, itemsize: int) -> int:
+        """Bytes a prompt token of what travels to the next layer, for the planner."""
+        if self.hands_on_scores:
+            return config.num_kv_heads * num_blocks * 4
+        if self.dense_prefill or not self.needs_forecast:
+            return 0
+        return config.num_kv_heads * config.head_dim * itemsize
+
+    def lists_blocks(
+        self, num_blocks: int, sparse: SparseConfig, *, decoding: bool = True
+    ) -> bool:
         """Whether `select` makes lists for a cache of that many blocks.
 
         It does not where a list would hold every block, so that short contexts cost no
         scoring.
         """
-        return not self.dense and num_blocks > self.budget(sparse)
+        if self.dense or (self.dense_prefill and not decoding):
+            return False
+        return num_blocks > self.budget(sparse)
 
     def list_width(self, num_blocks: int, sparse: SparseConfig) -> int:
         """Blocks that a token attends to at most in a cache of that many blocks."""
@@ -149,7 +182,7 @@ class Selector:
           implementation: Kernel of prefill's scores: None takes what is recorded as
             fastest for the device, a name is never replaced by another.
         """
-        if not self.lists_blocks(tile.num_blocks, sparse):
+        if not self.lists_blocks(tile.num_blocks, sparse, decoding=tile.decoding):
             return None
         sparse = self._within_budget(sparse)
         own = (tile.positions // sparse.block_size)[:, None]  # B 1 T

@@ -230,6 +230,11 @@ CASES = (
             Case("nosa", nosa=True, sparse=SMALL),
             Case(codec=Halves(), exactness="verify"),
             Case(NextQuery(), prefetch="lookahead"),
+            Case("quest", layer0="offload", slots=7),
+            Case("reuse"),
+            Case("reuse", storage="per_layer", layer0="offload", prefetch="none"),
+            Case("reuse", exactness="verify"),
+            Case("oracle", nosa=True),
         )
     ),
 )
