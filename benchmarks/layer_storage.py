@@ -18,7 +18,6 @@ it.
 
 import argparse
 import dataclasses
-import functools
 import statistics
 import time
 
@@ -27,12 +26,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.lowering import silence_triton_deprecation
+from sparda_jax.config import ModelConfig
 from sparda_jax.models.layers import matmul
 from sparda_jax.models.presets import get_preset
-from sparda_jax.models.spec import layer_shapes
+from sparda_jax.models.weights import random_decoder
 
 FORMS = ("per_layer", "slices", "scan", "indexed")
 Weights = dict[str, Float[Array, "*L D F"]]
@@ -128,19 +129,11 @@ def _indexed(x: Array, stack: Weights) -> Array:
     return lax.scan(body, x, jnp.arange(stack["qkv"].shape[0]))[0]
 
 
-def _draw(config, layers: int, dtype) -> Weights:
+def _draw(config: ModelConfig, dtype: DTypeLike) -> Weights:
+    """The products' weights of a random model, a stack each."""
+    layers = random_decoder(config, dtype, storage="stacked").layers
     names = ("qkv", "out", "gate_up", "down")
-    shapes = {name: layer_shapes(config)[name] for name in names}
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def draw(key: Array, shape: tuple[int, ...]) -> Array:
-        return jax.random.normal(key, shape, dtype) * shape[1] ** -0.5
-
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    return {
-        name: draw(key, (layers, *shape))
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
+    return {name: getattr(layers, name)[...] for name in names}
 
 
 def main() -> None:
@@ -157,7 +150,8 @@ def main() -> None:
     cpu = jax.default_backend() == "cpu"
     config = get_preset(arguments.model).model
     layers = arguments.layers or config.num_layers
-    stack = _draw(config, layers, jnp.float32 if cpu else jnp.bfloat16)
+    config = dataclasses.replace(config, num_layers=layers)
+    stack = _draw(config, jnp.float32 if cpu else jnp.bfloat16)
     size = sum(w.nbytes for w in stack.values())
     x = jax.random.normal(jax.random.key(1), (arguments.batch, config.hidden_size))
     x = x.astype(stack["qkv"].dtype)
