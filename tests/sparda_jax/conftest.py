@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sparda_jax as sj
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.models.presets import PRESETS
 from sparda_jax.models.weights import build_decoder, from_query_heads, random_tensors
@@ -20,6 +21,18 @@ def token_ids():
         return rng.integers(2, 128, size=length).tolist()
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def lm():
+    """A tiny random model with SparDA attention, whose blocks do not all fit."""
+    return sj.load(
+        "tiny",
+        attention="sparda",
+        forecast="from_query",
+        sparse=sj.SparseConfig(local_blocks=2, block_budget=6),
+        storage="stacked",
+    )
 
 
 @pytest.fixture(scope="session")

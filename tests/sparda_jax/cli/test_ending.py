@@ -1,70 +1,31 @@
 """How a command ends: whatever the output is, and whenever Ctrl-C comes."""
 
-import errno
 import os
-import pathlib
 import signal
 import subprocess
 import sys
 
 import pytest
+from ending_cases import ROOT, check_end, check_faults, check_outputs, ends
 
-from sparda_jax.checkpoint.errors import CheckpointError
-from sparda_jax.checks import ConfigError
 from sparda_jax.cli.ending import run_command
 
-ROOT = pathlib.Path(__file__).parents[3]
 COMMAND = [sys.executable, "-m", "sparda_jax.cli"]
 
 
-@pytest.mark.parametrize(
-    ("error", "status", "told"),
-    [
-        (ConfigError("x\ny"), 2, "p: x y\n"),
-        (ConfigError("\udcff"), 2, "p: \\udcff\n"),
-        (CheckpointError("y"), 2, "p: y\n"),
-        (OSError(errno.EIO, os.strerror(errno.EIO)), 2, "p: [Errno 5] Input/output"),
-        (KeyboardInterrupt(), 130, "stopped\n"),
-        (BrokenPipeError(), 141, ""),
-        (None, 0, ""),
-    ],
-)
+@pytest.mark.parametrize(("error", "status", "told"), ends("p: ", "stopped"))
 def test_every_end_is_one_line(capsys, error, status, told):
-    def action():
-        if error is not None:
-            raise error
-
-    assert run_command(action, prefix="p: ", interrupted="stopped") == status
-    shown = capsys.readouterr().err
-    assert shown.startswith(told)
-    assert shown.count("\n") == (1 if told else 0)
+    how = {"prefix": "p: ", "interrupted": "stopped"}
+    check_end(run_command, capsys, error, status, told, **how)
 
 
 def test_other_errors_are_faults_of_ours():
-    with pytest.raises(ZeroDivisionError):
-        run_command(lambda: 1 // 0)
+    check_faults(run_command)
 
 
 @pytest.mark.parametrize("arguments", [["models"], ["--help"]])
-def test_a_full_disk_is_one_line(arguments):
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [*COMMAND, *arguments], cwd=ROOT, stdout=full, stderr=subprocess.PIPE
-        )
-    assert done.returncode == 2
-    assert done.stderr.startswith(b"sparda: ")
-    assert b"No space left on device" in done.stderr
-    assert done.stderr.count(b"\n") == 1
-
-
-def test_a_closed_pipe_is_no_fault():
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run(
-        [*COMMAND, "models"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE
-    )
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (141, b"")
+def test_a_full_or_closed_output_is_one_line(arguments):
+    check_outputs([*COMMAND, *arguments], "sparda: ")
 
 
 # Whoever is started in the background is started with Ctrl-C ignored.

@@ -10,22 +10,9 @@ import pytest
 import sparda_jax as sj
 from sparda_jax.checks import ConfigError
 
-SPARSE = sj.SparseConfig(local_blocks=2, block_budget=6)
 HOW = {"max_new_tokens": 6, "ignore_eos": True}
 QUESTIONS = [[5, 6, 7], [9] * 20, [100]]
 OFFLOAD = sj.CacheConfig(kind="offload", prefetch="lookahead")
-
-
-@pytest.fixture(scope="module")
-def lm():
-    """A tiny model with SparDA attention, whose blocks do not all fit the budget."""
-    return sj.load(
-        "tiny",
-        attention="sparda",
-        forecast="from_query",
-        sparse=SPARSE,
-        storage="stacked",
-    )
 
 
 @pytest.fixture(scope="module")

@@ -12,20 +12,6 @@ import sparda_jax as sj
 from sparda_jax.config import ConfigError
 from sparda_jax.inference.shapes import bucket, plan_shapes
 
-SPARSE = sj.SparseConfig(local_blocks=2, block_budget=6)
-
-
-@pytest.fixture(scope="module")
-def lm():
-    """A tiny random model with SparDA attention and training-free heads."""
-    return sj.load(
-        "tiny",
-        attention="sparda",
-        forecast="from_query",
-        sparse=SPARSE,
-        storage="stacked",
-    )
-
 
 @pytest.fixture(scope="module")
 def prompts(token_ids):

@@ -5,20 +5,7 @@ import numpy as np
 import pytest
 
 import sparda_jax as sj
-from sparda_jax.config import CacheConfig, ConfigError, SparseConfig
-
-SPARSE = SparseConfig(local_blocks=2, block_budget=6, query_blocks=2)
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return sj.load(
-        "tiny",
-        attention="sparda",
-        forecast="from_query",
-        sparse=SPARSE,
-        storage="stacked",
-    )
+from sparda_jax.config import CacheConfig, ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import sparda_jax as sj
 from sparda_jax.config import CacheConfig
 from sparda_jax.planning.auto import Probe
 
-SPARSE = sj.SparseConfig(local_blocks=2, block_budget=6)
 # 10 ms a step, 100 MB missed at 20 GB/s: half of the step is the fetch.
 HEAVY = Probe(0.010, 100e6, 20e9, hidden=0.8)
 
@@ -33,17 +32,6 @@ def test_what_is_not_worth_it_stays_on_demand(change):
     probe = dataclasses.replace(HEAVY, **change)
     assert not probe.look_ahead
     assert "on demand" in probe.reason()
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return sj.load(
-        "tiny",
-        attention="sparda",
-        forecast="from_query",
-        sparse=SPARSE,
-        storage="stacked",
-    )
 
 
 @pytest.mark.slow
