@@ -4,18 +4,20 @@
         --set model=PATH "data.sources=[('PATH_OF_TEXT', 1.0)]"
 """
 
-from train.config import DataConfig, OptimizerConfig, ParallelConfig, TrainConfig
+import dataclasses
+import pathlib
+
+from train.config import TrainConfig, load_config
 
 
 def get_config() -> TrainConfig:
-    """The run."""
-    return TrainConfig(
+    """The run: MiniCPM4.1's, at half its length."""
+    folder = pathlib.Path(__file__).parent
+    minicpm = load_config(folder / "minicpm4_distill.py")
+    return dataclasses.replace(
+        minicpm,
         name="nosa-8b",
         model="nosa-8b",
         out="out/nosa_distill",
-        dtype="bfloat16",
-        sparse=None,
-        optimizer=OptimizerConfig(global_batch=32, micro_batch=1),
-        data=DataConfig(seq_len=32768, packing="documents"),
-        parallel=ParallelConfig(fsdp=True),
+        data=dataclasses.replace(minicpm.data, seq_len=32768),
     )

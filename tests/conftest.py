@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import threading
 from typing import NamedTuple
 
@@ -85,6 +86,17 @@ def pytest_collection_modifyitems(
             item.add_marker(pytest.mark.skip(reason="slow: needs --runslow"))
         if item.get_closest_marker("gpu") and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def heeds_interrupts():
+    """Processes that the test starts are not among those that ignore Ctrl-C.
+
+    What a shell starts in the background ignores it, and so do its children.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 class Golden:

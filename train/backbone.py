@@ -24,7 +24,7 @@ from sparda_jax.models.decoder import Decoder, DecoderLayer, embed
 from sparda_jax.models.forecast import project_forecast
 from sparda_jax.models.rope import RopeCosSin, apply_rope, model_rope, rope_cos_sin_at
 from train.config import LossConfig
-from train.loss import distill_layer
+from train.loss import LayerLoss, distill_layer
 from train.teacher import Kernels
 from train.tiles import (
     Documents,
@@ -271,6 +271,30 @@ def run_backbone[Out](
     return carry[0], out
 
 
+def teach_layer(
+    view: LayerView,
+    documents: Documents,
+    settings: Settings,
+    *,
+    with_gradient: bool = False,
+    kernels: Kernels = (),
+) -> LayerLoss:
+    """`distill_layer` of one layer, as a run's settings say."""
+    return distill_layer(
+        view.q,
+        view.k,
+        view.forecast,
+        documents,
+        view.key_bias,
+        sparse=settings.sparse,
+        loss=settings.loss,
+        with_gradient=with_gradient,
+        # With masked attention one product of queries and keys serves both.
+        v=view.v if with_gradient and settings.masked_attention else None,
+        kernels=kernels,
+    )
+
+
 def heads_gradient(
     model: Decoder,
     heads: Float[Array, "L D KH"],
@@ -285,17 +309,11 @@ def heads_gradient(
     """
 
     def on_layer(view: LayerView) -> tuple[Array, tuple[Array, Array, Array]]:
-        # With masked attention one product of queries and keys serves both.
-        out = distill_layer(
-            view.q,
-            view.k,
-            view.forecast,
+        out = teach_layer(
+            view,
             batch.documents,
-            view.key_bias,
-            sparse=settings.sparse,
-            loss=settings.loss,
+            settings,
             with_gradient=True,
-            v=view.v if settings.masked_attention else None,
             kernels=settings.teacher_kernels,
         )
         assert out.d_forecast is not None

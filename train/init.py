@@ -28,8 +28,14 @@ from sparda_jax.models.decoder import Decoder
 from sparda_jax.models.rope import RopeCosSin, apply_rope
 from sparda_jax.models.spec import forecast_shape
 from sparda_jax.models.weights import from_query_heads
-from train.backbone import Batch, LayerView, Settings, attend, run_backbone
-from train.loss import distill_layer
+from train.backbone import (
+    Batch,
+    LayerView,
+    Settings,
+    attend,
+    run_backbone,
+    teach_layer,
+)
 from train.sharding import AXIS, make_gather, model_specs
 from train.step import make_gradients
 
@@ -71,16 +77,7 @@ def query_moments(
     """
 
     def on_layer(view: LayerView) -> tuple[Array, tuple[Array, Array]]:
-        lists = distill_layer(
-            view.q,
-            view.k,
-            view.forecast,
-            batch.documents,
-            view.key_bias,
-            sparse=settings.sparse,
-            loss=settings.loss,
-            with_gradient=False,
-        ).routing
+        lists = teach_layer(view, batch.documents, settings).routing
         rows, tokens = view.q.shape[:2]
         turn_back = RopeCosSin(view.rope_cos_sin.cos, -view.rope_cos_sin.sin)
         plain = apply_rope(view.q.astype(jnp.float32), turn_back)

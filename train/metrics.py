@@ -35,9 +35,15 @@ from sparda_jax.checkpoint.atomic import (
 from sparda_jax.config import ConfigError, SparseConfig
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.sparse.selection import force_blocks, top_blocks
-from train.backbone import Batch, LayerView, Settings, attend, run_backbone
+from train.backbone import (
+    Batch,
+    LayerView,
+    Settings,
+    attend,
+    run_backbone,
+    teach_layer,
+)
 from train.config import LossConfig
-from train.loss import distill_layer
 from train.objectives import forecast_routing, supervised_blocks
 from train.sharding import AXIS, make_gather, model_specs
 from train.teacher import (
@@ -183,17 +189,7 @@ def layer_metrics(
     """Own-query block lists and the metrics' sums of one layer."""
     sparse = dataclasses.replace(settings.sparse, dense_len=-1)
     settings = dataclasses.replace(settings, sparse=sparse)
-    loss = distill_layer(
-        view.q,
-        view.k,
-        view.forecast,
-        documents,
-        view.key_bias,
-        sparse=sparse,
-        loss=settings.loss,
-        with_gradient=False,
-        kernels=settings.teacher_kernels,
-    )
+    loss = teach_layer(view, documents, settings, kernels=settings.teacher_kernels)
     deployed = LossConfig(teacher="deployed")
     batch, tokens, heads, _ = view.q.shape
     keys = layer_keys(view.k, documents, view.key_bias, sparse=sparse, loss=deployed)

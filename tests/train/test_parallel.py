@@ -103,45 +103,69 @@ def get_config():
         model="tiny",
         sparse=SparseConfig(local_blocks=1, block_budget=4),
         loss=LossConfig(tile=256),
-        optimizer=OptimizerConfig(steps=60, global_batch=1),
-        data=DataConfig(seq_len=512, packing="long", held_out=0.2),
-        eval=EvalConfig(every=20, batches=1, mass=False),
-        checkpoint=CheckpointConfig(every=2),
+        data=DataConfig(
+            sources=[({data!r}, 1.0)], seq_len=512, packing="long", held_out={held_out}
+        ),
+        optimizer=OptimizerConfig(steps={steps}, global_batch={batch}),
+        eval=EvalConfig(every={evaluate}, batches={batches}, mass=False),
+        checkpoint=CheckpointConfig(every={keep}),
     )
 """
 
 
-@pytest.mark.slow
-def test_killed_run_resumes_from_a_whole_checkpoint(tmp_path):
-    """SIGKILL, and Ctrl-C once; the result is that of a run left alone."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 128, 40_000).astype(np.uint32)
-    ends = np.arange(1000, 40_001, 1000)
-    save_corpus(Corpus("x", (tokens,), (ends,), 128), tmp_path / "data")
-    (tmp_path / "config.py").write_text(CONFIG)
+class Trainers:
+    """Training processes of one configuration, in a folder of their own."""
 
-    def start(out: str) -> subprocess.Popen:
-        sources = f"data.sources=[({str(tmp_path / 'data')!r}, 1.0)]"
-        command = [sys.executable, "-m", "train.main", "--quiet", "--config"]
-        command += [str(tmp_path / "config.py"), "--set", f"out={tmp_path / out}"]
+    def __init__(self, folder: pathlib.Path, **values):
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(0, 128, 40_000).astype(np.uint32)
+        ends = np.arange(1000, 40_001, 1000)
+        save_corpus(Corpus("x", (tokens,), (ends,), 128), folder / "data")
+        self.folder = folder
+        self.config = folder / "config.py"
+        self.config.write_text(CONFIG.format(data=str(folder / "data"), **values))
+
+    def start(self, out: str, *settings: str, flags=(), **environment: str):
+        """A process that trains into `out`."""
+        command = [sys.executable, "-m", "train.main", "--quiet", *flags]
+        command += ["--config", str(self.config), "--set", f"out={self.folder / out}"]
         return subprocess.Popen(
-            [*command, sources],
-            env=_environment(),
+            [*command, *settings],
+            env=_environment(**environment),
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
 
-    def finish(process: subprocess.Popen) -> None:
-        text, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, text[-3000:]
+    def finish(self, *running: subprocess.Popen) -> None:
+        """Waits for processes, all of which must end well."""
+        try:
+            for process in running:
+                text, _ = process.communicate(timeout=300)
+                assert process.returncode == 0, text[-3000:]
+        finally:
+            for process in running:
+                process.kill()
 
-    finish(start("whole"))
+    def heads(self, out: str) -> dict[str, np.ndarray]:
+        """The exported matrices, by name."""
+        tensors = read_safetensors(self.folder / out / "forecast.safetensors")[0]
+        return {name: load() for name, load in sorted(tensors.items())}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("heeds_interrupts")
+def test_killed_run_resumes_from_a_whole_checkpoint(tmp_path):
+    """SIGKILL, and Ctrl-C once; the result is that of a run left alone."""
+    trainers = Trainers(
+        tmp_path, steps=60, batch=1, held_out=0.2, evaluate=20, batches=1, keep=2
+    )
+    trainers.finish(trainers.start("whole"))
     folder = tmp_path / "killed" / "checkpoints"
     kills = 0
     for wanted in (4, 17, 40):
-        process = start("killed")
+        process = trainers.start("killed")
         # Ended as soon as a directory of that step or a later one appears, whole or
         # not: in the middle of writing it.
         while process.poll() is None:
@@ -156,30 +180,10 @@ def test_killed_run_resumes_from_a_whole_checkpoint(tmp_path):
                 break
             time.sleep(0.002)
     assert kills == 3
-    finish(start("killed"))
-    tensors = [
-        read_safetensors(tmp_path / out / "forecast.safetensors")[0]
-        for out in ("whole", "killed")
-    ]
-    for name, load in tensors[0].items():
-        np.testing.assert_array_equal(load(), tensors[1][name]())
-
-
-TWO_STEPS = """
-from sparda_jax.config import SparseConfig
-from train.config import *
-
-def get_config():
-    return TrainConfig(
-        model="tiny",
-        sparse=SparseConfig(local_blocks=1, block_budget=4),
-        loss=LossConfig(tile=256),
-        optimizer=OptimizerConfig(steps=2, global_batch=4),
-        data=DataConfig(seq_len=512, packing="long", held_out=0.3),
-        eval=EvalConfig(every=2, batches=2, mass=False),
-        checkpoint=CheckpointConfig(every=1),
-    )
-"""
+    trainers.finish(trainers.start("killed"))
+    whole, killed = (trainers.heads(out) for out in ("whole", "killed"))
+    for name, matrix in whole.items():
+        np.testing.assert_array_equal(matrix, killed[name])
 
 
 def _free_port() -> int:
@@ -191,23 +195,17 @@ def _free_port() -> int:
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """`jax.distributed` by flags; each process reads its part of every batch."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 128, 40_000).astype(np.uint32)
-    ends = np.arange(1000, 40_001, 1000)
-    save_corpus(Corpus("x", (tokens,), (ends,), 128), tmp_path / "data")
-    (tmp_path / "config.py").write_text(TWO_STEPS)
+    trainers = Trainers(
+        tmp_path, steps=2, batch=4, held_out=0.3, evaluate=2, batches=2, keep=1
+    )
 
     def start(out: str, *flags: str, limit: str = "None") -> subprocess.Popen:
-        sources = f"data.sources=[({str(tmp_path / 'data')!r}, 1.0)]"
-        command = [sys.executable, "-m", "train.main", "--quiet", *flags]
-        command += ["--config", str(tmp_path / "config.py"), "--set", sources]
-        return subprocess.Popen(
-            [*command, f"out={tmp_path / out}", "fsdp=True", f"max_minutes={limit}"],
-            env=_environment(JAX_CPU_COLLECTIVES_IMPLEMENTATION="gloo"),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        return trainers.start(
+            out,
+            "fsdp=True",
+            f"max_minutes={limit}",
+            flags=flags,
+            JAX_CPU_COLLECTIVES_IMPLEMENTATION="gloo",
         )
 
     def both(*limits: str) -> list[subprocess.Popen]:
@@ -217,20 +215,11 @@ def test_two_processes_equal_one(tmp_path):
             for i, limit in enumerate(limits)
         ]
 
-    def finish(running: list[subprocess.Popen]) -> None:
-        try:
-            for process in running:
-                text, _ = process.communicate(timeout=240)
-                assert process.returncode == 0, text[-3000:]
-        finally:
-            for process in running:
-                process.kill()
-
     # The first process's clock counts: both stop after one step, and go on later.
-    finish([start("one"), *both("0.0", "None")])
+    trainers.finish(start("one"), *both("0.0", "None"))
     steps = [x.name for x in (tmp_path / "two" / "checkpoints").iterdir()]
     assert steps == ["1"]
-    finish(both("None", "0.0"))
+    trainers.finish(*both("None", "0.0"))
     one, two = (read_log(tmp_path / out / "log.jsonl") for out in ("one", "two"))
     kinds = [(x["step"], x["kind"]) for x in one]
     assert sorted(kinds) == [(0, "eval"), (1, "train"), (2, "eval"), (2, "train")]
@@ -241,10 +230,7 @@ def test_two_processes_equal_one(tmp_path):
         for name in ("loss", "gradient_norm", "kl", "recall"):
             if name in a:
                 assert a[name] == pytest.approx(b[name], rel=1e-4), (name, a, b)
-    heads = [
-        np.stack([load() for _, load in sorted(read_safetensors(path)[0].items())])
-        for path in (tmp_path / out / "forecast.safetensors" for out in ("one", "two"))
-    ]
+    heads = [np.stack([*trainers.heads(out).values()]) for out in ("one", "two")]
     # Adam moves a weight whose gradient is rounding by a whole step either way: few.
     moved = 2 * OptimizerConfig().lr
     assert np.mean(np.abs(heads[0] - heads[1]) > 0.01 * moved) < 1e-3

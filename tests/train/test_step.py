@@ -12,10 +12,16 @@ from sparda_jax.config import SparseConfig
 from sparda_jax.models.presets import get_preset
 from sparda_jax.models.weights import abstract_decoder
 from sparda_jax.sparse.selection import sorted_blocks
-from train.backbone import Batch, Settings, attend, heads_gradient, run_backbone
+from train.backbone import (
+    Batch,
+    Settings,
+    attend,
+    heads_gradient,
+    run_backbone,
+    teach_layer,
+)
 from train.config import LossConfig, OptimizerConfig
 from train.init import initial_heads
-from train.loss import distill_layer
 from train.optimizer import initial_state, learning_rate, make_optimizer
 from train.sharding import make_mesh
 from train.step import make_step
@@ -56,17 +62,8 @@ def test_losses_gradients_and_lists_equal_reference(
         sums = heads_gradient(model, heads, batch, settings)
 
         def on_layer(view):
-            out = distill_layer(
-                view.q,
-                view.k,
-                view.forecast,
-                batch.documents,
-                view.key_bias,
-                sparse=sparse,
-                loss=settings.loss,
-                with_gradient=False,
-            )
-            return attend(view, out.routing, settings), sorted_blocks(out.routing[0])
+            lists = teach_layer(view, batch.documents, settings).routing
+            return attend(view, lists, settings), sorted_blocks(lists[0])
 
         return sums, run_backbone(model, heads, batch, settings, on_layer)[1]
 

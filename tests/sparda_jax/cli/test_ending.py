@@ -28,11 +28,6 @@ def test_a_full_or_closed_output_is_one_line(arguments):
     check_outputs([*COMMAND, *arguments], "sparda: ")
 
 
-# Whoever is started in the background is started with Ctrl-C ignored.
-_HEEDS_INTERRUPTS = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-"""
 _WAITING = """
 import time
 from sparda_jax.cli import main as cli
@@ -51,7 +46,7 @@ runpy.run_module({module!r}, run_name="__main__")
 def _interrupt(script: str, **settings) -> tuple[int, bytes]:
     """The status of a script that is interrupted where it says so, and its error."""
     with subprocess.Popen(
-        [sys.executable, "-c", _HEEDS_INTERRUPTS + script],
+        [sys.executable, "-c", script],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         **settings,
@@ -62,10 +57,12 @@ def _interrupt(script: str, **settings) -> tuple[int, bytes]:
     return process.returncode, told
 
 
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_an_interrupt_is_one_line():
     assert _interrupt(_WAITING, cwd=ROOT) == (130, b"sparda: interrupted\n")
 
 
+@pytest.mark.usefixtures("heeds_interrupts")
 @pytest.mark.parametrize(
     ("module", "told"),
     [
