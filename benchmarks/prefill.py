@@ -5,9 +5,11 @@
 
 A model of random weights at a preset's shape runs `generate(max_new_tokens=1)` with
 every `--attention` in every `--cache`, after a first call that compiles. Weights change
-no cost, block lists do: `--agree N` imposes lists that N neighbouring tokens share and
-that are new for the next N (0 takes what random weights choose: neighbours share the
-forced blocks alone). Scores are still made, and timed, for every token.
+no cost, block lists do: random weights choose for every token anew, so that neighbours
+share the forced blocks alone. `--agree N` gives N neighbouring tokens the list of the
+first of them (1 leaves lists as they are); all tokens are scored and choose all the
+same. `first` is the whole call without compilation: prefill, the cache's allocation
+and the first token.
 
 `limit` is the least time that the products and the attention to the listed keys (dense:
 to all before a token) allow at the matrix rate that was measured in the same run.
@@ -52,10 +54,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
     parser.add_argument(
-        "--agree", type=int, default=16, help="neighbouring tokens that share a list"
+        "--agree",
+        type=int,
+        default=16,
+        choices=[1, 2, 4, 8, 16, 32, 64],
+        help="neighbouring tokens that share a list",
     )
     parser.add_argument(
-        "--tile", type=int, nargs="+", default=[0], help="query tokens; 0 is automatic"
+        "--tile",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="most query tokens of a tile; 0 is automatic",
     )
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of each")
     parser.add_argument("--parts", action="store_true", help="profile one more call")
@@ -64,56 +74,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def agreeing_scores(real, positions, agree: int):
-    """Block scores by which `agree` neighbouring tokens choose the same blocks.
+def agreeing_lists(real, agree: int):
+    """Lists of which `agree` neighbouring tokens share one: that of the first of them.
 
     Args:
-      real: The scores that were really made, [B, K, T, M].
-      positions: Of the tokens, [B, T].
-      agree: Tokens of a group; groups choose independently of each other.
-
-    Returns:
-      Scores in [0, 1) that depend on group, row, head and block; where `real` is
-      infinite they are as infinite, so that forced and future blocks stay what they
-      are, and the compiler has to make the real ones.
+      real: The lists that were really made, [B, K, T, P].
+      agree: Tokens of a group, all of which lie in one block.
     """
     import jax.numpy as jnp
 
-    def mixed(x):
-        x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-        x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-        return x ^ (x >> 16)
-
-    batch, heads, _, blocks = real.shape
-    pair = jnp.arange(batch)[:, None] * heads + jnp.arange(heads)
-    group = (positions // agree)[:, None, :].astype(jnp.uint32)
-    seed = mixed(
-        group * jnp.uint32(0x9E3779B1) ^ mixed(pair.astype(jnp.uint32) + 1)[:, :, None]
-    )
-    block = jnp.arange(blocks, dtype=jnp.uint32) * jnp.uint32(0x27D4EB2F)
-    drawn = mixed(seed[..., None] ^ block)
-    # 24 bits are exact in float32.
-    drawn = (drawn >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
-    return jnp.where(jnp.isinf(real), real, drawn)
+    shared = jnp.repeat(real[:, :, ::agree], agree, axis=2)
+    return shared[:, :, : real.shape[2]]
 
 
 def _selector(attention: str, agree: int):
-    """The selector of an attention, which scores as ever and chooses by groups."""
+    """The selector of an attention, which chooses as ever and lists by groups."""
     from sparda_jax.sparse.selectors import get_selector
 
     found = get_selector(attention)
-    if found.dense or not agree:
+    if found.dense or agree == 1:
         return found
 
     @dataclasses.dataclass(frozen=True)
     class Agreeing(type(found)):
-        agree: int = 0
+        agree: int = 1
 
         name = attention
 
-        def score(self, tile, config, sparse, implementation):
-            real = super().score(tile, config, sparse, implementation)
-            return agreeing_scores(real, tile.positions, self.agree)
+        def select(self, tile, config, sparse, implementation=None):
+            real = super().select(tile, config, sparse, implementation)
+            if real is None or tile.decoding:
+                return real
+            return agreeing_lists(real, self.agree)
 
     return Agreeing(agree)
 
@@ -204,6 +196,35 @@ def part_of(kernel: str) -> str:
     return REST
 
 
+def largest_gaps(events: list[tuple], most: int) -> list[dict]:
+    """Time in which no kernel ran, by the kernels before and behind it.
+
+    Args:
+      events: Stream, kernel, begin and duration (in us).
+      most: Pairs to list.
+    """
+    gaps: dict[tuple[str, str], list[float]] = {}
+    ordered = sorted(events, key=lambda event: event[2])
+    last, end = ordered[0][1], ordered[0][2]
+    for _, name, begin, duration in ordered:
+        if begin > end:
+            pair = kernel_name(last), kernel_name(name)
+            gaps.setdefault(pair, []).append((begin - end) / 1e3)
+        if begin + duration > end:
+            last, end = name, begin + duration
+    largest = sorted(gaps.items(), key=lambda entry: -sum(entry[1]))[:most]
+    return [
+        {
+            "behind": before,
+            "before": after,
+            "milliseconds": sum(times),
+            "longest_ms": max(times),
+            "times": len(times),
+        }
+        for (before, after), times in largest
+    ]
+
+
 def by_part(folder: pathlib.Path, most: int) -> dict:
     """Kernel time of a profile by part, in milliseconds, and the largest of the rest.
 
@@ -233,6 +254,7 @@ def by_part(folder: pathlib.Path, most: int) -> dict:
         "launches": launches,
         "busy_ms": busy_time(spans) / 1e3,
         "span_ms": (max(e for _, e in spans) - min(b for b, _ in spans)) / 1e3,
+        "largest_gaps": largest_gaps(events, most // 2),
         "largest_of_rest": [
             {"kernel": name, "milliseconds": sum(times), "launches": len(times)}
             for name, times in largest
@@ -241,7 +263,7 @@ def by_part(folder: pathlib.Path, most: int) -> dict:
 
 
 def _prefill(lm, tokens: int, batch: int, seed: int):
-    """One call; returns its figures."""
+    """One call; returns its figures, and its seconds without compilation."""
     import numpy as np
 
     import sparda_jax as sj
@@ -250,7 +272,9 @@ def _prefill(lm, tokens: int, batch: int, seed: int):
     rows = [
         rng.integers(10, lm.config.vocab_size, tokens).tolist() for _ in range(batch)
     ]
-    return sj.generate(lm, rows, max_new_tokens=1, ignore_eos=True).stats
+    begun = time.perf_counter()
+    stats = sj.generate(lm, rows, max_new_tokens=1, ignore_eos=True).stats
+    return stats, time.perf_counter() - begun - stats.compile_seconds
 
 
 def _profiled(lm, tokens: int, batch: int, most: int) -> dict:
@@ -265,9 +289,24 @@ def _profiled(lm, tokens: int, batch: int, most: int) -> dict:
             raise SystemExit(f"--parts: {error}") from error
 
 
+def _tile(lm, case) -> int:
+    """Query tokens of the tiles that a case really runs with."""
+    from sparda_jax.inference.shapes import plan_shapes
+
+    return plan_shapes(
+        case.context,
+        farthest_start=0,
+        longest=case.context,
+        max_new=1,
+        tile_size=lm.tile_size,
+        block_size=lm.sparse.block_size,
+        batch=case.batch,
+    ).tile
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is measured: an attention in a cache, by context, batch and tile."""
+    """What is measured: attention, cache, context, batch and the most of a tile."""
 
     attention: str
     cache: str
@@ -284,19 +323,21 @@ def _measure(case: Case, model, preset, arguments, rate: float) -> dict:
         model, preset, case.attention, case.cache, case.tile, arguments.agree
     )
     run = functools.partial(_prefill, lm, case.context, case.batch)
-    first = run(0)
-    seconds = [run(i + 1).total_seconds for i in range(arguments.repeats)]
+    first, _ = run(0)
+    calls = [run(i + 1) for i in range(arguments.repeats)]
+    seconds = [stats.total_seconds for stats, _ in calls]
     median = statistics.median(seconds)
     flops = useful_flops(lm.config, lm.sparse, lm.selector, case.context)
     limit = case.batch * sum(flops.values()) / rate
     memory = jax.devices()[0].memory_stats() or {}
     figures = dataclasses.asdict(case) | {
-        "tile": lm.tile_size,
+        "tile": _tile(lm, case),
         "layers": lm.config.num_layers,
         "median_ms": median * 1e3,
         "least_ms": min(seconds) * 1e3,
         "most_ms": max(seconds) * 1e3,
         "tokens_per_second": case.batch * case.context / median,
+        "first_token_ms": statistics.median(wall for _, wall in calls) * 1e3,
         "limit_ms": limit * 1e3,
         "limit_share": limit / median,
         "blocks_read": list(first.prefill_blocks),
@@ -311,6 +352,7 @@ def _measure(case: Case, model, preset, arguments, rate: float) -> dict:
 HEADER = (
     f"{'attention':10} {'cache':8} {'context':>7} {'batch':>5} {'tile':>5} "
     f"{'prefill, ms':>11} {'least':>8} {'most':>8} {'tokens/s':>9} {'layers':>6} "
+    f"{'first, ms':>9} "
     f"{'limit, ms':>9} {'reached':>7} {'peak, GB':>8} {'compile, s':>10}"
 )
 
@@ -320,6 +362,7 @@ def _line(row: dict) -> str:
         f"{row['attention']:10} {row['cache']:8} {row['context']:7} {row['batch']:5} "
         f"{row['tile']:5} {row['median_ms']:11.1f} {row['least_ms']:8.1f} "
         f"{row['most_ms']:8.1f} {row['tokens_per_second']:9.0f} {row['layers']:6} "
+        f"{row['first_token_ms']:9.1f} "
         f"{row['limit_ms']:9.1f} {row['limit_share']:7.0%} {row['peak_gb']:8.1f} "
         f"{row['compile_s']:10.1f}"
     )
@@ -335,6 +378,12 @@ def _print_parts(parts: dict) -> None:
         print(
             f"    {entry['kernel']:60} {entry['milliseconds']:8.2f} ms "
             f"x{entry['launches']}"
+        )
+    for gap in parts["largest_gaps"]:
+        print(
+            f"    idle between {gap['behind']} and {gap['before']}: "
+            f"{gap['milliseconds']:.2f} ms x{gap['times']}, at most "
+            f"{gap['longest_ms']:.2f} ms"
         )
 
 
@@ -395,10 +444,9 @@ def main() -> None:
     cpu = jax.default_backend() == "cpu"
     rate = matrix_rate(1024 if cpu else 8192)
     device = jax.devices()[0].device_kind
-    lists = f"lists of {arguments.agree} neighbours agree" if arguments.agree else ""
     print(
         f"{arguments.model}, {config.num_layers} of {preset.model.num_layers} layers, "
-        f"random weights, {lists or 'lists as random weights choose'}, {device}, JAX "
+        f"random weights, {arguments.agree} neighbours share a list, {device}, JAX "
         f"{jax.__version__}, {rate / 1e12:.3g} TFLOP/s; the reference published "
         f"{REFERENCE_TOKENS_PER_SECOND} tokens/s (an H100, batch 4, all layers)",
         flush=True,

@@ -104,5 +104,6 @@ class LanguageModel:
 
     @property
     def tile_size(self) -> int:
-        """Query tokens per prefill tile on the default device."""
-        return tile_tokens(jax.default_backend())
+        """Most query tokens of a prefill tile on the default device."""
+        memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+        return tile_tokens(jax.default_backend(), memory)

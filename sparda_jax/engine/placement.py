@@ -70,7 +70,7 @@ def place(
         configuration asks for, or the request cannot fit.
     """
     state = None if conversation is None else conversation.state
-    close = _at_least(state, plan_shapes(**_tokens(lm, sizes)))
+    close = _at_least(state, plan_shapes(**_tokens(lm, sizes), batch=sizes.batch))
     _check_cache(lm, close)
     rows = sizes.batch if state is None else state.lengths.shape[0]
     cache, reason = _decide_kind(lm, rows, close, state)

@@ -171,9 +171,11 @@ class Session:
     def state(self) -> GenerateState:
         """Where generation stands."""
         if self._state is None:
-            self._state = new_state(
+            state = new_state(
                 self.lm.model, self.settings, self.padded, self.shapes, self.cache
             )
+            # Pinning host memory takes its time, which is no part of a prefill.
+            self._state = jax.block_until_ready(state)
         return self._state
 
     def _probe_key(self) -> Hashable:

@@ -29,6 +29,11 @@ _LATER = ((128, 1024), (128, 4608), (1024, 4608))
 # A tile runs whole for its last token: it is small where prompts are short, and where
 # other rows bring the tokens that a product wants.
 _SHORT, _LEAST_TILE, _TILE_TOKENS = 1024, 128, 1024
+# Prompts of more than so many tiles take larger ones, where the device has room for
+# them: (bytes of memory, tokens of a tile).
+_MOST_TILES = 32
+_TILES = ((48 * 10**9, 4096), (24 * 10**9, 2048))
+_FINE_BLOCKS = 256
 
 
 def bucket(length: int, smallest: int) -> int:
@@ -41,9 +46,38 @@ def bucket(length: int, smallest: int) -> int:
     return size
 
 
-def tile_tokens(platform: str) -> int:
-    """Query tokens per prefill tile: on a CPU what a GEMM needs; a GPU wants more."""
-    return 256 if platform == "cpu" else 1024
+def capacity_blocks(blocks: int) -> int:
+    """Blocks of a cache that holds at least `blocks`.
+
+    Where blocks are many, they cost more memory than a further program is worth: there
+    the steps are an eighth, not a half.
+    """
+    if blocks <= _FINE_BLOCKS:
+        return bucket(blocks, 4)
+    step = (1 << (blocks - 1).bit_length() - 1) // 8
+    return -(-blocks // step) * step
+
+
+def tile_tokens(platform: str, memory: int | None = None) -> int:
+    """Most query tokens of a prefill tile, over all rows of a batch.
+
+    On a CPU it is what a product needs. On a GPU every tile has its launches, waits
+    once for the host and reads the layer's weights anew, so that larger ones are
+    faster, as far as there is room for what a tile computes.
+
+    Args:
+      platform: Of the device.
+      memory: Bytes that it has for us; None where that is not known.
+    """
+    if platform == "cpu":
+        return 256
+    return next((tokens for least, tokens in _TILES if (memory or 0) >= least), 1024)
+
+
+def _tile(width: int, most: int, batch: int) -> int:
+    """Query tokens of a tile: small beside the prompt, as the last one runs whole."""
+    tokens = max(min(most, _TILE_TOKENS), min(most // batch, width // _MOST_TILES))
+    return min(1 << (tokens.bit_length() - 1), width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +105,7 @@ def plan_shapes(
     max_new: int,
     tile_size: int,
     block_size: int,
+    batch: int = 1,
 ) -> Shapes:
     """Buckets of a request.
 
@@ -80,16 +115,17 @@ def plan_shapes(
         writes whole tiles from there in every row, whatever the row's own count.
       longest: Tokens of the longest row, prompt and cache together.
       max_new: Output tokens.
-      tile_size: Query tokens per tile, if the prompt is that long.
+      tile_size: Most query tokens of a tile, of `tile_tokens`.
       block_size: Tokens per KV block.
+      batch: Rows that run side by side.
     """
     width = bucket(prompt, _MIN_PROMPT)
-    tile = min(tile_size, width)
+    tile = _tile(width, tile_size, batch)
     room = max(farthest_start + padded_length(width, tile), longest + max_new)
     return Shapes(
         prompt=width,
         new=bucket(max_new, _MIN_NEW),
-        capacity=bucket(-(-room // block_size), 4) * block_size,
+        capacity=capacity_blocks(-(-room // block_size)) * block_size,
         tile=tile,
     )
 

@@ -176,23 +176,25 @@ class _Planner:
             offload = OffloadSettings(route, ahead and lookahead)
         return LayerSettings(self.config, self.sparse, self.selector, offload=offload)
 
-    def shapes(self, context: int) -> Shapes:
+    def shapes(self, context: int, batch: int = 1) -> Shapes:
         prompt = context - self.max_new
         piece = min(prompt, self.chunk or prompt)
+        device = self.limits.device
         return plan_shapes(
             piece,
             farthest_start=(prompt - 1) // piece * piece,
             longest=prompt,
             max_new=self.max_new,
-            tile_size=tile_tokens("gpu"),
+            tile_size=tile_tokens("gpu", device and device.size),
             block_size=self.sparse.block_size,
+            batch=batch,
         )
 
     def option(
         self, kind: str, context: int, batch: int, *, lookahead: bool = True
     ) -> Option:
         settings = self.settings(kind, lookahead=lookahead)
-        shapes = self.shapes(context)
+        shapes = self.shapes(context, batch)
         memory = memory_plan(
             settings, self.cache, batch=batch, shapes=shapes, dtype=self.dtype
         )

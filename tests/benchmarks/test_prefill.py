@@ -20,22 +20,25 @@ def test_keys_read_are_those_of_a_loop(tokens):
     assert prefill.keys_read(tokens, block, None) == dense
 
 
-def test_groups_of_tokens_choose_the_same_blocks_and_others_do_not():
-    real = np.zeros((1, 2, 12, 64), np.float32)
-    real[..., 0], real[..., 60:] = np.inf, -np.inf
-    positions = jnp.arange(12)[None] + 8
-    scores = np.asarray(prefill.agreeing_scores(jnp.asarray(real), positions, 4))
-    assert np.all(np.isposinf(scores[..., 0])) and np.all(np.isneginf(scores[..., 60:]))
-    drawn = scores[..., 1:60]
-    assert drawn.min() >= 0 and drawn.max() < 1
-    best = np.argsort(-drawn, axis=-1)[..., :8]
-    chosen = [[set(best[0, head, t]) for t in range(12)] for head in range(2)]
-    for head in range(2):
-        for t in range(12):
-            same = chosen[head][t] == chosen[head][t // 4 * 4]
-            assert same, (head, t)
-        assert len({frozenset(c) for c in chosen[head]}) == 3
-    assert chosen[0] != chosen[1]
+def test_neighbours_take_the_list_of_the_first_of_them():
+    real = np.arange(2 * 10 * 3).reshape(1, 2, 10, 3)
+    lists = np.asarray(prefill.agreeing_lists(jnp.asarray(real), 4))
+    assert lists.shape == real.shape
+    for token in range(10):
+        np.testing.assert_array_equal(lists[:, :, token], real[:, :, token // 4 * 4])
+
+
+def test_gaps_lie_between_what_ends_last_and_what_begins_next():
+    events = [
+        ("s", "a_1", 0.0, 10.0),
+        ("s", "b_2", 2.0, 3.0),
+        ("s", "c_3", 1010.0, 5.0),
+        ("s", "a_4", 1015.0, 5.0),
+        ("s", "c_5", 3020.0, 5.0),
+    ]
+    [gap] = prefill.largest_gaps(events, 4)
+    assert (gap["behind"], gap["before"], gap["times"]) == ("a", "c", 2)
+    assert (gap["milliseconds"], gap["longest_ms"]) == (3.0, 2.0)
 
 
 @pytest.mark.parametrize(

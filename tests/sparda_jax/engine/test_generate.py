@@ -10,7 +10,12 @@ import pytest
 
 import sparda_jax as sj
 from sparda_jax.config import ConfigError
-from sparda_jax.inference.shapes import bucket, plan_shapes
+from sparda_jax.inference.shapes import (
+    bucket,
+    capacity_blocks,
+    plan_shapes,
+    tile_tokens,
+)
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +200,50 @@ def test_run_is_one_program(lm, prompts, greedy):
 )
 def test_buckets(length, expected):
     assert bucket(length, 128) == expected
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 5, 255, 256, 257, 288, 289, 2048, 2049, 4095])
+def test_capacities_grow_by_a_half_and_by_an_eighth_where_they_are_large(blocks):
+    capacity = capacity_blocks(blocks)
+    assert capacity_blocks(capacity) == capacity
+    most = (
+        4 * blocks
+        if blocks < 4
+        else blocks * 3 / 2
+        if blocks <= 256
+        else blocks * 9 / 8
+    )
+    assert blocks <= capacity <= most
+
+
+@pytest.mark.parametrize(
+    ("platform", "memory", "prompt", "batch", "tile"),
+    [
+        ("cpu", None, 131072, 1, 256),
+        ("gpu", None, 131072, 1, 1024),
+        ("gpu", 16 * 10**9, 131072, 1, 1024),
+        ("gpu", 30 * 10**9, 131072, 1, 2048),
+        ("gpu", 60 * 10**9, 131072, 1, 4096),
+        ("gpu", 60 * 10**9, 131072, 2, 2048),
+        ("gpu", 60 * 10**9, 131072, 16, 1024),
+        ("gpu", 60 * 10**9, 65536, 1, 2048),
+        ("gpu", 60 * 10**9, 8192, 1, 1024),
+        ("gpu", 60 * 10**9, 500, 1, 512),
+    ],
+)
+def test_tiles_are_as_large_as_prompt_and_memory_allow(
+    platform, memory, prompt, batch, tile
+):
+    shapes = plan_shapes(
+        prompt,
+        farthest_start=0,
+        longest=prompt,
+        max_new=1,
+        tile_size=tile_tokens(platform, memory),
+        block_size=64,
+        batch=batch,
+    )
+    assert shapes.tile == tile and shapes.capacity > prompt
 
 
 def test_capacity_holds_whole_tiles_behind_the_farthest_start():

@@ -87,7 +87,7 @@ def test_notes_tell_of_longrope_and_assumptions():
     assert "more than" not in " ".join(_plan(context=65536).notes)
     without = dataclasses.replace(recorded_rates("NVIDIA H200"), peak=None)
     assert "the peak is not known" in " ".join(_plan(rates=without).notes)
-    assert "room for 98,304" in " ".join(_plan(context=70000).notes)
+    assert "room for 73,728" in " ".join(_plan(context=70000).notes)
 
 
 @pytest.mark.parametrize(
