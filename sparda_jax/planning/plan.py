@@ -185,7 +185,7 @@ class _Planner:
             farthest_start=(prompt - 1) // piece * piece,
             longest=prompt,
             max_new=self.max_new,
-            tile_size=tile_tokens("gpu", device and device.size),
+            tile_size=tile_tokens("gpu", None if device is None else device.size),
             block_size=self.sparse.block_size,
             batch=batch,
         )
