@@ -15,6 +15,7 @@ from sparda_jax.cli.generate import EXAMPLES, add_generate_parser
 from sparda_jax.cli.models import add_models_parser
 from sparda_jax.cli.options import HelpFormatter, Parser
 from sparda_jax.cli.plan import add_plan_parser
+from sparda_jax.cli.soak import add_soak_parser
 from sparda_jax.cli.starting import interrupt_ends
 
 
@@ -33,24 +34,35 @@ def build_parser() -> argparse.ArgumentParser:
     add_chat_parser(commands)
     add_plan_parser(commands)
     add_models_parser(commands)
-    # Only listed here: `main` hands its arguments over as they are.
-    commands.add_parser(
-        "train",
-        add_help=False,
-        help="distil Forecast heads (sparda train --help; needs sparda-jax[train])",
-    )
+    # Only listed here: `main` hands their arguments over as they are.
+    for name, (about, _) in _ABOVE.items():
+        commands.add_parser(name, add_help=False, help=about)
     add_demo_parser(commands)
+    add_soak_parser(commands)
     add_completion_parser(commands, build_parser)
     return parser
 
 
-def _train(argv: Sequence[str]) -> int:
-    """Hands over to the trainer, which this package does not import.
+# Commands of the packages above this one: what they do, and what is to be installed.
+_ABOVE = {
+    "train": (
+        "distil Forecast heads (sparda train --help; needs sparda-jax[train])",
+        "sparda-jax[train]",
+    ),
+    "bench": (
+        "measure prefill, decode and link (sparda bench --help)",
+        "sparda-jax",
+    ),
+}
 
-    The trainer is found by its entry point, as any package above this one may be.
+
+def _above(name: str, argv: Sequence[str]) -> int:
+    """Hands over to a package above this one, which this package does not import.
+
+    It is found by its entry point, as any package above this one may be.
     """
-    found = importlib.metadata.entry_points(group="sparda.commands", name="train")
-    problem = "the trainer is not installed"
+    found = importlib.metadata.entry_points(group="sparda.commands", name=name)
+    problem = f"the command {name} is not installed"
     for entry in found:
         try:
             with interrupt_ends("sparda: interrupted"):
@@ -59,7 +71,7 @@ def _train(argv: Sequence[str]) -> int:
             problem = f"a package is missing ({error.name})"
             break
         return run(list(argv))
-    note(f"sparda: train: {problem}: pip install 'sparda-jax[train]'")
+    note(f"sparda: {name}: {problem}: pip install '{_ABOVE[name][1]}'")
     return 2
 
 
@@ -69,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Bad input ends in one line on standard error and status 2, never in a traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["train"]:
-        return _train(argv[1:])
+    if argv and argv[0] in _ABOVE:
+        return _above(argv[0], argv[1:])
 
     def action() -> None:
         arguments = build_parser().parse_args(argv)

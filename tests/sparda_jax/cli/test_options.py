@@ -91,6 +91,19 @@ ROWS = {
     },
     "models": {"--model": PATH},
     "train": {},
+    "bench": {},  # tests/benchmarks/test_bench.py
+    "soak": {
+        **_MODEL,
+        **{name: row for name, row in _SLOTS.items() if name != "--prefetch"},
+        "--prefetch": (*WORD, "auto"),
+        "--minutes": _SIZE,
+        "--requests": (*INTEGER, "0"),
+        "--context": (*INTEGER, "63"),
+        "--check-every": (*INTEGER, "0"),
+        "--seed": (*INTEGER, str(2**32)),
+        "--only": INTEGER,
+        "--json": FLAG,
+    },
     "completion": {},
     "demo": {
         **_MODEL,
@@ -104,6 +117,7 @@ BESIDE = {
     "plan": {"--model": "tiny", "--context": "999", "--hbm": "1", "--host": "1"},
     "demo": {"--model": "tiny"},
     "chat": {"--model": "tiny"},
+    "soak": {"--model": "tiny"},
     "models": {},
 }
 

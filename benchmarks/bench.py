@@ -1,0 +1,326 @@
+"""`sparda bench`: time to first token, time a token, bytes and limits, by way to run.
+
+Every cell is one request through `sj.generate`, with random prompt ids: real weights by
+`--model`, random ones of a preset's shape by `--random`. With random weights the block
+lists are those of no text: take `python -m benchmarks.trace` and `benchmarks.offload`
+where the share of misses matters. Cells that cannot fit the memory limit are found by
+the planner and said, not tried.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from sparda_jax.checks import (
+    FLOAT_DTYPES,
+    Check,
+    ConfigError,
+    choice,
+    integer,
+    number,
+    path,
+)
+from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import HelpFormatter, Parser, add_option
+from sparda_jax.sparse.selectors import selector_names
+
+_EXAMPLES = """\
+examples:
+  sparda bench --model smollm2-135m --context 1024 4096
+      dense, own query and forecast, resident and offloaded
+  sparda bench --random minicpm4.1-8b --context 131072 --batch best --hbm 80
+      best against best: each way with as many rows as fit
+  sparda bench --json a.json; sparda bench --compare a.json b.json
+      two runs, cell by cell
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    parser = Parser(
+        prog="sparda bench",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=HelpFormatter,
+    )
+    source = parser.add_mutually_exclusive_group()
+    add_option(
+        source,
+        "--model",
+        path,
+        metavar="M",
+        help="preset name, GGUF file, safetensors directory or hub id (smollm2-135m)",
+    )
+    add_option(
+        source, "--random", path, metavar="PRESET", help="random weights of this shape"
+    )
+    add_option(
+        source,
+        "--compare",
+        path,
+        metavar="A.json",
+        help="compare two files of figures, this one and the argument behind it",
+    )
+    parser.add_argument("second", nargs="?", metavar="B.json", help="with --compare")
+    add_option(
+        parser, "--layers", integer(2), metavar="N", help="fewer layers (with --random)"
+    )
+    add_option(
+        parser,
+        "--forecast",
+        path,
+        metavar="F",
+        help="Forecast weights (with --model): a file or 'from_query'",
+    )
+    add_option(
+        parser,
+        "--dtype",
+        choice(*FLOAT_DTYPES),
+        words=FLOAT_DTYPES,
+        help="of weights and cache (float32 on a CPU, bfloat16 elsewhere)",
+    )
+    for name, default, words, help in (
+        ("attention", "dense,infllm_v2,sparda", "A,…", "ways to choose blocks"),
+        ("cache", "resident,offload", "C,…", "where KV lives"),
+        ("context", "1024", "N,…", "prompt tokens of a row"),
+        ("batch", "1", "B,…", "rows; 'best' is as many as fit"),
+    ):
+        parser.add_argument(
+            f"--{name}", nargs="+", default=default.split(","), metavar=words, help=help
+        )
+    add_option(
+        parser,
+        "--new",
+        integer(2),
+        metavar="N",
+        default=32,
+        help="output tokens of a row",
+    )
+    add_option(
+        parser, "--calls", integer(1), metavar="N", default=3, help="timed calls a cell"
+    )
+    size = number(above=0, most=2**30)
+    add_option(
+        parser,
+        "--hbm",
+        size,
+        metavar="GiB",
+        help="device memory to keep within (what the device says)",
+    )
+    add_option(
+        parser,
+        "--host",
+        size,
+        metavar="GiB",
+        help="host memory for KV blocks (half of the machine's)",
+    )
+    add_option(
+        parser,
+        "--seed",
+        integer(0, 2**32 - 1),
+        metavar="N",
+        default=0,
+        help="of the prompts",
+    )
+    add_option(parser, "--json", path, metavar="FILE", help="write the figures here")
+    add_option(
+        parser,
+        "--plot",
+        path,
+        metavar="FILE.png",
+        help="draw tokens/s (needs sparda-jax[eval])",
+    )
+    return parser
+
+
+def _several(
+    field: str,
+    values: Sequence[str],
+    check: Check[Any],
+    words: tuple[str, ...] = (),
+) -> list:
+    """Each value of an option that takes several, checked."""
+    found = []
+    for value in values:
+        if value in words:
+            found.append(value)
+            continue
+        digits = value.isdecimal() and len(value) < 20
+        found.append(check(field, int(value) if digits else value))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; also behind `sparda bench`."""
+    return run_command(lambda: _bench(argv), prefix="sparda: ")
+
+
+def _bench(argv: Sequence[str] | None) -> None:
+    arguments = build_parser().parse_args(argv)
+    if arguments.compare is not None or arguments.second is not None:
+        _compare(arguments)
+        return
+    attentions = _several("--attention", arguments.attention, choice(*selector_names()))
+    caches = _several("--cache", arguments.cache, choice("resident", "offload"))
+    contexts = _several("--context", arguments.context, integer(1))
+    batches = _several("--batch", arguments.batch, integer(1), words=("best",))
+    if arguments.layers is not None and arguments.random is None:
+        raise ConfigError("--layers needs --random")
+    if arguments.plot is not None:
+        _check_plot(arguments.plot)
+    from sparda_jax.runtime import configure_offload
+
+    configure_offload()
+    _run(arguments, attentions, caches, contexts, batches)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from benchmarks.figures import compare, read_figures
+
+    if arguments.compare is None or arguments.second is None:
+        raise ConfigError("--compare needs two files: --compare A.json B.json")
+    print(compare(read_figures(arguments.compare), read_figures(arguments.second)))
+
+
+def _check_plot(file: str) -> None:
+    from sparda_jax.evaluation import plots
+
+    if pathlib.Path(file).suffix != ".png":
+        raise ConfigError(f"--plot={file!r} is not allowed: it must end in .png")
+    if not plots.available():
+        raise ConfigError("--plot needs matplotlib: pip install 'sparda-jax[eval]'")
+
+
+def _language_model(arguments: argparse.Namespace):
+    """The model, with Forecast heads."""
+    import sparda_jax as sj
+    from sparda_jax.engine.model import LanguageModel
+    from sparda_jax.loading import default_dtype
+    from sparda_jax.models.presets import get_preset
+    from sparda_jax.models.weights import random_decoder
+    from sparda_jax.sparse.selectors import get_selector
+
+    if arguments.random is None:
+        model = arguments.model or "smollm2-135m"
+        return sj.load(
+            model,
+            attention="sparda",
+            forecast=arguments.forecast,
+            dtype=arguments.dtype,
+        )
+    preset = get_preset(arguments.random)
+    shape = dataclasses.replace(
+        preset.model,
+        num_layers=arguments.layers or preset.model.num_layers,
+        max_context=2**21,
+    )
+    dtype = arguments.dtype or default_dtype()
+    return LanguageModel(
+        model=random_decoder(shape, dtype, forecast=True),
+        config=shape,
+        sparse=preset.sparse,
+        selector=get_selector("sparda"),
+        tokenizer=None,
+        fingerprint=None,
+    )
+
+
+def _run(
+    arguments: argparse.Namespace,
+    attentions: list[str],
+    caches: list[str],
+    contexts: list[int],
+    batches: list,
+) -> None:
+    import jax
+    import numpy as np
+
+    import sparda_jax as sj
+    from benchmarks.cells import (
+        Limits,
+        largest_batch,
+        measure,
+        ways,
+        with_hidden_shares,
+    )
+    from benchmarks.figures import Figures, plot, table
+    from sparda_jax.checkpoint.atomic import write_json
+
+    lm = _language_model(arguments)
+    dtype = str(lm.model.embedding[...].dtype)
+    rates = sj.measure_rates(
+        block_size=lm.sparse.block_size, head_dim=lm.config.head_dim, dtype=dtype
+    ).rates
+    hbm, host = _memory(arguments.hbm, arguments.host)
+    limits = Limits(hbm, host, rates)
+    rng = np.random.default_rng(arguments.seed)
+    cells = []
+    for context in contexts:
+        for batch in batches:
+            for way in ways(attentions, caches):
+                rows = batch
+                if batch == "best":
+                    rows = max(
+                        1, largest_batch(lm, way, limits, context, arguments.new)
+                    )
+                prompts = rng.integers(0, lm.config.vocab_size, (rows, context))
+                cells.append(
+                    measure(
+                        lm,
+                        way,
+                        limits,
+                        context=context,
+                        batch=rows,
+                        new=arguments.new,
+                        calls=arguments.calls,
+                        prompts=prompts,
+                    )
+                )
+                jax.clear_caches()
+    run = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "version": sj.__version__,
+        "model": lm.config.name,
+        "layers": lm.config.num_layers,
+        "weights": "random" if arguments.random else "real",
+        "dtype": dtype,
+        "budget": lm.sparse.block_budget,
+        "hbm_gib": hbm,
+        "host_gib": host,
+        "rates": dataclasses.asdict(rates),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    figures = Figures(run, tuple(with_hidden_shares(cells)))
+    print(
+        f"{run['model']}, {run['layers']} layers, {run['weights']} weights, {dtype}, "
+        f"budget {run['budget']}, {run['device']}, JAX {run['jax']}, {run['date']}"
+    )
+    print(table(figures))
+    if arguments.json is not None:
+        write_json(arguments.json, figures.record())
+    if arguments.plot is not None:
+        plot(figures, pathlib.Path(arguments.plot))
+
+
+def _memory(hbm: float | None, host: float | None) -> tuple[float, float]:
+    """GiB of the device and of the host that a request may take."""
+    import jax
+
+    from sparda_jax.machine import physical_memory
+
+    found = physical_memory()
+    machine = 8.0 if found is None else found.size / 2**30
+    stats = jax.devices()[0].memory_stats() or {}
+    device = stats.get("bytes_limit")
+    return (
+        hbm or (machine / 2 if device is None else device / 2**30),
+        host or machine / 2,
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
