@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 GPU_WORKERS := 15
 
-.PHONY: demo test test-slow test-gpu lint types format clean
+.PHONY: demo test test-slow test-gpu lint types format docs clean
 
 demo: $(VENV)/.run-ready
 	$(VENV)/bin/sparda demo
@@ -34,6 +34,10 @@ format: $(VENV)/.dev-ready
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# The site, in build/site; a warning is an error.
+docs: $(VENV)/.docs-ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
 $(PY):
 	PYTHON="$(PYTHON)" sh scripts/make_venv.sh $(VENV)
 
@@ -48,6 +52,10 @@ $(VENV)/.test-ready: $(PY) pyproject.toml
 $(VENV)/.dev-ready: $(PY) pyproject.toml
 	$(PY) -m pip install --quiet -e ".[dev]"
 	touch $@ $(VENV)/.test-ready $(VENV)/.run-ready
+
+$(VENV)/.docs-ready: $(PY) pyproject.toml
+	$(PY) -m pip install --quiet -e ".[docs]"
+	touch $@ $(VENV)/.run-ready
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
