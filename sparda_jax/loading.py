@@ -11,7 +11,11 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from pallas_kernels.dispatch import IMPLEMENTATIONS, Implementation
-from sparda_jax.checkpoint.fetch import fetch_default_model
+from sparda_jax.checkpoint.fetch import (
+    JOINED_MODELS,
+    cached_model,
+    fetch_default_model,
+)
 from sparda_jax.checkpoint.files import is_file
 from sparda_jax.checkpoint.forecast import load_forecast
 from sparda_jax.checkpoint.layout import CURRENT, future_name
@@ -220,6 +224,14 @@ def open_model(name: str) -> CheckpointSource:
     if name not in PRESETS:
         return open_checkpoint(name)
     preset = PRESETS[name]
+    if name in JOINED_MODELS:
+        held = cached_model(JOINED_MODELS[name])
+        if held is not None:
+            return open_checkpoint(held)
+        raise ConfigError(
+            f"model={name!r} is known, but its file is not here: give the path of its "
+            "GGUF file or safetensors directory, or see `sparda fetch --help`"
+        )
     if not preset.fetchable:
         raise ConfigError(
             f"model={name!r} is known, but its weights are not in the package index: "

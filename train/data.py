@@ -13,8 +13,9 @@ from typing import Any, TypedDict
 import grain
 import numpy as np
 
+from sparda_jax.evaluation.documents import DataError, is_held_out
 from train.config import DataConfig
-from train.text import Corpus, DataError, Encoder, is_held_out, open_source
+from train.text import Corpus, Encoder, open_source
 
 # Rows that are open at a time while packing: more leave less room unused.
 _OPEN_ROWS = 64

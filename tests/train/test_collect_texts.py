@@ -11,7 +11,7 @@ import zlib
 
 import pytest
 
-from train.text import read_documents
+from sparda_jax.evaluation.documents import read_documents
 
 _SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "collect_texts.py"
 

