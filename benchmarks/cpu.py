@@ -100,7 +100,7 @@ def _ours(repeats: int, parts: list[str]) -> dict[str, list[float]]:
     import numpy as np
 
     import sparda_jax as sj
-    from sparda_jax.evaluation.passkey import python_manual
+    from sparda_jax.evaluation.texts import python_manual
 
     results: dict[str, list[float]] = {}
     if not {"peer", "context"} & set(parts):

@@ -45,7 +45,7 @@ def read_document(name: str) -> str:
       ConfigError: If there is no such file.
       CheckpointError: If it cannot be read.
     """
-    from sparda_jax.evaluation.passkey import python_manual
+    from sparda_jax.evaluation.texts import python_manual
 
     if name == "prose":
         return python_manual()

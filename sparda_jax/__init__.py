@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from sparda_jax.engine.offload_stats import OffloadStats
     from sparda_jax.engine.results import GenerateOutput, GenerateStats, StreamEvent
     from sparda_jax.engine.stream import Stream
+    from sparda_jax.evaluation.report import Report, read_report
+    from sparda_jax.evaluation.run import evaluate
     from sparda_jax.loading import load, with_attention
     from sparda_jax.models.forecast import Forecast
     from sparda_jax.models.presets import PRESETS
@@ -51,6 +53,7 @@ __all__ = [
     "OffloadStats",
     "Plan",
     "Rates",
+    "Report",
     "RopeConfig",
     "Selector",
     "SparseConfig",
@@ -59,11 +62,13 @@ __all__ = [
     "chat",
     "configure_cache",
     "configure_offload",
+    "evaluate",
     "forward",
     "generate",
     "load",
     "measure_rates",
     "plan",
+    "read_report",
     "recorded_rates",
     "selector_names",
     "stream",
@@ -90,6 +95,7 @@ _HOMES = {
     "OffloadStats": "sparda_jax.engine.offload_stats",
     "Plan": "sparda_jax.planning.plan",
     "Rates": "sparda_jax.planning.rates",
+    "Report": "sparda_jax.evaluation.report",
     "RopeConfig": "sparda_jax.config",
     "Selector": "sparda_jax.sparse.selector",
     "SparseConfig": "sparda_jax.config",
@@ -98,11 +104,13 @@ _HOMES = {
     "chat": "sparda_jax.engine.chat",
     "configure_cache": "sparda_jax.runtime",
     "configure_offload": "sparda_jax.runtime",
+    "evaluate": "sparda_jax.evaluation.run",
     "forward": "sparda_jax.engine.api",
     "generate": "sparda_jax.engine.api",
     "load": "sparda_jax.loading",
     "measure_rates": "sparda_jax.planning.measure",
     "plan": "sparda_jax.planning.plan",
+    "read_report": "sparda_jax.evaluation.report",
     "recorded_rates": "sparda_jax.planning.rates",
     "selector_names": "sparda_jax.sparse.selectors",
     "stream": "sparda_jax.engine.api",

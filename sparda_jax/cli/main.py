@@ -11,6 +11,7 @@ from sparda_jax.cli.completion import add_completion_parser
 from sparda_jax.cli.console import note
 from sparda_jax.cli.demo import add_demo_parser
 from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.eval import add_eval_parser, add_report_parser
 from sparda_jax.cli.fetch import add_fetch_parser
 from sparda_jax.cli.forecast_report import add_forecast_report_parser
 from sparda_jax.cli.generate import EXAMPLES, add_generate_parser
@@ -35,6 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_generate_parser(commands)
     add_chat_parser(commands)
     add_plan_parser(commands)
+    add_eval_parser(commands)
+    add_report_parser(commands)
     add_models_parser(commands)
     add_fetch_parser(commands)
     add_forecast_report_parser(commands)

@@ -12,6 +12,7 @@ from sparda_jax.cli.console import advance, note
 from sparda_jax.cli.options import add_option
 from sparda_jax.config import SparseConfig
 from sparda_jax.engine.model import LanguageModel
+from sparda_jax.models.decoder import Storage
 from sparda_jax.models.presets import PRESETS
 from sparda_jax.sparse.selectors import selector_names
 
@@ -106,7 +107,9 @@ def _keep_compiled_code() -> None:
         note(f"note: compiled code is not kept: {error}")
 
 
-def load_model(arguments: argparse.Namespace, attention: str) -> LanguageModel:
+def load_model(
+    arguments: argparse.Namespace, attention: str, storage: Storage = "per_layer"
+) -> LanguageModel:
     """Loads what the options ask for, with a progress bar over the layers."""
     if not arguments.no_compilation_cache:
         _keep_compiled_code()
@@ -123,6 +126,7 @@ def load_model(arguments: argparse.Namespace, attention: str) -> LanguageModel:
             attention=attention,
             forecast=arguments.forecast,
             dtype=arguments.dtype,
+            storage=storage,
             on_layer=lambda: advance(bar, 1),
         )
     return dataclasses.replace(lm, sparse=with_blocks(lm.sparse, arguments))

@@ -1,0 +1,1 @@
+"""Tasks, selectors on them, and reports."""

@@ -1,26 +1,26 @@
 """Passkey retrieval: a number hidden in a long real document, asked for at the end."""
 
 import dataclasses
-import pydoc_data.topics
 import random
 
 from sparda_jax.checkpoint.tokenizer import Tokenizer
 from sparda_jax.config import ConfigError
+from sparda_jax.evaluation.texts import python_manual
 
 ANSWER_PREFIX = "The secret 5-digit passkey number of this document is"
 # Small dense-pretrained models need the same words in needle, question and answer, and
 # a word of warning before the document.
-_NEEDLE = (
+NEEDLE = (
     "\n\nThe secret 5-digit passkey number of this document is {answer}. Remember: the "
     "secret 5-digit passkey number of this document is {answer}. Do not forget: the "
     "secret 5-digit passkey number of this document is {answer}. {answer} is the "
     "passkey number.\n\n"
 )
-_PREFACE = (
+PREFACE = (
     "A secret 5-digit passkey number is hidden in the following document. Find it and "
     "remember it.\n\n\n"
 )
-_QUESTION = "What is the secret 5-digit passkey number of this document?"
+QUESTION = "What is the secret 5-digit passkey number of this document?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +40,6 @@ class PasskeyTask:
     def solved_by(self, text: str) -> bool:
         """Whether an output names the passkey."""
         return self.answer in text
-
-
-def python_manual() -> str:
-    """Real manual prose that every Python carries: the topics of its own help."""
-    topics = pydoc_data.topics.topics
-    return "\n".join(topics[name] for name in sorted(topics))
 
 
 def question_messages(document: str, question: str) -> list[dict[str, str]]:
@@ -71,10 +65,10 @@ def passkey_task(
         raise ConfigError(f"depth={depth!r} is not allowed: it must be from 0 to 1")
     rng = random.Random(seed)
     answer = str(rng.randrange(10000, 100000))
-    needle = _NEEDLE.format(answer=answer)
+    needle = NEEDLE.format(answer=answer)
 
     def prompt(document: str) -> list[int]:
-        messages = question_messages(_PREFACE + document, _QUESTION)
+        messages = question_messages(PREFACE + document, QUESTION)
         return tokenizer.encode_chat(messages, answer_prefix=ANSWER_PREFIX)
 
     # The passkey between two halves costs a token or two more than the pieces do.

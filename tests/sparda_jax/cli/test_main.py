@@ -154,7 +154,7 @@ def test_generate_answers_and_reports(capsys, smollm2_path):
 @pytest.mark.network
 def test_offload_answers_as_resident_does(capsys, tmp_path, smollm2_path):
     """SmolLM2 over 4,000 tokens: the same text, with what it fetched in figures."""
-    from sparda_jax.evaluation.passkey import python_manual
+    from sparda_jax.evaluation.texts import python_manual
 
     document = tmp_path / "manual.txt"
     document.write_text(python_manual()[:15_500], encoding="utf-8")

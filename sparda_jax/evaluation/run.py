@@ -1,0 +1,431 @@
+"""`evaluate`: every selector on the same samples, cell by cell, resumable."""
+
+import dataclasses
+import datetime
+import hashlib
+import os
+import pathlib
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from sparda_jax.checks import (
+    ConfigError,
+    integer,
+    number,
+    optional,
+    path,
+    require,
+    several,
+    shown,
+)
+from sparda_jax.engine.model import LanguageModel
+from sparda_jax.engine.requests import LANGUAGE_MODEL
+from sparda_jax.evaluation.answers import AnyTask, Record, Runner
+from sparda_jax.evaluation.run_files import FORMAT, Cell, RunFiles
+from sparda_jax.evaluation.samples import Asked, Prompts, Sample
+from sparda_jax.evaluation.statistics import estimate
+from sparda_jax.evaluation.task_files import read_task_file
+from sparda_jax.evaluation.tasks import get_task
+from sparda_jax.inference.sampling import MOST_SEED
+from sparda_jax.loading import with_attention
+from sparda_jax.sparse.selectors import Selector, get_selector, selector_names
+
+DENSE = "dense"
+FLOOR = 50.0
+# Whose records have a score of 0 … 100 that a floor makes sense for.
+SCORED = ("generate", "fork")
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?) ?%")
+
+
+class Variant(NamedTuple):
+    """A way to attend: a selector and a budget.
+
+    Attributes:
+      lm: The model that attends so.
+      budget: Blocks a token reads; 0 for dense.
+    """
+
+    lm: LanguageModel
+    budget: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a call of `evaluate` has done.
+
+    Attributes:
+      out: The directory.
+      done, planned: Cells with results, and all of them.
+      skipped: Cells that need no results: dense was under the floor.
+    """
+
+    out: pathlib.Path
+    done: int
+    planned: int
+    skipped: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether all cells are done."""
+        return self.done + self.skipped == self.planned
+
+
+def _budget_check(field: str, value: object) -> int | str:
+    """Checks a number of blocks, or a share of them as "25%"."""
+    if isinstance(value, str):
+        match = _PERCENT.fullmatch(value.strip())
+        if match and 0 < float(match.group(1)) <= 100:
+            return value.strip()
+    return integer(1, hint=" blocks, or a share of them such as '25%'")(field, value)
+
+
+def _blocks(budget: int | str, length: int, lm: LanguageModel) -> int:
+    """A budget in blocks, at a length."""
+    if isinstance(budget, int):
+        return budget
+    share = float(budget.rstrip("% ")) / 100
+    return max(1, round(share * -(-length // lm.sparse.block_size)))
+
+
+def chosen_selectors(
+    lm: LanguageModel, attention: Sequence[str | Selector]
+) -> list[Selector]:
+    """The selectors by name, dense first; "all" is every one that fits the model.
+
+    Raises:
+      ConfigError: If there is no such selector, or it does not fit.
+    """
+    found = [get_selector(DENSE)]
+    for name in attention:
+        if name == "all":
+            found += [s for s in map(get_selector, selector_names()) if _fits(lm, s)]
+            continue
+        selector = get_selector(name)
+        with_attention(lm, selector)  # says why it does not fit
+        found.append(selector)
+    return list({selector.name: selector for selector in found}.values())
+
+
+def _fits(lm: LanguageModel, selector: Selector) -> bool:
+    try:
+        with_attention(lm, selector)
+    except ConfigError:
+        return False
+    return True
+
+
+def _variants(
+    lm: LanguageModel,
+    selectors: Sequence[Selector],
+    budgets: Sequence[int | str],
+    length: int,
+) -> list[Variant]:
+    """All ways to attend at a length, dense first."""
+    sparse = [
+        dataclasses.replace(lm.sparse, block_budget=blocks)
+        for blocks in dict.fromkeys(_blocks(b, length, lm) for b in budgets)
+    ]
+    variants = []
+    for selector in selectors:
+        if selector.dense:
+            variants.append(Variant(with_attention(lm, selector), 0))
+            continue
+        for chosen in sparse or [lm.sparse]:
+            # Layers may have budgets of their own: then it is their mean.
+            blocks = round(float(np.mean(chosen.block_budget)))
+            own = with_attention(lm, selector, sparse=chosen)
+            variants.append(Variant(own, blocks))
+    return variants
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package is in, if it is in one."""
+    folder = pathlib.Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _forecast_of(lm: LanguageModel) -> str:
+    """A short hash of the Forecast heads; "none" without them."""
+    if lm.model.forecast is None:
+        return "none"
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(lm.model.forecast):
+        digest.update(jax.device_get(leaf).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _settings(
+    lm: LanguageModel,
+    prompts: Prompts,
+    selectors: Sequence[Selector],
+) -> dict[str, Any]:
+    """What `run.json` says of the model and the machine."""
+    assert lm.tokenizer is not None
+    tokenizer = hashlib.sha256(lm.tokenizer.to_json().encode()).hexdigest()[:12]
+    geometry: dict[str, Any] = dataclasses.asdict(lm.sparse)
+    budget = geometry.pop("block_budget")
+    if not isinstance(budget, int):
+        geometry["layer_budgets"] = list(budget)
+    commit = _commit()
+    return {
+        "format": FORMAT,
+        "model": lm.config.name,
+        "weights": lm.fingerprint,
+        "forecast": _forecast_of(lm),
+        "forecast_trained": lm.forecast_sparse is not None,
+        "tokenizer": f"{lm.config.name}, {lm.tokenizer.vocab_size} tokens, {tokenizer}",
+        "prompts": prompts.form,
+        "dtype": str(lm.model.embedding[...].dtype),
+        "storage": lm.model.storage,
+        "cache": lm.cache.kind,
+        "geometry": geometry,
+        "attention": [selector.name for selector in selectors],
+        "labels": {
+            selector.name: getattr(selector, "label", selector.name)
+            for selector in selectors
+        },
+        "devices": [jax.devices()[0].device_kind],
+        "commits": [commit] if commit else [],
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+class _Plan(NamedTuple):
+    """A task at a length: its samples and those that `dense` must answer first."""
+
+    task: AnyTask
+    length: int
+    samples: list[Asked]
+
+
+def _planned(
+    files: RunFiles,
+    tasks: Sequence[AnyTask],
+    lengths: Sequence[int],
+    prompts: Prompts,
+    count: int,
+    seed: int,
+) -> tuple[list[_Plan], list[_Plan]]:
+    """All samples, before anything runs; and those of them that were made anew."""
+    plans, new = [], []
+    for length in lengths:
+        for task in tasks:
+            asked = files.samples(task.name, length)
+            if asked is None:
+                made = task.samples(prompts, length=length, count=count, seed=seed)
+                asked = [Asked(s, _encoded(prompts, task, s)) for s in made]
+                new.append(_Plan(task, length, asked))
+            plans.append(_Plan(task, length, asked))
+    return plans, new
+
+
+def _encoded(prompts: Prompts, task: AnyTask, sample: Sample) -> list[np.ndarray]:
+    if task.kind == "perplexity":
+        rows = [prompts.text_ids(sample.input)]
+    else:
+        rows = prompts.all_ids(sample)
+    return [np.asarray(row, np.int32) for row in rows]
+
+
+def _under_floor(records: Sequence[Record], task: AnyTask, floor: float) -> bool:
+    if task.kind not in SCORED:
+        return False
+    return estimate([record["score"] for record in records]).mean < floor
+
+
+def evaluate(
+    lm: LanguageModel,
+    *,
+    out: str | os.PathLike,
+    attention: Sequence[str | Selector] = ("all",),
+    tasks: Sequence[str] = ("passkey",),
+    lengths: Sequence[int] = (2048,),
+    budgets: Sequence[int | str] = (),
+    samples: int = 20,
+    seed: int = 42,
+    batch: int | None = None,
+    floor: float | int = FLOOR,
+    task_files: Sequence[str | os.PathLike] = (),
+    time_limit: float | int | None = None,
+    progress: bool = False,
+) -> Outcome:
+    """Runs tasks with several selectors, and keeps a record of every sample.
+
+    All selectors get the same token ids in the same batches. Results are written cell
+    by cell (task, length, selector, budget); a call with the same `out` goes on where
+    one was cut off, and may add selectors, tasks, lengths and budgets.
+    `read_report(out)` makes the tables.
+
+        lm = sj.load("smollm2-135m")
+        sj.evaluate(lm, attention=["infllm_v2", "sparda"], tasks=["passkey"], out="out")
+
+    Args:
+      lm: A loaded model with a tokenizer.
+      out: Directory of the results.
+      attention: Names or `Selector`s; dense is always run, as the measure of the
+        others. "all" is every selector that fits the model.
+      tasks: Names of `evaluation.tasks`.
+      lengths: Tokens of prompt and answer together.
+      budgets: Blocks a token reads, or shares of a length's blocks as "25%"; none is
+        the model's own budget.
+      samples: Samples of each task and length.
+      seed: Of the samples.
+      batch: Samples that run together; None is 4 on a CPU and 8 elsewhere.
+      floor: A task on which dense scores less is not measured: the other selectors are
+        not run on it, and tables say so.
+      task_files: Files of others: RULER's rows or SCBench's as JSON Lines, LongBench
+        v2 as JSON, or a text for perplexity.
+      time_limit: Seconds after which no further cell is begun.
+      progress: Show a bar on standard error.
+
+    Returns:
+      How far it has come.
+
+    Raises:
+      ConfigError: If an argument is not allowed, a task or selector does not exist or
+        does not fit, a length is beyond the context, or `out` was begun with other
+        settings.
+      CheckpointError: If a file is damaged, or `out` cannot be written to.
+    """
+    begun = time.monotonic()
+    lm = LANGUAGE_MODEL("lm", lm)
+    if lm.tokenizer is None:
+        raise ConfigError(f"lm is not allowed: {lm.no_tokenizer}")
+    count = integer(1, 2**16)("samples", samples)
+    seed = integer(0, MOST_SEED)("seed", seed)
+    size = optional(integer(1, 4096))("batch", batch)
+    limit = optional(number(above=0))("time_limit", time_limit)
+    floor = number(least=0, most=100)("floor", floor)
+    files = RunFiles(pathlib.Path(path("out", out)))
+    lengths = _checked_lengths(lm, lengths)
+    chosen = _chosen_tasks(tasks, task_files)
+    selectors = chosen_selectors(lm, attention)
+    wanted = several(_budget_check, "budgets")("budgets", budgets)
+    variants = {n: _variants(lm, selectors, wanted, n) for n in lengths}
+    prompts = Prompts(lm.tokenizer, lm.config)
+    settings = {
+        **_settings(lm, prompts, selectors),
+        "seed": seed,
+        "samples": count,
+        "floor": floor,
+        "tasks": [task.name for task in chosen],
+        "lengths": list(lengths),
+    }
+    files.check(settings)
+    plans, made = _planned(files, chosen, lengths, prompts, count, seed)
+    files.begin(settings)
+    for plan in made:
+        files.write_samples(plan.task.name, plan.length, plan.samples)
+    size = size or (4 if jax.default_backend() == "cpu" else 8)
+    cells = sum(len(variants[plan.length]) for plan in plans)
+    total = sum(len(variants[plan.length]) * len(plan.samples) for plan in plans)
+    with tqdm(total=total, unit="sample", disable=None if progress else True) as bar:
+        work = _Work(files, size, floor, limit, begun, bar.update)
+        for length in lengths:
+            here = [plan for plan in plans if plan.length == length]
+            for variant in variants[length]:
+                for plan in here:
+                    bar.set_description(work.describe(plan, variant))
+                    work.do(plan, variant)
+    return Outcome(files.folder, work.done, cells, work.skipped)
+
+
+def _checked_lengths(lm: LanguageModel, lengths: Sequence[int]) -> tuple[int, ...]:
+    checked = several(integer(1), "lengths")("lengths", lengths)
+    require(len(checked) > 0, "lengths", lengths, "at least one length")
+    for length in checked:
+        if length > lm.config.max_context:
+            raise ConfigError(
+                f"lengths={length} is not allowed: it must be at most "
+                f"{lm.config.max_context}, the context of model {lm.config.name!r}"
+            )
+    return tuple(dict.fromkeys(checked))
+
+
+def _chosen_tasks(
+    tasks: Sequence[str], task_files: Sequence[str | os.PathLike]
+) -> list[AnyTask]:
+    chosen: list[AnyTask] = [get_task(name) for name in dict.fromkeys(tasks)]
+    chosen += [read_task_file(path("task_files", file)) for file in task_files]
+    if not chosen:
+        raise ConfigError(f"tasks={shown(tasks)} is empty: name at least one task")
+    return chosen
+
+
+class _Work:
+    """Does the cells of a run, one by one, until its time is over."""
+
+    def __init__(
+        self,
+        files: RunFiles,
+        batch: int,
+        floor: float,
+        limit: float | None,
+        begun: float,
+        advance: Callable[[int], Any],
+    ) -> None:
+        self._files = files
+        self._floor = floor
+        self._ends = None if limit is None else begun + limit
+        self._advance = advance
+        self._runner = Runner(batch=batch, advance=advance)
+        self._dense: dict[tuple[str, int], list[Record]] = {}
+        self.done = 0
+        self.skipped = 0
+
+    def describe(self, plan: _Plan, variant: Variant) -> str:
+        """What runs, for a progress bar."""
+        budget = f" {variant.budget}" if variant.budget else ""
+        name = variant.lm.selector.name
+        return f"{plan.task.name} {plan.length} {name}{budget}"
+
+    def do(self, plan: _Plan, variant: Variant) -> None:
+        """Runs a cell, unless it is done, needs no results, or time is over."""
+        key = plan.task.name, plan.length
+        cell = Cell(*key, variant.lm.selector.name, variant.budget)
+        records = self._files.result(cell)
+        if records is None:
+            dense = self._dense.get(key)
+            if dense and _under_floor(dense, plan.task, self._floor):
+                self.skipped += 1
+                self._advance(len(plan.samples))
+                return
+            # Without dense there is nothing to compare with, as when time is over.
+            late = self._ends is not None and time.monotonic() >= self._ends
+            if late or (variant.budget and dense is None):
+                return
+            records = self._run(plan, variant, cell)
+        else:
+            self._advance(len(plan.samples))
+        if not variant.budget:
+            self._dense[key] = records
+        self.done += 1
+
+    def _run(self, plan: _Plan, variant: Variant, cell: Cell) -> list[Record]:
+        reference = {}
+        if plan.task.kind == "agreement" and variant.budget:
+            reference = self._files.reference(plan.task.name, plan.length)
+        records = self._runner.run(variant.lm, plan.task, plan.samples, reference)
+        if plan.task.kind == "agreement" and not variant.budget:
+            self._files.write_reference(plan.task.name, plan.length, reference)
+        self._files.write_result(cell, records)
+        return records

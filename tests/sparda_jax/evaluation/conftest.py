@@ -1,0 +1,19 @@
+"""Fixtures of the evaluation's tests."""
+
+import pytest
+from evaluation_cases import character_tokenizer
+
+from sparda_jax.config import ModelConfig
+from sparda_jax.evaluation.samples import Prompts
+from sparda_jax.models.presets import PRESETS
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> ModelConfig:
+    return PRESETS["tiny"].model
+
+
+@pytest.fixture(scope="session")
+def prompts(tiny_config) -> Prompts:
+    """Plain prompts: no template, a token a character."""
+    return Prompts(character_tokenizer(), tiny_config)

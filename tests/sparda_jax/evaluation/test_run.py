@@ -1,0 +1,246 @@
+"""Runs: the same files whether killed or not, guards, reports, bad input."""
+
+import json
+import pathlib
+import types
+
+import pytest
+from evaluation_cases import character_tokenizer
+
+import sparda_jax as sj
+from sparda_jax.checkpoint.errors import CheckpointError
+from sparda_jax.cli.main import main
+from sparda_jax.config import ConfigError
+from sparda_jax.evaluation import answers
+from sparda_jax.evaluation.report import compare, read_report, write_report
+
+TASKS = ("passkey", "latent_needle")
+WANTED = {"lengths": [1500], "budgets": [4, 6], "samples": 3, "batch": 2}
+
+
+@pytest.fixture(scope="module")
+def lm():
+    """The model with random weights, and a tokenizer."""
+    import dataclasses
+
+    return dataclasses.replace(sj.load("tiny"), tokenizer=character_tokenizer())
+
+
+class FakeGenerate:
+    """Answers without a model: dense finds what it is asked for, others half of it.
+
+    It reads the token ids that come, as a model would: what is asked must be in them.
+    """
+
+    def __init__(self, tokenizer, *, fail_after=None, dense_finds=True):
+        self._tokenizer = tokenizer
+        self.calls = 0
+        self._fail_after = fail_after
+        self._dense_finds = dense_finds
+        self.prompts = []
+
+    def __call__(self, lm, prompts, *, max_new_tokens, **_):
+        if self._fail_after is not None and self.calls >= self._fail_after:
+            raise KeyboardInterrupt
+        self.calls += 1
+        rows = [self._answer(lm, ids) for ids in prompts]
+        self.prompts.append((lm.selector.name, prompts))
+        return types.SimpleNamespace(
+            tokens=rows,
+            finish_reasons=["stop"] * len(rows),
+            stats=types.SimpleNamespace(decode_blocks=(lm.sparse.block_budget, 24)),
+        )
+
+    def _answer(self, lm, ids):
+        text = self._tokenizer.decode(ids)
+        known = text.split("passkey number of this document is ")
+        answer = known[1][:5] if len(known) > 1 else "nobody"
+        right = self._dense_finds if lm.selector.dense else sum(ids) % 2 == 0
+        return self._tokenizer.encode(f" {answer}." if right else " none.")
+
+
+def _run(lm, monkeypatch, out, **settings):
+    fake = FakeGenerate(lm.tokenizer, **settings.pop("fake", {}))
+    monkeypatch.setattr(answers, "generate", fake)
+    chosen = {"attention": ["infllm_v2", "random"], "tasks": TASKS, "floor": 30}
+    outcome = sj.evaluate(lm, out=out, **WANTED | chosen | settings)
+    return outcome, fake
+
+
+def _files(folder):
+    """Contents of all files; the date of the run aside."""
+    found = {}
+    for path in sorted(pathlib.Path(folder).rglob("*")):
+        if path.is_file():
+            content = path.read_bytes()
+            if path.name == "run.json":
+                content = {**json.loads(content), "started": ""}
+            found[str(path.relative_to(folder))] = content
+    return found
+
+
+def test_killed_and_resumed_is_the_same_as_whole(lm, monkeypatch, tmp_path):
+    whole, _ = _run(lm, monkeypatch, tmp_path / "whole")
+    assert whole.complete and (whole.done, whole.skipped) == (6, 4)
+    kills = 0
+    while True:
+        try:
+            again, _ = _run(
+                lm, monkeypatch, tmp_path / "killed", fake={"fail_after": 3}
+            )
+            break
+        except KeyboardInterrupt:
+            kills += 1
+            assert kills < 20
+    assert kills >= 3 and again.complete
+    assert _files(tmp_path / "whole") == _files(tmp_path / "killed")
+    # All is there: nothing is run again.
+    _, third = _run(lm, monkeypatch, tmp_path / "killed")
+    assert third.calls == 0
+
+
+def test_every_selector_gets_the_same_tokens(lm, monkeypatch, tmp_path):
+    _, fake = _run(lm, monkeypatch, tmp_path, tasks=["passkey"])
+    by_name = {}
+    for name, prompts in fake.prompts:
+        by_name.setdefault(name, []).append(prompts)
+    first = by_name["dense"]
+    assert by_name["random"] == first * 2 and by_name["infllm_v2"] == first * 2
+    # The last batch is filled up: it needs no program of its own.
+    assert [len(batch) for batch in first] == [2, 2]
+
+
+def test_floor_gate_counts_and_reports(lm, monkeypatch, tmp_path):
+    _run(lm, monkeypatch, tmp_path)
+    report = read_report(tmp_path)
+    text = report.markdown()
+    table = report.tables[0]
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["dense"][0].startswith("100.0 [")
+    assert rows["dense"][1] == "not measured"
+    assert "latent_needle: 0.0" in table.note
+    assert any(name.startswith("infllm_v2, 4 blocks") for name in rows)
+    assert f"- tokenizer: tiny, {lm.tokenizer.vocab_size} tokens" in text
+    counts = next(t for t in report.tables if t.title == "Samples")
+    assert counts.rows[0][2] == "3" and counts.rows[0][-1] == "yes"
+    names = write_report(report)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for outside in ("http://", "https://", "<script", "@import", "url("):
+        assert outside not in page
+    assert {"report.md", "report.html", "summary.json"} <= set(names)
+    assert page.count("data:image/png;base64,") == 2 * sum(
+        name.endswith(".png") for name in names
+    )
+
+
+def test_failures_stay_in_the_mean(lm, monkeypatch, tmp_path):
+    import jax
+
+    _run(lm, monkeypatch, tmp_path, tasks=["passkey"])
+    fake = FakeGenerate(lm.tokenizer)
+
+    def broken(lm, prompts, **options):
+        if len(prompts) > 1 or sum(prompts[0]) % 3:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out\nof memory")
+        return fake(lm, prompts, **options)
+
+    monkeypatch.setattr(answers, "generate", broken)
+    sj.evaluate(
+        lm, out=tmp_path, attention=["window"], tasks=["passkey"], floor=30, **WANTED
+    )
+    report = read_report(tmp_path)
+    table = next(t for t in report.tables if t.title == "Failures")
+    assert table.rows and all("RESOURCE_EXHAUSTED" in row[2] for row in table.rows)
+    cell = next(r for c, r in report.cells.items() if c.attention == "window")
+    assert len(cell) == 3
+    assert all(record["score"] == 0 for record in cell if "failed" in record)
+
+
+def test_compare(lm, monkeypatch, tmp_path):
+    _run(lm, monkeypatch, tmp_path / "a", tasks=["passkey"])
+    _run(lm, monkeypatch, tmp_path / "b", tasks=["passkey"], seed=7)
+    same = compare(tmp_path / "a", tmp_path / "a")
+    assert {row[-1] for row in same.rows} == {"+0.00 [+0.00, +0.00]"}
+    other = compare(tmp_path / "a", tmp_path / "b")
+    assert {row[-1] for row in other.rows} == {"prompts differ"}
+    _run(lm, monkeypatch, tmp_path / "c", tasks=["latent_needle"])
+    with pytest.raises(ConfigError, match="in common"):
+        compare(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"tasks": ["nih"]}, r"tasks='nih' .*niah_single_1"),
+        ({"tasks": []}, "is empty"),
+        ({"attention": ["magic"]}, r"attention='magic' .*infllm_v2"),
+        ({"attention": ["sparda"]}, "from_query"),
+        ({"lengths": [5000]}, "lengths=5000 .*4096, the context"),
+        ({"lengths": [60]}, r"lengths=60 .*needs \d+ tokens"),
+        ({"lengths": []}, "at least one length"),
+        ({"budgets": ["a%"]}, r"budgets\[0\]='a%'"),
+        ({"budgets": [1]}, "forced blocks"),
+        ({"samples": 0}, "samples=0"),
+        ({"floor": 101}, "floor=101"),
+    ],
+)
+def test_bad_arguments(lm, tmp_path, settings, named):
+    chosen = {"tasks": TASKS, **WANTED, **settings}
+    with pytest.raises(ConfigError, match=named):
+        sj.evaluate(lm, out=tmp_path / "out", **chosen)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_settings_and_unwritable_places(lm, monkeypatch, tmp_path):
+    _run(lm, monkeypatch, tmp_path / "a", tasks=["passkey"])
+    with pytest.raises(ConfigError, match="begun with seed=42, and this run has 7"):
+        _run(lm, monkeypatch, tmp_path / "a", tasks=["passkey"], seed=7)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        _run(lm, monkeypatch, tmp_path / "file")
+    with pytest.raises(ConfigError, match=r"no run\.json"):
+        read_report(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--tasks", "nih", "--out", "x"], "tasks='nih'"),
+        (["--attention", "magic", "--out", "x"], "attention='magic'"),
+        (["--model", "tiny"], "--out is missing"),
+        (["--model", "tiny", "--out", "x"], "no tokenizer"),
+        (["--lengths", "many", "--out", "x"], "--lengths='many'"),
+        (["--task-file", "none.jsonl", "--out", "x"], "No such file"),
+        (["--compare", "none", "none"], "no run.json"),
+    ],
+)
+def test_command_line(capsys, tmp_path, monkeypatch, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    status = main(["eval", "--no-compilation-cache", *arguments])
+    lines = capsys.readouterr().err.splitlines()
+    assert status == 2
+    assert [named in line for line in lines if line.startswith("sparda: ")] == [True]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_real_model_runs_every_kind_of_task(lm, tmp_path):
+    tasks = ["niah_single_1", "retr_kv", "perplexity_code", "agreement"]
+    wanted = {"tasks": tasks, "lengths": [3000], "samples": 2, "floor": 0}
+    whole = sj.evaluate(
+        lm, out=tmp_path, attention=["infllm_v2"], budgets=[4, 64], **wanted
+    )
+    assert whole.complete
+    report = read_report(tmp_path)
+    cells = {(c.task, c.budget): records for c, records in report.cells.items()}
+    for task in tasks:
+        # With a budget of all blocks every selector is dense.
+        full, dense = cells[task, 64], cells[task, 0]
+        for one, other in zip(full, dense, strict=True):
+            for field in ("output", "tokens", "likeliest", "score"):
+                assert one.get(field) == other.get(field)
+    assert cells["agreement", 0][0]["score"] == 100
+    assert cells["agreement", 0][0]["kl"] < 1e-6
+    assert cells["agreement", 4][0]["kl"] > 1e-4
+    quarters = cells["perplexity_code", 0][0]["by_position"]
+    assert len(quarters) == 4
