@@ -73,11 +73,15 @@ class Config:
       keys: keys of a step, 64 or 128 and at least a block.
       stages: stages of the shared-memory ring, at least 2.
       alternate: order the two compute warpgroups by a barrier.
+      in_place: read queries and write outputs in the order of the call, a copy a token,
+        where tokens fill whole tiles; else they are put in the kernel's order before
+        and after it.
     """
 
     keys: int = 128
     stages: int = 2
     alternate: bool = True
+    in_place: bool = False
 
     def __post_init__(self):
         if self.keys not in (64, 128):
@@ -112,6 +116,7 @@ def _entry(*refs, names, **static):
     per_step = config.keys // block
     ring = (config.stages, config.keys, head_dim)
     copies = per_step * (2 if "bias" in refs else 1)
+    query_copies = static["tokens"] // COMPUTE if static["in_place"] else 1
     bias = None
     if "bias" in refs:
         bias = plgpu.SMEM((config.stages, config.keys), jnp.float32)
@@ -122,7 +127,7 @@ def _entry(*refs, names, **static):
         plgpu.SMEM(ring, dtype, transforms=tiled),
         plgpu.SMEM((COMPUTE, WARPGROUP_ROWS), jnp.float32),
         bias,
-        plgpu.Barrier(num_barriers=COMPUTE),
+        plgpu.Barrier(num_arrivals=query_copies, num_barriers=COMPUTE),
         plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
         plgpu.Barrier(num_arrivals=per_step, num_barriers=config.stages),
         plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=config.stages),
@@ -133,7 +138,18 @@ def _entry(*refs, names, **static):
 
 
 def _body(
-    refs, scoped, *, config, head_dim, block, dtype, tokens, kv_heads, tiles, all_blocks
+    refs,
+    scoped,
+    *,
+    config,
+    head_dim,
+    block,
+    dtype,
+    tokens,
+    kv_heads,
+    tiles,
+    all_blocks,
+    in_place,
 ):
     (
         q_smem,
@@ -204,10 +220,27 @@ def _body(
         plgpu.set_max_registers(232, action="increase")
         q_part, lse_part = q_smem.at[wg], lse_smem.at[wg]
         rows = pl.ds(flat * ROWS + wg * WARPGROUP_ROWS, WARPGROUP_ROWS)
-        plgpu.copy_gmem_to_smem(refs["q"].at[rows], q_part, q_ready.at[wg])
-        plgpu.barrier_wait(q_ready.at[wg])
         mine = tokens // COMPUTE  # tokens of this warpgroup
         group_rows = WARPGROUP_ROWS // mine
+
+        def pieces(ref):
+            """Parts of a [rows, H] operand, and the rows of the tile that they are."""
+            if not in_place:
+                return [(ref.at[rows], pl.ds(0, WARPGROUP_ROWS))]
+            token = (b * tiles + tile) * tokens + wg * mine
+            row = (token * kv_heads + k) * group_rows
+            stride = kv_heads * group_rows
+            return [
+                (
+                    ref.at[pl.ds(row + i * stride, group_rows)],
+                    pl.ds(i * group_rows, group_rows),
+                )
+                for i in range(mine)
+            ]
+
+        for part, inside in pieces(refs["q"]):
+            plgpu.copy_gmem_to_smem(part, q_part.at[inside], q_ready.at[wg])
+        plgpu.barrier_wait(q_ready.at[wg])
         my_first = first + wg * mine
         everyone = jnp.int32((1 << mine) - 1)
         shape = (WARPGROUP_ROWS, config.keys)
@@ -326,7 +359,8 @@ def _body(
         q_part[...] = acc.astype(dtype)
         lse_part[...] = jnp.where(empty, NEG_INF, top * LN_2 + jnp.log(total))
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_part, refs["out"].at[rows])
+        for part, inside in pieces(refs["out"]):
+            plgpu.copy_smem_to_gmem(q_part.at[inside], part)
         plgpu.copy_smem_to_gmem(lse_part, refs["lse"].at[rows])
         plgpu.wait_smem_to_gmem(0)
 
@@ -396,7 +430,11 @@ def _call(q, kv, q_start, block_indices, layer, key_bias, *, scale, config):
     padded = max(ROWS // 16, next_power_of_two(groups))
     tokens = ROWS // padded
     tiles = cdiv(length, tokens)
-    query = fold_queries(q, kv_heads, tiles * tokens, padded).reshape(-1, head_dim)
+    in_place = config.in_place and groups == padded and length == tiles * tokens
+    query = q
+    if not in_place:
+        query = fold_queries(q, kv_heads, tiles * tokens, padded)
+    query = query.reshape(-1, head_dim)
     operands = {
         "layer": layer.reshape(1),
         "start": q_start,
@@ -434,6 +472,7 @@ def _call(q, kv, q_start, block_indices, layer, key_bias, *, scale, config):
             kv_heads=kv_heads,
             tiles=tiles,
             all_blocks=all_blocks,
+            in_place=in_place,
         )
 
     out, lse = plgpu.kernel(
@@ -449,7 +488,11 @@ def _call(q, kv, q_start, block_indices, layer, key_bias, *, scale, config):
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*operands.values())
 
+    if in_place:
+        out = out.reshape(q.shape)
+    else:
+        out = unfold_queries(out, q, kv_heads, tiles * tokens, padded)
     return (
-        unfold_queries(out, q, kv_heads, tiles * tokens, padded),
+        out,
         unfold_queries(lse, q, kv_heads, tiles * tokens, padded),
     )

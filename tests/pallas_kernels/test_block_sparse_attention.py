@@ -1,5 +1,7 @@
 """Block-sparse attention against its float32 definition, and its edges."""
 
+import dataclasses
+import functools
 import re
 
 import jax
@@ -18,10 +20,12 @@ from pallas_kernels._common.tolerances import (
     tolerance,
 )
 from pallas_kernels._common.validation import with_layer_axis
+from pallas_kernels.block_sparse_attention import pallas_mosaic_gpu as mosaic
 from pallas_kernels.block_sparse_attention.arg_specs import ARG_SPECS, ArgSpec
 from pallas_kernels.block_sparse_attention.reference import (
     block_sparse_attention_reference,
 )
+from pallas_kernels.lowering import cuda_lowering_text
 
 BY_NAME = {s.name: s for s in ARG_SPECS}
 
@@ -78,6 +82,44 @@ def test_native_long_sequence(implementation):
     args = spec.make(jnp.bfloat16)
     got = compute(args, implementation)
     assert_attention_matches(got, compute(args, "xla"), "bfloat16")
+
+
+IN_PLACE = ArgSpec("", 2, 24, 32, 2, 128, 64, 12, 5, 2, start=(600, 0), bias=True)
+
+
+def _mosaic(args, in_place):
+    """The Mosaic form, which reads queries where they are or in its own order."""
+    *_, listed = args["block_indices"].shape
+    config = dataclasses.replace(
+        mosaic.config_for(16, 128, 64, listed), in_place=in_place
+    )
+    kv, bias, layer = args["kv"][None], args["key_bias"][None], jnp.int32(0)
+    rest = (kv, args["q_start"], args["block_indices"], layer, bias)
+    return mosaic.block_sparse_attention_mosaic_gpu(
+        args["q"], *rest, scale=0.1, config=config
+    )
+
+
+def test_queries_in_place_lower_without_a_transpose():
+    args = IN_PLACE.make(jnp.bfloat16)
+    texts = [
+        cuda_lowering_text(functools.partial(_mosaic, in_place=in_place), args)
+        for in_place in (True, False)
+    ]
+    moved = [text.count("bf16>) -> tensor<2x2x24x16x128xbf16>") for text in texts]
+    assert "mosaic_gpu" in texts[0] and moved[0] < moved[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [24, 21])
+def test_native_queries_in_place_give_the_same_bits(tokens):
+    args = dataclasses.replace(IN_PLACE, tokens=tokens).make(jnp.bfloat16)
+    calls = [
+        jax.jit(functools.partial(_mosaic, in_place=in_place))(args)
+        for in_place in (True, False)
+    ]
+    for x, y in zip(*calls, strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 @pytest.mark.parametrize("listed", [None, 3])

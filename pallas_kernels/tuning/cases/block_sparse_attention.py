@@ -45,7 +45,13 @@ def cases(small: bool) -> Iterator[Case]:
             ],
             "mosaic_gpu": [
                 mosaic.Config(*c)
-                for c in ((128, 2, True), (128, 2, False), (64, 4, True), (64, 5, True))
+                for c in (
+                    (128, 2, True, True),
+                    (128, 2, True),
+                    (128, 2, False),
+                    (64, 4, True),
+                    (64, 5, True),
+                )
             ],
         },
     )
