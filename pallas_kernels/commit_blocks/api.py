@@ -32,8 +32,8 @@ def commit_blocks(
       staged: as many blocks as there are entries, in the dtype of ``slots``.
       indices: int32 row of each staged block, no row twice; negative ones are skipped.
       count: int32 scalar: only the first so many entries are looked at.
-      implementation: "triton" or "xla"; None for the recorded choice of this device
-        kind. A named implementation never falls back.
+      implementation: "mosaic_gpu", "triton" or "xla"; None for the recorded choice
+        of this device kind. A named implementation never falls back.
 
     Returns:
       ``slots`` with the blocks in it.
@@ -59,8 +59,10 @@ def commit_blocks(
 
     def run(name: str) -> Float[Array, " R *E"]:
         if name == "mosaic_gpu":
-            raise NotImplementedError(
-                "mosaic_gpu has no commit_blocks: plain copies gain nothing from it"
+            from pallas_kernels.commit_blocks import pallas_mosaic_gpu
+
+            return pallas_mosaic_gpu.commit_blocks_mosaic_gpu(
+                slots, staged, indices, count
             )
         if name == "triton":
             from pallas_kernels.commit_blocks import pallas_triton

@@ -21,18 +21,14 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common.devices import require_cuda
+from pallas_kernels._common.mosaic_copies import checked_part_size, walk_listed
 from pallas_kernels._common.numerics import in_32_bit
 from pallas_kernels.dispatch import tuned_config
-
-# Elements that one warpgroup holds in registers at a time: 64 or 128 each thread.
-PART_BYTES = 32 * 1024
-AHEAD = 4  # list entries that are read together
 
 
 @dataclass(frozen=True)
@@ -48,19 +44,6 @@ class Config:
     def __post_init__(self):
         if self.programs < 1:
             raise ValueError(f"programs is {self.programs}; it must be at least 1")
-
-
-def part_size(elements: int, itemsize: int) -> int:
-    """Elements of a part: the largest power of two that divides a block and fits.
-
-    Args:
-      elements: elements of a block.
-      itemsize: bytes of one.
-    """
-    size = elements & -elements
-    while size * itemsize > PART_BYTES:
-        size //= 2
-    return size
 
 
 @in_32_bit
@@ -90,60 +73,38 @@ def host_gather_mosaic_gpu(
     require_cuda("mosaic_gpu", 9.0)
     rows, shape = blocks.shape[0], blocks.shape[1:]
     elements = blocks.size // rows
-    size = part_size(elements, blocks.dtype.itemsize)
-    if size * blocks.dtype.itemsize < 1024:
-        raise NotImplementedError(
-            f"mosaic_gpu needs blocks of a multiple of 1024 bytes, not {elements} "
-            f"elements of {blocks.dtype}"
-        )
+    size = checked_part_size(elements, blocks.dtype)
     listed, parts = indices.shape[0], elements // size
     if config is None:
         found = tuned_config("host_gather", "mosaic_gpu", {"parts": parts})
         config = Config(**found) if found else Config()
     programs = min(config.programs, listed * parts)
 
-    most = listed * parts
     if count is None:
         count = jnp.int32(listed)
 
-    step = programs * AHEAD
-
     def host_gather_mosaic_gpu(blocks_ref, indices_ref, count_ref, out_ref):
-        program = lax.axis_index("program")
-        units = jnp.minimum(count_ref[0], listed) * parts
-
-        def place_of(turn):
-            # Another place in every turn: where each so-and-so-many-th entry belongs
-            # to one row, no program has all of that row's.
-            return lax.rem(program + turn, jnp.int32(programs))
-
-        def copy(unit, row):
-            j, part = lax.div(unit, jnp.int32(parts)), lax.rem(unit, jnp.int32(parts))
-            columns = pl.ds(part * size, size)
-
-            @pl.when((unit < units) & (row >= 0))
+        def move(entry, row, columns):
+            @pl.when(row >= 0)
             def _copy():
                 source = jnp.minimum(row, rows - 1)
-                out_ref[j, columns] = blocks_ref[source, columns]
+                out_ref[entry, columns] = blocks_ref[source, columns]
 
             if zero_skipped:
 
-                @pl.when((unit < units) & (row < 0))
+                @pl.when(row < 0)
                 def _skip():
-                    out_ref[j, columns] = jnp.zeros((size,), blocks.dtype)
+                    out_ref[entry, columns] = jnp.zeros((size,), blocks.dtype)
 
-        def body(i, carry):
-            # Several list entries are read before the first is acted upon, so that a
-            # skipped one costs a part of a memory latency.
-            turns = [i * AHEAD + n for n in range(AHEAD)]
-            found = [turn * programs + place_of(turn) for turn in turns]
-            places = [lax.div(jnp.minimum(u, most - 1), parts) for u in found]
-            listed = [indices_ref[place] for place in places]
-            for unit, row in zip(found, listed, strict=True):
-                copy(unit, row)
-            return carry
-
-        lax.fori_loop(0, lax.div(units + step - 1, step), body, 0)
+        walk_listed(
+            move,
+            indices_ref,
+            count_ref[0],
+            listed=listed,
+            parts=parts,
+            size=size,
+            programs=programs,
+        )
 
     out = plgpu.kernel(
         host_gather_mosaic_gpu,

@@ -11,6 +11,7 @@ from pallas_kernels import commit_blocks
 from pallas_kernels.commit_blocks.arg_specs import ARG_SPECS
 from pallas_kernels.commit_blocks.pallas_triton import Config, commit_blocks_triton
 from pallas_kernels.commit_blocks.reference import commit_blocks_reference
+from pallas_kernels.lowering import cuda_lowering_text
 
 CI_SPECS = [s for s in ARG_SPECS if "ci" in s.tags]
 specs = pytest.mark.parametrize("spec", CI_SPECS, ids=lambda s: s.name)
@@ -40,7 +41,7 @@ def test_triton_in_the_interpreter(spec, programs):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("implementation", ["triton", "xla"])
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton", "xla"])
 @specs
 def test_native(spec, implementation):
     args = spec.make("bfloat16")
@@ -66,9 +67,18 @@ def test_in_place():
     assert "input_output_alias={ {}: (1" in text
 
 
-def test_mosaic_refuses():
-    with pytest.raises(NotImplementedError, match="no commit_blocks"):
-        commit_blocks(**CI_SPECS[0].make("float32"), implementation="mosaic_gpu")
+def test_mosaic_is_in_place():
+    args = CI_SPECS[0].make("bfloat16")
+
+    def loop(slots, staged, indices):
+        def step(_, slots):
+            return commit_blocks(slots, staged, indices, implementation="mosaic_gpu")
+
+        return jax.lax.fori_loop(0, 2, step, slots)
+
+    text = cuda_lowering_text(loop, args["slots"], args["staged"], args["indices"])
+    [call] = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    assert "output_operand_alias" in call
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,8 @@ OPS = {
     ),
     "commit_blocks": Op(
         pallas_kernels.commit_blocks,
-        ("triton",),
-        ("skips", "one"),
-        {"count": jnp.int32(3)},
+        quick=("skips", "one"),
+        extra={"count": jnp.int32(3)},
     ),
     "compress_keys": Op(
         pallas_kernels.compress_keys, quick=("minicpm", "too_short", "small_windows")

@@ -44,14 +44,11 @@ def cases(small: bool) -> Iterator[Case]:
                 for c in ((64, 4, 2), (64, 4, 3), (128, 8, 2), (128, 8, 3), (128, 4, 2))
             ],
             "mosaic_gpu": [
-                mosaic.Config(*c)
-                for c in (
-                    (128, 2, True, True),
-                    (128, 2, True),
-                    (128, 2, False),
-                    (64, 4, True),
-                    (64, 5, True),
-                )
+                mosaic.Config(in_place=True),
+                mosaic.Config(),
+                mosaic.Config(alternate=False),
+                mosaic.Config(keys=64, stages=4),
+                mosaic.Config(keys=64, stages=5),
             ],
         },
     )

@@ -1,0 +1,93 @@
+"""Committing blocks on Mosaic GPU, in place.
+
+Algorithm: that of ``pallas_triton.py``. The slots are a mutable operand; persistent
+thread blocks walk over (entry, part of a block) pairs and copy the parts of entries
+that are not skipped through registers.
+
+Limits: blocks of a multiple of 1,024 bytes; compute capability 9.0 and newer. Not
+measured yet, and in no record: only a call that names it takes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels._common.devices import require_cuda
+from pallas_kernels._common.mosaic_copies import checked_part_size, walk_listed
+from pallas_kernels._common.numerics import in_32_bit
+from pallas_kernels.dispatch import tuned_config
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the kernel.
+
+    Attributes:
+      programs: persistent thread blocks.
+    """
+
+    programs: int = 264
+
+    def __post_init__(self):
+        if self.programs < 1:
+            raise ValueError(f"programs is {self.programs}; it must be at least 1")
+
+
+@in_32_bit
+def commit_blocks_mosaic_gpu(
+    slots: Float[Array, " R *E"],
+    staged: Float[Array, " J *E"],
+    indices: Int[Array, " J"],
+    count: Int[Array, ""] | None = None,
+    *,
+    config: Config | None = None,
+) -> Float[Array, " R *E"]:
+    """Computes the result in place; the arguments are those of the Triton form.
+
+    Raises:
+      NotImplementedError: for blocks of an odd size, or without such a device.
+    """
+    require_cuda("mosaic_gpu", 9.0)
+    rows, listed = slots.shape[0], indices.shape[0]
+    elements = slots.size // rows
+    size = checked_part_size(elements, slots.dtype)
+    parts = elements // size
+    config = config or Config(
+        **tuned_config("commit_blocks", "mosaic_gpu", {"elements": elements})
+    )
+    programs = min(config.programs, listed * parts)
+    if count is None:
+        count = jnp.int32(listed)
+
+    def commit_blocks_mosaic_gpu(slots_ref, staged_ref, indices_ref, count_ref):
+        def move(entry, row, columns):
+            @pl.when(row >= 0)
+            def _copy():
+                there = lax.min(row, jnp.int32(rows - 1))
+                slots_ref[there, columns] = staged_ref[entry, columns]
+
+        walk_listed(
+            move,
+            indices_ref,
+            count_ref[0],
+            listed=listed,
+            parts=parts,
+            size=size,
+            programs=programs,
+        )
+
+    held = jax.new_ref(slots.reshape(rows, elements))
+    plgpu.kernel(
+        commit_blocks_mosaic_gpu,
+        out_type=(),
+        grid=(programs,),
+        grid_names=("program",),
+    )(held, staged.reshape(listed, elements), indices, count.reshape(1))
+    return jax.freeze(held).reshape(slots.shape)
