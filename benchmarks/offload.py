@@ -66,7 +66,8 @@ def _trace(tokens: int) -> None:
     assert lm.tokenizer is not None
     task = passkey_task(lm.tokenizer, tokens=tokens, depth=0.4, seed=0)
     sparse = lm.sparse
-    scored = sparse.block_budget - sparse.forced_blocks
+    budget = sparse.largest_budget
+    scored = budget - sparse.forced_blocks
     for attention in ("infllm_v2", "sparda"):
         cache = sj.CacheConfig(kind="offload", recall_every=8)
         chosen = sj.with_attention(lm, attention, cache=cache)
@@ -77,8 +78,8 @@ def _trace(tokens: int) -> None:
         # The first step's list is in the slots from prefill: all misses are drift.
         share = 1 - stats.hit_rate
         print(
-            f"{attention}: {share:.3f} of a list of {sparse.block_budget} is new at a "
-            f"step, {share * sparse.block_budget / scored:.3f} of its {scored} scored "
+            f"{attention}: {share:.3f} of a list of {budget} is new at a "
+            f"step, {share * budget / scored:.3f} of its {scored} scored "
             f"blocks; recall of the own queries' choice {stats.recall}"
         )
 
@@ -145,7 +146,7 @@ def _settings(config, sparse, mode: str, arguments):
     from sparda_jax.config import CacheConfig
     from sparda_jax.planning.auto import offload_settings
 
-    selector = _selector(mode, arguments.miss * sparse.block_budget)
+    selector = _selector(mode, arguments.miss * sparse.largest_budget)
     cache = CacheConfig(
         kind="resident" if mode.startswith("resident") else "offload",
         prefetch="lookahead" if mode == "sparda" else "none",
@@ -255,7 +256,7 @@ def _row(mode, cache, settings, seconds, fetched, capacity, rates, arguments, ba
 
     config, sparse = settings.config, settings.sparse
     block_bytes = sparse.block_size * 2 * config.head_dim * 2
-    listed = batch * config.num_kv_heads * config.num_layers * sparse.block_budget
+    listed = batch * config.num_kv_heads * config.num_layers * sparse.largest_budget
     median = statistics.median(seconds)
     bound = step_time(
         settings,
@@ -339,7 +340,7 @@ def main() -> None:
     device = jax.devices()[0].device_kind
     print(
         f"{arguments.model}, {config.num_layers} layers, {arguments.context} tokens, "
-        f"budget {preset.sparse.block_budget}, miss {arguments.miss:.3f}, {device}, "
+        f"budget {preset.sparse.largest_budget}, miss {arguments.miss:.3f}, {device}, "
         f"JAX {jax.__version__}",
         flush=True,
     )

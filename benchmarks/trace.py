@@ -152,7 +152,7 @@ def record(
         block_size=sparse.block_size,
         init_blocks=sparse.init_blocks,
         local_blocks=sparse.local_blocks,
-        block_budget=sparse.block_budget,
+        block_budget=sparse.largest_budget,
         listed=listed[..., :blocks],
         notes={
             "device": jax.devices()[0].device_kind,
@@ -251,7 +251,7 @@ def _record(arguments: argparse.Namespace) -> None:
     # More characters than any text has for a token: encoding all of it takes long.
     document = read_document(arguments.text)[: 8 * arguments.context]
     ids = list(lm.tokenizer.encode(document))[: arguments.context]
-    least = lm.sparse.block_budget * lm.sparse.block_size
+    least = lm.sparse.largest_budget * lm.sparse.block_size
     need = least + arguments.prefill + arguments.decode
     if len(ids) < arguments.context or len(ids) < need:
         raise ConfigError(

@@ -224,6 +224,16 @@ class ModelConfig:
         return self.num_heads // self.num_kv_heads
 
 
+def _block_budget(field: str, value: object) -> int | tuple[int, ...]:
+    """A check of a budget: blocks, or blocks by layer."""
+    blocks = integer(1, _BLOCKS)
+    if not isinstance(value, list | tuple):
+        return blocks(field, value)
+    budgets = several(blocks, "blocks, one number a layer")(field, value)
+    require(budgets != (), field, value, "one number a layer, or one for all")
+    return budgets
+
+
 @dataclasses.dataclass(frozen=True)
 class SparseConfig:
     """Block selection (specification §2.1, §3, §4.3); all counts are in blocks.
@@ -238,7 +248,8 @@ class SparseConfig:
       init_blocks: Leading blocks that are always selected (I).
       local_blocks: Blocks before the query's own that are always selected (W), so
         W + 1 local blocks in all.
-      block_budget: Selected blocks in all, forced ones included (K of §2.1).
+      block_budget: Selected blocks in all, forced ones included (K of §2.1); or a tuple
+        of one number a layer. Lists are as long as the largest, and training takes it.
       query_blocks: NOSA only: blocks that the first stage adds to init and local ones
         before the query-agnostic stage fills the budget (§3 step 3).
       dense_len: Sequences with fewer keys attend densely; −1 never (§2.6).
@@ -256,7 +267,7 @@ class SparseConfig:
     block_size: int = 64
     init_blocks: int = 1
     local_blocks: int = 32
-    block_budget: int = 96
+    block_budget: int | tuple[int, ...] = 96
     query_blocks: int = 24
     dense_len: int = -1
     mask_future_blocks: bool = True
@@ -272,7 +283,7 @@ class SparseConfig:
             block_size=tokens,
             init_blocks=integer(0, _BLOCKS),
             local_blocks=blocks,
-            block_budget=blocks,
+            block_budget=_block_budget,
             query_blocks=integer(0, _BLOCKS),
             dense_len=integer(-1),
             mask_future_blocks=flag,
@@ -294,11 +305,45 @@ class SparseConfig:
             f"kernel_size={self.kernel_size}",
         )
         require(
-            self.block_budget >= self.forced_blocks,
+            self.smallest_budget >= self.forced_blocks,
             "SparseConfig.block_budget",
             self.block_budget,
             f"at least the {self.forced_blocks} forced blocks "
             f"({self.init_blocks} init + {self.local_blocks} + 1 local)",
+        )
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """The budget of every layer, or one for all of them."""
+        budget = self.block_budget
+        return budget if isinstance(budget, tuple) else (budget,)
+
+    @property
+    def largest_budget(self) -> int:
+        """Blocks that a token of any layer selects at most."""
+        return max(self.budgets)
+
+    @property
+    def smallest_budget(self) -> int:
+        """Blocks that a token of any layer may select at least."""
+        return min(self.budgets)
+
+    @property
+    def budget_text(self) -> str:
+        """The budget in words."""
+        if not isinstance(self.block_budget, tuple):
+            return str(self.block_budget)
+        return f"{self.smallest_budget} to {self.largest_budget} by layer"
+
+    def check_layers(self, config: ModelConfig) -> None:
+        """Raises ConfigError unless budgets by layer are one for each of a model's."""
+        require(
+            not isinstance(self.block_budget, tuple)
+            or len(self.block_budget) == config.num_layers,
+            "SparseConfig.block_budget",
+            self.block_budget,
+            f"one number, or one for each of the {config.num_layers} layers of "
+            f"{config.name!r}",
         )
 
     @property

@@ -146,14 +146,14 @@ def _tokens(layer: Layer):
     return layer.k, layer.k, layer.bias, layer.q
 
 
-def tile_of(layer: Layer, index, where: slice, num_blocks: int, **fields):
+def tile_of(rows: Layer, index, where: slice, num_blocks: int, **fields):
     """The tile of some of a layer's tokens."""
-    positions = np.arange(layer.length)[where]
-    batch = layer.k.shape[0]
+    positions = np.arange(rows.length)[where]
+    batch = rows.k.shape[0]
     return SelectionTile(
-        q=jnp.asarray(layer.q[:, where]),
+        q=jnp.asarray(rows.q[:, where]),
         positions=jnp.broadcast_to(jnp.asarray(positions), (batch, len(positions))),
-        length=jnp.full((batch,), layer.length),
+        length=jnp.full((batch,), rows.length),
         index=jax.tree.map(lambda x: x[0], index),
         num_blocks=num_blocks,
         **{"forecast": None, "decoding": False, **fields},

@@ -102,8 +102,8 @@ def distill_layer(
         size = loss.tile or tile_size(batch, tokens, heads, jax.default_backend())
     pure = partition_sparse(sparse, key_bias=key_bias is not None)
     count = num_blocks(tokens, sparse)
-    slots = min(pure.block_budget, count)
-    width = min(sparse.block_budget, count)
+    slots = min(pure.largest_budget, count)
+    width = min(sparse.largest_budget, count)
     cut = tile_queries(q, forecast, documents, size)[1]
     plain = values = bias = None
     if v is not None:

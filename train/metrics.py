@@ -151,7 +151,7 @@ def _tile_sums(
     guess = forecast_routing(queries, keys, sparse=sparse)
     blocks = keys.windows.shape[2] // sparse.windows_per_block
     held = queries.token // sparse.block_size - queries.start // sparse.block_size + 1
-    counts = (held > sparse.block_budget) & (queries.token < queries.end)
+    counts = (held > sparse.largest_budget) & (queries.token < queries.end)
     counts = counts[:, None]
     total = supervised_blocks(own, queries, blocks, sparse) & counts[..., None]
     hits = supervised_blocks(guess, queries, blocks, sparse) & total

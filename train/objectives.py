@@ -166,9 +166,9 @@ def row_weights(
     weight = jnp.ones(held.shape, jnp.float32)
     if loss.position_weight == "context":
         # The share of the context that the budget leaves out.
-        weight = jnp.maximum(0.0, 1.0 - sparse.block_budget / held)
+        weight = jnp.maximum(0.0, 1.0 - sparse.largest_budget / held)
     if loss.mask_short_rows:
-        weight = jnp.where(held > sparse.block_budget, weight, 0.0)
+        weight = jnp.where(held > sparse.largest_budget, weight, 0.0)
     return jnp.where(queries.token < queries.end, weight, 0.0)
 
 

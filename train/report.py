@@ -125,7 +125,7 @@ def report(config: TrainConfig, options: argparse.Namespace) -> dict:
 def _perplexities(
     lm: sj.LanguageModel, heads: dict[str, jax.Array], rows: np.ndarray
 ) -> dict[str, float]:
-    first = lm.sparse.block_budget * lm.sparse.block_size
+    first = lm.sparse.largest_budget * lm.sparse.block_size
     found = {}
     for name in ("dense", "infllm_v2"):
         chosen = sj.with_attention(lm, name)

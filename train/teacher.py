@@ -77,7 +77,7 @@ def partition_sparse(sparse: SparseConfig, *, key_bias: bool) -> SparseConfig:
     if not key_bias:
         return sparse
     quota = sparse.init_blocks + sparse.local_blocks + sparse.query_blocks
-    budget = min(max(quota, sparse.forced_blocks), sparse.block_budget)
+    budget = min(max(quota, sparse.forced_blocks), sparse.largest_budget)
     return dataclasses.replace(sparse, block_budget=budget)
 
 

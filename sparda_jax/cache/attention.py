@@ -1,10 +1,12 @@
 """Attention of one decode step over a layer's slots: what both views share."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.paged_decode_attention.api import paged_decode_attention
 from sparda_jax.cache.settings import LayerSettings, TileState
+from sparda_jax.sparse.index import IndexState
 
 
 def attended_bias(
@@ -21,6 +23,46 @@ def attended_bias(
         dense = tile.length < sparse.dense_len
         key_bias = jnp.where(dense[None, :, None, None, None], 0.0, key_bias)
     return key_bias
+
+
+def token_attention(
+    q: Float[Array, "B 1 N H"],
+    kv: Float[Array, "layers B K M block 2 H"],
+    key_bias: Float[Array, "layers B K M block"] | None,
+    index: IndexState,
+    layer: int | Int[Array, ""],
+    tile: TileState,
+    settings: LayerSettings,
+) -> Float[Array, "B 1 N H"]:
+    """Attention to all tokens with the selector's corrections, as it is written down.
+
+    Args:
+      q: Queries after RoPE.
+      kv: Blocks of one layer or of all of them.
+      key_bias: Additive bias of the keys, or None.
+      index: The selector's index, of one layer or of all.
+      layer: Index on the leading axis.
+      tile: The step.
+      settings: The model and the selector.
+    """
+    batch, steps, heads, dim = q.shape
+    k, v = (kv[layer, ..., i, :] for i in (0, 1))  # B K M block H
+    k, v = (x.reshape(*x.shape[:2], -1, dim).astype(jnp.float32) for x in (k, v))
+    kv_heads = k.shape[1]
+    seen = tile.selection(index, layer, q=q)
+    grouped = q.astype(jnp.float32).reshape(
+        batch, steps, kv_heads, heads // kv_heads, dim
+    )
+    logits = jnp.einsum("btkgh,bksh->bkgts", grouped, k) * dim**-0.5
+    logits += settings.selector.token_correction(seen, k, settings.config)
+    if key_bias is not None:
+        logits += key_bias[layer].reshape(batch, kv_heads, 1, 1, -1)
+    past = jnp.arange(k.shape[2]) < tile.length[:, None]  # B S: one token, the last
+    logits = jnp.where(past[:, None, None, None], logits, -jnp.inf)
+    # What lies behind a row's end is garbage, which 0 times may not be 0.
+    v = jnp.where(past[:, None, :, None], v, 0.0)
+    out = jnp.einsum("bkgts,bksh->btkgh", jax.nn.softmax(logits, axis=-1), v)
+    return out.reshape(q.shape).astype(q.dtype)
 
 
 def decode_attention(

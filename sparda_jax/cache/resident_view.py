@@ -5,7 +5,7 @@ from typing import NamedTuple
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
-from sparda_jax.cache.attention import attended_bias, decode_attention
+from sparda_jax.cache.attention import attended_bias, decode_attention, token_attention
 from sparda_jax.cache.prefetch import Lookahead, order_fetch
 from sparda_jax.cache.resident import LayerCache, append_tokens
 from sparda_jax.cache.settings import LayerSettings, TileState
@@ -99,6 +99,10 @@ class ResidentView(NamedTuple):
                 layer=layer,
                 key_bias=key_bias,
                 implementation=settings.implementation,
+            )
+        if settings.selector.attends_tokens:
+            return token_attention(
+                q, cache.kv, key_bias, cache.index, layer, tile, settings
             )
         # In a resident cache slot c holds block c.
         slots = None if self.blocks is None else self.blocks[:, :, 0]

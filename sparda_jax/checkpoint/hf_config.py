@@ -166,7 +166,7 @@ def sparse_config(
             "window_size", window, f"a multiple of block_size = {block_size}"
         )
     local_blocks = window // block_size
-    topk = fields.integer("topk", default.block_budget - default.local_blocks)
+    topk = fields.integer("topk", default.largest_budget - default.local_blocks)
     try:
         config = SparseConfig(
             kernel_size=fields.integer("kernel_size", default.kernel_size),
@@ -186,14 +186,23 @@ def sparse_config(
 
 
 def sparse_json(config: SparseConfig) -> dict[str, Any]:
-    """Inverse of `sparse_config`, for config.json."""
+    """Inverse of `sparse_config`, for config.json, which has one budget for all layers.
+
+    Raises:
+      ConfigError: If the budgets differ by layer.
+    """
+    if len(set(config.budgets)) > 1:
+        raise ConfigError(
+            f"SparseConfig.block_budget={config.block_budget} is not allowed in a "
+            "config.json: its format has one number for all layers"
+        )
     return {
         "kernel_size": config.kernel_size,
         "kernel_stride": config.kernel_stride,
         "init_blocks": config.init_blocks,
         "block_size": config.block_size,
         "window_size": config.local_blocks * config.block_size,
-        "topk": config.block_budget - config.local_blocks,
+        "topk": config.largest_budget - config.local_blocks,
         "select_blocks": config.query_blocks,
         "dense_len": config.dense_len,
         "use_q_future_decode_only": config.forecast_decode_only,

@@ -76,7 +76,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     )
     print(
         f"{lm.config.name}: {len(task.ids)} tokens of Python's manual, passkey "
-        f"{task.answer} at {task.depth:.0%} of it; budget {lm.sparse.block_budget} of "
+        f"{task.answer} at {task.depth:.0%} of it; budget {lm.sparse.budget_text} of "
         f"{-(-len(task.ids) // lm.sparse.block_size)} KV blocks\n"
     )
     print(

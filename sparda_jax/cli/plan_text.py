@@ -17,7 +17,7 @@ def plan_text(result: Plan) -> str:
         f"{result.model.name}, {result.attention}, {result.dtype}: {result.context:,} "
         f"tokens a sequence ({result.prompt:,} of prompt, {result.chunk:,} a prefill "
         "call)",
-        f"{sparse.block_budget} of {-(-result.context // sparse.block_size):,} blocks "
+        f"{sparse.budget_text} of {-(-result.context // sparse.block_size):,} blocks "
         f"a token; limits {_limit(result)}",
         f"memory {_gb(rates.memory)} GB/s, fetch {_gb(rates.fetch)} GB/s"
         + (f" (link {_gb(rates.link)})" if rates.link else "")

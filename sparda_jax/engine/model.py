@@ -79,6 +79,7 @@ class LanguageModel:
         )
         has_forecast = self.model.forecast is not None
         self.selector.check(self.config, has_forecast=has_forecast)
+        self.sparse.check_layers(self.config)
         if self.selector.needs_forecast and self.forecast_sparse is not None:
             check_same_geometry(self.forecast_sparse, self.sparse)
 

@@ -76,7 +76,7 @@ def make_plan(lm: LanguageModel, tokens: int, *, buckets: int = 6) -> MeasurePla
       ConfigError: If rows of that many tokens hold no more than the budget.
     """
     sparse = lm.sparse
-    budget, size = sparse.block_budget, sparse.block_size
+    budget, size = sparse.largest_budget, sparse.block_size
     blocks, first = -(-tokens // size), budget * size
     require(
         blocks > budget, "tokens", tokens, f"above the {first} that the budget holds"

@@ -111,7 +111,7 @@ def sizes_of(lm: LanguageModel, context: int, new: int) -> list[Size]:
 
     Two are few: each takes a dozen programs, and a real model's take long to compile.
     """
-    base, forced = lm.sparse.block_budget, lm.sparse.forced_blocks
+    base, forced = lm.sparse.largest_budget, lm.sparse.forced_blocks
     smaller = max(forced + 1, base * 3 // 4)
     return [Size(1, context, new, base), Size(3, max(16, context // 4), new, smaller)]
 

@@ -38,6 +38,13 @@ def offload_settings(cache: CacheConfig, selector: Selector) -> OffloadSettings 
     """
     if cache.kind == "resident":
         return None
+    if selector.attends_tokens:
+        raise ConfigError(
+            f"CacheConfig.kind={cache.kind!r} is not allowed with "
+            f"attention={selector.name!r}: it attends to single tokens, a form for "
+            "evaluation that reads the whole cache; use kind='resident', or the form "
+            "that lists blocks"
+        )
     forecasts = selector.looks_ahead
     if cache.prefetch == "lookahead" and not forecasts:
         raise ConfigError(

@@ -286,7 +286,9 @@ def _tile_scratch(
 
     # The MLP: its input, gate and up, and their product.
     mlp = 2 * hidden + 3 * rows * config.ffn_size * size
-    return max(attend, choose, mlp)
+    room = shapes.capacity
+    end = batch * settings.selector.prompt_end_bytes(config, sparse, room)
+    return max(attend, choose, mlp, end)
 
 
 def _choice_scratch(

@@ -222,7 +222,7 @@ class _Planner:
     def pays_from(self) -> int | None:
         """The smallest context at which offload is ahead."""
         block = self.sparse.block_size
-        size = self.sparse.block_budget * block
+        size = self.sparse.largest_budget * block
         while size <= _LONGEST:
             for context in (size, size * 3 // 2):
                 if context > self.max_new and self.pays(context):
@@ -305,6 +305,7 @@ def plan(
         config, own = named_shape(path("model", model))
     sparse = own if sparse is None else sparse
     selector.check(config, has_forecast=True)
+    sparse.check_layers(config)
     if cache.prefetch == "lookahead" and not selector.looks_ahead:
         raise ConfigError(
             f"CacheConfig.prefetch='lookahead' is not allowed with "

@@ -83,7 +83,11 @@ def step_time(
     held = -(-context // block)
     room = capacity // block
     lists = selector.lists_blocks(room, sparse)
-    attended = min(held, selector.list_width(room, sparse)) if lists else held
+    attended = held
+    if lists:
+        width = min(held, selector.list_width(room, sparse))
+        budgets = [min(width, budget) for budget in sparse.budgets]
+        attended = sum(budgets) / len(budgets)
     heads = batch * config.num_kv_heads * config.num_layers
     block_bytes = block * 2 * config.head_dim * size
 

@@ -156,7 +156,7 @@ def force_blocks(
 def budget_width(sparse: SparseConfig, num_blocks: int) -> int:
     """P, the length of block lists: the budget, or what dense rows need (§2.6)."""
     dense = -(-sparse.dense_len // sparse.block_size) if sparse.dense_len > 0 else 0
-    return min(max(sparse.block_budget, dense), num_blocks)
+    return min(max(sparse.largest_budget, dense), num_blocks)
 
 
 def top_blocks(
@@ -165,20 +165,26 @@ def top_blocks(
     length: Int[Array, " B"],
     sparse: SparseConfig,
     *,
+    layer: int | Int[Array, ""] = 0,
     force: bool = False,
 ) -> Int[Array, "B K T P"]:
     """The best blocks of each row, in any order; −1 where there is none (§2.4).
 
+    With budgets by layer, P is the largest, and `layer` lists as many as its own says.
     Rows shorter than `dense_len` take all their blocks instead. With `force` the scores
     are not yet those of `force_blocks`: the choice then does its work on the way.
     """
     width = budget_width(sparse, scores.shape[-1])
-    budget = min(sparse.block_budget, width)
-    forced = None
-    if force:
+    budget = min(sparse.largest_budget, width)
+    forced, by_layer = None, isinstance(sparse.block_budget, tuple)
+    if force and by_layer:
+        scores = force_blocks(scores, query_block, sparse)
+    elif force:
         local = sparse.local_blocks + 1
         forced = Forced(sparse.init_blocks, local, sparse.mask_future_blocks)
     lists = choose_blocks(scores, query_block, budget=budget, forced=forced)
+    if by_layer:
+        lists = _best_of_lists(lists, scores, _layer_budget(sparse, layer))
     if sparse.dense_len <= 0:
         return lists
     lists = jnp.pad(lists, ((0, 0),) * 3 + ((0, width - budget),), constant_values=-1)
@@ -188,11 +194,34 @@ def top_blocks(
     return jnp.where(dense, everything, lists)
 
 
+def _layer_budget(
+    sparse: SparseConfig, layer: int | Int[Array, ""]
+) -> int | Int[Array, ""]:
+    """Blocks that a token of a layer selects."""
+    if not isinstance(sparse.block_budget, tuple):
+        return sparse.block_budget
+    return jnp.asarray(sparse.block_budget, jnp.int32)[layer]
+
+
+def _best_of_lists(
+    lists: Int[Array, "B K T P"],
+    scores: Float[Array, "B K T M"],
+    budget: int | Int[Array, ""],
+) -> Int[Array, "B K T P"]:
+    """The best `budget` blocks of each list; ties go to the lowest block."""
+    listed = jnp.take_along_axis(scores, jnp.maximum(lists, 0), axis=-1)
+    listed = jnp.where(lists >= 0, listed, -jnp.inf)
+    _, best = jax.lax.sort((-listed, lists), num_keys=2)
+    return jnp.where(jnp.arange(best.shape[-1]) < budget, best, -1)
+
+
 def constrain_by_importance(
     scores: Float[Array, "B K T M"],
     importance: Float[Array, "B K W"],
     query_block: Int[Array, "B #K T"],
     sparse: SparseConfig,
+    *,
+    layer: int | Int[Array, ""] = 0,
 ) -> Float[Array, "B K T M"]:
     """NOSA's second stage: query-aware blocks first, then by importance (§3).
 
@@ -201,7 +230,8 @@ def constrain_by_importance(
       importance: Window means of c; unfinished windows must hold −∞.
       query_block: The query's own block.
       sparse: `query_blocks` more than the init and local ones come from `scores`, as
-        far as `block_budget` has room for them beside the forced blocks.
+        far as the layer's budget has room for them beside the forced blocks.
+      layer: The layer, where budgets differ by it.
 
     Returns:
       Scores whose top `block_budget` are the selection: +∞ on the first stage's picks,
@@ -211,7 +241,10 @@ def constrain_by_importance(
     quota = sparse.init_blocks + sparse.local_blocks + sparse.query_blocks
     # Picks and forced blocks all get +∞ below. More of them than the budget would tie,
     # and the row's own block, the last one, would lose.
-    best, picks = jax.lax.top_k(scores, min(quota, sparse.block_budget, blocks))
+    best, picks = jax.lax.top_k(scores, min(quota, sparse.largest_budget, blocks))
+    if isinstance(sparse.block_budget, tuple):
+        room = jnp.arange(picks.shape[-1]) < _layer_budget(sparse, layer)
+        picks = jnp.where(room, picks, blocks)
     agnostic = pool_to_blocks(importance, sparse.windows_per_block)[:, :, None]
     agnostic = force_blocks(agnostic, query_block, sparse)
     block = jnp.arange(blocks)

@@ -42,6 +42,9 @@ class Selector:
         choose for it and start its fetch.
       hands_on_scores: What travels to the next layer are the block scores of
         `by_own_query`, no query.
+      attends_tokens: Decode attends to single tokens with corrected logits
+        (`token_correction`), in plain jax.numpy: a form for evaluation, for resident
+        caches alone.
       needs_forecast: The model must have Forecast heads.
       scores_all_windows: Prefill holds the scores of all windows of a tile; else they
         go through `pallas_kernels.block_scores` (for the planner).
@@ -54,6 +57,7 @@ class Selector:
     dense_prefill: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
     hands_on_scores: ClassVar[bool] = False
+    attends_tokens: ClassVar[bool] = False
     needs_forecast: ClassVar[bool] = False
     scores_all_windows: ClassVar[bool] = True
 
@@ -102,8 +106,8 @@ class Selector:
         return self
 
     def budget(self, sparse: SparseConfig) -> int:
-        """Blocks that a token attends to, forced ones included."""
-        return sparse.block_budget
+        """Blocks that a token of any layer attends to at most, forced ones included."""
+        return sparse.largest_budget
 
     def score(
         self,
@@ -113,6 +117,18 @@ class Selector:
         implementation: Implementation | None,
     ) -> Float[Array, "B K T M"]:
         """Scores of all blocks; −∞ where a block is not to be chosen."""
+        raise NotImplementedError
+
+    def token_correction(
+        self, tile: SelectionTile, keys: Float[Array, "B K S H"], config: ModelConfig
+    ) -> Float[Array, "B K G T S"]:
+        """What `attends_tokens` adds to each logit; −∞ for a token left out.
+
+        Args:
+          tile: The step.
+          keys: All keys of the layer.
+          config: The model.
+        """
         raise NotImplementedError
 
     def importance(
@@ -140,6 +156,19 @@ class Selector:
         """Of them, how many a prefill tile holds at a time, for the planner."""
         return self.scores_per_block(sparse)
 
+    def prompt_end_bytes(
+        self, config: ModelConfig, sparse: SparseConfig, tokens: int
+    ) -> int:
+        """Bytes of a row that `IndexPart.end_prefill` needs, for the planner.
+
+        Args:
+          config: The model.
+          sparse: Selection geometry.
+          tokens: Tokens of room in the row.
+        """
+        del config, sparse, tokens
+        return 0
+
     def ahead_bytes(self, config: ModelConfig, num_blocks: int, itemsize: int) -> int:
         """Bytes a prompt token of what travels to the next layer, for the planner."""
         if self.hands_on_scores:
@@ -158,7 +187,7 @@ class Selector:
         """
         if self.dense or (self.dense_prefill and not decoding):
             return False
-        return num_blocks > self.budget(sparse)
+        return num_blocks > min(self.budget(sparse), sparse.smallest_budget)
 
     def list_width(self, num_blocks: int, sparse: SparseConfig) -> int:
         """Blocks that a token attends to at most in a cache of that many blocks."""
@@ -187,7 +216,9 @@ class Selector:
         sparse = self._within_budget(sparse)
         own = (tile.positions // sparse.block_size)[:, None]  # B 1 T
         scores, settled = self._scores(tile, config, sparse, implementation)
-        return top_blocks(scores, own, tile.length, sparse, force=not settled)
+        return top_blocks(
+            scores, own, tile.length, sparse, layer=tile.layer, force=not settled
+        )
 
     def ranking(
         self,
@@ -217,17 +248,19 @@ class Selector:
         # numbers push none of them out.
         scores = self.score(tile, config, sparse, implementation)
         importance = self.importance(tile, config, sparse)
+        length, layer = tile.length, tile.layer
         if importance is None:
             return scores, False
         window = jnp.arange(importance.shape[-1])
         last = window * sparse.kernel_stride + sparse.kernel_size
-        finished = (last <= tile.length[:, None])[:, None]
+        finished = (last <= length[:, None])[:, None]
         importance = jnp.where(finished, importance, -jnp.inf)
         scores = force_blocks(scores, own, sparse)
-        return constrain_by_importance(scores, importance, own, sparse), True
+        scores = constrain_by_importance(scores, importance, own, sparse, layer=layer)
+        return scores, True
 
     def _within_budget(self, sparse: SparseConfig) -> SparseConfig:
         budget = self.budget(sparse)
-        if budget == sparse.block_budget:
+        if budget == sparse.largest_budget:
             return sparse
         return dataclasses.replace(sparse, block_budget=budget)

@@ -234,7 +234,7 @@ ROWS = {
 # What the package makes and hands out, and names that are not called.
 RESULTS = {"ChatOutput", "Conversation", "Forecast", "GenerateOutput", "GenerateStats"}
 RESULTS |= {"ChatStream", "OffloadStats", "Plan", "Stream", "StreamEvent"}
-NOT_CALLED = {"ConfigError", "PRESETS", "__version__"}
+NOT_CALLED = {"CheckpointError", "ConfigError", "PRESETS", "__version__"}
 
 
 def _call(name: str):

@@ -31,6 +31,7 @@ from sparda_jax.sparse.selectors import Selector, get_selector
 
 SPARSE = SparseConfig(local_blocks=2, block_budget=6, query_blocks=2)
 SMALL = dataclasses.replace(SPARSE, query_blocks=24)
+BY_LAYER = dataclasses.replace(SPARSE, block_budget=(6, 4, 7))
 WIDE = 10_000  # more slots than any cache here has blocks
 
 
@@ -235,6 +236,14 @@ CASES = (
             Case("reuse", storage="per_layer", layer0="offload", prefetch="none"),
             Case("reuse", exactness="verify"),
             Case("oracle", nosa=True),
+            Case("infinigen", slots=7, recall_every=4),
+            Case("infinigen", exactness="verify"),
+            Case("infinigen", storage="per_layer", layer0="offload", prefetch="none"),
+            Case("snapkv", layer0="offload"),
+            Case("infllm", slots=7, layer0="offload"),
+            Case("magicpig"),
+            Case(sparse=BY_LAYER),
+            Case("nosa", nosa=True, storage="per_layer", sparse=BY_LAYER),
         )
     ),
 )

@@ -41,7 +41,9 @@ def _rows(draw):
     return sparse, draw(st.integers(0, BLOCKS * BLOCK - 1)), scores, importance[:, 0]
 
 
-@pytest.mark.parametrize("name", [n for n in selector_names() if n != "dense"])
+@pytest.mark.parametrize(
+    "name", [n for n in selector_names() if not get_selector(n).dense]
+)
 @settings(max_examples=40, deadline=None)
 @given(row=_rows())
 def test_forced_blocks_are_always_listed(name, row):
