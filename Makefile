@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 GPU_WORKERS := 15
 
-.PHONY: demo test test-slow test-gpu lint types format docs clean
+.PHONY: demo test test-slow test-gpu lint types format docs notebooks clean
 
 demo: $(VENV)/.run-ready
 	$(VENV)/bin/sparda demo
@@ -38,6 +38,10 @@ format: $(VENV)/.dev-ready
 docs: $(VENV)/.docs-ready
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
+# Executed, with their outputs, into build/notebooks.
+notebooks: $(VENV)/.notebooks-ready
+	$(PY) scripts/run_notebooks.py notebooks/*.ipynb --out build/notebooks
+
 $(PY):
 	PYTHON="$(PYTHON)" sh scripts/make_venv.sh $(VENV)
 
@@ -55,6 +59,10 @@ $(VENV)/.dev-ready: $(PY) pyproject.toml
 
 $(VENV)/.docs-ready: $(PY) pyproject.toml
 	$(PY) -m pip install --quiet -e ".[docs]"
+	touch $@ $(VENV)/.run-ready
+
+$(VENV)/.notebooks-ready: $(PY) pyproject.toml
+	$(PY) -m pip install --quiet -e ".[notebooks]"
 	touch $@ $(VENV)/.run-ready
 
 clean:
