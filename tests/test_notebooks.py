@@ -105,7 +105,7 @@ def test_inside(told):
     text = told("inside")
     recall = float(re.search(r"recall over all layers: ([\d.]+)", text)[1])
     assert 0.6 < recall < 1
-    assert re.search(r"missed block \d+: '.+'", text)
+    assert re.search(r"missed block \d+: ['\"].+", text)
     assert text.count("new at a step:") == 2
 
 

@@ -45,8 +45,8 @@ class LiveLine:
             return
         if rows != self._rows:
             self._rows = rows
-            # One row below the text, then scrolling only above it.
-            self._write(f"\n\x1b[1A\x1b7\x1b[1;{max(1, rows - 1)}r\x1b8")
+            # One row below the text (in the same column), then scrolling only above it.
+            self._write(f"\x1bD\x1b[1A\x1b7\x1b[1;{max(1, rows - 1)}r\x1b8")
         self._write(f"\x1b7\x1b[{rows};1H\x1b[2K\x1b[2m{text}\x1b[0m\x1b8")
 
     def close(self) -> None:

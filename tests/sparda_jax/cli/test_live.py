@@ -41,6 +41,8 @@ def test_below_a_text_on_the_same_terminal(terminal, monkeypatch):
         line.show("5 tokens, 3 tokens/s")
         raise KeyboardInterrupt
     text = written()
+    # A line feed would take the text's column as well.
+    assert "\n" not in text and "\x1bD\x1b[1A" in text
     # The text scrolls in 23 rows, and has all 24 back at the end.
     assert "\x1b[1;23r" in text
     assert "\x1b[24;1H\x1b[2K\x1b[2m5 tokens,\x1b[0m" in text
