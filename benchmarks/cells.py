@@ -184,9 +184,18 @@ def _with_figures(
         miss_share=None if offload is None else miss,
         link_bytes_per_step=None if offload is None else offload.fetched_bytes / steps,
         limit_ms=limit * 1e3,
-        limit_share=limit / median,
+        limit_share=share_of_limit(limit, median),
         peak_device_bytes=memory.get("peak_bytes_in_use"),
     )
+
+
+def share_of_limit(limit: float, seconds: float) -> float | None:
+    """How much of the possible speed was reached; None if the limit was passed.
+
+    Then the machine's rates were measured too low (a busy or small machine), and the
+    limit is none.
+    """
+    return limit / seconds if limit <= seconds else None
 
 
 def with_hidden_shares(cells: list[Cell]) -> list[Cell]:

@@ -37,7 +37,8 @@ class Cell:
       hidden_share: Share of the time that waiting for fetches costs which look-ahead
         hides; from this cell and those on demand and resident with the same request.
       limit_ms, limit_share: The least step time by the machine's measured rates with
-        these misses, and that over the measured time.
+        these misses, and that over the measured time; the share is null where the
+        measured time is shorter, so that the rates were no bound.
       peak_device_bytes: Highest so far in this process, where the device says it.
       planned_device_bytes, host_bytes: The planner's.
     """

@@ -172,14 +172,20 @@ def _names(field: str, value: object) -> tuple[str, ...]:
 def _integers(field: str, value: object) -> tuple[int, ...]:
     if isinstance(value, int):
         return (integer(1)(field, value),)
-    parts = [int(p) if p.isdigit() else p for p in _names(field, value)]
+    parts = [_integer(p) for p in _names(field, value)]
     return tuple(integer(1)(field, part) for part in parts)
 
 
 def _budgets(field: str, value: object) -> tuple[int | str, ...]:
     if isinstance(value, int):
         return (value,)
-    return tuple(int(p) if p.isdigit() else p for p in _names(field, value))
+    return tuple(_integer(p) for p in _names(field, value))
+
+
+def _integer(written: str) -> int | str:
+    """The number that a text stands for, or the text: a check then refuses it."""
+    # `int` reads no number of thousands of digits.
+    return int(written) if written.isdecimal() and len(written) < 20 else written
 
 
 def _eval(arguments: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from benchmarks import bench
-from benchmarks.cells import Way, ways, with_hidden_shares
+from benchmarks.cells import Way, share_of_limit, ways, with_hidden_shares
 from benchmarks.figures import Cell, Figures, compare, read_figures, table
 
 
@@ -75,6 +75,11 @@ def test_the_table_says_best_against_best_and_what_does_not_fit():
 def test_hidden_is_the_share_of_waiting_that_look_ahead_saves():
     shares = [cell.hidden_share for cell in with_hidden_shares(list(CELLS))]
     assert shares == [None, pytest.approx(0.8), None, None, None]
+
+
+def test_a_limit_that_was_passed_is_none():
+    assert share_of_limit(2.0, 4.0) == 0.5
+    assert share_of_limit(4.0, 2.0) is None
 
 
 def test_runs_are_compared_cell_by_cell():

@@ -90,6 +90,44 @@ ROWS = {
         "--peak": _SIZE,
     },
     "models": {"--model": PATH},
+    "fetch": {"--model": WORD},
+    "report": {},
+    "eval": {
+        **_MODEL,
+        "--compare": FLAG,
+        "--attention": ("", LONE),
+        "--tasks": ("", LONE),
+        "--task-file": PATH,
+        "--lengths": (*INTEGER, "0"),
+        "--budget": ("", LONE),
+        "--samples": (*INTEGER, "0"),
+        "--seed": (*INTEGER, str(2**32)),
+        "--storage": WORD,
+        "--batch": (*INTEGER, "0"),
+        "--floor": (*NUMBER, "101"),
+        "--time-limit": _SIZE,
+        "--out": PATH,
+    },
+    "forecast-report": {
+        **_MODEL,
+        "--text": PATH,
+        "--tokens": (*INTEGER, "0"),
+        "--rows": (*INTEGER, "0"),
+        "--held-out": (*NUMBER, "0.6"),
+        "--split-seed": INTEGER,
+        **dict.fromkeys(
+            (
+                "--min-recall",
+                "--min-recall-at-budget",
+                "--min-layer-recall",
+                "--min-mass",
+                "--max-lost",
+            ),
+            (*NUMBER, "1.5"),
+        ),
+        "--layer-budgets": PATH,
+        "--out": PATH,
+    },
     "train": {},
     "bench": {},  # tests/benchmarks/test_bench.py
     "soak": {
@@ -119,6 +157,9 @@ BESIDE = {
     "chat": {"--model": "tiny"},
     "soak": {"--model": "tiny"},
     "models": {},
+    "fetch": {},
+    "eval": {"--model": "tiny", "--out": "x"},
+    "forecast-report": {"--model": "tiny", "--text": "pydoc", "--out": "x"},
 }
 
 
