@@ -2,17 +2,19 @@
 
 `<!-- options -->` in a page becomes the option tables of all commands,
 `<!-- errors -->` the errors that the code raises, `<!-- file: NAME -->` the contents
-of a file.
+of a file, `<!-- notebook: NAME -->` a notebook: with its outputs where `make notebooks`
+has left it in build/notebooks, else without.
 """
 
 import argparse
 import ast
+import json
 import pathlib
 import re
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-_MARK = re.compile(r"<!-- (options|errors|file: (\S+)) -->")
+_MARK = re.compile(r"<!-- (options|errors|file: (\S+)|notebook: (\S+)) -->")
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
@@ -21,6 +23,8 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     def fill(mark: re.Match) -> str:
         if mark[2]:
             return _included(mark[2])
+        if mark[3]:
+            return notebook(mark[3])
         return option_tables() if mark[1] == "options" else error_table()
 
     return _MARK.sub(fill, markdown)
@@ -30,6 +34,33 @@ def _included(name: str) -> str:
     """A file of the repository, without its first heading."""
     text = (ROOT / name).read_text(encoding="utf-8")
     return re.sub(r"\A# .*\n", "", text)
+
+
+def notebook(name: str) -> str:
+    """A notebook as Markdown: words, code, and what it printed and drew if it ran."""
+    source = ROOT / "notebooks" / f"{name}.ipynb"
+    executed = ROOT / "build" / "notebooks" / source.name
+    place = executed if executed.exists() else source
+    parts = []
+    for cell in json.loads(place.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(text)
+            continue
+        parts.append(f"```python\n{text}\n```")
+        parts += filter(None, map(_output, cell["outputs"]))
+    return re.sub(r"\A# .*\n", "", "\n\n".join(parts))
+
+
+def _output(output: dict) -> str:
+    """What a cell printed, or drew; nothing of what it said on standard error."""
+    if output.get("name") == "stdout":
+        return f"```text\n{''.join(output['text']).rstrip()}\n```"
+    picture = output.get("data", {}).get("image/png")
+    if picture is None:
+        return ""
+    data = "".join(picture).replace("\n", "")
+    return f'<img alt="what the cell above drew" src="data:image/png;base64,{data}">'
 
 
 def _cell(text: str) -> str:
