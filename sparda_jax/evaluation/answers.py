@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparda_jax.checks import ConfigError
 from sparda_jax.engine.api import generate
 from sparda_jax.engine.conversation import Conversation
 from sparda_jax.engine.model import LanguageModel
@@ -30,6 +31,8 @@ from sparda_jax.evaluation.token_scores import (
 # task's own room is cut off.
 _ROOMS = (32, 128, 512)
 _BUCKETS = 4
+# A request that does not fit is refused before it runs, or fails while it does.
+_TOO_MUCH = (ConfigError, jax.errors.JaxRuntimeError)
 type AnyTask = Task | FileTask
 type Record = dict[str, Any]
 type Advance = Callable[[int], None]
@@ -149,7 +152,7 @@ class Runner:
         room = _context_room(lm, max(map(len, ids)), task.max_new_tokens)
         try:
             out = generate(lm, filled, max_new_tokens=room)
-        except jax.errors.JaxRuntimeError as error:
+        except _TOO_MUCH as error:
             if size == 1:
                 return [_broken(samples[0], ids[0], error)]
             return [
@@ -219,7 +222,7 @@ class Runner:
                 max_new_tokens=room,
                 conversation=_continued_with(forks, [tail[0] for tail in tails]),
             )
-        except jax.errors.JaxRuntimeError as error:
+        except _TOO_MUCH as error:
             return _broken(sample, rows[0], error)
         answers = [
             _cut(tokens, reason, task.max_new_tokens)
@@ -257,7 +260,7 @@ class Runner:
         sample, ids = asked.sample, asked.ids[0].tolist()
         try:
             scores = score_tokens(lm, ids)
-        except jax.errors.JaxRuntimeError as error:
+        except _TOO_MUCH as error:
             return _record(sample, ids, failed=_failed(error))
         surprises = scores.surprises.astype(np.float64)
         if not np.all(np.isfinite(surprises)):
@@ -289,7 +292,7 @@ class Runner:
                 reference[sample.index] = DenseAnswer(answer, views)
             dense = reference[sample.index]
             views = view_of_answer(lm, ids, dense.tokens, dense.views.tokens)
-        except jax.errors.JaxRuntimeError as error:
+        except _TOO_MUCH as error:
             return _broken(sample, ids, error)
         far = divergence(dense.views.logs, views.logs)
         mean = float(far.mean())

@@ -140,7 +140,9 @@ def test_failures_stay_in_the_mean(lm, monkeypatch, tmp_path):
     fake = FakeGenerate(lm.tokenizer)
 
     def broken(lm, prompts, **options):
-        if len(prompts) > 1 or sum(prompts[0]) % 3:
+        if len(prompts) > 1:
+            raise ConfigError("a request does not fit")
+        if sum(prompts[0]) % 3:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out\nof memory")
         return fake(lm, prompts, **options)
 
