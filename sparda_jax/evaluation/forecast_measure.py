@@ -73,10 +73,13 @@ def make_plan(lm: LanguageModel, tokens: int, *, buckets: int = 6) -> MeasurePla
     """Budgets from a third of the model's to four times it, and equal buckets.
 
     Raises:
-      ConfigError: If rows of that many tokens hold no more than the budget.
+      ConfigError: If rows of that many tokens hold no more than the budget, or there is
+        a budget by layer: the report compares layers at equal ones.
     """
     sparse = lm.sparse
     budget, size = sparse.largest_budget, sparse.block_size
+    field = "SparseConfig.block_budget"
+    require(budget == sparse.smallest_budget, field, sparse.block_budget, "one number")
     blocks, first = -(-tokens // size), budget * size
     require(
         blocks > budget, "tokens", tokens, f"above the {first} that the budget holds"
