@@ -109,10 +109,27 @@ class HostStore:
         )
 
     def read(
-        self, layer: int | Int[Array, ""], first: int | Int[Array, ""], count: int
+        self,
+        layer: int | Int[Array, ""],
+        first: int | Int[Array, ""],
+        count: int,
+        *,
+        row: int | Int[Array, ""] | None = None,
     ) -> Float[Array, "1 B K M block 2 H"]:
-        """Blocks first … first + count − 1 of every row of a layer, on the device."""
-        pieces = (to_device(_slice(part, layer, first, count)) for part in self.parts)
+        """Blocks first … first + count − 1 of a layer, on the device.
+
+        Of every row, or of one (then B is 1).
+        """
+        _, batch, heads, _ = self.lead
+        rows = batch if row is None else 1
+
+        def piece(part: Array) -> Array:
+            rest = part.shape[4:]
+            at = (layer, 0 if row is None else row, 0, first, *(0,) * len(rest))
+            sizes = (1, rows, heads, count, *rest)
+            return to_device(lax.dynamic_slice(part, at, sizes))
+
+        pieces = (piece(part) for part in self.parts)
         return self.codec.decode(tuple(pieces), self.dtype)
 
     def write(
@@ -146,6 +163,24 @@ class HostStore:
             parts.append(copy_into(host_zeros(shape, part.dtype), part))
         return dataclasses.replace(self, parts=tuple(parts))
 
+    def take_row(self, row: int | Int[Array, ""]) -> "HostStore":
+        """A store of a copy of one row."""
+        parts = (
+            copy_into(
+                host_zeros((part.shape[0], 1, *part.shape[2:]), part.dtype),
+                part,
+                from_row=row,
+            )
+            for part in self.parts
+        )
+        return dataclasses.replace(self, parts=tuple(parts))
+
+    def put_row(self, one: "HostStore", row: int | Int[Array, ""]) -> "HostStore":
+        """The store, in the same buffers, with the row of another one in its place."""
+        pairs = zip(self.parts, one.parts, strict=True)
+        parts = (copy_into(all_rows, part, to_row=row) for all_rows, part in pairs)
+        return dataclasses.replace(self, parts=tuple(parts))
+
     def copy_rows(self, rows: Sequence[int]) -> "HostStore":
         """A store of copies of some rows."""
         # An index by a list copies; on a CPU the new array may go on using that memory.
@@ -163,34 +198,29 @@ class HostStore:
         return dataclasses.replace(self, parts=parts)
 
 
-def _slice(
-    part: Shaped[Array, "Lo B K M *part"],
-    layer: int | Int[Array, ""],
-    first: int | Int[Array, ""],
-    count: int,
-) -> Shaped[Array, "1 B K count *part"]:
-    _, batch, heads, _, *rest = part.shape
-    return lax.dynamic_slice(
-        part,
-        (layer, 0, 0, first, *(0,) * len(rest)),
-        (1, batch, heads, count, *rest),
-    )
-
-
 @functools.partial(jax.jit, donate_argnums=0)
 def copy_into(
-    new: Shaped[Array, "Lo B K N *part"], old: Shaped[Array, "Lo B K M *part"]
+    new: Shaped[Array, "Lo B K N *part"],
+    old: Shaped[Array, "Lo R K M *part"],
+    *,
+    to_row: int | Int[Array, ""] = 0,
+    from_row: int | Int[Array, ""] = 0,
 ) -> Shaped[Array, "Lo B K N *part"]:
-    """The new array with the old one's blocks in front, chunk by chunk."""
-    layers, _, _, blocks, *rest = old.shape
+    """The new array with the old one's blocks in front, chunk by chunk.
+
+    Of all rows where both have as many, else of one.
+    """
+    layers, _, heads, blocks, *rest = old.shape
+    rows = min(old.shape[1], new.shape[1])
     chunk = min(CHUNK_BLOCKS, blocks)
     chunks = -(-blocks // chunk)
 
     def copy(number: Array, new: Array) -> Array:
         layer, index = number // chunks, number % chunks
         first = jnp.minimum(index * chunk, blocks - chunk)
-        piece = to_device(_slice(old, layer, first, chunk))
-        at = (layer, 0, 0, first, *(0,) * len(rest))
-        return lax.dynamic_update_slice(new, to_host(piece), at)
+        at = (layer, from_row, 0, first, *(0,) * len(rest))
+        piece = lax.dynamic_slice(old, at, (1, rows, heads, chunk, *rest))
+        at = (layer, to_row, 0, first, *(0,) * len(rest))
+        return lax.dynamic_update_slice(new, to_host(to_device(piece)), at)
 
     return lax.fori_loop(0, layers * chunks, copy, new)

@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparda_jax.cache.codecs import BlockCodec, Parts
 from sparda_jax.cache.host_store import CHUNK_BLOCKS, HostStore
+from sparda_jax.cache.one_row import as_all_rows, as_one_row
 from sparda_jax.cache.resident import (
     LayerCache,
     check_capacity,
@@ -71,16 +72,24 @@ class OffloadCache(NamedTuple):
       first: Layer 0 when it is resident: then layer l is the store's l − 1.
       staging: Staging buffers of B*K*P blocks as they are stored, where the route
         reuses them: one, or two when fetches overlap.
+      row: The one row that is looked at, as if the cache had no other; None for all.
+        For prefill: a decode step is made for all.
     """
 
     store: HostStore
     layers: tuple[OffloadLayer, ...]
     first: LayerCache | None
     staging: tuple[Parts, ...]
+    row: Int[Array, ""] | None = None
 
     @property
     def batch(self) -> int:
         """B."""
+        return self.rows if self.row is None else 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of the arrays."""
         return self.store.lead[1]
 
     @property
@@ -106,16 +115,35 @@ class OffloadCache(NamedTuple):
     def place(self, index: int | Array) -> tuple[OffloadLayer, int | Array]:
         """The `OffloadLayer` that holds offloaded layer `index`, and where in it."""
         if len(self.layers) == 1:
-            return self.layers[0], index
-        return self.layers[index], 0  # pyrefly: ignore[bad-index]
+            layer, place = self.layers[0], index
+        else:
+            layer, place = self.layers[index], 0  # pyrefly: ignore[bad-index]
+        if self.row is None:
+            return layer, place
+        return as_one_row(layer, place, self.row)
 
     def replace_layer(self, index: int | Array, layer: OffloadLayer) -> "OffloadCache":
         """A copy in which `layer` holds offloaded layer `index`."""
+        if self.row is not None:
+            layer = as_all_rows(layer, self.rows)
         if len(self.layers) == 1:
             return self._replace(layers=(layer,))
         assert isinstance(index, int)
         changed = (*self.layers[:index], layer, *self.layers[index + 1 :])
         return self._replace(layers=changed)
+
+    def layer0(self) -> tuple[LayerCache, int | Array]:
+        """Resident layer 0, and where in it; as `place` for the offloaded ones."""
+        assert self.first is not None
+        if self.row is None:
+            return self.first, 0
+        return as_one_row(self.first, 0, self.row)
+
+    def replace_layer0(self, layer: LayerCache) -> "OffloadCache":
+        """A copy in which `layer` is resident layer 0."""
+        if self.row is not None:
+            layer = as_all_rows(layer, self.rows)
+        return self._replace(first=layer)
 
 
 def init_offload(
@@ -257,7 +285,8 @@ def _put_tree(stack: OffloadLayer, layer: OffloadLayer, index: int | Array):
 def scratch_kv(cache: OffloadCache) -> Float[Array, "1 B K M block 2 H"]:
     """Room on the device for one layer's whole KV."""
     store = cache.store
-    return jnp.zeros((1, *store.lead[1:], *store.block_shape), store.dtype)
+    _, _, heads, blocks = store.lead
+    return jnp.zeros((1, cache.batch, heads, blocks, *store.block_shape), store.dtype)
 
 
 def load_layer(
@@ -275,13 +304,16 @@ def load_layer(
       start: Tokens that each row holds.
     """
     layer, place = cache.place(index)
-    _, batch, heads, blocks = cache.store.lead
+    batch, (_, _, heads, blocks) = cache.batch, cache.store.lead
     block, chunk = cache.store.block_shape[0], min(CHUNK_BLOCKS, blocks)
     needed = -(-jnp.max(start) // (chunk * block))
 
     def load(number: Array, scratch: Array) -> Array:
         first = jnp.minimum(number * chunk, blocks - chunk)
-        piece = cache.store.read(index, first, chunk)
+        piece = cache.store.read(index, first, chunk, row=cache.row)
+        # Behind a row's end lies what a row before it left, which may be no number.
+        held = (first + jnp.arange(chunk)) * block < start[:, None]
+        piece = jnp.where(held[None, :, None, :, None, None, None], piece, 0)
         return lax.dynamic_update_slice_in_dim(scratch, piece, first, 3)
 
     kv = lax.fori_loop(0, needed, load, scratch)
@@ -322,8 +354,9 @@ def write_back_layer(
       count: New tokens of each row; a row without any keeps its slots.
     """
     layer, place = cache.place(index)
-    _, batch, heads, blocks = cache.store.lead
+    batch, (_, _, heads, blocks) = cache.batch, cache.store.lead
     block, slots = cache.store.block_shape[0], cache.num_slots
+    row = 0 if cache.row is None else cache.row
     chunk = min(CHUNK_BLOCKS, blocks)
     end = start + count
     fresh = count > 0
@@ -333,7 +366,7 @@ def write_back_layer(
     def save(number: Array, store: HostStore) -> HostStore:
         first = jnp.minimum(number * chunk, blocks - chunk)
         piece = lax.dynamic_slice_in_dim(working.kv, first, chunk, 3)
-        return store.write(piece, layer=index, block=first)
+        return store.write(piece, layer=index, row=row, block=first)
 
     store = lax.fori_loop(bottom, top, save, cache.store)
 

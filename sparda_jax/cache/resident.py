@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from sparda_jax.cache.one_row import as_all_rows, as_one_row
 from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
 from sparda_jax.sparse.index import (
     IndexShape,
@@ -50,9 +51,15 @@ class LayerCache(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """The whole cache: L `LayerCache`s of one layer each, or one stacked one."""
+    """The whole cache: L `LayerCache`s of one layer each, or one stacked one.
+
+    Attributes:
+      layers: The layers.
+      row: The one row that is looked at, as if the cache had no other; None for all.
+    """
 
     layers: tuple[LayerCache, ...]
+    row: Int[Array, ""] | None = None
 
     @property
     def stacked(self) -> bool:
@@ -62,6 +69,11 @@ class KVCache(NamedTuple):
     @property
     def batch(self) -> int:
         """B."""
+        return self.rows if self.row is None else 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of the arrays."""
         return self.layers[0].kv.shape[1]
 
     @property
@@ -78,15 +90,22 @@ class KVCache(NamedTuple):
     def layer(self, index: int | Array) -> tuple[LayerCache, int | Array]:
         """The `LayerCache` that holds layer `index`, and the index inside it."""
         if len(self.layers) == 1:
-            return self.layers[0], index
-        return self.layers[index], 0  # pyrefly: ignore[bad-index]
+            layer, place = self.layers[0], index
+        else:
+            layer, place = self.layers[index], 0  # pyrefly: ignore[bad-index]
+        if self.row is None:
+            return layer, place
+        return as_one_row(layer, place, self.row)
 
     def replace_layer(self, index: int | Array, layer: LayerCache) -> "KVCache":
         """A copy in which `layer` holds layer `index`."""
+        if self.row is not None:
+            layer = as_all_rows(layer, self.rows)
         if len(self.layers) == 1:
-            return KVCache((layer,))
+            return self._replace(layers=(layer,))
         assert isinstance(index, int)
-        return KVCache((*self.layers[:index], layer, *self.layers[index + 1 :]))
+        changed = (*self.layers[:index], layer, *self.layers[index + 1 :])
+        return self._replace(layers=changed)
 
 
 def check_capacity(capacity: int, sparse: SparseConfig) -> None:

@@ -390,7 +390,7 @@ def next_turn(
 
 
 # Counters of a whole call; all else but the cache has the batch as its first axis.
-_WITHOUT_ROWS = ("prefill_counts", "decode_counts", "fetches")
+WITHOUT_ROWS = ("prefill_counts", "decode_counts", "fetches")
 
 
 def copy_state(state: GenerateState, rows: Sequence[int]) -> GenerateState:
@@ -402,7 +402,7 @@ def copy_state(state: GenerateState, rows: Sequence[int]) -> GenerateState:
     """
     chosen = jnp.asarray(rows)
     copies: dict[str, Any] = {"cache": copy_rows(state.cache, rows)}
-    for name in _WITHOUT_ROWS:
+    for name in WITHOUT_ROWS:
         copies[name] = jax.tree.map(jnp.copy, getattr(state, name))
     for name in set(GenerateState._fields) - set(copies):
         copies[name] = jnp.take(getattr(state, name), chosen, axis=0)

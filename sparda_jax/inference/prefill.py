@@ -159,18 +159,19 @@ def prefill(
         cache = carry.cache
         assert isinstance(cache, OffloadCache)
         if cache.first is not None and is_first(layer_index):
-            view = ResidentView(cache.first, 0)
+            view = ResidentView(*cache.layer0())
             activations, layer_cache, _ = run_tiles(
                 carry.activations, view, None, layer, layer_index
             )
-            cache = cache._replace(first=layer_cache)
+            cache = cache.replace_layer0(layer_cache)
             return carry._replace(activations=activations, cache=cache), scratch
         index = layer_index - cache.resident_layers
         view, last = ResidentView(load_layer(cache, index, scratch, start), 0), None
         selector, blocks = settings.selector, cache.num_blocks
         if selector.lists_blocks(blocks, settings.sparse, decoding=False):
             width = settings.selector.list_width(cache.num_blocks, settings.sparse)
-            last = jnp.full((*cache.store.lead[1:3], width), -1, jnp.int32)
+            shape = (cache.batch, cache.store.lead[2], width)
+            last = jnp.full(shape, -1, jnp.int32)
         activations, layer_cache, last = run_tiles(
             carry.activations, view, last, layer, layer_index
         )
