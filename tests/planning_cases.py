@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from sparda_jax.cache.settings import LayerSettings
@@ -12,6 +13,7 @@ from sparda_jax.inference.generate import (
     decode_loop_call,
     prefill_and_sample_call,
 )
+from sparda_jax.inference.rows import prefill_row_and_sample_call
 from sparda_jax.inference.sampling import SamplingConfig, sampling_state
 from sparda_jax.inference.shapes import Shapes, plan_shapes
 from sparda_jax.models.presets import PRESETS
@@ -110,12 +112,26 @@ class Case:
         )
         return model, state, prompt, request
 
+    def prefill_arguments(self):
+        """Prompt and request of one prefill call, with the row where it runs one."""
+        _, _, prompt, request = self.arguments()
+        if self.shapes.prefill_rows(self.batch) == self.batch:
+            return prompt, request
+        prompt, sampling, max_new = jax.tree.map(
+            lambda x: x[:1], (prompt, request.sampling, request.max_new)
+        )
+        request = request._replace(sampling=sampling, max_new=max_new)
+        return prompt, request, jnp.int32(0)
+
     def compiled(self):
         """What XLA says of prefill and of decode."""
-        model, state, prompt, request = self.arguments()
+        model, state, _, request = self.arguments()
         settings, tile = self.settings, self.shapes.tile
-        prefill = prefill_and_sample_call.lower(
-            model, state, prompt, request, settings=settings, tile_size=tile
+        arguments = self.prefill_arguments()
+        one_row = len(arguments) == 3
+        call = prefill_row_and_sample_call if one_row else prefill_and_sample_call
+        prefill = call.lower(
+            model, state, *arguments, settings=settings, tile_size=tile
         )
         decode = decode_loop_call.lower(model, state, request, settings=settings)
         return prefill.compile().memory_analysis(), decode.compile().memory_analysis()

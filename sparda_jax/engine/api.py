@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.checks import flag, function, integer, optional
 from sparda_jax.config import CacheConfig
+from sparda_jax.engine.call import Call
 from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.engine.conversation import Conversation
 from sparda_jax.engine.generate_config import (
@@ -25,7 +26,6 @@ from sparda_jax.engine.requests import (
     encode_prompt,
 )
 from sparda_jax.engine.results import GenerateOutput
-from sparda_jax.engine.session import Session
 from sparda_jax.engine.stream import Stream
 from sparda_jax.inference.generate import Prompt, new_state, pad_rows
 from sparda_jax.inference.prefill import prefill
@@ -127,13 +127,14 @@ def generate(
         id is not in the vocabulary.
     """
     single_call = flag("single_call", single_call)
-    session = Session(lm, prompts, merge_options(config, options), conversation)
+    config = merge_options(config, options)
+    call = Call(lm, prompts, config, conversation, single_call=single_call)
     if single_call:
-        session.whole()
-        return session.output(split=False)
-    session.prefill()
-    session.decode(session.max_new_tokens)
-    return session.output(split=True)
+        call.whole()
+        return call.output(split=False)
+    call.prefill()
+    call.decode(call.max_new_tokens)
+    return call.output(split=True)
 
 
 def stream(
@@ -154,5 +155,5 @@ def stream(
     """
     tokens_per_call = integer(1)("tokens_per_call", tokens_per_call)
     on_progress = optional(function)("on_progress", on_progress)
-    session = Session(lm, prompts, merge_options(config, options), conversation)
-    return Stream(session, tokens_per_call, on_progress)
+    call = Call(lm, prompts, merge_options(config, options), conversation)
+    return Stream(call, tokens_per_call, on_progress)

@@ -56,7 +56,11 @@ class Placement:
 
 
 def place(
-    lm: LanguageModel, sizes: Sizes, conversation: Conversation | None
+    lm: LanguageModel,
+    sizes: Sizes,
+    conversation: Conversation | None,
+    *,
+    by_row: bool | None = None,
 ) -> Placement:
     """Decides how a request runs.
 
@@ -64,13 +68,16 @@ def place(
       lm: The model.
       sizes: The request's.
       conversation: The one that goes on, or None.
+      by_row: Whether rows are prefilled one after another; None where that is as fast
+        (`Shapes.by_row`). With True no size is shared with other requests.
 
     Raises:
       ConfigError: If the attention or the device cannot do what the cache's
         configuration asks for, or the request cannot fit.
     """
     state = None if conversation is None else conversation.state
-    close = _at_least(state, plan_shapes(**_tokens(lm, sizes), batch=sizes.batch))
+    close = plan_shapes(**_tokens(lm, sizes), batch=sizes.batch, by_row=by_row)
+    close = _at_least(state, close)
     _check_cache(lm, close)
     rows = sizes.batch if state is None else state.lengths.shape[0]
     cache, reason = _decide_kind(lm, rows, close, state)
@@ -80,7 +87,8 @@ def place(
     refuse = functools.partial(
         refuse_what_cannot_fit, settings, cache, **_weights(lm), held=state
     )
-    shared = _shared(lm, sizes, state) if cache.kind == "resident" else None
+    shares = cache.kind == "resident" and not by_row
+    shared = _shared(lm, sizes, state) if shares else None
     if shared is not None:
         try:
             refuse(*shared)

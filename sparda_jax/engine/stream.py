@@ -4,8 +4,8 @@ import threading
 from collections.abc import Callable, Generator
 
 from sparda_jax.checks import ConfigError
+from sparda_jax.engine.call import Call
 from sparda_jax.engine.results import GenerateOutput, GenerateStats, StreamEvent
-from sparda_jax.engine.session import Session
 
 
 class Stream:
@@ -23,11 +23,11 @@ class Stream:
 
     def __init__(
         self,
-        session: Session,
+        call: Call,
         tokens_per_call: int,
         on_progress: Callable[[int], None] | None,
     ):
-        self._session = session
+        self._call = call
         self._tokens_per_call = tokens_per_call
         self._on_progress = on_progress
         self._output: GenerateOutput | None = None
@@ -49,7 +49,7 @@ class Stream:
         with self._lock:
             if self._output is not None:
                 return self._output.stats
-            return self._session.stats(split=True) if self._begun else None
+            return self._call.stats(split=True) if self._begun else None
 
     def cancel(self) -> GenerateOutput:
         """Ends the stream after the tokens that have come; events not taken are lost.
@@ -69,17 +69,17 @@ class Stream:
                         "error: there is nothing to keep"
                     )
                 self._events.close()
-                self._output = self._session.output(split=True)
+                self._output = self._call.output(split=True)
             return self._output
 
     def __repr__(self) -> str:
         end = "not finished" if self._output is None else f"finished: {self._output!r}"
-        return f"Stream({self._session.batch} rows, {end})"
+        return f"Stream({self._call.batch} rows, {end})"
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the longest prompt: what the progress callback counts up to."""
-        return max(len(row) for row in self._session.rows)
+        return max(len(row) for row in self._call.rows)
 
     def __iter__(self) -> "Stream":
         return self
@@ -99,11 +99,11 @@ class Stream:
                 raise
 
     def _run(self) -> Generator[StreamEvent]:
-        session = self._session
-        session.prefill(on_progress=self._on_progress)
+        call = self._call
+        call.prefill(on_progress=self._on_progress)
         self._begun = True
-        yield from session.take_events()
-        while not session.finished:
-            session.decode(self._tokens_per_call)
-            yield from session.take_events()
-        self._output = session.output(split=True)
+        yield from call.take_events()
+        while not call.finished:
+            call.decode(self._tokens_per_call)
+            yield from call.take_events()
+        self._output = call.output(split=True)

@@ -80,7 +80,7 @@ class Request(NamedTuple):
 
     Attributes:
       sampling: Settings per row.
-      stops: Token ids that end a row, −1 padded.
+      stops: Token ids that end a row, −1 padded; of each row, or the same for all.
       max_new: Output tokens at which a row ends [B].
       steps: Most tokens that the call decodes after the prefill.
       rope: Rotary frequencies of the request.
@@ -89,7 +89,7 @@ class Request(NamedTuple):
     """
 
     sampling: SamplingState
-    stops: Int[Array, " stops"]
+    stops: Int[Array, "*#B stops"]
     max_new: Int[Array, " B"]
     steps: Int[Array, ""]
     rope: Rope
@@ -418,7 +418,7 @@ def pad_rows(rows: list[list[int]], width: int) -> Prompt:
     return Prompt(jax.device_put(tokens), jax.device_put(counts))
 
 
-def stop_array(stops: set[int], config: ModelConfig) -> Int[Array, " stops"]:
+def stop_array(stops: set[int], config: ModelConfig) -> Int[np.ndarray, " stops"]:
     """EOS and stop ids, −1 padded to a fixed length.
 
     Raises:
@@ -434,4 +434,4 @@ def stop_array(stops: set[int], config: ModelConfig) -> Int[Array, " stops"]:
             f"stop_ids and EOS ids are {len(stops)} in all: at most {_MAX_STOPS}"
         )
     padded = [*sorted(stops), *[-1] * (_MAX_STOPS - len(stops))]
-    return jax.device_put(np.array(padded, np.int32))
+    return np.array(padded, np.int32)

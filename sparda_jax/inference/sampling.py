@@ -98,8 +98,6 @@ def sampling_state(
     config: SamplingConfig,
     seed: int | Sequence[int],
     batch: int,
-    *,
-    rows: int | None = None,
 ) -> SamplingState:
     """Arrays for a batch.
 
@@ -107,25 +105,35 @@ def sampling_state(
       config: The same settings for every sequence.
       seed: One seed for all (equal prompts then give equal outputs), or one each.
       batch: B.
-      rows: Length of the arrays, if padding follows the sequences; None is B.
 
     Raises:
       ConfigError: If a seed is not in [0, 2³²), or the number of seeds is not B.
     """
-    rows = batch if rows is None else rows
-    seeds = (*seed_list(seed, batch), *[0] * (rows - batch))
+    return sampling_of_rows([config] * batch, seed_list(seed, batch))
 
-    def fill(value: int | float, kind: DTypeLike) -> Array:
+
+def sampling_of_rows(
+    configs: Sequence[SamplingConfig], seeds: Sequence[int]
+) -> SamplingState:
+    """Arrays for rows with settings of their own.
+
+    Args:
+      configs: The settings of each row.
+      seeds: Their seeds, in [0, 2³²).
+    """
+
+    def fill(name: str, kind: DTypeLike) -> Array:
         # Filled on the host: a fill on the device would be one more program a size.
-        return jax.device_put(np.full(rows, value, kind))
+        values = [getattr(config, name) for config in configs]
+        return jax.device_put(np.array(values, kind))
 
     return SamplingState(
-        repetition_penalty=fill(config.repetition_penalty, jnp.float32),
-        temperature=fill(config.temperature, jnp.float32),
-        top_k=fill(config.top_k, jnp.int32),
-        top_p=fill(config.top_p, jnp.float32),
-        min_p=fill(config.min_p, jnp.float32),
-        seed=jax.device_put(np.asarray(seeds, np.uint32)),
+        repetition_penalty=fill("repetition_penalty", jnp.float32),
+        temperature=fill("temperature", jnp.float32),
+        top_k=fill("top_k", jnp.int32),
+        top_p=fill("top_p", jnp.float32),
+        min_p=fill("min_p", jnp.float32),
+        seed=jax.device_put(np.array(seeds, np.uint32)),
     )
 
 

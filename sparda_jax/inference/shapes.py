@@ -89,12 +89,22 @@ class Shapes:
       new: Room for output tokens.
       capacity: Cache tokens per row.
       tile: Query tokens per prefill tile.
+      by_row: Prefill runs the rows of a batch one after another, each in its place, and
+        so with the scratch of one. Where a prompt fills whole tiles a row alone gives
+        the device's products all the tokens that they want, and ragged rows cost no
+        padding. Shorter prompts run together: a product of few tokens takes nearly as
+        long as one of many, and their scratch is small.
     """
 
     prompt: int
     new: int
     capacity: int
     tile: int
+    by_row: bool = False
+
+    def prefill_rows(self, batch: int) -> int:
+        """Rows of one prefill call."""
+        return 1 if self.by_row else batch
 
 
 def plan_shapes(
@@ -106,6 +116,7 @@ def plan_shapes(
     tile_size: int,
     block_size: int,
     batch: int = 1,
+    by_row: bool | None = None,
 ) -> Shapes:
     """Buckets of a request.
 
@@ -117,16 +128,21 @@ def plan_shapes(
       max_new: Output tokens.
       tile_size: Most query tokens of a tile, of `tile_tokens`.
       block_size: Tokens per KV block.
-      batch: Rows that run side by side.
+      batch: Sequences.
+      by_row: Whether prefill runs them one after another; None: where a prompt fills
+        more than one of the smallest tiles.
     """
     width = bucket(prompt, _MIN_PROMPT)
-    tile = _tile(width, tile_size, batch)
+    if by_row is None:
+        by_row = prompt > min(tile_size, _TILE_TOKENS)
+    tile = _tile(width, tile_size, 1 if by_row else batch)
     room = max(farthest_start + padded_length(width, tile), longest + max_new)
     return Shapes(
         prompt=width,
         new=bucket(max_new, _MIN_NEW),
         capacity=capacity_blocks(-(-room // block_size)) * block_size,
         tile=tile,
+        by_row=by_row,
     )
 
 

@@ -49,7 +49,9 @@ class MemoryPlan:
       staging: Where fetched blocks arrive.
       generation: Tokens, lengths, tokens seen, counters.
       layer_copy: One layer's weights, which a scan takes out of the stack.
-      kv_scratch: One layer's whole KV, while an offloaded layer prefills.
+      kv_scratch: One layer's whole KV, while an offloaded layer prefills: of all rows,
+        or of one where they are prefilled one after another (`Shapes.by_row`), as for
+        the next two.
       prompt_states: Hidden states, forecasts and rotations of the prompt.
       tile_scratch: What one prefill tile needs at its widest point.
       decode_scratch: What one decode step needs.
@@ -410,7 +412,8 @@ def memory_plan(
         # The kernels and NumPy bring their own: what lands, and what is under way.
         staging = area * (2 if offload.lookahead else 1)
     padded = padded_length(shapes.prompt, shapes.tile)
-    rows = batch * padded
+    together = shapes.prefill_rows(batch)
+    rows = together * padded
     ahead = settings.selector.ahead_bytes(config, blocks, size)
     states = rows * (config.hidden_size * size + ahead)
     rotation = rows * config.head_dim * 4
@@ -420,7 +423,7 @@ def memory_plan(
         copy = layer + (heads // config.num_layers if needed else 0)
     scratch = 0
     if offload is not None:
-        scratch = batch * config.num_kv_heads * blocks * block_bytes
+        scratch = together * config.num_kv_heads * blocks * block_bytes
     return MemoryPlan(
         kind="resident" if offload is None else "offload",
         batch=batch,
@@ -437,7 +440,7 @@ def memory_plan(
         layer_copy=copy,
         kv_scratch=scratch,
         prompt_states=states + rotation,
-        tile_scratch=_tile_scratch(settings, batch, shapes, width, size),
+        tile_scratch=_tile_scratch(settings, together, shapes, width, size),
         decode_scratch=_decode_scratch(settings, batch, shapes, width, size, area),
         host=state.host,
     )

@@ -178,19 +178,20 @@ def test_blocks_are_counted(lm, token_ids):
 @pytest.mark.slow
 def test_run_is_one_program(lm, prompts, greedy):
     """The public function can be jitted by the caller, prefill and loop together."""
-    from sparda_jax.engine.session import Session
+    from sparda_jax.engine.call import Call
     from sparda_jax.inference.generate import generate_loop, pad_rows
 
-    call = Session(lm, prompts, sj.GenerateConfig(max_new_tokens=24, ignore_eos=True))
-    padding = [[]] * (call.padded - call.batch)
-    prompt = pad_rows([*call.rows, *padding], call.shapes.prompt)
-    request = call.request(24, call.max_new)
+    call = Call(lm, prompts, sj.GenerateConfig(max_new_tokens=24, ignore_eos=True))
+    session = call.session
+    padding = [[]] * (session.rows - call.batch)
+    prompt = pad_rows([*call.rows, *padding], session.shapes.prompt)
+    request = session.request(24)
     whole = jax.jit(
         functools.partial(
-            generate_loop, settings=lm.settings, tile_size=call.shapes.tile
+            generate_loop, settings=lm.settings, tile_size=session.shapes.tile
         )
     )
-    state = whole(lm.model, call.state, prompt, request)
+    state = whole(lm.model, session.state, prompt, request)
     assert np.asarray(state.tokens)[: call.batch, :24].tolist() == greedy.tokens
 
 

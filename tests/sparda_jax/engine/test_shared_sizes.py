@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import sparda_jax as sj
-from sparda_jax.engine import session
+from sparda_jax.engine import call
 from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.inference.shapes import shared_rows, shared_shapes
 
@@ -22,16 +22,16 @@ def lm():
 
 def _close_sizes(monkeypatch):
     """Sizes as a large request has them: none of its own is rounded up for others."""
-    place = session.place
+    place = call.place
 
-    def exact(lm, sizes, conversation):
+    def exact(lm, sizes, conversation, **how):
         odd = dataclasses.replace(lm.sparse, mask_future_blocks=False)
-        found = place(dataclasses.replace(lm, sparse=odd), sizes, conversation)
+        found = place(dataclasses.replace(lm, sparse=odd), sizes, conversation, **how)
         return dataclasses.replace(
             found, settings=dataclasses.replace(found.settings, sparse=lm.sparse)
         )
 
-    monkeypatch.setattr(session, "place", exact)
+    monkeypatch.setattr(call, "place", exact)
 
 
 def test_rows_of_padding_change_no_token(lm, token_ids, monkeypatch):

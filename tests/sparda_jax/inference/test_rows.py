@@ -103,7 +103,8 @@ def bench(deeper):
         model = deeper(attention == "nosa", storage)
         selector = get_selector(attention)
         blocks = SHAPES.capacity // SPARSE.block_size
-        if cache.kind == "offload" and not selector.lists_blocks(blocks, SPARSE):
+        lists = selector.lists_blocks(blocks, SPARSE, decoding=True)
+        if cache.kind == "offload" and not lists:
             cache = dataclasses.replace(cache, device_blocks=None)
         offload = offload_settings(cache, selector)
         settings = LayerSettings(model.config, SPARSE, selector, offload=offload)
@@ -153,19 +154,15 @@ def _assert_equal(state: GenerateState, expected: GenerateState) -> None:
 
 
 CASES = [
+    *((name, CacheConfig(), "stacked") for name in selector_names()),
+    *((name, OFFLOAD, "per_layer") for name in selector_names()),
+    ("nosa", CacheConfig(), "per_layer"),
     ("sparda", OFFLOAD, "stacked"),
-    *(
-        pytest.param(*case, marks=pytest.mark.slow)
-        for case in (
-            *((name, CacheConfig(), "stacked") for name in selector_names()),
-            *((name, OFFLOAD, "per_layer") for name in selector_names()),
-            ("nosa", CacheConfig(), "per_layer"),
-            ("sparda", ALL_SLOTS, "stacked"),
-        )
-    ),
+    ("sparda", ALL_SLOTS, "stacked"),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("attention", "cache", "storage"), CASES)
 def test_row_by_row_is_bit_equal_to_all_at_once(
     bench, prompts, attention, cache, storage
@@ -182,15 +179,10 @@ def test_row_by_row_is_bit_equal_to_all_at_once(
     _assert_equal(state, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attention", "cache"),
-    [
-        ("sparda", OFFLOAD),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("sparda", CacheConfig()), ("nosa", OFFLOAD))
-        ),
-    ],
+    [("sparda", OFFLOAD), ("sparda", CacheConfig()), ("nosa", OFFLOAD)],
 )
 def test_a_row_moves_and_leaves_nothing(bench, prompts, attention, cache):
     """A row is taken out, its place emptied and given to another; it goes on there."""

@@ -12,7 +12,7 @@ from planning_cases import Case
 
 import sparda_jax as sj
 from sparda_jax.config import CacheConfig, ConfigError
-from sparda_jax.engine import session
+from sparda_jax.engine import call, session
 from sparda_jax.machine import Limit
 from sparda_jax.planning import limits
 from sparda_jax.planning.limits import (
@@ -46,7 +46,7 @@ def no_allocation(monkeypatch):
         raise AssertionError("a refused request must not allocate")
 
     monkeypatch.setattr(session, "new_state", never)
-    monkeypatch.setattr(session, "next_turn", never)
+    monkeypatch.setattr(call, "next_turn", never)
 
 
 def _refused(lm, prompts, **arguments) -> str:
@@ -74,7 +74,8 @@ def test_device_memory_too_small(lm, no_allocation):
 
 
 def test_the_message_says_how_many_would_fit(lm, no_allocation):
-    message = _refused(_with(lm, device_limit=9_000_000), ROWS)
+    limit = Case("infllm_v2", batch=2, prompt=1000, max_new=64).plan().device
+    message = _refused(_with(lm, device_limit=limit), ROWS)
     assert "of resident sequences like these, 2 fit" in message
 
 
