@@ -60,7 +60,7 @@ def test_rows_of_padding_change_no_token(lm, token_ids, monkeypatch):
 
 
 def test_sizes_of_small_requests_are_few():
-    """All of them: rows, prompts and new tokens of the README's promise."""
+    """All of them: rows, prompts and new tokens that docs/python.md promises."""
     sizes = functools.partial(
         shared_shapes, farthest_start=0, tile_size=256, block_size=64
     )
