@@ -1,12 +1,15 @@
 """Decode with offloaded KV: tokens/s beside a resident cache, at a model's full shape.
 
 Weights are random and the KV blocks are arbitrary bytes: neither changes what a step
-costs. Which blocks a step asks for does, so the choice is imposed: beside the scoring
-that the attention really does (and that is timed), a synthetic score makes a stated
-share of each list new at every step. Take the share from a trace of a real model:
+costs. Which blocks a step asks for does, so the choice is imposed, beside the scoring
+that the attention really does (and that is timed): the lists that a real model chose,
+from a trace that is mapped onto this shape (`benchmarks.traced`), or, with `--miss`, a
+synthetic drift that makes a stated share of each list new at every step and never comes
+back to what it has left.
 
-  python -m benchmarks.offload --trace                  # SmolLM2, a real document
-  python -m benchmarks.offload --context 131072 --batch 4 8 16 --miss 0.1
+  python -m benchmarks.offload --context 131072 --batch 4 8 16
+  python -m benchmarks.offload --context 131072 --batch 20 --slots 1 2 3
+  python -m benchmarks.offload --context 32768 --batch 16 --miss 0.1    # synthetic
 
 Modes, all in one run: `resident` (own-query selection, KV on the device), `sparse` (own
 query, offloaded, each layer waits), `sparda-none` (Forecast, offloaded, each layer
@@ -23,7 +26,19 @@ import functools
 import math
 import pathlib
 import statistics
+import sys
 import time
+
+from benchmarks.traced import (
+    DEFAULT_TRACE,
+    TracedLists,
+    check_room,
+    install,
+    map_trace,
+    traced_selector,
+)
+from sparda_jax.checks import ConfigError
+from sparda_jax.cli.ending import run_command
 
 CHUNK = 8
 
@@ -43,45 +58,22 @@ def _parser() -> argparse.ArgumentParser:
         default=["resident", "sparse", "sparda-none", "sparda"],
         choices=["resident", "resident-sparda", "sparse", "sparda-none", "sparda"],
     )
-    parser.add_argument("--miss", type=float, default=0.1, help="new share of a list")
+    parser.add_argument(
+        "--trace", type=pathlib.Path, default=DEFAULT_TRACE, help="whose lists to take"
+    )
+    parser.add_argument(
+        "--miss", type=float, help="instead: a drift that makes this share of lists new"
+    )
+    parser.add_argument(
+        "--slots", type=float, nargs="+", default=[1.0], help="slots, in budgets"
+    )
     parser.add_argument("--steps", type=int, default=96, help="timed steps")
     parser.add_argument("--route", default="auto")
     parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
     parser.add_argument("--limit", type=float, default=80, help="GB of device memory")
     parser.add_argument("--profile", type=pathlib.Path, help="folder for a trace")
     parser.add_argument("--json", type=pathlib.Path, help="also write figures here")
-    parser.add_argument(
-        "--trace", action="store_true", help="print SmolLM2's miss share, and stop"
-    )
-    parser.add_argument("--tokens", type=int, default=4000, help="prompt of --trace")
     return parser
-
-
-def _trace(tokens: int) -> None:
-    """Misses of a real model over a real document, by attention."""
-    import sparda_jax as sj
-    from sparda_jax.evaluation.passkey import passkey_task
-
-    lm = sj.load("smollm2-135m", attention="sparda")
-    assert lm.tokenizer is not None
-    task = passkey_task(lm.tokenizer, tokens=tokens, depth=0.4, seed=0)
-    sparse = lm.sparse
-    budget = sparse.largest_budget
-    scored = budget - sparse.forced_blocks
-    for attention in ("infllm_v2", "sparda"):
-        cache = sj.CacheConfig(kind="offload", recall_every=8)
-        chosen = sj.with_attention(lm, attention, cache=cache)
-        stats = sj.generate(
-            chosen, [list(task.ids)], max_new_tokens=257, ignore_eos=True
-        ).stats.offload
-        assert stats is not None and stats.hit_rate is not None
-        # The first step's list is in the slots from prefill: all misses are drift.
-        share = 1 - stats.hit_rate
-        print(
-            f"{attention}: {share:.3f} of a list of {budget} is new at a "
-            f"step, {share * budget / scored:.3f} of its {scored} scored "
-            f"blocks; recall of the own queries' choice {stats.recall}"
-        )
 
 
 def _drifting(tile, real, rate: float):
@@ -102,15 +94,32 @@ def _drifting(tile, real, rate: float):
     return jnp.where(real > 1e30, real, jnp.where(real == -jnp.inf, real, drift))
 
 
-def _selector(mode: str, rate: float):
-    """A mode's selector, which scores as ever and chooses what drifts."""
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What is imposed on the choice of blocks.
+
+    Attributes:
+      lists: A trace's lists, mapped; None for the synthetic drift.
+      context: Tokens that rows hold at the beginning.
+      rate: Blocks of a list that the drift makes new at a step.
+    """
+
+    lists: TracedLists | None
+    context: int
+    rate: float
+
+
+def _selector(mode: str, choice: Choice):
+    """A mode's selector, which scores as ever and chooses what is imposed."""
     from sparda_jax.sparse.selectors import get_selector
 
     own = mode in ("resident", "sparse")
-    base = type(get_selector("infllm_v2" if own else "sparda"))
+    found = get_selector("infllm_v2" if own else "sparda")
+    if choice.lists is not None:
+        return traced_selector(found, choice.lists, context=choice.context)
 
     @dataclasses.dataclass(frozen=True)
-    class Drifting(base):
+    class Drifting(type(found)):
         rate: float = 0.0
 
         name = mode
@@ -119,10 +128,26 @@ def _selector(mode: str, rate: float):
             real = super().score(tile, config, sparse, implementation)
             return _drifting(tile, real, self.rate)
 
-    return Drifting(rate)
+    return Drifting(choice.rate)
 
 
-def _state(model, settings, batch: int, context: int, new: int, cache):
+def _choice(arguments, trace, config, sparse, batch: int, new: int) -> Choice:
+    """What one batch's steps choose."""
+    if trace is None:
+        return Choice(None, arguments.context, arguments.miss * sparse.largest_budget)
+    lists = map_trace(
+        trace,
+        layers=config.num_layers,
+        rows=batch,
+        kv_heads=config.num_kv_heads,
+        scored=sparse.largest_budget - sparse.forced_blocks,
+        tokens=new,
+    )
+    check_room(lists, arguments.context, sparse)
+    return Choice(lists, arguments.context, 0.0)
+
+
+def _state(model, settings, batch: int, context: int, new: int, cache, lists):
     """A state whose rows hold `context` tokens of arbitrary bytes."""
     import jax.numpy as jnp
 
@@ -133,6 +158,8 @@ def _state(model, settings, batch: int, context: int, new: int, cache):
     capacity = context + -(-new // block) * block
     shapes = Shapes(prompt=0, new=new, capacity=capacity, tile=1024)
     state = new_state(model, settings, batch, shapes, cache)
+    if lists is not None:
+        state = state._replace(cache=install(state.cache, lists))
     return state._replace(
         lengths=jnp.full((batch,), context, jnp.int32),
         pending=jnp.arange(batch, dtype=jnp.int32) + 5,
@@ -140,14 +167,15 @@ def _state(model, settings, batch: int, context: int, new: int, cache):
     )
 
 
-def _settings(config, sparse, mode: str, arguments):
+def _settings(config, sparse, mode: str, choice: Choice, slots: float, arguments):
     """A mode's cache and how its layers run."""
     from sparda_jax.cache.settings import LayerSettings
     from sparda_jax.config import CacheConfig
     from sparda_jax.planning.auto import offload_settings
 
-    selector = _selector(mode, arguments.miss * sparse.largest_budget)
+    selector = _selector(mode, choice)
     cache = CacheConfig(
+        device_blocks=round(slots * sparse.largest_budget),
         kind="resident" if mode.startswith("resident") else "offload",
         prefetch="lookahead" if mode == "sparda" else "none",
         route=arguments.route,
@@ -212,12 +240,13 @@ def _time(call, settings, model, state, request, mode: str, arguments) -> tuple:
     import numpy as np
 
     batch = state.lengths.shape[0]
-    # Modes of one kind follow each other on one state: rows begin anew.
-    state = state._replace(
-        lengths=jnp.full((batch,), arguments.context, jnp.int32),
-        generated=jnp.zeros((batch,), jnp.int32),
-        done=jnp.zeros((batch,), bool),
-    )
+
+    def rewound(state):
+        return state._replace(
+            lengths=jnp.full((batch,), arguments.context, jnp.int32),
+            generated=jnp.zeros((batch,), jnp.int32),
+            done=jnp.zeros((batch,), bool),
+        )
 
     def chunk(state, steps=CHUNK):
         begun = time.perf_counter()
@@ -225,7 +254,13 @@ def _time(call, settings, model, state, request, mode: str, arguments) -> tuple:
         jax.block_until_ready(state.done)
         return state, time.perf_counter() - begun
 
-    for _ in range(2):  # fills the slots and warms up
+    # Modes of one kind follow each other on one state: rows begin anew, and every
+    # mode finds its slots as a whole pass leaves them.
+    state = rewound(state)
+    for _ in range(arguments.steps // CHUNK):
+        state, _ = chunk(state)
+    state = rewound(state)
+    for _ in range(2):
         state, _ = chunk(state)
     outside = 0.0
     if _is_host_loop(settings):
@@ -285,19 +320,26 @@ def _row(mode, cache, settings, seconds, fetched, capacity, rates, arguments, ba
     }
 
 
-def _measure(model, sparse, batch: int, modes: list, arguments, rates):
-    """Yields the figures of every mode at one batch; resident ones come first."""
+def _measure(model, sparse, batch: int, modes: list, arguments, rates, trace):
+    """Yields the figures of every mode at one batch; resident ones come first.
+
+    Offloaded ones follow for every number of slots.
+    """
     import jax
 
     config, context = model.config, arguments.context
     new = arguments.steps + 4 * CHUNK
     request = _request(config, batch, context, new)
-    for resident in (True, False):
+    choice = _choice(arguments, trace, config, sparse, batch, new)
+    cases = [(True, 1.0), *((False, slots) for slots in arguments.slots)]
+    for resident, slots in cases:
         group = [mode for mode in modes if mode.startswith("resident") == resident]
         if not group:
             continue
-        ways = [_settings(config, sparse, mode, arguments) for mode in group]
-        state = _state(model, ways[0][1], batch, context, new, ways[0][0])
+        ways = [
+            _settings(config, sparse, mode, choice, slots, arguments) for mode in group
+        ]
+        state = _state(model, ways[0][1], batch, context, new, ways[0][0], choice.lists)
         capacity = state.cache.capacity
         programs = _compile(model, state, request, [how for _, how in ways])
         for mode, (cache, how), (call, compiling) in zip(
@@ -309,27 +351,32 @@ def _measure(model, sparse, batch: int, modes: list, arguments, rates):
             row = _row(
                 mode, cache, how, seconds, fetched, capacity, rates, arguments, batch
             )
-            yield row | {"compile_s": compiling}
+            yield row | {
+                "slots": None if resident else slots,
+                "compile_s": compiling,
+            }
         del state, programs
         jax.clear_caches()
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
+    return run_command(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
     from sparda_jax.runtime import configure_offload
 
     configure_offload()
     import jax
 
-    if arguments.trace:
-        _trace(arguments.tokens)
-        return
     from sparda_jax.checkpoint.atomic import write_json
     from sparda_jax.models.presets import get_preset
     from sparda_jax.models.spec import num_parameters
     from sparda_jax.models.weights import random_decoder
     from sparda_jax.planning.measure import measure_rates
+    from sparda_jax.planning.traces import read_trace
 
     preset = get_preset(arguments.model)
     config = dataclasses.replace(
@@ -338,9 +385,13 @@ def main() -> None:
         max_context=max(preset.model.max_context, arguments.context * 2),
     )
     device = jax.devices()[0].device_kind
+    trace = None if arguments.miss is not None else read_trace(arguments.trace)
+    source = f"synthetic drift of {arguments.miss}"
+    if trace is not None:
+        source = f"lists of {trace.model}, {trace.text}, {trace.attention}"
     print(
         f"{arguments.model}, {config.num_layers} layers, {arguments.context} tokens, "
-        f"budget {preset.sparse.largest_budget}, miss {arguments.miss:.3f}, {device}, "
+        f"budget {preset.sparse.largest_budget}, {source}, {device}, "
         f"JAX {jax.__version__}",
         flush=True,
     )
@@ -358,11 +409,14 @@ def main() -> None:
         "model": arguments.model,
         "context": arguments.context,
         "miss": arguments.miss,
+        "trace": None if trace is None else arguments.trace.name,
+        "lists": source,
         "rates": dataclasses.asdict(rates),
         "rows": rows,
     }
     print(
-        f"{'mode':16} {'batch':>5} {'step, ms':>9} {'least':>7} {'most':>7} "
+        f"{'mode':16} {'batch':>5} {'slots':>5} {'step, ms':>9} "
+        f"{'least':>7} {'most':>7} "
         f"{'tokens/s':>9} {'fetched, MB':>11} {'of lists':>8} {'bound, ms':>9} "
         f"{'reached':>7} {'compile, s':>10}"
     )
@@ -379,11 +433,14 @@ def main() -> None:
                 f"and KV, the limit is {arguments.limit:.0f} GB"
             )
         try:
-            measured = _measure(model, preset.sparse, batch, modes, arguments, rates)
+            measured = _measure(
+                model, preset.sparse, batch, modes, arguments, rates, trace
+            )
             for row in measured:
                 rows.append(row)
                 print(
-                    f"{row['mode']:16} {batch:5} {row['step_ms']:9.2f} "
+                    f"{row['mode']:16} {batch:5} {row['slots'] or '':>5} "
+                    f"{row['step_ms']:9.2f} "
                     f"{row['least_ms']:7.2f} {row['most_ms']:7.2f} "
                     f"{row['tokens_per_second']:9.1f} {row['fetched_mb']:11.1f} "
                     f"{row['fetched_share']:8.3f} {row['bound_ms']:9.2f} "
@@ -392,11 +449,13 @@ def main() -> None:
                 )
                 if arguments.json:
                     write_json(arguments.json, figures)
+        except ConfigError:
+            raise
         except Exception as error:  # one batch's failure must not hide the others
-            print(f"batch {batch} failed: {str(error)[:300]}", flush=True)
+            print(f"batch {batch} failed: {error!r}"[:300], flush=True)
     if not rows or not all(math.isfinite(row["step_ms"]) for row in rows):
         raise SystemExit("nothing was measured")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,6 +3,8 @@
     python -m benchmarks.trace record --model smollm2-135m --text prose \\
         --attention infllm_v2 --context 4096 --out prose.npz
     python -m benchmarks.trace show benchmarks/traces/*.npz
+    python -m benchmarks.trace curves --out sparda_jax/planning/misses.json \
+        benchmarks/traces/smollm2-135m_4k_prose_*.npz
 
 A prompt is prefilled, and the document's next tokens are then decoded one by one, so
 that neither sampling nor a model that repeats itself decides what is chosen. Kept are
@@ -13,9 +15,11 @@ Texts: `prose` is Python's own manual, `code` the standard library's `_pydecimal
 anything else is a text file. `show` prints what the lists are like: the share of the
 scored blocks that is new at a step, the share that a cache of C slots misses, by slots
 per scored block, and how many blocks neighbouring tokens list together, in lists.
+`curves` writes what the planner takes of them, a curve an attention.
 """
 
 import argparse
+import dataclasses
 import functools
 import math
 import pathlib
@@ -29,6 +33,7 @@ from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checkpoint.files import read_text
 from sparda_jax.checks import ConfigError, integer
 from sparda_jax.cli.ending import run_command
+from sparda_jax.planning.misses import curve_of
 from sparda_jax.planning.traces import BlockTrace, read_trace, write_trace
 
 if TYPE_CHECKING:
@@ -120,7 +125,7 @@ def record(
         assert carry.blocks is not None
         return carry.cache, carry.blocks[:, 0, :, prompt - prefill : prompt]
 
-    @functools.partial(jax.jit, donate_argnums=1)
+    @jax.jit
     def of_steps(model: Decoder, cache, tokens):
         def step(cache, at):
             token, position = at
@@ -235,6 +240,19 @@ def _show(arguments: argparse.Namespace) -> None:
         write_json(arguments.json, found)
 
 
+def _curves(arguments: argparse.Namespace) -> None:
+    traces = [read_trace(path) for path in arguments.traces]
+    found = {trace.attention: curve_of(trace) for trace in traces}
+    if len(found) < len(traces) or "infllm_v2" not in found:
+        raise ConfigError(
+            f"traces={sorted(trace.attention for trace in traces)} are not allowed: "
+            "one of each attention, and infllm_v2 among them"
+        )
+    write_json(
+        arguments.out, {name: dataclasses.asdict(x) for name, x in found.items()}
+    )
+
+
 def _record(arguments: argparse.Namespace) -> None:
     import sparda_jax as sj
 
@@ -262,11 +280,13 @@ def _record(arguments: argparse.Namespace) -> None:
     trace = record(
         lm,
         ids,
-        text=arguments.text,
-        forecast=forecast or "its own",
+        text=pathlib.Path(arguments.text).name,
+        forecast=pathlib.Path(forecast or "its own").name,
         prefill=arguments.prefill,
         decode=arguments.decode,
     )
+    if arguments.name:
+        trace = dataclasses.replace(trace, model=arguments.name)
     write_trace(arguments.out, trace)
     _show(argparse.Namespace(traces=[arguments.out], json=None))
 
@@ -280,6 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     new = commands.add_parser("record", help="run a model and write its trace")
     new.add_argument("--model", default="smollm2-135m", help="as `sparda_jax.load`")
+    new.add_argument("--name", help="what to call it, where a file has another name")
     new.add_argument("--text", default="prose", help="prose, code or a text file")
     new.add_argument("--attention", default="infllm_v2", help="what chooses")
     new.add_argument("--forecast", help="Forecast heads: a file, or from_query")
@@ -292,6 +313,10 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("traces", type=pathlib.Path, nargs="+")
     show.add_argument("--json", type=pathlib.Path, help="also write figures here")
     show.set_defaults(run=_show)
+    curves = commands.add_parser("curves", help="write the planner's curves")
+    curves.add_argument("traces", type=pathlib.Path, nargs="+")
+    curves.add_argument("--out", type=pathlib.Path, required=True)
+    curves.set_defaults(run=_curves)
     return parser
 
 

@@ -24,6 +24,7 @@ lists within 15 % or half a percent of a list, unions of 16 and 64 neighbours wi
 """
 
 import dataclasses
+import pathlib
 from typing import Any
 
 import jax
@@ -47,6 +48,8 @@ from sparda_jax.sparse.index import (
 from sparda_jax.sparse.selection import SelectionTile, force_blocks, top_blocks
 from sparda_jax.sparse.selectors import Selector
 
+TRACES = pathlib.Path(__file__).resolve().parent / "traces"
+DEFAULT_TRACE = TRACES / "qwen2.5-coder-0.5b_30k_prose_infllm_v2.npz"
 _GOLDEN = 0.6180339887498949
 PART = "trace"
 

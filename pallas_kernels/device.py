@@ -10,10 +10,12 @@ from collections.abc import Mapping
 
 import jax
 
+from pallas_kernels._common.cache import cache_directory as records_directory
 from pallas_kernels._common.devices import (
     current_compute_capability,
     current_device_kind,
     current_platform,
+    device_slug,
     require_cuda,
 )
 from pallas_kernels.dispatch import Implementation, choice
@@ -26,6 +28,8 @@ __all__ = [
     "current_device_kind",
     "current_platform",
     "describe",
+    "device_slug",
+    "records_directory",
     "require_cuda",
 ]
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sparda_jax.checkpoint.errors import CheckpointError
     from sparda_jax.checks import ConfigError
     from sparda_jax.config import CacheConfig, ModelConfig, RopeConfig, SparseConfig
+    from sparda_jax.doctor import MachineReport, describe_device
     from sparda_jax.engine.api import forward, generate, stream
     from sparda_jax.engine.chat import ChatOutput, ChatStream, chat, stream_chat
     from sparda_jax.engine.conversation import Conversation
@@ -48,6 +49,7 @@ __all__ = [
     "GenerateOutput",
     "GenerateStats",
     "LanguageModel",
+    "MachineReport",
     "ModelConfig",
     "PRESETS",
     "OffloadStats",
@@ -63,6 +65,7 @@ __all__ = [
     "configure_cache",
     "configure_offload",
     "evaluate",
+    "describe_device",
     "forward",
     "generate",
     "load",
@@ -90,6 +93,7 @@ _HOMES = {
     "GenerateOutput": "sparda_jax.engine.results",
     "GenerateStats": "sparda_jax.engine.results",
     "LanguageModel": "sparda_jax.engine.model",
+    "MachineReport": "sparda_jax.doctor",
     "ModelConfig": "sparda_jax.config",
     "PRESETS": "sparda_jax.models.presets",
     "OffloadStats": "sparda_jax.engine.offload_stats",
@@ -105,6 +109,7 @@ _HOMES = {
     "configure_cache": "sparda_jax.runtime",
     "configure_offload": "sparda_jax.runtime",
     "evaluate": "sparda_jax.evaluation.run",
+    "describe_device": "sparda_jax.doctor",
     "forward": "sparda_jax.engine.api",
     "generate": "sparda_jax.engine.api",
     "load": "sparda_jax.loading",

@@ -10,6 +10,7 @@ from sparda_jax.cli.chat import add_chat_parser
 from sparda_jax.cli.completion import add_completion_parser
 from sparda_jax.cli.console import note
 from sparda_jax.cli.demo import add_demo_parser
+from sparda_jax.cli.doctor import add_doctor_parser, add_tune_parser
 from sparda_jax.cli.ending import run_command
 from sparda_jax.cli.eval import add_eval_parser, add_report_parser
 from sparda_jax.cli.fetch import add_fetch_parser
@@ -38,6 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_plan_parser(commands)
     add_eval_parser(commands)
     add_report_parser(commands)
+    add_doctor_parser(commands)
+    add_tune_parser(commands)
     add_models_parser(commands)
     add_fetch_parser(commands)
     add_forecast_report_parser(commands)

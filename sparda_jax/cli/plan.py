@@ -25,10 +25,7 @@ from sparda_jax.cli.options import HelpFormatter, add_option
 from sparda_jax.cli.plan_text import plan_text
 from sparda_jax.config import CacheConfig, SparseConfig
 from sparda_jax.planning.measure import MachineRates, Measured, measure_rates
-from sparda_jax.planning.plan import (
-    ASSUMED_MISS,
-    plan,
-)
+from sparda_jax.planning.plan import plan
 from sparda_jax.planning.rates import Rates, recorded_kinds, recorded_rates
 from sparda_jax.planning.shape import named_shape
 
@@ -48,7 +45,8 @@ how to read it:
   offloaded. GiB are 2^30 bytes; rates are GB/s, 10^9 bytes a second. A step's time is
   a bound: device bytes over --bandwidth, FLOPs over --peak, fetched bytes over --link,
   the slowest of them with look-ahead, the fetch on top without. --miss is the share of
-  listed blocks that is fetched; it depends on model and text, and decides.
+  listed blocks that is fetched; it depends on model, text and slots, and decides.
+  Without it a curve of a real model over a real text gives it for --device-blocks.
 """
 
 
@@ -157,8 +155,14 @@ def _add_slot_options(group: Any) -> None:
         "--miss",
         number(least=0, most=1),
         metavar="X",
-        default=ASSUMED_MISS,
-        help="share of listed blocks in no slot (assumed, not measured)",
+        help="share of listed blocks in no slot (by the slots, from a trace)",
+    )
+    add_option(
+        group,
+        "--trace",
+        path,
+        metavar="FILE",
+        help="block trace to take the misses from (the published one)",
     )
 
 
@@ -260,6 +264,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
             layer0=arguments.layer0,
         ),
         miss=arguments.miss,
+        trace=arguments.trace,
         dtype=arguments.dtype,
         max_new_tokens=arguments.max_new_tokens,
         prefill_chunk=arguments.prefill_chunk or None,

@@ -23,7 +23,8 @@ def plan_text(result: Plan) -> str:
         + (f" (link {_gb(rates.link)})" if rates.link else "")
         + (f", {rates.peak / 1e12:,.3g} TFLOP/s" if rates.peak else "")
         + f"; {rates.source}; JAX {jax.__version__} here",
-        f"assumed: {result.miss:.1%} of listed blocks are fetched",
+        f"assumed: {result.miss:.1%} of listed blocks are fetched "
+        f"({result.miss_source})",
         "",
     ]
     columns: list[tuple[str, Option]] = [

@@ -19,6 +19,7 @@ from sparda_jax.checks import (
     number,
     optional,
     path,
+    require,
 )
 from sparda_jax.config import CacheConfig, ModelConfig, SparseConfig
 from sparda_jax.inference.shapes import Shapes, plan_shapes, tile_tokens
@@ -29,13 +30,12 @@ from sparda_jax.planning.limits import (
     shortfall,
 )
 from sparda_jax.planning.memory import GIB, MemoryPlan, memory_plan
+from sparda_jax.planning.misses import MissCurve, published_curve, trace_curve
 from sparda_jax.planning.rates import Rates
 from sparda_jax.planning.shape import named_shape
 from sparda_jax.planning.step import StepTime, step_time
 from sparda_jax.sparse.selectors import Selector, get_selector
 
-# Nobody has published how many listed blocks miss; our experiments on a GPU took this.
-ASSUMED_MISS = 0.10
 _LONGEST = 2**21
 
 
@@ -76,7 +76,8 @@ class Plan:
       dtype: Type of weights and cache.
       limits: Device and host memory.
       rates: The machine.
-      miss: Share of listed blocks that is fetched.
+      miss: Share of listed blocks that is fetched, at this context.
+      miss_source: Where that is from, in words.
       lookahead: Whether fetches run beside compute.
       batch: The batch that was asked for, or 1.
       resident, offload: That batch in either way.
@@ -99,6 +100,7 @@ class Plan:
     limits: MemoryLimits
     rates: Rates
     miss: float
+    miss_source: str
     lookahead: bool
     batch: int
     resident: Option
@@ -145,6 +147,19 @@ class Plan:
         return text
 
 
+def _misses(miss: float | None, trace: str | None, attention: str) -> MissCurve | float:
+    """What a request says of misses: a share, or a curve over the slots."""
+    if miss is None:
+        return published_curve(attention) if trace is None else trace_curve(trace)
+    require(
+        trace is None,
+        "trace",
+        trace,
+        f"None beside miss={miss}: one of the two says how many blocks are missed",
+    )
+    return float(miss)
+
+
 def _pays(resident: Option | None, offload: Option | None) -> bool:
     if offload is None:
         return False
@@ -163,7 +178,7 @@ class _Planner:
     cache: CacheConfig
     rates: Rates
     limits: MemoryLimits
-    miss: float
+    misses: MissCurve | float
     dtype: str
     max_new: int
     chunk: int | None
@@ -175,6 +190,11 @@ class _Planner:
             route = named_route(self.rates.route)
             offload = OffloadSettings(route, ahead and lookahead)
         return LayerSettings(self.config, self.sparse, self.selector, offload=offload)
+
+    @property
+    def miss_source(self) -> str:
+        """Where the share of misses is from."""
+        return "given" if isinstance(self.misses, float) else self.misses.source
 
     def shapes(self, context: int, batch: int = 1) -> Shapes:
         prompt = context - self.max_new
@@ -189,6 +209,14 @@ class _Planner:
             block_size=self.sparse.block_size,
             batch=batch,
         )
+
+    def miss(self, capacity: int) -> float:
+        """Share of listed blocks that is fetched in a cache of that many tokens."""
+        if isinstance(self.misses, float):
+            return self.misses
+        room = capacity // self.sparse.block_size
+        slots = self.cache.slots(room, self.selector.list_width(room, self.sparse))
+        return self.misses.share(slots, self.sparse)
 
     def option(
         self, kind: str, context: int, batch: int, *, lookahead: bool = True
@@ -206,7 +234,7 @@ class _Planner:
             capacity=shapes.capacity,
             context=context,
             dtype=self.dtype,
-            miss=self.miss,
+            miss=self.miss(shapes.capacity),
         )
         return Option(memory, step, shortfall(memory, self.limits) is None)
 
@@ -235,7 +263,7 @@ class _Planner:
 
         def ahead(thousandths: int) -> bool:
             miss = thousandths / 1000
-            return dataclasses.replace(self, miss=miss).pays(context)
+            return dataclasses.replace(self, misses=miss).pays(context)
 
         low, high = -1, 1001
         while high - low > 1:
@@ -255,7 +283,8 @@ def plan(
     attention: str | Selector = "sparda",
     sparse: SparseConfig | None = None,
     cache: CacheConfig | None = None,
-    miss: float = ASSUMED_MISS,
+    miss: float | None = None,
+    trace: str | os.PathLike | None = None,
     dtype: DTypeLike = "bfloat16",
     max_new_tokens: int = 256,
     prefill_chunk: int | None = 8192,
@@ -277,8 +306,11 @@ def plan(
       sparse: Block selection; None takes the model's own, else the preset's of the
         same shape.
       cache: Slots, look-ahead and where layer 0 lives; its kind does not matter.
-      miss: Share of listed blocks that is not in a slot, 0 to 1. An assumption; a
-        run's `stats.offload.hit_rate` is 1 minus the real one.
+      miss: Share of listed blocks that is not in a slot, 0 to 1; a run's
+        `stats.offload.hit_rate` is 1 minus its own. None takes it by the number of
+        slots from a trace's curve.
+      trace: Block trace (`planning.traces`) to take the curve from; None takes the
+        published one of the same attention.
       dtype: Type of weights and cache.
       max_new_tokens: Output tokens of each sequence.
       prefill_chunk: Tokens of one prefill call, as `stream` takes it; None is the
@@ -295,7 +327,8 @@ def plan(
     size = number(above=0, most=2**30)
     hbm_gib, host_gib = size("hbm_gib", hbm_gib), size("host_gib", host_gib)
     rates = instance(Rates)("rates", rates)
-    miss = number(least=0, most=1)("miss", miss)
+    miss = optional(number(least=0, most=1))("miss", miss)
+    trace = optional(path)("trace", trace)
     dtype = float_dtype("dtype", dtype)
     sparse = optional(instance(SparseConfig))("sparse", sparse)
     cache = optional(instance(CacheConfig))("cache", cache) or CacheConfig()
@@ -322,7 +355,7 @@ def plan(
             device=Limit(round(hbm_gib * GIB), f"{hbm_gib:g} GiB of device memory"),
             host=Limit(round(host_gib * GIB), f"{host_gib:g} GiB of host memory"),
         ),
-        miss=miss,
+        misses=_misses(miss, trace, selector.name),
         dtype=dtype.name,
         max_new=max_new_tokens,
         # Rows that switch to dense attention by length cannot be cut into pieces.
@@ -344,7 +377,8 @@ def plan(
         dtype=planner.dtype,
         limits=planner.limits,
         rates=rates,
-        miss=miss,
+        miss=planner.miss(planner.shapes(context).capacity),
+        miss_source=planner.miss_source,
         lookahead=offload.lookahead,
         batch=batch,
         resident=planner.option("resident", context, batch),
@@ -373,8 +407,9 @@ def _notes(planner: _Planner, context: int) -> tuple[str, ...]:
             "sequence"
         )
     notes.append(
-        f"misses: {planner.miss:.0%} of the listed blocks, an input; measure yours "
-        "with sparda generate --cache offload --stats"
+        f"misses: {planner.miss(capacity):.1%} of the listed blocks "
+        f"({planner.miss_source}); measure yours with sparda generate --cache offload "
+        "--stats"
     )
     notes.append(
         "step times are bounds from bandwidths, for sequences at full length; no "

@@ -144,6 +144,11 @@ class BlockTrace:
         return self.listed.shape[2] - self.prefill
 
     @property
+    def length(self) -> int:
+        """Tokens of prompt and decode together."""
+        return self.tokens + self.listed.shape[2]
+
+    @property
     def scored(self) -> int:
         """Blocks of a list that scores choose: the budget less the forced ones."""
         return self.block_budget - self.init_blocks - self.local_blocks - 1

@@ -1,18 +1,33 @@
 """The mapping of a trace onto a benchmark: shares, reuse, unions, what is chosen."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from trace_cases import drifting_trace
 
 from benchmarks.traced import (
+    TRACES,
     check_room,
+    install,
     map_trace,
     prefill_lists,
     traced_scores,
+    traced_selector,
 )
-from sparda_jax.config import ConfigError, SparseConfig
-from sparda_jax.planning.traces import slot_misses
+from sparda_jax.cache.settings import LayerSettings
+from sparda_jax.config import CacheConfig, ConfigError, SparseConfig
+from sparda_jax.inference.decode import decode_step
+from sparda_jax.inference.generate import new_state
+from sparda_jax.inference.shapes import Shapes
+from sparda_jax.models.presets import get_preset
+from sparda_jax.models.rope import model_rope
+from sparda_jax.models.weights import random_decoder
+from sparda_jax.planning.auto import offload_settings
+from sparda_jax.planning.traces import read_trace, slot_misses
+from sparda_jax.sparse.selectors import get_selector
 
 SIZES = (1, 2, 3, 4)
 
@@ -68,6 +83,35 @@ def check_kept(trace, layers, rows, kv_heads, scored):
 @pytest.mark.parametrize("scored", [12, 24, 7, 17, 31])
 def test_the_mapping_keeps_shares_reuse_and_unions(trace, scored):
     check_kept(trace, layers=6, rows=3, kv_heads=2, scored=scored)
+
+
+_QUICK = ("qwen2.5-coder-0.5b_30k_prose_infllm_v2", "smollm2-135m_4k_code_sparda")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path,
+            id=path.stem,
+            marks=() if path.stem in _QUICK else pytest.mark.slow,
+        )
+        for path in sorted(TRACES.glob("*.npz"))
+    ],
+)
+def test_what_is_published_maps_as_well(path):
+    trace = read_trace(path)
+    check_kept(trace, layers=len(trace.listed), rows=1, kv_heads=2, scored=62)
+
+
+def test_traces_are_small_and_of_both_texts():
+    paths = list(TRACES.glob("*.npz"))
+    assert sum(path.stat().st_size for path in paths) <= 2 * 10**6
+    found = [read_trace(path) for path in paths]
+    assert all(trace.decode >= 256 and trace.prefill >= 128 for trace in found)
+    kinds = {(x.model, x.text, x.attention) for x in found}
+    models = {model for model, _, _ in kinds}
+    assert kinds >= {(m, t, "infllm_v2") for m in models for t in ("prose", "code")}
 
 
 def test_a_walk_comes_back_without_a_jump(trace):
@@ -147,3 +191,52 @@ def test_rows_are_not_in_step(trace):
     # Two rows in step would list as many new blocks at every step.
     same = [(a == b).mean() for i, a in enumerate(new) for b in new[:i]]
     assert max(same) < 0.7
+
+
+@pytest.mark.parametrize(
+    "kind", ["offload", pytest.param("resident", marks=pytest.mark.slow)]
+)
+def test_a_step_attends_to_what_the_trace_lists(trace, kind):
+    """Layers, rows and heads each get their own lists, whatever the scores say."""
+    preset = get_preset("tiny")
+    config = dataclasses.replace(preset.model, num_layers=3)
+    context, cache = 64 * 300, CacheConfig(kind=kind)
+    mapped = map_trace(
+        trace, layers=3, rows=2, kv_heads=config.num_kv_heads, scored=12, tokens=4
+    )
+    selector = traced_selector(get_selector("infllm_v2"), mapped, context=context)
+    offload = offload_settings(cache, selector) if kind == "offload" else None
+    settings = LayerSettings(config, SPARSE, selector, offload=offload)
+    model = random_decoder(config, "float32", forecast=False)
+    shapes = Shapes(prompt=0, new=4, capacity=context + 64, tile=64)
+    state = new_state(model, settings, 2, shapes, cache)
+    held = install(state.cache, mapped)
+    rope = model_rope(config, context + 64)
+
+    @jax.jit
+    def steps(cache):
+        lists = []
+        for step in range(2):
+            carry = decode_step(
+                model,
+                cache,
+                jnp.full((2,), 5),
+                jnp.full((2,), context + step),
+                jnp.ones((2,), bool),
+                rope,
+                settings,
+                capture=True,
+            )
+            cache = carry.cache
+            lists.append(carry.blocks)
+        return jnp.concatenate(lists, axis=3)
+
+    found = np.asarray(steps(held))
+    own, room = context // 64, check_room(mapped, context, SPARSE)
+    blocks = mapped.blocks(room, SPARSE.init_blocks)
+    for layer, row, head, step in np.ndindex(found.shape[:4]):
+        want = blocks[mapped.listed[layer, row, head, step]]
+        want = {0, own - 2, own - 1, own, *want.tolist()}
+        assert set(found[layer, row, head, step].tolist()) == want
+    with pytest.raises(ConfigError, match="lists="):
+        install(state.cache, map_trace(trace, layers=2, rows=2, kv_heads=2, scored=12))

@@ -149,7 +149,8 @@ ROWS = {
         "rates": CONFIG,
         "batch": (*INTEGER, 0),
         **_CHOSEN,
-        "miss": (*NUMBER, 1.5),
+        "miss": (*maybe(NUMBER), 1.5),
+        "trace": (*maybe(PATH), "no/such/trace.npz"),
         "dtype": (*DTYPE, None),
         "max_new_tokens": (*INTEGER, 0),
         "prefill_chunk": (*maybe(INTEGER), 0),
@@ -164,6 +165,7 @@ ROWS = {
     "recorded_rates": {"device_kind": TEXT},
     "configure_cache": {"directory": (*maybe(PATH), "/dev/null/xla")},
     "configure_offload": {},
+    "describe_device": {"measure": FLAG},
     "selector_names": {},
     "Rates": {
         **dict.fromkeys(("memory", "fetch"), (*NUMBER, 0.0)),
@@ -234,6 +236,7 @@ ROWS = {
 # What the package makes and hands out, and names that are not called.
 RESULTS = {"ChatOutput", "Conversation", "Forecast", "GenerateOutput", "GenerateStats"}
 RESULTS |= {"ChatStream", "OffloadStats", "Plan", "Stream", "StreamEvent"}
+RESULTS |= {"MachineReport"}
 NOT_CALLED = {"CheckpointError", "ConfigError", "PRESETS", "__version__"}
 
 

@@ -47,7 +47,7 @@ def test_table(capsys):
     for word in (
         "verdict: ",
         "offload starts to pay at ",
-        "assumed: 10.0% of listed blocks",
+        "are fetched (qwen2.5-coder-0.5b-instruct, prose, sparda, 30720 tokens)",
         "recorded for NVIDIA H200",
         "memory 4,308 GB/s, fetch 45.0 GB/s (link 53.7)",
         "LongRoPE",
@@ -99,6 +99,11 @@ def test_measure(capsys):
         ((*MODEL, *MACHINE, *H200, "--measure"), "leave out --device-kind"),
         ((*MODEL, *MACHINE, *H200, "--link", "-1"), "--link=-1"),
         ((*MODEL, *MACHINE, *H200, "--miss", "2"), "--miss=2"),
+        ((*MODEL, *MACHINE, *H200, "--trace", "none.npz"), "none.npz: no such file"),
+        (
+            (*MODEL, *MACHINE, *H200, "--trace", "x", "--miss", "0"),
+            "None beside miss=0.0",
+        ),
         ((*MODEL, *MACHINE, *H200, "--dtype", "int4"), "--dtype='int4'"),
         ((*MODEL, *MACHINE, *H200, "--attention", "magic"), "--attention='magic'"),
         ((*MODEL, *MACHINE, *H200, "--block-budget", "3"), "forced blocks"),
