@@ -14,6 +14,8 @@ from pallas_kernels._common.numerics import cdiv
 MAX_TOKENS = 31
 # Words of all blocks exist for one slab of tiles at a time.
 SLAB_WORDS = 8 * 2**20
+# With fewer blocks a number and a word of 16 bits share an int32.
+MOST_PACKED = 2**15
 
 
 class Unions(NamedTuple):
@@ -85,15 +87,25 @@ def tile_unions(
         words = words.at[row, head, tile, index].add(bit, mode="drop")
         listed_somewhere = words != 0
         place = jnp.cumsum(listed_somewhere, -1, dtype=jnp.int32) - 1
-        place = jnp.where(listed_somewhere, place, most)
-        at = row[..., 0], head[..., 0], tile[..., 0], place
-        empty = jnp.zeros((batch, kv_heads, per_slab, most), jnp.int32)
-        number = jnp.broadcast_to(jnp.arange(blocks, dtype=jnp.int32), words.shape)
-        return (
-            empty.at[at].set(number, mode="drop", unique_indices=True),
-            empty.at[at].set(words, mode="drop", unique_indices=True),
-            listed_somewhere.sum(-1, dtype=jnp.int32),
-        )
+        # One index for each place: the compiler would write out four of them.
+        lead = batch * kv_heads * per_slab
+        place = place.reshape(lead, blocks) + most * jnp.arange(lead)[:, None]
+        place = jnp.where(listed_somewhere.reshape(lead, blocks), place, lead * most)
+
+        def packed(x):
+            """Values of all blocks, those of listed ones moved to the front."""
+            out = jnp.zeros((lead * most,), jnp.int32)
+            out = out.at[place].set(x, mode="drop", unique_indices=True)
+            return out.reshape(batch, kv_heads, per_slab, most)
+
+        number = jnp.broadcast_to(jnp.arange(blocks, dtype=jnp.int32), place.shape)
+        flat = words.reshape(lead, blocks)
+        if tokens <= 16 and blocks <= MOST_PACKED:
+            both = packed((number << 16) | flat)
+            found = both >> 16, both & 0xFFFF
+        else:
+            found = packed(number), packed(flat)
+        return (*found, listed_somewhere.sum(-1, dtype=jnp.int32))
 
     if slabs == 1:
         return Unions(*(x[:, :, :tiles] for x in slab(index[:, :, 0])))

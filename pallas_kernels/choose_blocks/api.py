@@ -64,7 +64,8 @@ def choose_blocks(
     def run(name: str) -> Int[Array, "*rows P"]:
         if name == "mosaic_gpu":
             raise NotImplementedError(
-                "mosaic_gpu has no choose_blocks: it has no running count over lanes"
+                "mosaic_gpu has no choose_blocks: it has neither a running count over "
+                "lanes nor a store by lane"
             )
         if name == "triton":
             from pallas_kernels.choose_blocks import pallas_triton

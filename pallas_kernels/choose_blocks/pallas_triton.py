@@ -8,6 +8,8 @@ takes a quarter, a half or all of the lanes, as its own block asks.
 
 Measured on one H100 (jax 0.11.2, 16 rows, 96 of 513 / 1,025 / 2,053 blocks, durations
 in a profile, spread at most 0.3 %): 6.5 / 7.9 / 9.7 us; XLA's sort 11.0 / 14.7 / 24.3.
+In a prefill of 131,072 tokens, two kv heads, room for 3,072 blocks: 4.6 ms a layer,
+8.9 before rows took their own number of lanes and bisection stopped early.
 
 Limits: at most 16,384 blocks, which a program holds in registers. The back end is
 deprecated in JAX; this file can be deleted with it, which leaves XLA's sort.

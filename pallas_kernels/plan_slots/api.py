@@ -88,7 +88,8 @@ def plan_slots(
     def run(name: str) -> SlotPlan:
         if name == "mosaic_gpu":
             raise NotImplementedError(
-                "mosaic_gpu has no plan_slots: it has no running count over lanes"
+                "mosaic_gpu has no plan_slots: it has neither a running count over "
+                "lanes nor a store by lane"
             )
         if name == "triton":
             from pallas_kernels.plan_slots import pallas_triton
