@@ -8,8 +8,9 @@ every `--attention` in every `--cache`, after a first call that compiles. Weight
 no cost, block lists do: random weights choose for every token anew, so that neighbours
 share the forced blocks alone. `--agree N` gives N neighbouring tokens the list of the
 first of them (1 leaves lists as they are); all tokens are scored and choose all the
-same. `first` is the whole call without compilation: prefill, the cache's allocation
-and the first token.
+same. `--trace FILE` imposes a real model's lists (`benchmarks.imposed` says how), which
+costs a pass over the scores, a part of the rest. `first` is the whole call without
+compilation: prefill, the cache's allocation and the first token.
 
 `limit` is the least time that the products and the attention to the listed keys (dense:
 to all before a token) allow at the matrix rate that was measured in the same run.
@@ -25,7 +26,9 @@ import re
 import statistics
 import tempfile
 import time
+from typing import Any
 
+from benchmarks.imposed import lists_of, selector_with
 from benchmarks.profile_streams import busy_time, device_events, kernel_name
 
 # SparDA's published prefill of MiniCPM4.1-8B: an H100, batch 4.
@@ -61,6 +64,11 @@ def _parser() -> argparse.ArgumentParser:
         help="neighbouring tokens that share a list",
     )
     parser.add_argument(
+        "--trace",
+        type=pathlib.Path,
+        help="impose a trace's lists (of `python -m benchmarks.trace`) instead",
+    )
+    parser.add_argument(
         "--tile",
         type=int,
         nargs="+",
@@ -74,43 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def agreeing_lists(real, agree: int):
-    """Lists of which `agree` neighbouring tokens share one: that of the first of them.
-
-    Args:
-      real: The lists that were really made, [B, K, T, P].
-      agree: Tokens of a group, all of which lie in one block.
-    """
-    import jax.numpy as jnp
-
-    shared = jnp.repeat(real[:, :, ::agree], agree, axis=2)
-    return shared[:, :, : real.shape[2]]
-
-
-def _selector(attention: str, agree: int):
-    """The selector of an attention, which chooses as ever and lists by groups."""
-    from sparda_jax.sparse.selectors import get_selector
-
-    found = get_selector(attention)
-    if found.dense or agree == 1:
-        return found
-
-    @dataclasses.dataclass(frozen=True)
-    class Agreeing(type(found)):
-        agree: int = 1
-
-        name = attention
-
-        def select(self, tile, config, sparse, implementation=None):
-            real = super().select(tile, config, sparse, implementation)
-            if real is None or tile.decoding:
-                return real
-            return agreeing_lists(real, self.agree)
-
-    return Agreeing(agree)
-
-
-def _language_model(model, preset, attention: str, kind, tile: int, agree: int):
+def _language_model(model, preset, case: "Case", selector):
     """A model that attends as asked, with the given query tiles if there are any."""
     from sparda_jax.config import CacheConfig
     from sparda_jax.engine.model import LanguageModel
@@ -118,16 +90,16 @@ def _language_model(model, preset, attention: str, kind, tile: int, agree: int):
     class Tiled(LanguageModel):
         @property
         def tile_size(self) -> int:
-            return tile
+            return case.tile
 
-    return (Tiled if tile else LanguageModel)(
+    return (Tiled if case.tile else LanguageModel)(
         model=model,
         config=model.config,
         sparse=preset.sparse,
-        selector=_selector(attention, agree),
+        selector=selector,
         tokenizer=None,
         fingerprint=None,
-        cache=CacheConfig(kind=kind),
+        cache=CacheConfig(kind=case.cache),
     )
 
 
@@ -309,7 +281,7 @@ class Case:
     """What is measured: attention, cache, context, batch and the most of a tile."""
 
     attention: str
-    cache: str
+    cache: Any
     context: int
     batch: int
     tile: int
@@ -319,9 +291,9 @@ def _measure(case: Case, model, preset, arguments, rate: float) -> dict:
     """Figures of one case."""
     import jax
 
-    lm = _language_model(
-        model, preset, case.attention, case.cache, case.tile, arguments.agree
-    )
+    lists = lists_of(arguments.trace, model.config, preset.sparse, case.batch)
+    selector = selector_with(case.attention, arguments.agree, lists)
+    lm = _language_model(model, preset, case, selector)
     run = functools.partial(_prefill, lm, case.context, case.batch)
     first, _ = run(0)
     calls = [run(i + 1) for i in range(arguments.repeats)]
@@ -431,6 +403,8 @@ def main() -> None:
     import jax
 
     from sparda_jax.checkpoint.atomic import write_json
+    from sparda_jax.checkpoint.errors import CheckpointError
+    from sparda_jax.config import ConfigError
     from sparda_jax.engine.compile_cache import PROGRAMS
     from sparda_jax.models.presets import get_preset
     from sparda_jax.models.weights import random_decoder
@@ -444,9 +418,16 @@ def main() -> None:
     cpu = jax.default_backend() == "cpu"
     rate = matrix_rate(1024 if cpu else 8192)
     device = jax.devices()[0].device_kind
+    try:
+        traced = lists_of(arguments.trace, config, preset.sparse, 1)
+    except (ConfigError, CheckpointError) as error:
+        raise SystemExit(f"--trace: {error}") from error
+    lists = f"{arguments.agree} neighbours share a list"
+    if traced is not None:
+        lists = traced.source
     print(
         f"{arguments.model}, {config.num_layers} of {preset.model.num_layers} layers, "
-        f"random weights, {arguments.agree} neighbours share a list, {device}, JAX "
+        f"random weights, lists: {lists}, {device}, JAX "
         f"{jax.__version__}, {rate / 1e12:.3g} TFLOP/s; the reference published "
         f"{REFERENCE_TOKENS_PER_SECOND} tokens/s (an H100, batch 4, all layers)",
         flush=True,
@@ -460,7 +441,7 @@ def main() -> None:
         "model": arguments.model,
         "layers": config.num_layers,
         "layers_of_preset": preset.model.num_layers,
-        "agree": arguments.agree,
+        "lists": lists,
         "matrix_flops": rate,
         "reference_tokens_per_second": REFERENCE_TOKENS_PER_SECOND,
         "rows": rows,

@@ -3,8 +3,14 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trace_cases import drifting_trace
 
-from benchmarks import prefill
+from benchmarks import imposed, prefill
+from benchmarks.traced import map_trace, prefill_lists
+from sparda_jax.config import SparseConfig
+from sparda_jax.models.presets import get_preset
+from sparda_jax.sparse.selection import SelectionTile
+from sparda_jax.sparse.selectors import get_selector
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 24, 25, 61])
@@ -22,10 +28,36 @@ def test_keys_read_are_those_of_a_loop(tokens):
 
 def test_neighbours_take_the_list_of_the_first_of_them():
     real = np.arange(2 * 10 * 3).reshape(1, 2, 10, 3)
-    lists = np.asarray(prefill.agreeing_lists(jnp.asarray(real), 4))
+    lists = np.asarray(imposed.agreeing_lists(jnp.asarray(real), 4))
     assert lists.shape == real.shape
     for token in range(10):
         np.testing.assert_array_equal(lists[:, :, token], real[:, :, token // 4 * 4])
+
+
+def test_a_trace_is_imposed_on_tokens_and_layers():
+    trace = drifting_trace()
+    lists = map_trace(trace, layers=2, rows=1, kv_heads=2, scored=trace.scored)
+    sparse = SparseConfig(block_budget=16, local_blocks=2)
+    selector = imposed.imposing(get_selector("random"), lists)
+
+    def chosen(first, layer):
+        tile = SelectionTile(
+            q=jnp.zeros((1, 32, 2, 4)),
+            forecast=None,
+            positions=first + jnp.arange(32)[None],
+            length=jnp.asarray([first + 32]),
+            index={},
+            num_blocks=512,
+            decoding=False,
+            layer=layer,
+        )
+        blocks = selector.select(tile, get_preset("minicpm4.1-8b").model, sparse)
+        return np.sort(np.asarray(blocks))
+
+    for first, layer in ((16384, 0), (16384, 1), (16416, 1)):
+        wanted = prefill_lists(lists, layer, tokens=32, sparse=sparse, start=first)
+        found = chosen(first, layer)
+        np.testing.assert_array_equal(found, np.sort(wanted)[..., -found.shape[-1] :])
 
 
 def test_gaps_lie_between_what_ends_last_and_what_begins_next():
