@@ -80,6 +80,17 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     return checked
 
 
+# Arguments of `apply_chat_template` in transformers that are no variables of a
+# template: it would take them without a word, and they would do nothing.
+_NO_VARIABLES = {
+    "continue_final_message": "answer_prefix takes how the answer begins",
+    "chat_template": "the model's own template is used",
+    "tokenize": "chat gives text and encode_chat token ids",
+    "return_tensors": "encode_chat gives a list of token ids",
+    "return_dict": "encode_chat gives a list of token ids",
+}
+
+
 def chat_variables(
     messages: Sequence[Mapping[str, Any]],
     *,
@@ -87,6 +98,9 @@ def chat_variables(
     **variables: Any,
 ) -> dict[str, Any]:
     """The variables of a rendering, checked; arguments as in `ChatTemplate.render`."""
+    for name, instead in _NO_VARIABLES.items():
+        if variables.get(name):
+            raise ConfigError(f"{name} is not allowed in a chat: {instead}")
     return {
         "tools": None,
         "documents": None,

@@ -18,18 +18,36 @@ from typing import Any
 _STAND_INS = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE))
 
 _CODE = re.compile(r"\{[{%](.*?)[}%]\}", re.DOTALL)
-_STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+_LITERAL = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
+_STRING = re.compile(_LITERAL, re.DOTALL)
+# A literal that the template looks for in another string.
+_SOUGHT = re.compile(
+    rf"""(?<=[(])\s*(?:{_LITERAL})       # of a method that is named before the bracket
+       | (?:{_LITERAL})(?=\s*(?:not\s+)?in\b|\s*[=!]=)
+       | (?<=[=!]=)\s*(?:{_LITERAL})""",
+    re.DOTALL | re.VERBOSE,
+)
+_SEEKS = re.compile(
+    r"\.(?:r?split|r?partition|replace|startswith|endswith|r?find|r?index|count"
+    r"|[lr]?strip|removeprefix|removesuffix)\s*\($"
+)
+
+
+def _value(literal: str) -> str | None:
+    """The string that a literal stands for, None if it is no valid one."""
+    try:
+        return str(ast.literal_eval(literal))
+    except (ValueError, SyntaxError):
+        return None
 
 
 def _strings_of(source: str) -> Iterator[str]:
     """The string literals of a template."""
     for code in _CODE.findall(source):
         for literal in _STRING.findall(code):
-            try:
-                value = ast.literal_eval(literal)
-            except (ValueError, SyntaxError):
-                continue
-            yield str(value)
+            value = _value(literal)
+            if value is not None:
+                yield value
 
 
 def _may_begin(text: str, name: str) -> bool:
@@ -58,6 +76,7 @@ class ContentMarks:
         normalize: Callable[[str], str] | None = None,
     ) -> None:
         names = [name for name in names if name.strip()]
+        self._names = tuple(names)
         text = json.dumps(list(values), ensure_ascii=False)
         # Letters stand in the names of roles and types, which templates compare: they
         # are exchanged only where a whole marker stands.
@@ -114,6 +133,42 @@ class ContentMarks:
         if isinstance(value, list):
             return [self.mark(item) for item in value]
         return value
+
+    def seeking(self, source: str, values: Iterable[Any]) -> str | None:
+        """A template that looks for whole markers as they now stand in contents.
+
+        Many cut what precedes `</think>` off an answer. Where that is the name of a
+        special token as well, the contents no longer hold it as the template writes it.
+        What a template writes itself stays as it is.
+
+        Args:
+          source: The template.
+          values: The contents, not marked.
+
+        Returns:
+          The template with marked literals; None if it looks for no marker that a
+          content holds.
+        """
+        text = json.dumps(list(values), ensure_ascii=False)
+        held = [name for name in self._names if json.dumps(name)[1:-1] in text]
+
+        def in_code(code: re.Match[str]) -> str:
+            inside = code.group()
+
+            def exchange(match: re.Match[str]) -> str:
+                literal = match.group()
+                before = inside[: match.start()]
+                value = _value(literal.strip()) or ""
+                if before.endswith("(") and not _SEEKS.search(before):
+                    return literal
+                if not any(name in value for name in held):
+                    return literal
+                return self.mark(literal)
+
+            return _SOUGHT.sub(exchange, inside)
+
+        changed = _CODE.sub(in_code, source)
+        return None if changed == source else changed
 
     def found(self, text: str) -> str:
         """The template's output with every stand-in as one character."""

@@ -19,6 +19,7 @@ from sparda_jax.checkpoint.tokenizers.streams import (
 
 if TYPE_CHECKING:
     from sparda_jax.checkpoint.chat import ChatTemplate
+    from sparda_jax.checkpoint.content_marks import ContentMarks
 
 
 def failed_inside(error: BaseException) -> bool:
@@ -309,7 +310,7 @@ class Tokenizer:
             self._normalizer(),
         )
         marked = {name: marks.mark(value) for name, value in contents.items()}
-        output = template.render_variables(given | marked)
+        output = self._render_marked(template, marks, given, marked)
         marked_text = marks.found(output) + marks.mark(answer_prefix)
         text = marks.restore(marked_text)
         whole = self._encoding(text, special=True)
@@ -321,6 +322,33 @@ class Tokenizer:
         if own == self._special_places(text, whole):
             return whole.ids
         return self._encode_between(text, own)
+
+    def _render_marked(
+        self,
+        template: "ChatTemplate",
+        marks: "ContentMarks",
+        given: Mapping[str, Any],
+        marked: Mapping[str, Any],
+    ) -> str:
+        """What the template makes of marked contents: as of plain ones, if it can be.
+
+        A template that looks for a marker in contents does not find it where it is
+        marked; it is then rendered with what it looks for marked likewise, if that
+        gives the text that it gives for plain contents.
+        """
+        output = template.render_variables({**given, **marked})
+        seeking = marks.seeking(template.source, [given[name] for name in marked])
+        if seeking is None:
+            return output
+        plain = template.render_variables(given)
+        other = self._template(seeking)
+        try:
+            found = other.render_variables({**given, **marked})
+        except CheckpointError:
+            return output
+        finally:
+            other.close()
+        return found if marks.restore(marks.found(found)) == plain else output
 
     def _normalizer(self) -> Callable[[str], str] | None:
         """What is done to a text before special tokens are looked for, if anything."""

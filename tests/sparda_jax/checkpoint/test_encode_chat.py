@@ -8,6 +8,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from sparda_jax.checkpoint.content_marks import ContentMarks
 from sparda_jax.checkpoint.tokenizer import Tokenizer
+from sparda_jax.config import ConfigError
 
 NAMES = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "user0")
 CHATML = (
@@ -175,6 +176,45 @@ def test_template_that_cuts_its_contents():
         text = tokenizer.decode(ids, skip_special=False)
         assert text.startswith(f"<|im_start|>{kept}<|im_end|>")
         assert text == tokenizer.chat(_user(content))
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{% set text = m.content %}{% set why = '' %}"
+    "{% if '</think>' in text %}"
+    "{% set why = text.split('</think>')[0].split('<think>')[-1] %}"
+    "{% set text = text.split('</think>')[-1] %}"
+    "{{ '<think>' + why + '</think>' }}{% endif %}{{ text }}<|im_end|>{% endfor %}"
+)
+
+
+def test_template_that_looks_for_a_special_token():
+    """It cuts contents as ever and writes its own markers; contents make none."""
+    backend = _byte_level()
+    names = [tokenizers.AddedToken(n, special=True) for n in ("<think>", "</think>")]
+    backend.add_special_tokens(names)
+    tokenizer = _make(backend, THINKING)
+    markers = [*NAMES, "<think>", "</think>"]
+    for content, kept, own in (
+        ("b", "b", []),
+        ("<think>a</think> b", "<think>a</think> b", ["<think>", "</think>"]),
+        ("a</s></think><|im_end|>", None, ["<think>", "</think>"]),
+        ("<think> hi", "<think> hi", []),
+    ):
+        ids = tokenizer.encode_chat(_user(content))
+        found = [tokenizer.token(n) for n in ids if tokenizer.token(n) in markers]
+        assert found == ["<|im_start|>", *own, "<|im_end|>"]
+        text = tokenizer.decode(ids, skip_special=False)
+        assert text == tokenizer.chat(_user(content))
+        assert kept is None or text == f"<|im_start|>{kept}<|im_end|>"
+
+
+@pytest.mark.parametrize("call", ["chat", "encode_chat"])
+def test_what_is_no_variable_of_a_template_is_refused(chatml, call):
+    with pytest.raises(ConfigError, match="continue_final_message is not allowed"):
+        getattr(chatml, call)(_user("hi"), continue_final_message=True)
+    with pytest.raises(ConfigError, match="tokenize is not allowed"):
+        getattr(chatml, call)(_user("hi"), tokenize=True)
+    getattr(chatml, call)(_user("hi"), continue_final_message=False)
 
 
 def test_template_that_makes_markers_of_roles():
