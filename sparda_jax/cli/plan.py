@@ -107,6 +107,10 @@ def _add_request_options(parser: argparse.ArgumentParser) -> None:
         help="sequences at a time",
     )
     add_attention_option(parser, default="sparda")
+    _add_size_options(parser)
+
+
+def _add_size_options(parser: argparse.ArgumentParser) -> None:
     add_option(
         parser,
         "--max-new-tokens",
