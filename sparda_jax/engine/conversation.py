@@ -171,7 +171,10 @@ class Conversation:
     def fork(self, rows: int | None = None) -> "Conversation":
         """A copy with a cache of its own; this conversation stays as it is.
 
-        The copy takes as much memory again, on the device and of the host store.
+        The copy takes as much memory again, on the device and of the host store, its
+        room for further turns included: cut to what is filled, it would be of another
+        size, for which the next turn compiled programs of its own. (On the device a
+        short conversation has room for 1,024 tokens, a small one for 4,608.)
 
         Args:
           rows: For a conversation of one row: copies of it in the new conversation, to
