@@ -91,6 +91,8 @@ ROWS = {
     },
     "models": {"--model": PATH},
     "fetch": {"--model": WORD},
+    "doctor": {"--json": FLAG, "--measure": FLAG},
+    "tune": {"--small": FLAG},
     "report": {},
     "eval": {
         **_MODEL,
