@@ -146,12 +146,12 @@ def _variants(
     return variants
 
 
-def _commit() -> str | None:
-    """The commit of the checkout that this package is in, if it is in one."""
-    folder = pathlib.Path(__file__).parent
+def _git(*arguments: str) -> str | None:
+    """What git says of the checkout that this package is in, None if it is in none."""
+    folder = str(pathlib.Path(__file__).parent)
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"],
+            ["git", "-C", folder, *arguments],
             capture_output=True,
             text=True,
             timeout=10,
@@ -159,6 +159,13 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout, with a plus if its files are not that commit's."""
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return f"{commit}+" if commit and changed else commit
 
 
 def _forecast_of(lm: LanguageModel) -> str:

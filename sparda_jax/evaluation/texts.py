@@ -80,6 +80,11 @@ def passage(start: int, count: int) -> list[str]:
     return [every[(start + n) % len(every)] for n in range(count)]
 
 
+def spread_depth(index: int) -> float:
+    """A depth, 0 … 1, for a sample: multiples of the golden ratio fill them evenly."""
+    return (0.5 + 0.6180339887498949 * index) % 1.0
+
+
 def place_at_depths(
     parts: Sequence[str], inserted: Sequence[str], depths: Sequence[float]
 ) -> list[str]:

@@ -7,7 +7,13 @@ import json
 import random
 
 from sparda_jax.evaluation.samples import Draft, Task
-from sparda_jax.evaluation.texts import passage, place_at_depths, sentences, word_list
+from sparda_jax.evaluation.texts import (
+    passage,
+    place_at_depths,
+    sentences,
+    spread_depth,
+    word_list,
+)
 
 _FAMILY = "documents"
 
@@ -205,7 +211,7 @@ def _build_pydoc(rng: random.Random, size: int, length: int, index: int) -> Draf
     del length
     every = entries()
     order = rng.sample(range(len(every)), len(every))
-    depth = (0.5 + 0.6180339887498949 * index) % 1.0
+    depth = spread_depth(index)
     asked, chosen = order[0], order[1:size]
     place = round(depth * len(chosen))
     chosen.insert(place, asked)

@@ -11,20 +11,20 @@ from sparda_jax.evaluation.passkey import (
     QUESTION,
 )
 from sparda_jax.evaluation.samples import Draft, Question, Task
-from sparda_jax.evaluation.texts import passage, place_at_depths, sentences
+from sparda_jax.evaluation.texts import (
+    passage,
+    place_at_depths,
+    sentences,
+    spread_depth,
+)
 
 _FAMILY = "retrieval"
-
-
-def _spread(index: int) -> float:
-    """A depth for a sample: the golden ratio's multiples fill 0 … 1 evenly."""
-    return (0.5 + 0.6180339887498949 * index) % 1.0
 
 
 def _build_passkey(rng: random.Random, size: int, length: int, index: int) -> Draft:
     del length
     answer = str(rng.randrange(10000, 100000))
-    depth = _spread(index)
+    depth = spread_depth(index)
     filling = passage(rng.randrange(len(sentences())), size)
     needle = NEEDLE.format(answer=answer)
     text = " ".join(place_at_depths(filling, [needle], [depth]))
@@ -108,7 +108,7 @@ def _build_latent(rng: random.Random, size: int, length: int, index: int) -> Dra
     del length
     chosen = rng.sample(LATENT, _LATENT_NEEDLES)
     names = rng.sample(_NAMES, _LATENT_NEEDLES)
-    depth = _spread(index)
+    depth = spread_depth(index)
     depths = [depth, *[rng.random() for _ in chosen[1:]]]
     told = sorted(
         (where, text.format(name=name))
