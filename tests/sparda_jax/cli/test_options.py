@@ -83,6 +83,7 @@ ROWS = {
         "--max-new-tokens": (*INTEGER, "0"),
         "--prefill-chunk": INTEGER,
         "--miss": (*NUMBER, "1.5"),
+        "--trace": PATH,
         "--measure": FLAG,
         "--device-kind": (LONE,),
         "--link": _SIZE,
