@@ -18,7 +18,7 @@ from sparda_jax.cache.settings import OffloadSettings
 from sparda_jax.config import CacheConfig, ConfigError
 from sparda_jax.planning.measure import measure_fetch
 from sparda_jax.runtime import warn_if_serial
-from sparda_jax.sparse.selectors import Selector
+from sparda_jax.sparse.selectors import Selector, ahead_names
 
 # Steps that `prefetch="auto"` decodes on demand: to warm up, and to measure.
 PROBE_WARM, PROBE_TIMED = 4, 8
@@ -50,13 +50,13 @@ def offload_settings(cache: CacheConfig, selector: Selector) -> OffloadSettings 
         raise ConfigError(
             f"CacheConfig.prefetch='lookahead' is not allowed with "
             f"attention={selector.name!r}: only an attention that forecasts can look "
-            "ahead (sparda); use prefetch='none'"
+            f"ahead ({ahead_names()}); use prefetch='none'"
         )
     if cache.exactness == "verify" and not forecasts:
         raise ConfigError(
             f"CacheConfig.exactness='verify' is not allowed with "
-            f"attention={selector.name!r}: it verifies a forecast (sparda), and this "
-            "attention makes none"
+            f"attention={selector.name!r}: it verifies a forecast "
+            f"({ahead_names()}), and this attention makes none"
         )
     route = resolve_route(cache.route)
     if not route.in_program and cache.exactness == "verify":

@@ -34,7 +34,7 @@ from sparda_jax.planning.misses import MissCurve, published_curve, trace_curve
 from sparda_jax.planning.rates import Rates
 from sparda_jax.planning.shape import named_shape
 from sparda_jax.planning.step import StepTime, step_time
-from sparda_jax.sparse.selectors import Selector, get_selector
+from sparda_jax.sparse.selectors import Selector, ahead_names, get_selector
 
 _LONGEST = 2**21
 
@@ -343,7 +343,7 @@ def plan(
         raise ConfigError(
             f"CacheConfig.prefetch='lookahead' is not allowed with "
             f"attention={selector.name!r}: only an attention that forecasts can look "
-            "ahead (sparda)"
+            f"ahead ({ahead_names()})"
         )
     planner = _Planner(
         config=config,

@@ -15,6 +15,9 @@ from jaxtyping import Array, Float, Int
 from sparda_jax.config import SparseConfig
 from sparda_jax.sparse.index import IndexPart, IndexShape, TokenKV
 
+# Queries whose votes are counted at a time.
+_QUERIES = 128
+
 
 class RepresentativeState(NamedTuple):
     """What is kept of a layer.
@@ -122,22 +125,37 @@ def _new_votes(
     size: int,
     local: int,
 ) -> Float[Array, "B K S"]:
-    """What the new queries give to each key, summed over queries and group."""
+    """What the new queries give to each key, summed over queries and group.
+
+    A few queries at a time: a tile may be large, and each sees its local window alone.
+    """
     batch, steps, heads, dim = q.shape
-    kv_heads = keys.shape[1]
-    q = q.astype(jnp.float32).reshape(batch, steps, kv_heads, heads // kv_heads, dim)
-    logits = jnp.einsum("btkgh,bksh->bkgts", q, keys.astype(jnp.float32)) * dim**-0.5
-    token = start[:, None] + jnp.arange(steps)
-    least = jnp.maximum((token // size - local) * size, 0)
-    seen = (position[:, None] >= least[..., None]) & (
-        position[:, None] <= token[..., None]
-    )
-    seen = seen & (token < end[:, None])[..., None]  # B T S
-    logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
-    peak = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return jnp.sum(weights / jnp.where(total > 0, total, 1.0), axis=(2, 3))
+    kv_heads, chunk = keys.shape[1], min(steps, _QUERIES)
+    wide = keys.astype(jnp.float32)
+    q = jnp.pad(q, ((0, 0), (0, -steps % chunk), (0, 0), (0, 0)))
+
+    def add(number: Int[Array, ""], votes: Array) -> Array:
+        first = number * chunk
+        asked = jax.lax.dynamic_slice_in_dim(q, first, chunk, axis=1)
+        asked = asked.astype(jnp.float32).reshape(
+            batch, chunk, kv_heads, heads // kv_heads, dim
+        )
+        logits = jnp.einsum("btkgh,bksh->bkgts", asked, wide) * dim**-0.5
+        token = start[:, None] + first + jnp.arange(chunk)
+        least = jnp.maximum((token // size - local) * size, 0)
+        seen = (position[:, None] >= least[..., None]) & (
+            position[:, None] <= token[..., None]
+        )
+        seen = seen & (token < end[:, None])[..., None]  # B T S
+        logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
+        peak = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        share = weights / jnp.where(total > 0, total, 1.0)
+        return votes + jnp.sum(share, axis=(2, 3))
+
+    none = jnp.zeros(keys.shape[:3], jnp.float32)
+    return jax.lax.fori_loop(0, q.shape[1] // chunk, add, none)
 
 
 def _means(

@@ -11,7 +11,7 @@ import types
 from sparda_jax.checks import ConfigError, shown, text
 from sparda_jax.sparse.selector import Selector
 
-__all__ = ["Selector", "get_selector", "selector_names"]
+__all__ = ["Selector", "ahead_names", "get_selector", "selector_names"]
 
 
 def _found() -> dict[str, Selector]:
@@ -26,6 +26,11 @@ _REGISTRY = types.MappingProxyType(_found())
 def selector_names() -> tuple[str, ...]:
     """All names."""
     return tuple(_REGISTRY)
+
+
+def ahead_names() -> str:
+    """Names of those that can look ahead, for messages."""
+    return ", ".join(name for name, one in _REGISTRY.items() if one.looks_ahead)
 
 
 def get_selector(name: str | Selector) -> Selector:

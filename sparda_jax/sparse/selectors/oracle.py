@@ -18,8 +18,9 @@ from sparda_jax.sparse.indices.all_keys import AllKeys, Keys
 from sparda_jax.sparse.selection import SelectionTile
 from sparda_jax.sparse.selector import Selector
 
-# Blocks whose logits a prefill tile holds at a time, at most.
-_CHUNK = 16
+# Blocks whose logits a prefill tile holds at a time, at most: of a small one, a large.
+_CHUNK, _FEW = 16, 4
+_SMALL_TILE = 256
 
 
 def attention_mass(
@@ -43,7 +44,8 @@ def attention_mass(
     kv_heads, tokens = keys.k.shape[1:3]
     blocks = tokens // block_size
     q = q.reshape(batch, steps, kv_heads, heads // kv_heads, dim)
-    size = blocks if steps == 1 else math.gcd(blocks, _CHUNK)
+    size = math.gcd(blocks, _CHUNK if steps <= _SMALL_TILE else _FEW)
+    size = blocks if steps == 1 else size
     span = size * block_size
 
     def chunk(number: Int[Array, ""]) -> tuple[Array, Array]:
