@@ -15,7 +15,7 @@ from sparda_jax.sparse.compression import CompressedKeys
 from sparda_jax.sparse.selection import SelectionTile
 from sparda_jax.sparse.selectors import get_selector, selector_names
 
-BLOCKS, BLOCK = 12, 64
+BLOCKS, BLOCK, WINDOWS = 12, 64, 4
 NOSA = get_preset("tiny-nosa").model
 # Few values: ties are common.
 SCORES = st.sampled_from([0.0, 1.0, -1.0, 3e38, np.inf, -np.inf, np.nan])
@@ -23,22 +23,22 @@ SCORES = st.sampled_from([0.0, 1.0, -1.0, 3e38, np.inf, -np.inf, np.nan])
 
 @st.composite
 def _rows(draw):
-    """A geometry, a position, and scores of windows and of importance."""
+    """A geometry, a position, and scores of windows and of importance.
+
+    Plain values: a type check of what is made of them may draw random numbers.
+    """
     init, local = draw(st.integers(0, 2)), draw(st.integers(1, 3))
-    sparse = SparseConfig(
-        init_blocks=init,
-        local_blocks=local,
-        block_budget=init + local + 1 + draw(st.integers(0, 3)),
-        query_blocks=draw(st.integers(0, 30)),
-        mask_future_blocks=draw(st.booleans()),
-    )
-    windows = BLOCKS * sparse.windows_per_block
+    geometry = {
+        "init_blocks": init,
+        "local_blocks": local,
+        "block_budget": init + local + 1 + draw(st.integers(0, 3)),
+        "query_blocks": draw(st.integers(0, 30)),
+        "mask_future_blocks": draw(st.booleans()),
+    }
+    windows = BLOCKS * WINDOWS
     drawn = st.lists(SCORES, min_size=windows, max_size=windows)
-    scores, importance = (
-        jnp.asarray(draw(drawn), jnp.float32).reshape(1, 1, 1, windows)
-        for _ in range(2)
-    )
-    return sparse, draw(st.integers(0, BLOCKS * BLOCK - 1)), scores, importance[:, 0]
+    position = draw(st.integers(0, BLOCKS * BLOCK - 1))
+    return geometry, position, draw(drawn), draw(drawn)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,12 @@ def _rows(draw):
 @settings(max_examples=40, deadline=None)
 @given(row=_rows())
 def test_forced_blocks_are_always_listed(name, row):
-    sparse, position, scores, importance = row
+    geometry, position, *drawn = row
+    sparse = SparseConfig(**geometry)
+    scores, importance = (
+        jnp.asarray(values, jnp.float32).reshape(1, 1, 1, -1) for values in drawn
+    )
+    importance = importance[:, 0]
     blocks = scores.reshape(1, 1, 1, BLOCKS, -1).max(-1)
     selector, model = get_selector(name), dataclasses.replace(NOSA, num_kv_heads=1)
 
