@@ -76,14 +76,16 @@ def imposing(base: Selector, lists: TracedLists) -> Selector:
     return Imposing()
 
 
-def selector_with(attention: str, agree: int, lists: TracedLists | None) -> Selector:
+def selector_with(
+    attention: str, agree: int | None, lists: TracedLists | None
+) -> Selector:
     """The selector of an attention, with imposed lists."""
     found = get_selector(attention)
     if found.dense:
         return found
     if lists is not None:
         return imposing(found, lists)
-    return found if agree == 1 else _agreeing(found, agree)
+    return found if agree in (None, 1) else _agreeing(found, agree)
 
 
 def lists_of(

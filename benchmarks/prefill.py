@@ -5,12 +5,12 @@
 
 A model of random weights at a preset's shape runs `generate(max_new_tokens=1)` with
 every `--attention` in every `--cache`, after a first call that compiles. Weights change
-no cost, block lists do: random weights choose for every token anew, so that neighbours
-share the forced blocks alone. `--agree N` gives N neighbouring tokens the list of the
-first of them (1 leaves lists as they are); all tokens are scored and choose all the
-same. `--trace FILE` imposes a real model's lists (`benchmarks.imposed` says how), which
-costs a pass over the scores, a part of the rest. `first` is the whole call without
-compilation: prefill, the cache's allocation and the first token.
+no cost, block lists do: imposed are a real model's, of `--trace` (`benchmarks.imposed`
+says how), which costs a pass over the scores, a part of the rest. `--agree N` instead
+leaves what random weights choose, for every token anew, and gives N neighbouring tokens
+the list of the first of them (1 leaves lists as they are). All tokens are scored and
+choose all the same. `first` is the whole call without compilation: prefill, the cache's
+allocation and the first token.
 
 `limit` is the least time that the products and the attention to the listed keys (dense:
 to all before a token) allow at the matrix rate that was measured in the same run.
@@ -30,6 +30,7 @@ from typing import Any
 
 from benchmarks.imposed import lists_of, selector_with
 from benchmarks.profile_streams import busy_time, device_events, kernel_name
+from benchmarks.traced import DEFAULT_TRACE
 
 # SparDA's published prefill of MiniCPM4.1-8B: an H100, batch 4.
 REFERENCE_TOKENS_PER_SECOND = 17_088
@@ -59,14 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--agree",
         type=int,
-        default=16,
         choices=[1, 2, 4, 8, 16, 32, 64],
-        help="neighbouring tokens that share a list",
+        help="instead of a trace: neighbouring tokens that share a list",
     )
     parser.add_argument(
         "--trace",
         type=pathlib.Path,
-        help="impose a trace's lists (of `python -m benchmarks.trace`) instead",
+        default=DEFAULT_TRACE,
+        help="whose lists to impose (of `python -m benchmarks.trace`)",
     )
     parser.add_argument(
         "--tile",
@@ -80,6 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--most", type=int, default=16, help="kernels of the rest")
     parser.add_argument("--json", type=pathlib.Path, help="also write figures here")
     return parser
+
+
+def _trace(arguments: argparse.Namespace) -> pathlib.Path | None:
+    """The trace to take lists from, unless random weights are to choose."""
+    return arguments.trace if arguments.agree is None else None
 
 
 def _language_model(model, preset, case: "Case", selector):
@@ -291,7 +297,7 @@ def _measure(case: Case, model, preset, arguments, rate: float) -> dict:
     """Figures of one case."""
     import jax
 
-    lists = lists_of(arguments.trace, model.config, preset.sparse, case.batch)
+    lists = lists_of(_trace(arguments), model.config, preset.sparse, case.batch)
     selector = selector_with(case.attention, arguments.agree, lists)
     lm = _language_model(model, preset, case, selector)
     run = functools.partial(_prefill, lm, case.context, case.batch)
@@ -419,7 +425,7 @@ def main() -> None:
     rate = matrix_rate(1024 if cpu else 8192)
     device = jax.devices()[0].device_kind
     try:
-        traced = lists_of(arguments.trace, config, preset.sparse, 1)
+        traced = lists_of(_trace(arguments), config, preset.sparse, 1)
     except (ConfigError, CheckpointError) as error:
         raise SystemExit(f"--trace: {error}") from error
     lists = f"{arguments.agree} neighbours share a list"
