@@ -3,7 +3,8 @@
 Layers differ: one finds 99 % of its attention in a few blocks, another spreads it over
 hundreds. The report knows how much mass each layer's Forecast captures at each budget.
 Blocks go to the layer where the next ones capture most, until as many are given away as
-the flat budget reads.
+the flat budget reads. Mass is not quality: docs/budget.md has a case where perplexity
+rose although the mass did.
 """
 
 import heapq
