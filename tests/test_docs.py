@@ -128,6 +128,11 @@ def test_pictures_are_seen_on_dark_pages_and_have_names():
         assert f"figures/{picture.name}" in shown
 
 
+def test_every_public_name_is_in_the_reference():
+    listed = set(re.findall(r"^::: sparda_jax\.(\w+)$", _text("docs/api.md"), re.M))
+    assert listed == set(sj.__all__) - {"__version__", "PRESETS"}
+
+
 EXAMPLES = [name for name in NAMES if _blocks(name, "python")]
 
 
