@@ -17,7 +17,8 @@ OFFLOAD = sj.CacheConfig(kind="offload", prefetch="lookahead")
 
 @pytest.fixture(scope="module")
 def document(token_ids):
-    return token_ids(700, seed=1)
+    # A question more, and the offloaded cache has still room: one program decodes both.
+    return token_ids(690, seed=1)
 
 
 def _read(lm, document):
@@ -55,6 +56,29 @@ def test_many_questions_on_one_prefill(lm, document, answers, cache):
 
 
 @pytest.mark.parametrize("cache", [sj.CacheConfig(), OFFLOAD], ids=lambda c: c.kind)
+def test_every_row_of_a_fork_is_the_row(lm, document, cache):
+    """In host memory too, and without a program of that many rows."""
+    read = _read(dataclasses.replace(lm, cache=cache), document)
+    fork = read.fork(rows=3)
+    assert fork.lengths == read.lengths * 3
+    kept, copied = read.state, fork.state
+    if cache.kind == "offload":  # what is staged means nothing between two calls
+        kept = kept._replace(cache=kept.cache._replace(staging=()))
+        copied = copied._replace(cache=copied.cache._replace(staging=()))
+    pairs = zip(jax.tree.leaves(kept), jax.tree.leaves(copied), strict=True)
+    for old, new in pairs:
+        differ = [n for n, size in enumerate(old.shape) if new.shape[n] != size]
+        for axis in differ:
+            assert (old.shape[axis], new.shape[axis]) == (1, 3)
+            old = np.repeat(old, 3, axis=axis)
+        np.testing.assert_array_equal(new, old)
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [sj.CacheConfig(), pytest.param(OFFLOAD, marks=pytest.mark.slow)],
+    ids=lambda c: c.kind,
+)
 def test_questions_of_one_batch(lm, document, answers, cache):
     lm = dataclasses.replace(lm, cache=cache)
     read = _read(lm, document)
@@ -89,7 +113,7 @@ def test_forks_from_threads(lm, document, answers):
 
 def test_forks_that_cannot_be(lm, document):
     read = _read(lm, document)
-    two = sj.generate(lm, [[5], [6]], **HOW).conversation
+    two = read.fork(rows=2)
     for conversation, rows, named in (
         (read, 0, "rows=0 is not allowed"),
         (two, 2, "this conversation has 2 rows"),
