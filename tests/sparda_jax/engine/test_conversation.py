@@ -12,19 +12,16 @@ from sparda_jax.config import CacheConfig, ConfigError
 from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.engine.conversation import MadeWith
 
-SPARSE = sj.SparseConfig(local_blocks=2, block_budget=6)
 SHORT = {"max_new_tokens": 3, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return sj.load("tiny", attention="infllm_v2", sparse=SPARSE, storage="stacked")
+# As many rows as in the tests of generation: the same programs run them.
+ROWS = [[5, 6], [7, 8, 9], [4]]
+TURN = [[4], [4], [4]]
 
 
 @pytest.fixture(scope="module")
 def begun(lm):
     """An output whose conversation the refusals of this module leave as it is."""
-    return sj.generate(lm, [[5, 6], [7, 8, 9]], **SHORT)
+    return sj.generate(lm, ROWS, **SHORT)
 
 
 def _replaced(lm, **changes):
@@ -32,9 +29,9 @@ def _replaced(lm, **changes):
 
 
 _OTHERS = {
-    "attention='infllm_v2'.*'dense'": lambda lm: sj.with_attention(lm, "dense"),
+    "attention='sparda'.*'dense'": lambda lm: sj.with_attention(lm, "dense"),
     "block_budget=6.*7": lambda lm: _replaced(
-        lm, sparse=dataclasses.replace(SPARSE, block_budget=7)
+        lm, sparse=dataclasses.replace(lm.sparse, block_budget=7)
     ),
     "kind='resident'.*'offload'": lambda lm: _replaced(
         lm, cache=CacheConfig(kind="offload")
@@ -49,7 +46,11 @@ _OTHERS = {
         lm, model=jax.tree.map(lambda weights: weights, lm.model)
     ),
     "vocab_size": lambda lm: sj.load(
-        "tiny-nosa", attention="infllm_v2", sparse=SPARSE, storage="stacked"
+        "tiny-nosa",
+        attention="sparda",
+        forecast="from_query",
+        sparse=lm.sparse,
+        storage="stacked",
     ),
 }
 
@@ -61,7 +62,7 @@ def test_another_model_is_refused_before_it_compiles(lm, begun, named):
         named = "ModelConfig.key_bias=False"
     compiled = PROGRAMS.compiled
     with pytest.raises(ConfigError, match=f"conversation was made with.*{named}"):
-        sj.generate(other, [[4], [4]], conversation=begun.conversation)
+        sj.generate(other, TURN, conversation=begun.conversation)
     assert PROGRAMS.compiled == compiled
     assert not begun.conversation.used_up
 
@@ -88,17 +89,17 @@ def test_another_offloaded_cache_is_refused(lm, change, named):
 
 
 def test_texts_of_results_are_short(lm):
-    out = sj.generate(lm, [[5, 6], [7, 8, 9]], **SHORT)
+    out = sj.generate(lm, ROWS, **SHORT)
     assert repr(lm) == (
-        "LanguageModel('tiny', attention='infllm_v2', float32, storage='stacked', "
+        "LanguageModel('tiny', attention='sparda', float32, storage='stacked', "
         "cache='resident')"
     )
-    assert "2 rows of 4, 5 tokens, resident" in repr(out.conversation)
-    stream = sj.stream(lm, [[4], [4]], conversation=out.conversation, **SHORT)
+    assert "3 rows of 4, 5, 3 tokens, resident" in repr(out.conversation)
+    stream = sj.stream(lm, TURN, conversation=out.conversation, **SHORT)
     assert "not finished" in repr(stream)
     list(stream)
     # The first output's buffers are gone; what it says stays.
-    assert "2 rows of 3, 3 new tokens" in repr(out)
+    assert "3 rows of 3, 3, 3 new tokens" in repr(out)
     assert "used up" in repr(out) and "used up" in repr(out.conversation)
     assert "finished: " in repr(stream) and "used up" not in repr(stream)
     for value in (lm, lm.model, out, out.conversation, stream, stream.output):
@@ -114,12 +115,10 @@ def test_logits_that_are_not_finite_end_their_row_alone(lm, begun):
         nnx.Param(lm.model.embedding[...])
     )  # the tied head stays whole
     model.embedding[...] = model.embedding[...].at[9].set(jnp.nan)
-    out = sj.generate(_replaced(lm, model=model), [[5, 6], [7, 8, 9]], **SHORT)
-    assert out.tokens == [begun.tokens[0], []]
-    assert out.finish_reasons == ["length", "non_finite"]
-    stream = sj.stream(_replaced(lm, model=model), [[9], [5, 6]], **SHORT)
-    assert [event.index for event in stream] == [1, 1, 1]
+    out = sj.generate(_replaced(lm, model=model), ROWS, **SHORT)
+    assert out.tokens == [begun.tokens[0], [], begun.tokens[2]]
+    assert out.finish_reasons == ["length", "non_finite", "length"]
+    stream = sj.stream(_replaced(lm, model=model), [[9], *ROWS[::2]], **SHORT)
+    assert sorted(event.index for event in stream) == [1, 1, 1, 2, 2, 2]
     with pytest.raises(ConfigError, match="row 1 ended on logits that are not finite"):
-        sj.generate(
-            _replaced(lm, model=model), [[4], [4]], conversation=out.conversation
-        )
+        sj.generate(_replaced(lm, model=model), TURN, conversation=out.conversation)

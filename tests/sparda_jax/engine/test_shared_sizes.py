@@ -11,13 +11,14 @@ from sparda_jax.engine import call
 from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.inference.shapes import shared_rows, shared_shapes
 
-SPARSE = sj.SparseConfig(local_blocks=2, block_budget=6)
 HOT = {"temperature": 1.5, "ignore_eos": True}
+TURN = [[4], [5], [6]]
 
 
 @pytest.fixture(scope="module")
-def lm():
-    return sj.load("tiny", attention="infllm_v2", sparse=SPARSE, storage="stacked")
+def prompts(token_ids):
+    # A turn more, and the closest cache has still room: one program decodes both.
+    return [token_ids(length, seed=length) for length in (180, 3, 150)]
 
 
 def _close_sizes(monkeypatch):
@@ -34,26 +35,25 @@ def _close_sizes(monkeypatch):
     monkeypatch.setattr(call, "place", exact)
 
 
-def test_rows_of_padding_change_no_token(lm, token_ids, monkeypatch):
+def test_rows_of_padding_change_no_token(lm, prompts, monkeypatch):
     """Three rows run as four, in larger arrays: tokens are those of the close sizes."""
-    prompts = [token_ids(length, seed=length) for length in (200, 3, 150)]
     padded = sj.generate(lm, prompts, max_new_tokens=9, seed=[1, 2, 3], **HOT)
     assert padded.conversation.state.lengths.shape == (4,)
-    assert padded.conversation.lengths == (208, 11, 158)
+    assert padded.conversation.lengths == (188, 11, 158)
     assert padded.stats.batch == 3 and padded.stats.new_tokens == 27
     with monkeypatch.context() as patch:
         _close_sizes(patch)
         close = sj.generate(lm, prompts, max_new_tokens=9, seed=[1, 2, 3], **HOT)
-    assert close.conversation.state.lengths.shape == (3,)
-    assert close.conversation.state.tokens.shape == (3, 32)
+        state = close.conversation.state
+        again = sj.generate(
+            lm, TURN, max_new_tokens=4, conversation=close.conversation, **HOT
+        )
+    assert state.lengths.shape == (3,) and state.tokens.shape == (3, 32)
     assert padded.tokens == close.tokens
     assert padded.stats.decode_blocks == close.stats.decode_blocks
     assert padded.stats.prefill_blocks == close.stats.prefill_blocks
     turn = sj.generate(
-        lm, [[4], [5], [6]], max_new_tokens=4, conversation=padded.conversation, **HOT
-    )
-    again = sj.generate(
-        lm, [[4], [5], [6]], max_new_tokens=4, conversation=close.conversation, **HOT
+        lm, TURN, max_new_tokens=4, conversation=padded.conversation, **HOT
     )
     assert turn.tokens == again.tokens
     assert len(turn.tokens) == 3
@@ -79,14 +79,13 @@ def test_sizes_of_small_requests_are_few():
     assert sizes(1, 5, longest=5, max_new=600) is None
 
 
-def test_what_does_not_fit_rounded_up_takes_close_sizes(lm, token_ids):
+def test_what_does_not_fit_rounded_up_takes_close_sizes(lm, prompts):
     """A limit between the two: the request runs as it did without sharing."""
-    ids = [token_ids(1100)]
-    shared = sj.generate(lm, ids, max_new_tokens=2)
+    shared = sj.generate(lm, prompts, max_new_tokens=2)
     assert shared.conversation.state.cache.capacity == 4608
-    limited = dataclasses.replace(lm, cache=sj.CacheConfig(device_limit=6 * 2**20))
-    close = sj.generate(limited, ids, max_new_tokens=2)
-    assert close.conversation.state.cache.capacity == 1536
+    limited = dataclasses.replace(lm, cache=sj.CacheConfig(device_limit=12 * 2**20))
+    close = sj.generate(limited, prompts, max_new_tokens=2)
+    assert close.conversation.state.cache.capacity == 256
     assert close.tokens == shared.tokens
 
 
