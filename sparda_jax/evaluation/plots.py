@@ -37,6 +37,8 @@ _COLOURS = (
 )
 _MARKERS = "osD^vPX*hdp<>8"
 _LINES = ("-", "--", "-.", ":")
+# Names beside the points of more series than these would cover each other.
+_MOST_NAMED = 6
 _DARK = {"background": "#0d1117", "text": "#e6edf3", "grid": "#57606a"}
 _LIGHT = {"background": "#ffffff", "text": "#1f2328", "grid": "#b0b7be"}
 
@@ -154,7 +156,7 @@ def lines(
     """A line a series, with error bars where points have intervals.
 
     A series of one point is drawn as a level line through it, as a mark to compare
-    with. Each series is also named beside its last point.
+    with. Where there are few series, each is also named beside its last point.
     """
     axes = figure.subplots()
     for index, (name, points) in enumerate(series.items()):
@@ -170,6 +172,8 @@ def lines(
         axes.errorbar(x, y, yerr=errors, label=name, capsize=3, **look)
         if len(points) == 1:
             axes.axhline(y[0], color=look["color"], linestyle=":", linewidth=1)
+        if len(series) > _MOST_NAMED:
+            continue
         axes.annotate(
             name,
             (x[-1], y[-1]),

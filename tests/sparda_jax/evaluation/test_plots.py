@@ -42,6 +42,17 @@ def test_two_forms_and_equal_bytes(tmp_path):
     assert _pixels(plots.dark_path(path)).mean() < 0.3
 
 
+@pytest.mark.parametrize(("count", "named"), [(3, 3), (12, 0)])
+def test_names_stand_beside_few_series(count, named):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    series = {f"s{n}": [plots.Point(1, n), plots.Point(2, n)] for n in range(count)}
+    plots.lines(figure, series, xlabel="x", ylabel="y")
+    assert len(figure.axes[0].texts) == named
+    assert len(figure.axes[0].get_legend().get_texts()) == count
+
+
 def test_heat_map_holds_its_numbers(tmp_path):
     from matplotlib.figure import Figure
 
