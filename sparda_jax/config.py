@@ -40,6 +40,7 @@ __all__ = [
 RopeType = Literal["default", "linear", "llama3", "longrope", "yarn"]
 CacheKind = Literal["resident", "offload", "auto"]
 Prefetch = Literal["lookahead", "none", "auto"]
+HostCodec = Literal["exact", "int8"]
 Route = Literal["auto", "mosaic", "triton", "dynamic_slice", "host_loop"]
 # What routes were called before; to be taken for one version more.
 OLD_ROUTES = types.MappingProxyType({"slices": "dynamic_slice", "steps": "host_loop"})
@@ -357,6 +358,17 @@ class SparseConfig:
         return self.block_size // self.kernel_stride
 
 
+def device_blocks(field: str, value: object) -> int | str:
+    """A check of C, slots of a row and kv head: a number, or `auto`.
+
+    Raises:
+      ConfigError: If it is neither.
+    """
+    if isinstance(value, str) and value == "auto":
+        return value
+    return integer(1, _BLOCKS, hint=" or 'auto'")(field, value)
+
+
 def route_name(field: str, value: object) -> Route:
     """A check of a route's name; an old one is taken with a warning.
 
@@ -383,6 +395,7 @@ class CacheConfig:
         blocks in use in device slots. `auto`: resident if it fits, else offload.
       device_blocks: C, slots per layer, row and kv head (`offload`); None is the
         length of a block list, more are a larger cache with least-recently-used reuse.
+        `auto`: as many as the device has room for beside all else, up to all blocks.
       prefetch: `lookahead`: layer l's Forecast starts the fetch for layer l + 1, while
         layer l computes. `none`: a layer selects and fetches for itself, and waits.
         `auto`: decided by measurement (`planning.auto`). None is `lookahead` where
@@ -392,6 +405,10 @@ class CacheConfig:
       exactness: `forecast`: the forecast list is what is attended. `verify`: the
         layer's own queries choose, the forecast only prefetches, and what it missed is
         fetched before attention: the output is that of own-query selection.
+      codec: How blocks are kept in host memory (`cache.codecs`). `exact`: in the
+        model's type. `int8`: in 8 bits a number, K with a scale a channel of a block, V
+        with one a token, which halves host memory and transfers. A block is rounded
+        once, when it is full; the growing one is exact.
       recall_every: Every so many decode steps the forecast is compared with the
         own-query choice for the statistics; 0 never.
       device_limit, host_limit: Bytes that may be used; None takes what the device and
@@ -399,11 +416,12 @@ class CacheConfig:
     """
 
     kind: CacheKind = "resident"
-    device_blocks: int | None = None
+    device_blocks: int | Literal["auto"] | None = None
     prefetch: Prefetch | None = None
     layer0: Literal["resident", "offload"] = "resident"
     route: Route = "auto"
     exactness: Literal["forecast", "verify"] = "forecast"
+    codec: HostCodec = "exact"
     recall_every: int = 0
     device_limit: int | None = None
     host_limit: int | None = None
@@ -413,11 +431,12 @@ class CacheConfig:
         settle(
             self,
             kind=choice(*get_args(CacheKind)),
-            device_blocks=optional(integer(1, _BLOCKS)),
+            device_blocks=optional(device_blocks),
             prefetch=optional(choice(*get_args(Prefetch))),
             layer0=choice("resident", "offload"),
             route=route_name,
             exactness=choice("forecast", "verify"),
+            codec=choice(*get_args(HostCodec)),
             recall_every=integer(0),
             device_limit=size,
             host_limit=size,
@@ -426,10 +445,12 @@ class CacheConfig:
     def slots(self, num_blocks: int, width: int) -> int:
         """C for a cache of that many blocks whose lists have that length.
 
+        Of `auto` it is the least; `planning.slots` says how many more fit.
+
         Raises:
           ConfigError: If the slots cannot hold one block list.
         """
-        if self.device_blocks is None:
+        if self.device_blocks is None or self.device_blocks == "auto":
             return min(width, num_blocks)
         require(
             self.device_blocks >= min(width, num_blocks),

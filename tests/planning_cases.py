@@ -38,7 +38,7 @@ class Case:
     batch: int = 2
     prompt: int = 1000
     chunk: int | None = None
-    slots: int | None = None
+    slots: int | str | None = None
     layer0: str = "resident"
     prefetch: str | None = None
     tile: int = 256

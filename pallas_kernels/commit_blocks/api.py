@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels._common import validation
 from pallas_kernels.dispatch import Implementation, dispatch
@@ -77,3 +79,42 @@ def commit_blocks(
         return commit_blocks_xla(slots, staged, listed)
 
     return dispatch(OP, implementation, run)
+
+
+def commit_stored_blocks(
+    slots: Float[Array, " R *E"],
+    staged: tuple[Shaped[Array, "J ..."], ...],
+    indices: Int[Array, " J"],
+    decode: Callable[[tuple[Array, ...]], Array],
+    *,
+    count: Int[Array, ""] | None = None,
+) -> Float[Array, " R *E"]:
+    """``commit_blocks`` of blocks that are decoded on their way into the slots.
+
+    XLA alone: a loop over the entries that count on a CPU, and on a GPU a scatter that
+    takes the decoding in, so that it computes skipped entries as well.
+
+    Args:
+      slots, indices, count: as those of ``commit_blocks``.
+      staged: what each block is stored as, as many of each array as there are entries.
+      decode: makes blocks [n, *E] in the dtype of ``slots`` of n entries of ``staged``.
+
+    Raises:
+      ValueError: on shapes or dtypes other than the above.
+    """
+    from pallas_kernels.commit_blocks.xla import commit_stored_blocks_xla
+
+    validation.require_rows("slots", slots, "[R, ...]")
+    validation.require_float("slots", slots)
+    validation.require_shape("indices", indices, (None,), "J")
+    validation.require_integer("indices", indices)
+    for part in staged:
+        expected = (indices.shape[0], *part.shape[1:])
+        validation.require_shape("staged", part, expected, "J, then any")
+    listed = indices.astype(jnp.int32)
+    if count is not None:
+        entry = jnp.arange(indices.shape[0], dtype=jnp.int32)
+        listed = jnp.where(entry < count, listed, -1)
+    if indices.shape[0] == 0:
+        return slots
+    return commit_stored_blocks_xla(slots, staged, listed, decode)

@@ -7,9 +7,11 @@ kernel, and a loop would wait for the host at every turn.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels._common.devices import current_platform
 from pallas_kernels._common.numerics import in_32_bit
@@ -23,14 +25,26 @@ def commit_blocks_xla(
     indices: Int[Array, " J"],
 ) -> Float[Array, " R *E"]:
     """Computes the result. Nothing is checked here."""
+    return commit_stored_blocks_xla(slots, (staged,), indices, lambda parts: parts[0])
+
+
+@in_32_bit
+def commit_stored_blocks_xla(
+    slots: Float[Array, " R *E"],
+    staged: tuple[Shaped[Array, "J ..."], ...],
+    indices: Int[Array, " J"],
+    decode: Callable[[tuple[Array, ...]], Array],
+) -> Float[Array, " R *E"]:
+    """The same of blocks that are decoded on the way. Nothing is checked here."""
     if current_platform() != "cpu":
-        return commit_blocks_reference(slots, staged, indices)
+        return commit_blocks_reference(slots, decode(staged), indices)
     order = jnp.argsort(indices < 0, stable=True)
     count = jnp.sum(indices >= 0, dtype=jnp.int32)
 
     def body(i, slots):
         entry = order[i]
-        block = lax.dynamic_slice_in_dim(staged, entry, 1, 0)
+        parts = (lax.dynamic_slice_in_dim(part, entry, 1, 0) for part in staged)
+        block = decode(tuple(parts))
         return lax.dynamic_update_slice_in_dim(slots, block, indices[entry], 0)
 
     return lax.fori_loop(0, count, body, slots)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels._common import validation
 from pallas_kernels.dispatch import Implementation, dispatch
@@ -14,14 +14,14 @@ OP = "host_gather"
 
 
 def host_gather(
-    blocks: Float[Array, " R *E"],
+    blocks: Shaped[Array, " R *E"],
     indices: Int[Array, " J"],
     *,
     count: Int[Array, ""] | None = None,
     skipped: Literal["zero", "undefined"] = "zero",
     programs: int | None = None,
     implementation: Implementation | None = None,
-) -> Float[Array, " J *E"]:
+) -> Shaped[Array, " J *E"]:
     """Fetches listed blocks out of host memory into a device array.
 
     On a GPU the Pallas forms read a ``pinned_host`` operand in place, without a copy
@@ -29,7 +29,7 @@ def host_gather(
     link. Run it beside compute with ``compute_on("gpu_stream:1")``.
 
     Args:
-      blocks: rows of any shape, in ``pinned_host`` or device memory.
+      blocks: rows of any shape and type, in ``pinned_host`` or device memory.
       indices: int32 rows to fetch, any order; negative entries are skipped.
       count: int32 scalar: only the first so many entries are looked at, so that a list
         whose entries to fetch come first costs nothing for the rest. Needs
@@ -48,7 +48,6 @@ def host_gather(
       NotImplementedError: when the named implementation cannot serve the call.
     """
     validation.require_rows("blocks", blocks, "[R, ...]")
-    validation.require_float("blocks", blocks)
     validation.require_shape("indices", indices, (None,), "J")
     validation.require_integer("indices", indices)
     if skipped not in ("zero", "undefined"):
@@ -70,7 +69,7 @@ def host_gather(
 
     zero_skipped = skipped == "zero"
 
-    def run(name: str) -> Float[Array, " J *E"]:
+    def run(name: str) -> Shaped[Array, " J *E"]:
         if name == "mosaic_gpu":
             from pallas_kernels.host_gather import pallas_mosaic_gpu as mosaic
 

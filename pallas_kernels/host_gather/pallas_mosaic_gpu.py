@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels._common.devices import require_cuda
 from pallas_kernels._common.mosaic_copies import checked_part_size, walk_listed
@@ -48,13 +48,13 @@ class Config:
 
 @in_32_bit
 def host_gather_mosaic_gpu(
-    blocks: Float[Array, " R *E"],
+    blocks: Shaped[Array, " R *E"],
     indices: Int[Array, " J"],
     count: Int[Array, ""] | None = None,
     *,
     zero_skipped: bool = True,
     config: Config | None = None,
-) -> Float[Array, " J *E"]:
+) -> Shaped[Array, " J *E"]:
     """Computes the result in device memory.
 
     Args:

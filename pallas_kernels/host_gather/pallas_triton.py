@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels._common.copies import CopyConfig, copy_listed
 from pallas_kernels._common.devices import require_cuda
@@ -38,14 +38,14 @@ class Config(CopyConfig):
 
 @in_32_bit
 def host_gather_triton(
-    blocks: Float[Array, " R *E"],
+    blocks: Shaped[Array, " R *E"],
     indices: Int[Array, " J"],
     count: Int[Array, ""] | None = None,
     *,
     zero_skipped: bool = True,
     config: Config | None = None,
     interpret: bool = False,
-) -> Float[Array, " J *E"]:
+) -> Shaped[Array, " J *E"]:
     """Computes the result in device memory.
 
     Args:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels._common.numerics import in_32_bit
 
 
 @in_32_bit
 def host_gather_reference(
-    blocks: Float[Array, " R *E"], indices: Int[Array, " J"]
-) -> Float[Array, " J *E"]:
+    blocks: Shaped[Array, " R *E"], indices: Int[Array, " J"]
+) -> Shaped[Array, " J *E"]:
     """Row ``indices[j]`` of ``blocks``, or zeros where ``indices[j]`` is negative."""
     rows = blocks[jnp.clip(indices, 0, blocks.shape[0] - 1)]
     skipped = (indices < 0).reshape(-1, *(1,) * (blocks.ndim - 1))

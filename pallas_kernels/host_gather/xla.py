@@ -13,7 +13,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels._common.numerics import in_32_bit
 
@@ -25,8 +25,8 @@ def on_host(x: jax.Array) -> bool:
 
 @in_32_bit
 def host_gather_xla(
-    blocks: Float[Array, " R *E"], indices: Int[Array, " J"]
-) -> Float[Array, " J *E"]:
+    blocks: Shaped[Array, " R *E"], indices: Int[Array, " J"]
+) -> Shaped[Array, " J *E"]:
     """Computes the result in device memory. Nothing is checked here."""
     count = indices.shape[0]
     if not on_host(blocks):

@@ -8,11 +8,19 @@ other file knows one. To add a host format, add a class here.
 
 import dataclasses
 import math
+import types
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
+
+# Float32 scales are stored by so many.
+_SCALES = 256
+# Of 8-bit integers: the largest magnitude that shares a scale is 127 of them.
+_STEP = np.float32(1 / 127)
 
 type Parts = tuple[Shaped[Array, "..."], ...]
 
@@ -22,7 +30,12 @@ class BlockCodec:
     """Blocks as they are: K and V of a token side by side, in the model's type.
 
     A frozen value, so that it can be static in a jitted call.
+
+    Attributes:
+      exact: What is stored is decoded to what it was encoded from.
     """
+
+    exact: ClassVar[bool] = True
 
     def part_shapes(
         self, block_shape: tuple[int, ...], dtype: DTypeLike
@@ -40,7 +53,84 @@ class BlockCodec:
         """Stored blocks in the model's type; runs on the device."""
         return parts[0].astype(dtype)
 
+    def stored(
+        self, blocks: Float[Array, "*lead block two H"]
+    ) -> Float[Array, "*lead block two H"]:
+        """Blocks as they are once they have been stored and fetched again."""
+        if self.exact:
+            return blocks
+        return self.decode(self.encode(blocks), blocks.dtype)
+
     def bytes_per_block(self, block_shape: tuple[int, ...], dtype: DTypeLike) -> int:
         """Bytes that one block takes in host memory and on the link."""
         shapes = self.part_shapes(block_shape, dtype)
         return sum(math.prod(part.shape) * part.dtype.itemsize for part in shapes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Codec(BlockCodec):
+    """8-bit integers: K with a scale a channel of the block, V with one a token.
+
+    A key channel has much the same size in all tokens of a block, and a few channels
+    are far larger than the others; a value has no such channels. A number x is stored
+    as round(x / s), s being the largest magnitude that shares the scale over 127, so it
+    is off by at most s / 2.
+
+    Stored are the integers [block, 2, H] and the float32 scales: those of K's channels,
+    those of V's tokens, then padding to the kilobyte that kernels copy at a time.
+    """
+
+    exact: ClassVar[bool] = False
+
+    def part_shapes(
+        self, block_shape: tuple[int, ...], dtype: DTypeLike
+    ) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """As `BlockCodec.part_shapes`."""
+        del dtype
+        block, _, dim = block_shape
+        return (
+            jax.ShapeDtypeStruct(block_shape, jnp.dtype(jnp.int8)),
+            jax.ShapeDtypeStruct(
+                (-(-(dim + block) // _SCALES) * _SCALES,), jnp.dtype(jnp.float32)
+            ),
+        )
+
+    def encode(self, blocks: Float[Array, "*lead block two H"]) -> Parts:
+        """As `BlockCodec.encode`."""
+        *_, block, _, dim = blocks.shape
+        values = blocks.astype(jnp.float32)
+        size = jnp.abs(values)
+        # A product: compilers make one of a division by a constant, but not always.
+        k_scale = jnp.max(size[..., 0, :], axis=-2) * _STEP
+        v_scale = jnp.max(size[..., 1, :], axis=-1) * _STEP
+        scale = _by_number(k_scale, v_scale)
+        # A scale is 0 where all that share it are, and so is the quotient then.
+        quotient = values / jnp.where(scale > 0, scale, 1)
+        whole = jnp.clip(jnp.round(quotient), -127, 127).astype(jnp.int8)
+        padding = jnp.zeros((*v_scale.shape[:-1], -(dim + block) % _SCALES))
+        return whole, jnp.concatenate((k_scale, v_scale, padding), axis=-1)
+
+    def decode(
+        self, parts: Parts, dtype: DTypeLike
+    ) -> Float[Array, "*lead block two H"]:
+        """As `BlockCodec.decode`."""
+        whole, scales = parts
+        *_, block, _, dim = whole.shape
+        scale = _by_number(scales[..., :dim], scales[..., dim : dim + block])
+        return (whole.astype(jnp.float32) * scale).astype(dtype)
+
+
+def _by_number(
+    k_scale: Float[Array, "*lead H"], v_scale: Float[Array, "*lead block"]
+) -> Float[Array, "*lead block two H"]:
+    """The scale of every number of a block."""
+    both = jnp.broadcast_arrays(k_scale[..., None, :], v_scale[..., :, None])
+    return jnp.stack(both, axis=-2)
+
+
+_CODECS = types.MappingProxyType({"exact": BlockCodec(), "int8": Int8Codec()})
+
+
+def named_codec(name: str) -> BlockCodec:
+    """The codec that `CacheConfig.codec` names."""
+    return _CODECS[name]

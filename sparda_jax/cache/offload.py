@@ -46,6 +46,9 @@ from sparda_jax.sparse.index import (
     init_index,
 )
 
+# Blocks that prefill writes to the host store at a time: many, then the rest.
+_PIECES = (CHUNK_BLOCKS, 8, 1)
+
 
 class OffloadLayer(NamedTuple):
     """Device side of one offloaded layer, or of all of them (leading axis).
@@ -356,19 +359,9 @@ def write_back_layer(
     layer, place = cache.place(index)
     batch, (_, _, heads, blocks) = cache.batch, cache.store.lead
     block, slots = cache.store.block_shape[0], cache.num_slots
-    row = 0 if cache.row is None else cache.row
-    chunk = min(CHUNK_BLOCKS, blocks)
     end = start + count
     fresh = count > 0
-    bottom = jnp.min(jnp.where(fresh, start, cache.capacity)) // (chunk * block)
-    top = -(-jnp.max(jnp.where(fresh, end, 0)) // (chunk * block))
-
-    def save(number: Array, store: HostStore) -> HostStore:
-        first = jnp.minimum(number * chunk, blocks - chunk)
-        piece = lax.dynamic_slice_in_dim(working.kv, first, chunk, 3)
-        return store.write(piece, layer=index, row=row, block=first)
-
-    store = lax.fori_loop(bottom, top, save, cache.store)
+    store = _save_new_blocks(cache, index, working.kv, start // block, end // block)
 
     held = -(-end // block)
     if last is None or slots == blocks:
@@ -382,6 +375,14 @@ def write_back_layer(
         wanted = jnp.pad(last, ((0, 0), (0, 0), (0, padding)), constant_values=-1)
     rows, kv_heads = jnp.ogrid[:batch, :heads]
     filled = working.kv[0, rows[..., None], kv_heads[..., None], jnp.maximum(wanted, 0)]
+    if not store.codec.exact:
+        # A slot holds what a fetch would bring, so that it does not matter when a block
+        # leaves it. What was stored before has come from there.
+        new = (wanted >= (start // block)[:, None, None]) & (
+            wanted < (end // block)[:, None, None]
+        )
+        stored = store.codec.stored(filled)
+        filled = jnp.where(new[..., None, None, None], stored, filled)
     stamps = jnp.where(wanted >= 0, end[:, None, None], -1)
 
     def keep(new: Array, old: Array) -> Array:
@@ -401,6 +402,43 @@ def write_back_layer(
     return cache._replace(store=store)
 
 
+def _save_new_blocks(
+    cache: OffloadCache,
+    index: int | Array,
+    kv: Float[Array, "1 B K M block 2 H"],
+    first: Int[Array, " B"],
+    end: Int[Array, " B"],
+) -> HostStore:
+    """The store with the blocks first … end − 1 of every row of a layer.
+
+    No other block is written: one that is stored is never encoded again. Row by row, in
+    pieces of several sizes, so that they end where the blocks do.
+    """
+    at = jnp.int32(0) if cache.row is None else cache.row
+
+    def save_row(row: Array, store: HostStore) -> HostStore:
+        done = first[row]
+        for size in _PIECES:
+            if size > kv.shape[3]:
+                continue
+
+            def save(number: Array, store: HostStore, size=size, done=done):
+                block = done + number * size
+                where = (0, row, 0, block, 0, 0, 0)
+                sizes = (1, 1, kv.shape[2], size, *kv.shape[4:])
+                piece = lax.dynamic_slice(kv, where, sizes)
+                return store.write(piece, layer=index, row=at + row, block=block)
+
+            pieces = jnp.maximum(end[row] - done, 0) // size
+            store = lax.fori_loop(0, pieces, save, store)
+            done += pieces * size
+        return store
+
+    if cache.batch == 1:
+        return save_row(jnp.int32(0), cache.store)
+    return lax.fori_loop(0, cache.batch, save_row, cache.store)
+
+
 def write_back_full_blocks(
     cache: OffloadCache, full: Bool[Array, " B"], block: Int[Array, " B"]
 ) -> OffloadCache:
@@ -411,20 +449,31 @@ def write_back_full_blocks(
       full: Rows whose tail block is full now.
       block: That block's id, per row.
 
-    The loop has as many passes as there are such rows; mostly it is none.
+    The loop has as many passes as there are such rows; mostly it is none. A slot then
+    holds what is stored, so that it does not matter when the block leaves it.
     """
     order = jnp.argsort(~full, stable=True)
+    codec, slots = cache.store.codec, tuple(layer.slots for layer in cache.layers)
 
-    def save(number: Array, store: HostStore) -> HostStore:
+    def save(number: Array, loop: tuple) -> tuple:
+        store, changed = loop
         row = order[number]
-        pieces = []
-        for layer in cache.layers:
+        pieces, kept = [], []
+        for layer, held in zip(cache.layers, changed or slots, strict=True):
             table = lax.dynamic_index_in_dim(layer.table.blocks, row, 1, False)
             slot = jnp.maximum(slot_of(table, block[row]), 0)  # layers K
             depth, heads = jnp.ogrid[: slot.shape[0], : slot.shape[1]]
-            pieces.append(layer.slots[depth, row, heads, slot])
+            where = (depth, row, heads, slot)
+            pieces.append(held[where])
+            if changed:
+                kept.append(held.at[where].set(codec.stored(held[where])))
         piece = jnp.concatenate(pieces)[:, None, :, None]  # Lo 1 K 1 block 2 H
-        return store.write(piece, row=row, block=block[row])
+        return store.write(piece, row=row, block=block[row]), tuple(kept)
 
     count = jnp.sum(full, dtype=jnp.int32)
-    return cache._replace(store=lax.fori_loop(0, count, save, cache.store))
+    # Of an exact codec nothing changes, and no slots travel through the loop.
+    begun = (cache.store, () if codec.exact else slots)
+    store, changed = lax.fori_loop(0, count, save, begun)
+    pairs = zip(cache.layers, changed or slots, strict=True)
+    layers = tuple(layer._replace(slots=held) for layer, held in pairs)
+    return cache._replace(store=store, layers=layers)

@@ -5,13 +5,14 @@ its fetch started by the layer before, or it is chosen here and its fetch is wai
 either way `commit` puts the staged blocks, and then the step's token, into their slots.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.commit_blocks.api import commit_blocks
+from pallas_kernels.commit_blocks.api import commit_blocks, commit_stored_blocks
 from sparda_jax.cache.attention import attended_bias, decode_attention
 from sparda_jax.cache.counters import FetchCounters
 from sparda_jax.cache.offload import OffloadLayer
@@ -209,8 +210,15 @@ class OffloadView(NamedTuple):
         assert fetch.staged is not None
         flat = slots.reshape(-1, *slots.shape[4:])
         plan = fetch.plan
-        staged = settings.offload.codec.decode(fetch.staged, slots.dtype)
-        flat = commit_blocks(flat, staged, plan.targets, count=plan.bound)
+        codec = settings.offload.codec
+        decode = functools.partial(codec.decode, dtype=slots.dtype)
+        if codec.exact:
+            staged = decode(fetch.staged)
+            flat = commit_blocks(flat, staged, plan.targets, count=plan.bound)
+        else:
+            flat = commit_stored_blocks(
+                flat, fetch.staged, plan.targets, decode, count=plan.bound
+            )
         pool = lookahead.pool.release(fetch.staged, settings.offload)
         fetches = self.fetches._replace(
             hits=self.fetches.hits + plan.hits,

@@ -5,7 +5,15 @@ from typing import Any, get_args
 
 from sparda_jax.checks import choice, integer
 from sparda_jax.cli.options import add_option
-from sparda_jax.config import OLD_ROUTES, CacheConfig, CacheKind, Prefetch, Route
+from sparda_jax.config import (
+    OLD_ROUTES,
+    CacheConfig,
+    CacheKind,
+    HostCodec,
+    Prefetch,
+    Route,
+    device_blocks,
+)
 from sparda_jax.engine.offload_stats import OffloadStats
 
 
@@ -21,13 +29,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
         help="where KV lives: on the device, in host memory with the blocks in use on "
         "the device, or whichever fits and pays",
     )
-    add_option(
-        group,
-        "--device-blocks",
-        integer(1),
-        metavar="C",
-        help="device slots per layer and kv head (offload; default: the block budget)",
-    )
+    add_device_blocks_option(group, default="auto")
     add_option(
         group,
         "--prefetch",
@@ -41,6 +43,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     add_route_option(
         group, "how blocks are fetched; auto takes what is recorded for the device"
     )
+    add_codec_option(group)
     add_option(
         group,
         "--exactness",
@@ -61,6 +64,20 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device_blocks_option(group: Any, *, default: str | None = None) -> None:
+    """Adds --device-blocks; a default of None is a block list's length."""
+    least = "" if default else "; default: a block list's length"
+    add_option(
+        group,
+        "--device-blocks",
+        device_blocks,
+        metavar="C",
+        default=default,
+        help="offload: device slots per layer and kv head, or auto: as many as the "
+        f"device has room for, up to all blocks{least}",
+    )
+
+
 def add_layer0_option(group: Any) -> None:
     """Adds --layer0."""
     add_option(
@@ -70,6 +87,19 @@ def add_layer0_option(group: Any) -> None:
         words=("resident", "offload"),
         default="resident",
         help="where layer 0's KV lives, for which nothing can look ahead",
+    )
+
+
+def add_codec_option(group: Any) -> None:
+    """Adds --host-codec."""
+    add_option(
+        group,
+        "--host-codec",
+        choice(*get_args(HostCodec)),
+        words=get_args(HostCodec),
+        default="exact",
+        help="how full blocks are kept in host memory: as they are, or in 8 bits a "
+        "number",
     )
 
 
@@ -94,6 +124,7 @@ def cache_config(arguments: argparse.Namespace) -> CacheConfig:
         layer0=arguments.layer0,
         route=arguments.route,
         exactness=arguments.exactness,
+        codec=arguments.host_codec,
         recall_every=arguments.recall_every,
     )
 

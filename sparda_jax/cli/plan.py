@@ -15,7 +15,12 @@ from sparda_jax.checks import (
     shown,
     text,
 )
-from sparda_jax.cli.cache_options import add_layer0_option, add_route_option
+from sparda_jax.cli.cache_options import (
+    add_codec_option,
+    add_device_blocks_option,
+    add_layer0_option,
+    add_route_option,
+)
 from sparda_jax.cli.model_options import (
     add_attention_option,
     add_block_options,
@@ -139,13 +144,7 @@ def _add_size_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_slot_options(group: Any) -> None:
     add_block_options(group)
-    add_option(
-        group,
-        "--device-blocks",
-        integer(1),
-        metavar="C",
-        help="device slots per layer and kv head (a block list's length)",
-    )
+    add_device_blocks_option(group)
     add_option(
         group,
         "--prefetch",
@@ -154,6 +153,7 @@ def _add_slot_options(group: Any) -> None:
         help="look-ahead where the attention forecasts",
     )
     add_layer0_option(group)
+    add_codec_option(group)
     add_option(
         group,
         "--miss",
@@ -266,6 +266,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
             device_blocks=arguments.device_blocks,
             prefetch=arguments.prefetch,
             layer0=arguments.layer0,
+            codec=arguments.host_codec,
         ),
         miss=arguments.miss,
         trace=arguments.trace,

@@ -7,7 +7,7 @@ import numpy as np
 
 from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.checks import instance, optional
-from sparda_jax.config import ConfigError
+from sparda_jax.config import CacheConfig, ConfigError
 from sparda_jax.engine.compile_cache import signature
 from sparda_jax.engine.conversation import Conversation, MadeWith
 from sparda_jax.engine.generate_config import GenerateConfig
@@ -275,6 +275,10 @@ class Call:
         """Every row has ended."""
         return self.session.finished
 
+    def _asked_cache(self) -> CacheConfig:
+        """The cache's configuration, with nothing decided but its kind."""
+        return dataclasses.replace(self.lm.cache, kind=self.session.cache.kind)
+
     def _offload_stats(self) -> OffloadStats | None:
         state, offload = self.session.state, self.session.settings.offload
         if offload is None or not isinstance(state.cache, OffloadCache):
@@ -320,6 +324,6 @@ class Call:
                 state,
                 tuple(np.asarray(state.lengths)[: self.batch].tolist()),
                 self.rope_length,
-                MadeWith.of(self.lm, self.session.cache),
+                MadeWith.of(self.lm, self._asked_cache()),
             ),
         )

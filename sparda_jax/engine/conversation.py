@@ -19,7 +19,14 @@ from sparda_jax.sparse.selectors import Selector
 
 # What of an offloaded cache's configuration stands in the form of its arrays, or in the
 # tokens that it gives. Limits and statistics may change from turn to turn.
-_FIXED_BY_OFFLOAD = ("device_blocks", "layer0", "route", "prefetch", "exactness")
+_FIXED_BY_OFFLOAD = (
+    "device_blocks",
+    "layer0",
+    "route",
+    "prefetch",
+    "exactness",
+    "codec",
+)
 # A name and the tokens that begin and end a text change nothing in a cache.
 _FREE_OF_CONFIG = ("name", "bos_id", "eos_ids")
 _MOST_ROWS = 2**16

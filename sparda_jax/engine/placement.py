@@ -11,10 +11,23 @@ from sparda_jax.engine.model import LanguageModel
 from sparda_jax.inference.generate import GenerateState
 from sparda_jax.inference.shapes import Shapes, plan_shapes, shared_rows, shared_shapes
 from sparda_jax.planning.auto import offload_settings
-from sparda_jax.planning.limits import refuse_what_cannot_fit, why_not
+from sparda_jax.planning.limits import (
+    memory_limits,
+    refuse_what_cannot_fit,
+    why_not,
+)
+from sparda_jax.planning.memory import tree_bytes
+from sparda_jax.planning.slots import fill_slots, held_by_others
 
 # What of a cache's configuration only an offloaded cache has use for.
-_OFFLOAD_ONLY = ("device_blocks", "prefetch", "layer0", "route", "recall_every")
+_OFFLOAD_ONLY = (
+    "device_blocks",
+    "prefetch",
+    "layer0",
+    "route",
+    "codec",
+    "recall_every",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +110,9 @@ def place(
     if shared is None:
         refuse(rows, close)
         shared = rows, close
+    if cache.kind == "offload" and cache.device_blocks == "auto":
+        cache, reason = _decide_slots(lm, cache, settings, rows, close, state)
+        notes.append(reason)
     return Placement(*shared, cache, settings, tuple(notes))
 
 
@@ -187,9 +203,41 @@ def _decide_kind(
     return dataclasses.replace(cache, kind="offload"), f"offload: {reason}"
 
 
+def _decide_slots(
+    lm: LanguageModel,
+    cache: CacheConfig,
+    settings: LayerSettings,
+    rows: int,
+    shapes: Shapes,
+    state: GenerateState | None,
+) -> tuple[CacheConfig, str]:
+    """The configuration with `device_blocks="auto"` decided, and what it is."""
+    blocks = shapes.capacity // lm.sparse.block_size
+    if state is not None:
+        # A conversation keeps its slots; a list may have become longer than they are.
+        assert isinstance(state.cache, OffloadCache)
+        width = lm.selector.list_width(blocks, lm.sparse)
+        count = max(state.cache.num_slots, min(width, blocks))
+        decided = dataclasses.replace(cache, device_blocks=count)
+    else:
+        ours = tree_bytes(lm.model)
+        decided, _ = fill_slots(
+            settings,
+            cache,
+            memory_limits(cache),
+            batch=rows,
+            shapes=shapes,
+            others=held_by_others(ours),
+            **_weights(lm),
+        )
+    count = decided.slots(blocks, 1)
+    return decided, f"device_blocks: {count} of {blocks} fit the device"
+
+
 def _without_effect(lm: LanguageModel, cache: CacheConfig) -> list[str]:
     """What of the cache's configuration has no effect, in words."""
-    usual = CacheConfig()
+    # The command line asks for `auto` slots whatever the kind.
+    usual = CacheConfig(device_blocks="auto" if cache.device_blocks == "auto" else None)
     given = [
         f"{name}={getattr(cache, name)!r}"
         for name in _OFFLOAD_ONLY

@@ -130,13 +130,26 @@ def _finish(
 
 
 @functools.partial(jax.jit, static_argnames="codec")
-def _tails(layer: OffloadLayer, block: Int[Array, " B"], codec: BlockCodec) -> Parts:
-    """Every row's block of that id, out of its slot and as it is stored."""
-    _, batch, heads = layer.slots.shape[:3]
+def _tails(
+    layer: OffloadLayer,
+    full: Bool[Array, " B"],
+    block: Int[Array, " B"],
+    codec: BlockCodec,
+) -> tuple[Parts, OffloadLayer]:
+    """Every row's block of that id, as it is stored.
+
+    With the layer, in whose slots the full ones now are as they are stored.
+    """
+    _, batch, heads, slots = layer.slots.shape[:4]
     wanted = jnp.broadcast_to(block[:, None], (batch, heads))
     slot = jnp.maximum(slot_of(layer.table.blocks[0], wanted), 0)
     rows, kv_heads = jnp.ogrid[:batch, :heads]
-    return codec.encode(layer.slots[0, rows, kv_heads, slot])
+    tails = layer.slots[0, rows, kv_heads, slot]
+    if not codec.exact:
+        where = (0, rows, kv_heads, jnp.where(full[:, None], slot, slots))
+        changed = layer.slots.at[where].set(codec.stored(tails), mode="drop")
+        layer = layer._replace(slots=changed)
+    return codec.encode(tails), layer
 
 
 def _unstack(layers: tuple[OffloadLayer, ...]) -> list[OffloadLayer]:
@@ -266,8 +279,9 @@ def _save_tails(
     block: Int[np.ndarray, " B"],
 ) -> None:
     """Writes the tail blocks that have filled up to the host store."""
+    rows, blocks = jnp.asarray(full), jnp.asarray(block, jnp.int32)
     for index, layer in enumerate(layers):
-        tails = _tails(layer, jnp.asarray(block, jnp.int32), store.codec)
+        tails, layers[index] = _tails(layer, rows, blocks, store.codec)
         for part, tail in zip(host, map(np.asarray, tails), strict=True):
             for row in np.flatnonzero(full):
                 part[index, row, :, block[row]] = tail[row]

@@ -13,6 +13,7 @@ import functools
 from jax.typing import DTypeLike
 
 from pallas_kernels.device import current_device_kind
+from sparda_jax.cache.codecs import named_codec
 from sparda_jax.cache.routes import FetchRoute, recorded_routes, resolve_route
 from sparda_jax.cache.settings import OffloadSettings
 from sparda_jax.config import CacheConfig, ConfigError
@@ -69,6 +70,7 @@ def offload_settings(cache: CacheConfig, selector: Selector) -> OffloadSettings 
         lookahead=forecasts and cache.prefetch != "none",
         verify=cache.exactness == "verify",
         recall_every=cache.recall_every if forecasts else 0,
+        codec=named_codec(cache.codec),
     )
     if settings.on_side_stream:
         warn_if_serial()

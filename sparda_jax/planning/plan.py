@@ -9,6 +9,7 @@ import os
 
 from jax.typing import DTypeLike
 
+from sparda_jax.cache.codecs import named_codec
 from sparda_jax.cache.routes import named_route
 from sparda_jax.cache.settings import LayerSettings, OffloadSettings
 from sparda_jax.checks import (
@@ -29,10 +30,11 @@ from sparda_jax.planning.limits import (
     largest_batch,
     shortfall,
 )
-from sparda_jax.planning.memory import GIB, MemoryPlan, memory_plan
+from sparda_jax.planning.memory import GIB, MemoryPlan
 from sparda_jax.planning.misses import MissCurve, published_curve, trace_curve
 from sparda_jax.planning.rates import Rates
 from sparda_jax.planning.shape import named_shape
+from sparda_jax.planning.slots import fill_slots
 from sparda_jax.planning.step import StepTime, step_time
 from sparda_jax.sparse.selectors import Selector, ahead_names, get_selector
 
@@ -188,7 +190,8 @@ class _Planner:
         if kind == "offload":
             ahead = self.selector.looks_ahead and self.cache.prefetch != "none"
             route = named_route(self.rates.route)
-            offload = OffloadSettings(route, ahead and lookahead)
+            codec = named_codec(self.cache.codec)
+            offload = OffloadSettings(route, ahead and lookahead, codec=codec)
         return LayerSettings(self.config, self.sparse, self.selector, offload=offload)
 
     @property
@@ -210,12 +213,13 @@ class _Planner:
             batch=batch,
         )
 
-    def miss(self, capacity: int) -> float:
+    def miss(self, capacity: int, cache: CacheConfig | None = None) -> float:
         """Share of listed blocks that is fetched in a cache of that many tokens."""
         if isinstance(self.misses, float):
             return self.misses
         room = capacity // self.sparse.block_size
-        slots = self.cache.slots(room, self.selector.list_width(room, self.sparse))
+        cache = self.cache if cache is None else cache
+        slots = cache.slots(room, self.selector.list_width(room, self.sparse))
         return self.misses.share(slots, self.sparse)
 
     def option(
@@ -223,18 +227,24 @@ class _Planner:
     ) -> Option:
         settings = self.settings(kind, lookahead=lookahead)
         shapes = self.shapes(context, batch)
-        memory = memory_plan(
-            settings, self.cache, batch=batch, shapes=shapes, dtype=self.dtype
+        cache, memory = fill_slots(
+            settings,
+            self.cache,
+            self.limits,
+            batch=batch,
+            shapes=shapes,
+            dtype=self.dtype,
+            storage="per_layer",
         )
         step = step_time(
             settings,
-            self.cache,
+            cache,
             self.rates,
             batch=batch,
             capacity=shapes.capacity,
             context=context,
             dtype=self.dtype,
-            miss=self.miss(shapes.capacity),
+            miss=self.miss(shapes.capacity, cache),
         )
         return Option(memory, step, shortfall(memory, self.limits) is None)
 

@@ -116,10 +116,13 @@ def step_time(
     ):
         away = config.num_layers - (1 if cache.layer0 == "resident" else 0)
         # A row's own block is always in its slot.
-        missed = miss * (attended - 1) * batch * config.num_kv_heads * block_bytes
+        blocks = miss * (attended - 1) * batch * config.num_kv_heads
+        shape = (block, 2, config.head_dim)
+        stored = offload.codec.bytes_per_block(shape, dtype)
+        missed = blocks * stored
         fetch = away * missed / rates.fetch
-        # Fetched blocks are written, read and written again on their way to a slot.
-        moved += 3 * away * missed
+        # Fetched blocks are written and read as they are stored, then put in a slot.
+        moved += away * blocks * (2 * stored + block_bytes)
         if offload.lookahead:
             # Nobody looks ahead for layer 0.
             hidden = (config.num_layers - 1) * missed / rates.fetch

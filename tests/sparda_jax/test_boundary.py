@@ -216,7 +216,7 @@ ROWS = {
         "dense_len": (*INTEGER, -2),
     },
     "CacheConfig": {
-        **dict.fromkeys(("kind", "layer0", "route", "exactness"), WORD),
+        **dict.fromkeys(("kind", "layer0", "route", "exactness", "codec"), WORD),
         "prefetch": maybe(WORD),
         "device_blocks": (*maybe(INTEGER), 0),
         "recall_every": (*INTEGER, -1),

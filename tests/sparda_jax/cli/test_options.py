@@ -38,6 +38,7 @@ _SLOTS = {
     "--prefetch": WORD,
     "--layer0": WORD,
     "--route": WORD,
+    "--host-codec": WORD,
 }
 _SIZE = (*NUMBER, "0")
 _ANSWER = {
@@ -135,7 +136,7 @@ ROWS = {
     "bench": {},  # tests/benchmarks/test_bench.py
     "soak": {
         **_MODEL,
-        **{name: row for name, row in _SLOTS.items() if name != "--prefetch"},
+        **{name: row for name, row in _SLOTS.items() if name != "--host-codec"},
         "--prefetch": (*WORD, "auto"),
         "--minutes": _SIZE,
         "--requests": (*INTEGER, "0"),

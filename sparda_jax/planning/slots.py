@@ -1,0 +1,104 @@
+"""`device_blocks="auto"`: as many slots as the device has room for."""
+
+import dataclasses
+import functools
+import gc
+
+import jax
+from jax.typing import DTypeLike
+
+from sparda_jax.cache.settings import LayerSettings
+from sparda_jax.config import CacheConfig
+from sparda_jax.inference.shapes import Shapes
+from sparda_jax.models.decoder import Storage
+from sparda_jax.planning.limits import MemoryLimits
+from sparda_jax.planning.memory import MemoryPlan, memory_plan
+
+# Of the device's memory: scratch is estimated, and an allocator leaves gaps.
+_SPARE = 0.05
+# C between a block list and all blocks is one of so many steps, so that requests of
+# nearly the same size share a program.
+_STEPS = 8
+
+
+def fill_slots(
+    settings: LayerSettings,
+    cache: CacheConfig,
+    limits: MemoryLimits,
+    *,
+    batch: int,
+    shapes: Shapes,
+    dtype: DTypeLike,
+    storage: Storage,
+    forecast: bool | None = None,
+    others: int = 0,
+) -> tuple[CacheConfig, MemoryPlan]:
+    """The configuration with `device_blocks="auto"` decided, and its plan.
+
+    C is all blocks if they fit: then nothing is ever fetched. Else it is the block
+    list's length and as many eighths of what is between the two as fit, which is none
+    where the request itself hardly fits.
+
+    Args:
+      settings: How the request runs.
+      cache: Where its KV lives.
+      limits: What it must fit in; without any all blocks are taken.
+      batch: Sequences.
+      shapes: Sizes of the request.
+      dtype: Type of weights and cache.
+      storage: How the layers are stored.
+      forecast: Whether the model holds Forecast heads; None: where they are needed.
+      others: Bytes of the device that other arrays hold.
+    """
+    plan = functools.partial(
+        memory_plan,
+        settings,
+        batch=batch,
+        shapes=shapes,
+        dtype=dtype,
+        storage=storage,
+        forecast=forecast,
+    )
+    if cache.device_blocks != "auto" or settings.offload is None:
+        return cache, plan(cache)
+    blocks = shapes.capacity // settings.sparse.block_size
+    least = min(settings.selector.list_width(blocks, settings.sparse), blocks)
+
+    def of(slots: int) -> CacheConfig:
+        return dataclasses.replace(cache, device_blocks=slots)
+
+    one = plan(of(least))
+    if blocks == least:
+        return of(least), one
+    # Every slot takes the same, and nothing else depends on how many there are.
+    two = plan(of(least + 1))
+    kv, table = two.slots - one.slots, two.slot_tables - one.slot_tables
+    more, free = blocks - least, _free(one, limits, others)
+    if free is not None and free < (kv + table) * more:
+        step = -(-more // _STEPS)
+        more = max(0, free) // (kv + table) // step * step
+    filled = dataclasses.replace(
+        one,
+        slots=one.slots + more * kv,
+        slot_tables=one.slot_tables + more * table,
+    )
+    return of(least + more), filled
+
+
+def _free(plan: MemoryPlan, limits: MemoryLimits, others: int) -> int | None:
+    """Bytes that slots can take beside a plan; None if there is no limit."""
+    left = []
+    if limits.device is not None:
+        left.append((limits.device.size, plan.device + others))
+    if limits.both is not None:
+        left.append((limits.both.size, plan.device + plan.host))
+    if not left:
+        return None
+    return min(round((1 - _SPARE) * size) - needed for size, needed in left)
+
+
+def held_by_others(ours: int) -> int:
+    """Bytes of the default device that arrays beside ours hold."""
+    gc.collect()  # an earlier cache may only wait for this
+    stats = jax.devices()[0].memory_stats() or {}
+    return max(0, int(stats.get("bytes_in_use", 0)) - ours)

@@ -1,0 +1,147 @@
+"""Blocks in 8 bits: against NumPy, rounded once, the same by every route and C."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparda_jax as sj
+from sparda_jax.cache.codecs import BlockCodec, Int8Codec, named_codec
+
+SPARSE = sj.SparseConfig(local_blocks=2, block_budget=6)
+INT8 = sj.CacheConfig(
+    kind="offload", route="dynamic_slice", codec="int8", device_blocks=7
+)
+
+
+def _oracle(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """K by channel, V by token, number by number."""
+    whole = np.zeros(blocks.shape, np.int8)
+    block, _, dim = blocks.shape[-3:]
+    scales = np.zeros((*blocks.shape[:-3], 256 * -(-(block + dim) // 256)), np.float32)
+    for lead in np.ndindex(blocks.shape[:-3]):
+        for kind, axis in ((0, 0), (1, 1)):
+            for i in range(dim if kind == 0 else block):
+                numbers = (
+                    blocks[lead][:, kind].astype(np.float32).take(i, axis=1 - axis)
+                )
+                scale = np.abs(numbers).max() * np.float32(1 / 127)
+                scales[(*lead, i if kind == 0 else dim + i)] = scale
+                if scale > 0:
+                    rounded = np.clip(np.rint(numbers / scale), -127, 127)
+                    if kind == 0:
+                        whole[lead][:, 0, i] = rounded
+                    else:
+                        whole[lead][i, 1] = rounded
+    return whole, scales
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_integers_and_scales_are_numpys(dtype):
+    random = np.random.default_rng(0)
+    blocks = random.standard_normal((3, 64, 2, 16)).astype(np.float32)
+    blocks[..., 0, 5] *= 100  # one channel of K far above the others
+    blocks[0, :, 0, 2] = 0
+    blocks[0, 7, 1] = 0
+    given = jnp.asarray(blocks, dtype)
+    codec = Int8Codec()
+    whole, scales = jax.jit(codec.encode)(given)
+    for got, expected in zip((whole, scales), _oracle(np.asarray(given)), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    shapes = codec.part_shapes((64, 2, 16), dtype)
+    for part, shape in zip((whole, scales), shapes, strict=True):
+        assert part.shape[1:] == shape.shape and part.dtype == shape.dtype
+    back = np.asarray(codec.decode((whole, scales), jnp.float32))
+    values = np.asarray(given, np.float32)
+    off = np.abs(back - values)
+    k_scale, v_scale = np.asarray(scales)[:, :16], np.asarray(scales)[:, 16:80]
+    assert (off[:, :, 0] <= 0.5001 * k_scale[:, None]).all()
+    assert (off[:, :, 1] <= 0.5001 * v_scale[..., None]).all()
+    assert np.all(back[0, :, 0, 2] == 0) and np.all(back[0, 7, 1] == 0)
+    # A large channel of K costs the others nothing.
+    assert off[..., 0, 0].max() < 0.02 < off[..., 0, 5].max()
+
+
+def test_bytes():
+    """A block of the 8B shape in bfloat16: 32 KiB become 17."""
+    shape, codec = (64, 2, 128), named_codec("int8")
+    assert BlockCodec().bytes_per_block(shape, jnp.bfloat16) == 32 * 1024
+    assert codec.bytes_per_block(shape, jnp.bfloat16) == 17 * 1024
+    assert not codec.exact and named_codec("exact").exact
+
+
+@pytest.fixture(scope="module")
+def lm(deeper):
+    model = sj.load(
+        "tiny",
+        attention="sparda",
+        forecast="from_query",
+        sparse=SPARSE,
+        storage="stacked",
+    )
+    return dataclasses.replace(model, model=deeper(False, "stacked"))
+
+
+def _talk(lm, token_ids, cache):
+    """Two turns of ragged rows; tokens, cache and lengths after each."""
+    lm = dataclasses.replace(lm, cache=cache)
+    how = {"temperature": 1.2, "ignore_eos": True, "max_new_tokens": 70}
+    prompts = [token_ids(length, seed=length) for length in (600, 3, 130)]
+    first = sj.generate(lm, prompts, **how)
+    state = first.conversation.state
+    stored = state.cache.store.to_numpy()
+    lengths = np.asarray(state.lengths)
+    more = [token_ids(length, seed=length) for length in (2, 150, 64)]
+    second = sj.generate(lm, more, conversation=first.conversation, **how)
+    return first, second, (stored, lengths)
+
+
+@pytest.mark.slow
+def test_a_stored_block_never_changes_and_routes_agree(lm, token_ids):
+    """Neither by decode nor by a further turn; every C and way to fetch gives it."""
+    first, second, (stored, lengths) = _talk(lm, token_ids, INT8)
+    after = second.conversation.state.cache
+    for old, new in zip(stored, after.store.to_numpy(), strict=True):
+        for row, length in enumerate(lengths):
+            full = length // SPARSE.block_size
+            np.testing.assert_array_equal(new[:, row, :, :full], old[:, row, :, :full])
+    exact = _talk(lm, token_ids, dataclasses.replace(INT8, codec="exact"))
+    # Prompts of one prefill are rounded, and no more than that: 9 blocks of row 0.
+    whole, scales = (part[:, 0, :, :9] for part in stored)
+    parts = (jnp.asarray(whole), jnp.asarray(scales))
+    back = np.asarray(Int8Codec().decode(parts, jnp.float32))
+    off = np.abs(back - exact[2][0][0][:, 0, :, :9])
+    assert 0 < off.max() <= 0.5001 * scales.max()
+    nbytes = exact[1].conversation.state.cache.store.nbytes
+    assert after.store.nbytes < 0.4 * nbytes
+    for change in (
+        {"device_blocks": 9},
+        {"device_blocks": 1000},
+        {"route": "host_loop"},
+        {"prefetch": "none"},
+    ):
+        other = _talk(lm, token_ids, dataclasses.replace(INT8, **change))
+        assert other[0].tokens == first.tokens, change
+        assert other[1].tokens == second.tokens, change
+        kept = other[1].conversation.state.cache.store.to_numpy()
+        ends = np.asarray(second.conversation.state.lengths)
+        for mine, theirs in zip(after.store.to_numpy(), kept, strict=True):
+            for row, length in enumerate(ends):
+                full = length // SPARSE.block_size
+                np.testing.assert_array_equal(
+                    mine[:, row, :, :full], theirs[:, row, :, :full]
+                )
+
+
+@pytest.mark.slow
+def test_another_codec_does_not_continue(lm, token_ids):
+    first, _, _ = _talk(lm, token_ids, INT8)
+    talk = sj.generate(
+        dataclasses.replace(lm, cache=INT8), [token_ids(5)], max_new_tokens=2
+    ).conversation
+    del first
+    exact = dataclasses.replace(lm, cache=dataclasses.replace(INT8, codec="exact"))
+    with pytest.raises(sj.ConfigError, match=r"CacheConfig.codec='int8'"):
+        sj.generate(exact, [[5]], conversation=talk)
