@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from sparda_jax.checks import (
     ConfigError,
+    flag,
     integer,
     number,
     optional,
@@ -95,6 +96,11 @@ def _blocks(budget: int | str, length: int, lm: LanguageModel) -> int:
     return max(1, round(share * -(-length // lm.sparse.block_size)))
 
 
+def _selector(field: str, value: object) -> Selector | None:
+    """Checks a selector or its name; None stands for "all"."""
+    return None if isinstance(value, str) and value == "all" else get_selector(value)
+
+
 def chosen_selectors(
     lm: LanguageModel, attention: Sequence[str | Selector]
 ) -> list[Selector]:
@@ -104,11 +110,10 @@ def chosen_selectors(
       ConfigError: If there is no such selector, or it does not fit.
     """
     found = [get_selector(DENSE)]
-    for name in attention:
-        if name == "all":
+    for selector in several(_selector, "selectors")("attention", attention):
+        if selector is None:
             found += [s for s in map(get_selector, selector_names()) if _fits(lm, s)]
             continue
-        selector = get_selector(name)
         with_attention(lm, selector)  # says why it does not fit
         found.append(selector)
     return list({selector.name: selector for selector in found}.values())
@@ -322,6 +327,7 @@ def evaluate(
     size = optional(integer(1, 4096))("batch", batch)
     limit = optional(number(above=0))("time_limit", time_limit)
     floor = number(least=0, most=100)("floor", floor)
+    progress = flag("progress", progress)
     files = RunFiles(pathlib.Path(path("out", out)))
     lengths = _checked_lengths(lm, lengths)
     chosen = _chosen_tasks(tasks, task_files)
@@ -371,8 +377,9 @@ def _checked_lengths(lm: LanguageModel, lengths: Sequence[int]) -> tuple[int, ..
 def _chosen_tasks(
     tasks: Sequence[str], task_files: Sequence[str | os.PathLike]
 ) -> list[AnyTask]:
-    chosen: list[AnyTask] = [get_task(name) for name in dict.fromkeys(tasks)]
-    chosen += [read_task_file(path("task_files", file)) for file in task_files]
+    named = several(lambda _, name: get_task(name), "names of tasks")("tasks", tasks)
+    chosen: list[AnyTask] = list({task.name: task for task in named}.values())
+    chosen += map(read_task_file, several(path, "files")("task_files", task_files))
     if not chosen:
         raise ConfigError(f"tasks={shown(tasks)} is empty: name at least one task")
     return chosen

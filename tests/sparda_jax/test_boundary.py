@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evaluation_cases import character_tokenizer
 
 import sparda_jax as sj
 from sparda_jax.checkpoint.errors import CheckpointError
@@ -69,6 +70,7 @@ PROMPT += ([10**6], [], [1, True], np.ones((1, 2, 2)), {1: 2}, itertools.count()
 PROMPTS = (3, None, math.nan, "text", [], {1: [1]}, itertools.count(), np.ones((2, 2)))
 PROMPTS += (np.ma.array([[1, 2]], mask=[[False, True]]), range(10**12))
 PROMPTS += tuple([prompt] for prompt in PROMPT)
+NAMES = (3, None, math.nan, "dense", b"dense", [3], [None], [[]], {1: 2}, NOTHING)
 MESSAGES = (3, None, math.nan, "ab", b"ab", [], [3], {"role": "user"}, [{}], [LONE])
 MESSAGES += ([{"role": 3}], itertools.count(), [[]], NOTHING)
 
@@ -166,6 +168,34 @@ ROWS = {
     "configure_cache": {"directory": (*maybe(PATH), "/dev/null/xla")},
     "configure_offload": {},
     "describe_device": {"measure": FLAG},
+    "evaluate": {
+        "lm": CONFIG,
+        "out": PATH,
+        "attention": (*NAMES, ["no such selector"]),
+        "tasks": (*NAMES, ["no such task"], []),
+        "lengths": (
+            3.0,
+            None,
+            "ab",
+            b"ab",
+            [],
+            [0],
+            [1.5],
+            [True],
+            [HUGE],
+            RAGGED,
+            {1: 2},
+        ),
+        "budgets": (3, None, "25%", [0], ["0%"], ["200%"], [math.nan], [True], [HUGE]),
+        "samples": (*INTEGER, 0),
+        "seed": (*INTEGER, -1),
+        "batch": (*maybe(INTEGER), 0),
+        "floor": (*NUMBER, 101),
+        "task_files": (3, None, "ab", b"ab", [3], [""], ["no/such.jsonl"], {1: 2}),
+        "time_limit": (*maybe(NUMBER), 0.0),
+        "progress": FLAG,
+    },
+    "read_report": {"folder": (*PATH, "no/such/folder")},
     "selector_names": {},
     "Rates": {
         **dict.fromkeys(("memory", "fetch"), (*NUMBER, 0.0)),
@@ -236,7 +266,7 @@ ROWS = {
 # What the package makes and hands out, and names that are not called.
 RESULTS = {"ChatOutput", "Conversation", "Forecast", "GenerateOutput", "GenerateStats"}
 RESULTS |= {"ChatStream", "OffloadStats", "Plan", "Stream", "StreamEvent"}
-RESULTS |= {"MachineReport"}
+RESULTS |= {"MachineReport", "Report"}
 NOT_CALLED = {"CheckpointError", "ConfigError", "PRESETS", "__version__"}
 
 
@@ -267,15 +297,18 @@ def lm():
 
 
 @pytest.fixture(scope="module")
-def allowed(lm):
+def allowed(lm, tmp_path_factory):
     """Arguments with which each callable would do its work."""
     small = {"hidden_size": 8, "ffn_size": 8, "num_layers": 2, "num_heads": 2}
     small |= {"num_kv_heads": 1, "head_dim": 4, "max_context": 64, "vocab_size": 9}
     machine = {"context": 2048, "hbm_gib": 1.0, "host_gib": 1.0}
     request = {"lm": lm, "prompts": [[1]], "max_new_tokens": 2}
     talk = {"lm": lm, "messages": [{"role": "user", "content": "x"}]}
+    texts = dataclasses.replace(lm, tokenizer=character_tokenizer())
+    run = {"lm": texts, "out": tmp_path_factory.mktemp("out"), "lengths": [1024]}
     return {
         "load": {"model": "tiny"},
+        "evaluate": {**run, "attention": ["window"], "samples": 1},
         "with_attention": {"lm": lm, "attention": "dense"},
         "forward": {"lm": lm, "ids": [1]},
         "generate": request,
