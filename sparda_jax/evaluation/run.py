@@ -34,7 +34,7 @@ from sparda_jax.evaluation.run_files import FORMAT, Cell, RunFiles
 from sparda_jax.evaluation.samples import Asked, Prompts, Sample
 from sparda_jax.evaluation.statistics import estimate
 from sparda_jax.evaluation.task_files import read_task_file
-from sparda_jax.evaluation.tasks import get_task
+from sparda_jax.evaluation.tasks import Task, get_task
 from sparda_jax.inference.sampling import MOST_SEED
 from sparda_jax.loading import with_attention
 from sparda_jax.sparse.selectors import Selector, get_selector, selector_names
@@ -96,7 +96,7 @@ def _blocks(budget: int | str, length: int, lm: LanguageModel) -> int:
     return max(1, round(share * -(-length // lm.sparse.block_size)))
 
 
-def _selector(field: str, value: object) -> Selector | None:
+def _selector(field: str, value: Any) -> Selector | None:
     """Checks a selector or its name; None stands for "all"."""
     return None if isinstance(value, str) and value == "all" else get_selector(value)
 
@@ -374,10 +374,15 @@ def _checked_lengths(lm: LanguageModel, lengths: Sequence[int]) -> tuple[int, ..
     return tuple(dict.fromkeys(checked))
 
 
+def _task(field: str, value: Any) -> Task:
+    """Checks the name of a task."""
+    return get_task(value)
+
+
 def _chosen_tasks(
     tasks: Sequence[str], task_files: Sequence[str | os.PathLike]
 ) -> list[AnyTask]:
-    named = several(lambda _, name: get_task(name), "names of tasks")("tasks", tasks)
+    named = several(_task, "names of tasks")("tasks", tasks)
     chosen: list[AnyTask] = list({task.name: task for task in named}.values())
     chosen += map(read_task_file, several(path, "files")("task_files", task_files))
     if not chosen:
