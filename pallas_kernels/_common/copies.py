@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels._common.triton import require_launch
 from pallas_kernels.lowering import silence_triton_deprecation
@@ -55,7 +55,7 @@ class CopyConfig:
 
 def copy_listed(
     move: Move,
-    operands: Sequence[Float[Array, " _ *E"]],
+    operands: Sequence[Shaped[Array, " _ *E"]],
     indices: Int[Array, " J"],
     count: Int[Array, ""] | None,
     *,
@@ -66,7 +66,7 @@ def copy_listed(
     staggered: bool = False,
     num_stages: int = 1,
     interpret: bool = False,
-) -> Float[Array, " R *E"]:
+) -> Shaped[Array, " R *E"]:
     """Runs ``move`` for every part of every listed entry.
 
     Args:

@@ -225,8 +225,8 @@ def test_capacities_grow_by_a_half_and_by_an_eighth_where_they_are_large(blocks)
         ("gpu", 16 * 10**9, 131072, 1, 1024),
         ("gpu", 30 * 10**9, 131072, 1, 2048),
         ("gpu", 60 * 10**9, 131072, 1, 4096),
-        ("gpu", 60 * 10**9, 131072, 2, 2048),
-        ("gpu", 60 * 10**9, 131072, 16, 1024),
+        ("gpu", 60 * 10**9, 131072, 2, 4096),
+        ("gpu", 60 * 10**9, 131072, 16, 4096),
         ("gpu", 60 * 10**9, 65536, 1, 2048),
         ("gpu", 60 * 10**9, 8192, 1, 1024),
         ("gpu", 60 * 10**9, 500, 1, 512),
@@ -245,6 +245,22 @@ def test_tiles_are_as_large_as_prompt_and_memory_allow(
         batch=batch,
     )
     assert shapes.tile == tile and shapes.capacity > prompt
+    assert shapes.by_row == (prompt > 1024 or platform == "cpu")
+
+
+@pytest.mark.parametrize(("batch", "tile"), [(1, 4096), (2, 2048), (16, 1024)])
+def test_rows_that_are_prefilled_together_share_the_tokens_of_a_tile(batch, tile):
+    shapes = plan_shapes(
+        131072,
+        farthest_start=0,
+        longest=131072,
+        max_new=1,
+        tile_size=tile_tokens("gpu", 60 * 10**9),
+        block_size=64,
+        batch=batch,
+        by_row=False,
+    )
+    assert shapes.tile == tile
 
 
 def test_capacity_holds_whole_tiles_behind_the_farthest_start():
