@@ -69,12 +69,14 @@ def host_gather_triton(
         **tuned_config("host_gather", "triton", {"elements": blocks.size // rows})
     )
 
+    zero = 0.0 if jnp.issubdtype(blocks.dtype, jnp.floating) else 0
+
     def move(operands, out_ref, j, row, columns):
         [blocks_ref] = operands
         # A masked load moves nothing for a skipped entry.
         wanted = jnp.full((columns.size,), row >= 0)
         part = plt.load(
-            blocks_ref.at[jnp.clip(row, 0, rows - 1), columns], mask=wanted, other=0.0
+            blocks_ref.at[jnp.clip(row, 0, rows - 1), columns], mask=wanted, other=zero
         )
         plt.store(out_ref.at[j, columns], part, mask=None if zero_skipped else wanted)
 

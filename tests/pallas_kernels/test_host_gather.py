@@ -175,9 +175,9 @@ def test_bad_arguments(change, message, without_type_checks):
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32])
 def test_blocks_of_integers_are_gathered(dtype):
     """A host store may hold quantised blocks."""
-    blocks = jnp.arange(-96, 96).astype(dtype).reshape(3, 64)
+    blocks = jnp.arange(-384, 384).astype(dtype).reshape(3, 256)
     indices = jnp.array([2, -1, 0], jnp.int32)
-    want = np.stack([blocks[2], np.zeros(64, blocks.dtype), blocks[0]])
+    want = np.stack([blocks[2], np.zeros(256, blocks.dtype), blocks[0]])
     for got in (
         host_gather(blocks, indices, implementation="xla"),
         host_gather_triton(blocks, indices, interpret=True),
