@@ -12,15 +12,22 @@ from sparda_jax.evaluation.report import compare, read_report, write_report
 from sparda_jax.evaluation.run import FLOOR, evaluate
 from sparda_jax.evaluation.task_files import read_task_file
 from sparda_jax.evaluation.tasks import get_task, task_names
+from sparda_jax.evaluation.texts import words_available
 from sparda_jax.inference.sampling import MOST_SEED
 from sparda_jax.models.decoder import Storage
 from sparda_jax.sparse.selectors import get_selector
 
-_DEFAULT_TASKS = "passkey,niah_single_1,ruler_style_multikey_1,latent_needle,pydoc"
+_DEFAULT_TASKS = (
+    "passkey",
+    "niah_single_1",
+    "ruler_style_multikey_1",
+    "latent_needle",
+    "pydoc",
+)
 EXAMPLES = """\
 examples:
   sparda eval --attention infllm_v2,sparda --lengths 2048 --budget 8,16 --out out
-      five tasks with dense attention and two selectors, two budgets
+      the default tasks with dense attention and two selectors, two budgets
   sparda eval --attention all --tasks all --lengths 16384 --budget 12.5%,25% --out out
       everything, at shares of the blocks
   sparda eval --out out --time-limit 480 …
@@ -71,8 +78,8 @@ def _add_what_is_run(group: Any) -> None:
         "--tasks",
         _names,
         metavar="T,…",
-        default=_DEFAULT_TASKS,
-        help="tasks, or all",
+        default=",".join(_default_tasks()),
+        help="tasks, or all; the default leaves out those whose extra is missing",
     )
     add_option(
         group,
@@ -153,14 +160,21 @@ def add_report_parser(commands: Any) -> None:
         formatter_class=HelpFormatter,
     )
     parser.add_argument("folder", metavar="DIR", help="the --out of an evaluation")
-    parser.set_defaults(run=lambda arguments: _write(arguments.folder))
+    parser.set_defaults(run=lambda arguments: _write(path("DIR", arguments.folder)))
+
+
+def _default_tasks() -> tuple[str, ...]:
+    """Those of the default that can run here."""
+    words = words_available()
+    return tuple(n for n in _DEFAULT_TASKS if words or not get_task(n).words)
 
 
 def _task_help() -> str:
-    lines = ["tasks:"]
+    lines = ["tasks (* needs words: pip install 'sparda-jax[eval]'):"]
     for name in task_names():
         task = get_task(name)
-        lines.append(f"  {name:24} {task.family}: {task.summary}")
+        marked = f"{name} *" if task.words else name
+        lines.append(f"  {marked:26} {task.family}: {task.summary}")
     return "\n".join(lines)
 
 
@@ -170,7 +184,7 @@ def _names(field: str, value: object) -> tuple[str, ...]:
 
 
 def _integers(field: str, value: object) -> tuple[int, ...]:
-    if isinstance(value, int):
+    if not isinstance(value, str):
         return (integer(1)(field, value),)
     parts = [_integer(p) for p in _names(field, value)]
     return tuple(integer(1)(field, part) for part in parts)
@@ -190,7 +204,8 @@ def _integer(written: str) -> int | str:
 
 def _eval(arguments: argparse.Namespace) -> None:
     if arguments.compare is not None:
-        print(compare(*arguments.compare).markdown(), end="")
+        folders = (path("--compare", folder) for folder in arguments.compare)
+        print(compare(*folders).markdown(), end="")
         return
     if arguments.out is None:
         raise ConfigError("--out is missing: it must be a directory for the results")

@@ -17,7 +17,8 @@ from sparda_jax.checks import ConfigError
 from sparda_jax.engine.api import generate
 from sparda_jax.engine.conversation import Conversation
 from sparda_jax.engine.model import LanguageModel
-from sparda_jax.evaluation.samples import Asked, Sample, Task, fingerprint
+from sparda_jax.evaluation.run_checks import QUARTERS
+from sparda_jax.evaluation.samples import LEAST_SCORED, Asked, Sample, Task, fingerprint
 from sparda_jax.evaluation.scoring import METRICS
 from sparda_jax.evaluation.task_files import FileTask
 from sparda_jax.evaluation.token_scores import (
@@ -30,7 +31,6 @@ from sparda_jax.evaluation.token_scores import (
 # Room for answers comes in few sizes, so that tasks share programs; what is beyond a
 # task's own room is cut off.
 _ROOMS = (32, 128, 512)
-_BUCKETS = 4
 # A request that does not fit is refused before it runs, or fails while it does.
 _TOO_MUCH = (ConfigError, jax.errors.JaxRuntimeError)
 type AnyTask = Task | FileTask
@@ -258,6 +258,9 @@ class Runner:
         """Mean surprise of a text, whole and by quarters of its positions."""
         del task, reference
         sample, ids = asked.sample, asked.ids[0].tolist()
+        if len(ids) < LEAST_SCORED:
+            failed = f"{len(ids)} tokens, wanted at least {LEAST_SCORED}"
+            return _record(sample, ids, failed=failed)
         try:
             scores = score_tokens(lm, ids)
         except _TOO_MUCH as error:
@@ -265,7 +268,7 @@ class Runner:
         surprises = scores.surprises.astype(np.float64)
         if not np.all(np.isfinite(surprises)):
             return _record(sample, ids, failed="logits are not finite")
-        parts = np.array_split(surprises, _BUCKETS)
+        parts = np.array_split(surprises, QUARTERS)
         return _record(
             sample,
             ids,

@@ -30,10 +30,11 @@ from sparda_jax.checks import (
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.requests import LANGUAGE_MODEL
 from sparda_jax.evaluation.answers import AnyTask, Record, Runner
-from sparda_jax.evaluation.run_files import FORMAT, Cell, RunFiles
+from sparda_jax.evaluation.run_checks import FORMAT
+from sparda_jax.evaluation.run_files import Cell, RunFiles
 from sparda_jax.evaluation.samples import Asked, Prompts, Sample
 from sparda_jax.evaluation.statistics import estimate
-from sparda_jax.evaluation.task_files import read_task_file
+from sparda_jax.evaluation.task_files import FileTask, read_task_file
 from sparda_jax.evaluation.tasks import Task, get_task
 from sparda_jax.inference.sampling import MOST_SEED
 from sparda_jax.loading import with_attention
@@ -261,7 +262,8 @@ def _encoded(prompts: Prompts, task: AnyTask, sample: Sample) -> list[np.ndarray
 def _under_floor(records: Sequence[Record], task: AnyTask, floor: float) -> bool:
     if task.kind not in SCORED:
         return False
-    return estimate([record["score"] for record in records]).mean < floor
+    scores = [record["score"] for record in records if "score" in record]
+    return bool(scores) and estimate(scores).mean < floor
 
 
 def evaluate(
@@ -321,7 +323,7 @@ def evaluate(
     begun = time.monotonic()
     lm = LANGUAGE_MODEL("lm", lm)
     if lm.tokenizer is None:
-        raise ConfigError(f"lm is not allowed: {lm.no_tokenizer}")
+        raise ConfigError(f"{lm.no_tokenizer}: tasks are texts")
     count = integer(1, 2**16)("samples", samples)
     seed = integer(0, MOST_SEED)("seed", seed)
     size = optional(integer(1, 4096))("batch", batch)
@@ -341,6 +343,7 @@ def evaluate(
         "samples": count,
         "floor": floor,
         "tasks": [task.name for task in chosen],
+        "task_files": {t.name: t.digest for t in chosen if isinstance(t, FileTask)},
         "lengths": list(lengths),
     }
     files.check(settings)
@@ -384,7 +387,15 @@ def _chosen_tasks(
 ) -> list[AnyTask]:
     named = several(_task, "names of tasks")("tasks", tasks)
     chosen: list[AnyTask] = list({task.name: task for task in named}.values())
-    chosen += map(read_task_file, several(path, "files")("task_files", task_files))
+    files: dict[str, FileTask] = {}
+    for file in several(path, "files")("task_files", task_files):
+        task = read_task_file(file)
+        if files.setdefault(task.name, task).digest != task.digest:
+            raise ConfigError(
+                f"task_files={shown(file)} is not allowed: another file is task "
+                f"{task.name!r} as well; rename one of them"
+            )
+    chosen += files.values()
     if not chosen:
         raise ConfigError(f"tasks={shown(tasks)} is empty: name at least one task")
     return chosen

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,23 @@ from sparda_jax.checkpoint.atomic import (
     write_text,
 )
 from sparda_jax.checkpoint.errors import CheckpointError
-from sparda_jax.checkpoint.files import MAX_TEXT, parse_json, read_json, read_text
+from sparda_jax.checkpoint.files import (
+    MAX_TEXT,
+    open_regular,
+    parse_json,
+    read_json,
+    read_text,
+)
 from sparda_jax.checks import ConfigError, shown
 from sparda_jax.evaluation.answers import DenseAnswer, Record
+from sparda_jax.evaluation.run_checks import (
+    check_records,
+    check_sample,
+    check_settings,
+)
 from sparda_jax.evaluation.samples import Asked, sample_of
 from sparda_jax.evaluation.token_scores import Views
 
-FORMAT = 1
 # What all cells of a directory must share; other settings may grow from run to run.
 _FIXED = (
     "format",
@@ -48,6 +58,7 @@ _FIXED = (
     "cache",
 )
 _GROWING = ("attention", "tasks", "lengths", "devices", "commits")
+_MOST_TOLD = 4  # Differences that a refusal names.
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -73,11 +84,14 @@ class Cell:
 
 
 def _lines(values: Iterable[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    return "".join(
+        json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+        for value in values
+    )
 
 
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]] | None:
-    """The objects of a JSON Lines file, None if there is no such file.
+def _read_lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]] | None:
+    """The objects of a JSON Lines file and where each stands; None without the file.
 
     Raises:
       CheckpointError: A line is no JSON object; names the line.
@@ -89,13 +103,85 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]] | None:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        value = parse_json(line, f"{path}: line {number}")
+        where = f"{path}: line {number}"
+        value = parse_json(line, where)
         if not isinstance(value, dict):
             raise CheckpointError(
-                f"{path}: line {number}: holds {shown(value)}, wanted a JSON object"
+                f"{where}: holds {shown(value)}, wanted a JSON object"
             )
-        values.append(value)
+        values.append((where, value))
     return values
+
+
+def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray] | None:
+    """The arrays of an .npz file, None if there is no such file.
+
+    Raises:
+      CheckpointError: It is damaged.
+    """
+    try:
+        file = open_regular(path)
+    except FileNotFoundError:
+        return None
+    with file:
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return dict(arrays)
+        # NumPy, zip and zlib each raise kinds of their own for damaged bytes.
+        except Exception as error:
+            raise _damaged(path, str(error)) from error
+
+
+def _damaged(path: pathlib.Path, why: str) -> CheckpointError:
+    why = " ".join(why.split())[:200]
+    return CheckpointError(
+        f"{path}: is damaged ({why}): take another directory, or delete the "
+        "files of this one's task, which are then made anew"
+    )
+
+
+def _is_integers(array: np.ndarray | None) -> bool:
+    return array is not None and array.ndim == 1 and array.dtype.kind == "i"
+
+
+def _differences(
+    name: str, before: object, now: object
+) -> Iterator[tuple[str, object, object]]:
+    """The fields in which two settings differ, each with both its values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            yield from _differences(key, before.get(key), now.get(key))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for n, (one, other) in enumerate(zip(before, now, strict=True)):
+            yield from _differences(f"{name}[{n}]", one, other)
+    elif before != now:
+        yield name, before, now
+
+
+def _other_settings(
+    folder: pathlib.Path, found: Sequence[tuple[str, object, object]]
+) -> ConfigError:
+    told = found[:_MOST_TOLD]
+    more = ", …" if len(found) > _MOST_TOLD else ""
+    before = ", ".join(f"{name}={shown(value)}" for name, value, _ in told)
+    now = ", ".join(shown(value) for *_, value in told)
+    return ConfigError(
+        f"out={str(folder)!r} was begun with {before}{more}, and this run has "
+        f"{now}{more}: take another directory"
+    )
+
+
+def _read_cell(path: pathlib.Path) -> tuple[Cell, list[Record]] | None:
+    """A cell and its records, None if there is no such file."""
+    lines = _read_lines(path)
+    if lines is None:
+        return None
+    if not lines:
+        raise CheckpointError(f"{path}: is empty, wanted a line a sample")
+    check_records(lines)
+    names = [field.name for field in dataclasses.fields(Cell)]
+    cell = Cell(**{name: lines[0][1][name] for name in names})
+    return cell, [record for _, record in lines]
 
 
 class RunFiles:
@@ -122,6 +208,7 @@ class RunFiles:
                 f"{self.folder} holds no run.json: it must be the --out of an "
                 "evaluation"
             )
+        check_settings(values, str(self.folder / "run.json"))
         return values
 
     def check(self, settings: Mapping[str, Any]) -> None:
@@ -142,11 +229,15 @@ class RunFiles:
             return
         before = self.settings
         for name in _FIXED:
-            if before.get(name) != settings.get(name):
+            found = list(_differences(name, before.get(name), settings.get(name)))
+            if found:
+                raise _other_settings(self.folder, found)
+        known = before.get("task_files", {})
+        for task, digest in settings["task_files"].items():
+            if task in before["tasks"] and known.get(task) != digest:
                 raise ConfigError(
-                    f"out={str(self.folder)!r} was begun with {name}="
-                    f"{shown(before.get(name))}, and this run has "
-                    f"{shown(settings.get(name))}: take another directory"
+                    f"out={str(self.folder)!r} was begun with another content of the "
+                    f"task file {task!r}: take another directory, or rename the file"
                 )
 
     def begin(self, settings: Mapping[str, Any]) -> None:
@@ -166,7 +257,8 @@ class RunFiles:
             for name in _GROWING:
                 known = before.get(name, [])
                 merged[name] = [*known, *(x for x in merged[name] if x not in known)]
-            merged["labels"] = before.get("labels", {}) | merged["labels"]
+            for name in ("labels", "task_files"):
+                merged[name] = before.get(name, {}) | merged[name]
             merged["started"] = before.get("started")
         write_json(self.folder / "run.json", merged)
 
@@ -176,14 +268,31 @@ class RunFiles:
         Raises:
           CheckpointError: If a file is damaged.
         """
-        rows = read_lines(self.folder / "samples" / f"{task}-{length}.jsonl")
+        rows = _read_lines(self.folder / "samples" / f"{task}-{length}.jsonl")
         path = self.folder / "samples" / f"{task}-{length}.npz"
-        if rows is None or not path.is_file():
+        arrays = _read_arrays(path)
+        if rows is None or arrays is None:
             return None
-        with np.load(path, allow_pickle=False) as arrays:
-            tokens, counts = arrays["tokens"], arrays["counts"]
+        tokens, counts = arrays.get("tokens"), arrays.get("counts")
+        if not (_is_integers(tokens) and _is_integers(counts)):
+            raise _damaged(path, "it has no rows of token ids")
+        assert tokens is not None and counts is not None
+        for where, row in rows:
+            check_sample(row, where)
+        samples = [sample_of(row) for _, row in rows]
+        wanted = sum(len(sample.questions) or 1 for sample in samples)
+        if (
+            wanted != len(counts)
+            or counts.sum() != len(tokens)
+            or not wanted
+            or counts.min() < 1
+        ):
+            raise _damaged(
+                path,
+                f"{len(counts)} rows of token ids for {wanted} prompts, "
+                f"{len(tokens)} token ids for {counts.sum()}",
+            )
         ids = iter(np.split(tokens, np.cumsum(counts)[:-1]))
-        samples = [sample_of(row) for row in rows]
         return [
             Asked(sample, [next(ids) for _ in sample.questions or (None,)])
             for sample in samples
@@ -203,8 +312,16 @@ class RunFiles:
         write_text(self.folder / "samples" / f"{task}-{length}.jsonl", lines)
 
     def result(self, cell: Cell) -> list[Record] | None:
-        """The records of a cell that is done, else None."""
-        return read_lines(self.folder / "results" / cell.name)
+        """The records of a cell that is done, else None.
+
+        Raises:
+          CheckpointError: If the file is damaged.
+        """
+        path = self.folder / "results" / cell.name
+        found = _read_cell(path)
+        if found is not None and found[0] != cell:
+            raise CheckpointError(f"{path}: holds {shown(found[0].name)}")
+        return None if found is None else found[1]
 
     def write_result(self, cell: Cell, records: Sequence[Record]) -> None:
         """Writes a cell that is done."""
@@ -220,14 +337,13 @@ class RunFiles:
         """
         found: dict[Cell, list[Record]] = {}
         for path in sorted((self.folder / "results").glob("*.jsonl")):
-            records = read_lines(path)
-            if not records:
-                raise CheckpointError(f"{path}: is empty, wanted a line a sample")
-            fields = [field.name for field in dataclasses.fields(Cell)]
-            missing = [name for name in fields if name not in records[0]]
-            if missing:
-                raise CheckpointError(f"{path}: line 1: has no {missing[0]!r}")
-            found[Cell(**{name: records[0][name] for name in fields})] = records
+            read = _read_cell(path)
+            if read is None:  # deleted since
+                continue
+            cell, records = read
+            if cell.name != path.name:
+                raise CheckpointError(f"{path}: holds {shown(cell.name)}")
+            found[cell] = records
         return found
 
     def _reference_path(self, task: str, length: int) -> pathlib.Path:
@@ -247,12 +363,17 @@ class RunFiles:
                 np.savez(file, **arrays)
 
     def reference(self, task: str, length: int) -> dict[int, DenseAnswer]:
-        """Dense's own answers; empty if there are none."""
+        """Dense's own answers; empty if there are none.
+
+        Raises:
+          CheckpointError: If the file is damaged.
+        """
         path = self._reference_path(task, length)
-        if not path.is_file():
+        arrays = _read_arrays(path)
+        if arrays is None:
             return {}
-        with np.load(path, allow_pickle=False) as arrays:
-            indices = sorted({int(name.split("/")[0]) for name in arrays.files})
+        try:
+            indices = sorted({int(name.split("/")[0]) for name in arrays})
             return {
                 index: DenseAnswer(
                     arrays[f"{index}/answer"].tolist(),
@@ -260,3 +381,5 @@ class RunFiles:
                 )
                 for index in indices
             }
+        except (KeyError, ValueError) as error:
+            raise _damaged(path, f"it has no {error}") from error

@@ -16,6 +16,9 @@ from sparda_jax.config import ModelConfig
 # A text is long enough with this share of the tokens that it may have.
 _FULL, _TRIES = 0.97, 8
 
+# The fewest tokens of a text whose perplexity is told by quarters.
+LEAST_SCORED = 5
+
 Kind = Literal["generate", "fork", "perplexity", "agreement"]
 
 
@@ -190,6 +193,7 @@ class Task:
       least: The smallest size.
       most: The largest one; None where texts go on without end.
       kind: How it is run.
+      words: It draws words from the package wonderwords, of the extra `eval`.
     """
 
     name: str
@@ -201,6 +205,7 @@ class Task:
     least: int = 1
     most: int | None = None
     kind: Kind = "generate"
+    words: bool = False
 
     def samples(
         self, prompts: Prompts, *, length: int, count: int, seed: int

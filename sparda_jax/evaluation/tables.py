@@ -269,13 +269,13 @@ def perplexity_table(scores: Scores, length: int) -> Table | None:
                 sum(column) / len(column) for column in zip(*parts, strict=True)
             ]
             mean = estimate(whole)
-            interval = f"{math.exp(mean.mean):.3f} [{math.exp(mean.low):.3f}, "
+            interval = f"{_exp(mean.mean):.3f} [{_exp(mean.low):.3f}, "
             rows.append(
                 (
                     task,
                     scores.label(variant),
-                    f"{interval}{math.exp(mean.high):.3f}]",
-                    *(f"{math.exp(value):.3f}" for value in quarters),
+                    f"{interval}{_exp(mean.high):.3f}]",
+                    *(f"{_exp(value):.3f}" for value in quarters),
                 )
             )
     return Table(
@@ -285,6 +285,13 @@ def perplexity_table(scores: Scores, length: int) -> Table | None:
         "Quarters of the positions; prefill attends. Selectors that prefill densely "
         "have dense's values.",
     )
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:  # of a model that is broken
+        return math.inf
 
 
 def agreement_table(scores: Scores, length: int) -> Table | None:
@@ -376,7 +383,7 @@ def depth_series(scores: Scores, length: int) -> dict[str, list[Point]]:
             if not scores.measured(task, length):
                 continue
             for record in scores.records(task, length, variant) or []:
-                if "depth" in record:
+                if "depth" in record and "score" in record:
                     quarter = min(int(4 * record["depth"]), 3)
                     quarters[quarter].append(record["score"])
         points = [

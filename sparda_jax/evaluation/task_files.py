@@ -1,7 +1,9 @@
 """Tasks out of files that users have: RULER, SCBench, LongBench v2, or a plain text."""
 
 import dataclasses
+import hashlib
 import json
+import math
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +12,13 @@ from typing import Any
 from sparda_jax.checkpoint.errors import CheckpointError, show
 from sparda_jax.checkpoint.files import MAX_TEXT, parse_json, read_text
 from sparda_jax.checks import ConfigError, shown
-from sparda_jax.evaluation.samples import Kind, Prompts, Question, Sample
+from sparda_jax.evaluation.samples import (
+    LEAST_SCORED,
+    Kind,
+    Prompts,
+    Question,
+    Sample,
+)
 from sparda_jax.evaluation.tasks import task_names
 
 _ANSWER_ROOM = 128
@@ -25,6 +33,7 @@ class FileTask:
       name, summary, family, max_new_tokens, metric, kind: As those of `Task`.
       rows: The samples, with lengths not known yet.
       where: File and line of each row, for messages.
+      digest: A short hash of the file's content.
       truncates: Texts that are too long lose their middle (LongBench v2's rule).
     """
 
@@ -36,6 +45,7 @@ class FileTask:
     kind: Kind
     rows: tuple[Sample, ...]
     where: tuple[str, ...]
+    digest: str
     truncates: bool = False
 
     def samples(
@@ -48,7 +58,13 @@ class FileTask:
         """
         del seed
         if self.kind == "perplexity":
-            return _cut_text(prompts, self.rows[0].input, length, count)
+            pieces = _cut_text(prompts, self.rows[0].input, length, count)
+            if not pieces:
+                raise ConfigError(
+                    f"{self.where[0]} at lengths={length}: has too few tokens, wanted "
+                    f"at least {LEAST_SCORED}"
+                )
+            return pieces
         found = []
         for sample, where in zip(self.rows[:count], self.where, strict=False):
             needed = prompts.longest(sample) + self.max_new_tokens
@@ -79,7 +95,7 @@ def _cut_text(prompts: Prompts, text: str, length: int, count: int) -> list[Samp
         while len(ids) > length:
             size = min(size - 1, int(size * length / len(ids)))
             ids = prompts.text_ids(text[begin : begin + size])
-        if len(ids) < length // 2 and pieces:
+        if len(ids) < LEAST_SCORED or (len(ids) < length // 2 and pieces):
             break  # a rest, with too few tokens for the last positions
         piece = text[begin : begin + size]
         pieces.append(Sample(len(pieces), piece, (), len(ids)))
@@ -110,11 +126,23 @@ def _field(row: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
 
 def _references(value: object, where: str, field: str) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [value]
-    if not values or not all(isinstance(v, str | int | float) for v in values):
+    if not values or not all(map(_is_reference, values)):
         raise CheckpointError(
-            f"{where}: {field} is {show(value)}, wanted texts, at least one"
+            f"{where}: {field} is {show(value)}, wanted texts or finite numbers, at "
+            "least one and none empty"
         )
     return tuple(str(v) for v in values)
+
+
+def _is_reference(value: object) -> bool:
+    """Whether it can be looked for: every answer holds an empty text."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    )
 
 
 def _ruler(row: Mapping[str, Any], index: int, where: str) -> Sample:
@@ -150,7 +178,7 @@ def _scbench(row: Mapping[str, Any], index: int, where: str) -> Sample:
 def _longbench(row: Mapping[str, Any], index: int, where: str) -> Sample:
     choices = [_field(row, f"choice_{x}", str, where) for x in _LETTERS]
     answer = _field(row, "answer", str, where)
-    if answer not in _LETTERS or not answer:
+    if answer not in tuple(_LETTERS):
         raise CheckpointError(f"{where}: answer is {show(answer)}, wanted A, B, C or D")
     listed = "\n".join(
         f"({letter}) {text}" for letter, text in zip(_LETTERS, choices, strict=True)
@@ -234,6 +262,7 @@ def read_task_file(path: str) -> FileTask:
     text = read_text(path, MAX_TEXT)
     if text is None:
         raise ConfigError(f"task_files={shown(path)}: No such file")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     name = re.sub(r"\W+", "_", pathlib.Path(path).stem).strip("_") or "file"
     name = f"file_{name}" if name in task_names() else name
     if path.endswith((".txt", ".md")):
@@ -242,7 +271,7 @@ def read_task_file(path: str) -> FileTask:
         sample = Sample(0, text, ())
         summary = f"perplexity of {path}, by position"
         return FileTask(
-            name, summary, "perplexity", 0, "", "perplexity", (sample,), (path,)
+            name, summary, "perplexity", 0, "", "perplexity", (sample,), (path,), digest
         )
     rows = _rows(path, text)
     if not rows:
@@ -258,5 +287,6 @@ def read_task_file(path: str) -> FileTask:
         form.kind,
         tuple(samples),
         tuple(place for place, _ in rows),
+        digest,
         form.truncates,
     )

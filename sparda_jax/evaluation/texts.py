@@ -2,6 +2,7 @@
 
 import functools
 import importlib.resources
+import importlib.util
 import pathlib
 import pydoc_data.topics
 import re
@@ -102,6 +103,11 @@ def place_at_depths(
         result += [*parts[taken:place], text]
         taken = place
     return result + list(parts[taken:])
+
+
+def words_available() -> bool:
+    """Whether wonderwords is installed."""
+    return importlib.util.find_spec("wonderwords") is not None
 
 
 @functools.cache

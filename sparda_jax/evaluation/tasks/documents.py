@@ -234,6 +234,7 @@ TASKS = (
         160,
         "fields",
         _build_extraction,
+        words=True,
     ),
     Task(
         "pydoc",

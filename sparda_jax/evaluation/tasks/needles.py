@@ -127,7 +127,8 @@ def _task(
     name: str, summary: str, *, family: str, least: int = 1, **settings: object
 ) -> Task:
     build = functools.partial(_build, **settings)  # pyrefly: ignore[bad-argument-type]
-    return Task(name, summary, family, 128, "all", build, least)
+    words = settings.get("key_kind", "words") == "words"
+    return Task(name, summary, family, 128, "all", build, least, words=words)
 
 
 _OWN, _STYLE = "RULER", "RULER-style"

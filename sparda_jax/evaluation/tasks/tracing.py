@@ -157,6 +157,7 @@ TASKS = (
         _COMMON + 1,
         # All the words that there are; RULER goes on with a list of its own beyond.
         8000,
+        words=True,
     ),
     Task(
         "fwe",

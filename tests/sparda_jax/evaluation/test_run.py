@@ -210,7 +210,13 @@ def test_other_settings_and_unwritable_places(lm, monkeypatch, tmp_path):
         (["--tasks", "nih", "--out", "x"], "tasks='nih'"),
         (["--attention", "magic", "--out", "x"], "attention='magic'"),
         (["--model", "tiny"], "--out is missing"),
-        (["--model", "tiny", "--out", "x"], "no tokenizer"),
+        (["--model", "tiny", "--out", "x"], "sparda: model 'tiny' has no tokenizer"),
+        (
+            ["--lengths=nan", "--out", "x"],
+            "--lengths=nan is not allowed: it must be an",
+        ),
+        (["--lengths=1024.5", "--out", "x"], "=1024.5 is not allowed: it must be an"),
+        (["--compare", "", "x"], "--compare=''"),
         (["--lengths", "many", "--out", "x"], "--lengths='many'"),
         (["--task-file", "none.jsonl", "--out", "x"], "No such file"),
         (["--compare", "none", "none"], "no run.json"),
@@ -223,6 +229,30 @@ def test_command_line(capsys, tmp_path, monkeypatch, arguments, named):
     assert status == 2
     assert [named in line for line in lines if line.startswith("sparda: ")] == [True]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_report_names_its_argument(capsys):
+    assert main(["report", ""]) == 2
+    assert "DIR='' is not allowed" in capsys.readouterr().err
+
+
+def test_files_of_others_are_known_by_their_content(lm, monkeypatch, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    row = {"input": "passkey number of this document is 12345", "outputs": ["12345"]}
+    file.write_text(json.dumps(row))
+    wanted = {"tasks": (), "task_files": [file], "attention": ["dense"]}
+    first, _ = _run(lm, monkeypatch, tmp_path / "out", **wanted)
+    again, fake = _run(lm, monkeypatch, tmp_path / "out", **wanted)
+    assert first.complete and again.complete and fake.calls == 0
+    other = tmp_path / "other" / "mine.jsonl"
+    other.parent.mkdir()
+    other.write_text(json.dumps({**row, "outputs": ["1"]}))
+    for files, named in (
+        ([other], "another content of the task file 'mine'"),
+        ([file, other], "another file is task 'mine'"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            _run(lm, monkeypatch, tmp_path / "out", **wanted | {"task_files": files})
 
 
 @pytest.mark.slow

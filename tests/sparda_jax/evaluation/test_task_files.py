@@ -1,6 +1,7 @@
 """Files of RULER, SCBench and LongBench v2, and texts: read, or refused by line."""
 
 import json
+import math
 
 import pytest
 
@@ -93,6 +94,13 @@ def test_a_text_is_cut_into_pieces(tmp_path, prompts):
         ("a.jsonl", _jsonl(RULER) + '{"input": ', "line 2: is no valid JSON"),
         ("a.jsonl", _jsonl(RULER) + "\n[1]\n", "line 3: holds .*wanted a JSON object"),
         ("a.jsonl", _jsonl(RULER, {**RULER, "outputs": []}), "line 2: outputs is"),
+        ("a.jsonl", _jsonl(RULER, {**RULER, "outputs": ["a", " "]}), "line 2: outputs"),
+        ("a.jsonl", _jsonl(RULER, {**RULER, "outputs": ""}), "line 2: outputs is ''"),
+        ("a.jsonl", _jsonl({**RULER, "outputs": [math.nan]}), "line 1: outputs is"),
+        ("a.jsonl", _jsonl({**RULER, "outputs": [math.inf]}), "line 1: outputs is"),
+        ("a.jsonl", _jsonl({**RULER, "outputs": [True]}), "line 1: outputs is"),
+        ("a.jsonl", _jsonl({**RULER, "outputs": [["a"]]}), "line 1: outputs is"),
+        ("a.json", json.dumps([{**LONGBENCH, "answer": "AB"}]), "answer is 'AB'"),
         ("a.jsonl", _jsonl({**RULER, "input": 3}), "line 1: input is 3"),
         ("a.jsonl", _jsonl({**RULER, "answer_prefix": 3}), "line 1: answer_prefix"),
         ("a.jsonl", _jsonl({"text": "x"}), "line 1: has the fields .*RULER file"),
@@ -115,6 +123,17 @@ def test_malformed_files(tmp_path, name, text, named):
     with pytest.raises(CheckpointError, match=named) as refusal:
         read_task_file(_write(tmp_path, name, text))
     assert "\n" not in str(refusal.value)
+
+
+def test_a_text_of_too_few_tokens(tmp_path, prompts):
+    for text, length in (("abc", 500), ("a longer text", 3)):
+        task = read_task_file(_write(tmp_path, "short.txt", text))
+        with pytest.raises(ConfigError, match=r"short\.txt .*too few tokens"):
+            task.samples(prompts, length=length, count=2, seed=0)
+    # A rest of too few tokens is no piece.
+    task = read_task_file(_write(tmp_path, "short.txt", "abcdefgh" * 2 + "ab"))
+    pieces = task.samples(prompts, length=8, count=9, seed=0)
+    assert min(len(prompts.text_ids(piece.input)) for piece in pieces) >= 5
 
 
 def test_missing_file(tmp_path):

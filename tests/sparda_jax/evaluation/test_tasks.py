@@ -3,12 +3,16 @@
 import collections
 import json
 import math
+import random
 import re
+import sys
 
 import pytest
 from evaluation_cases import character_tokenizer
 
 from sparda_jax.checks import ConfigError
+from sparda_jax.cli.main import build_parser
+from sparda_jax.evaluation import texts
 from sparda_jax.evaluation.samples import Prompts, sample_of
 from sparda_jax.evaluation.tasks import get_task, task_names
 from sparda_jax.evaluation.tasks.documents import entries
@@ -53,6 +57,29 @@ def test_lengths_fit_and_samples_depend_on_their_index_alone(prompts, name):
         "answer_prefix",
         "token_position_answer",
     } <= two[0].row().keys()
+
+
+def test_tasks_that_need_the_extra_say_so(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wonderwords", None)
+    monkeypatch.setitem(sys.modules, "wonderwords.assets", None)
+    texts.word_list.cache_clear()
+    for name in task_names():
+        task = get_task(name)
+        try:
+            task.build(random.Random(0), task.least, 4000, 0)
+            needed = False
+        except ConfigError as error:
+            assert "wonderwords" in str(error)
+            needed = True
+        assert task.words == needed, name
+    # What `sparda eval` runs if nothing is said does not need it.
+    chosen = build_parser().parse_args(["eval"]).tasks
+    assert chosen == ("passkey", "latent_needle", "pydoc")
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["eval", "--help"])
+    told = capsys.readouterr().out
+    assert "* needs words: pip install 'sparda-jax[eval]'" in told
+    assert "  niah_single_1 * " in told and "  passkey * " not in told
 
 
 @pytest.mark.parametrize("name", ONCE)
