@@ -23,6 +23,7 @@ from sparda_jax.checks import (
     number,
     path,
 )
+from sparda_jax.cli.console import note
 from sparda_jax.cli.ending import run_command
 from sparda_jax.cli.options import HelpFormatter, Parser, add_option
 from sparda_jax.sparse.selectors import selector_names
@@ -250,6 +251,7 @@ def _run(
     from sparda_jax.checkpoint.atomic import write_json
 
     lm = _language_model(arguments)
+    note("bench: measuring this machine's rates (seconds)")
     dtype = str(lm.model.embedding[...].dtype)
     rates = sj.measure_rates(
         block_size=lm.sparse.block_size, head_dim=lm.config.head_dim, dtype=dtype
@@ -258,6 +260,7 @@ def _run(
     limits = Limits(hbm, host, rates)
     rng = np.random.default_rng(arguments.seed)
     cells = []
+    planned = len(contexts) * len(batches) * len(ways(attentions, caches))
     for context in contexts:
         for batch in batches:
             for way in ways(attentions, caches):
@@ -266,6 +269,10 @@ def _run(
                     rows = max(
                         1, largest_batch(lm, way, limits, context, arguments.new)
                     )
+                note(
+                    f"bench: cell {len(cells) + 1} of {planned}: {way}, {context} "
+                    f"tokens, batch {rows} (compiles, then {arguments.calls} calls)"
+                )
                 prompts = rng.integers(0, lm.config.vocab_size, (rows, context))
                 cells.append(
                     measure(

@@ -28,6 +28,9 @@ class Way:
     cache: str
     prefetch: str = ""
 
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.attention, self.cache, self.prefetch)))
+
     @property
     def config(self) -> sj.CacheConfig:
         """The cache's configuration."""

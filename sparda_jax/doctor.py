@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.device import DeviceReport, describe, records_directory
+from pallas_kernels.device import DeviceReport, ServedOp, describe, records_directory
 from sparda_jax.cache.memory import HOST_KIND
 from sparda_jax.checkpoint.fetch import cache_directory
 from sparda_jax.checks import flag
@@ -30,6 +30,12 @@ _FLAGS = (
 )
 # What XLA pins at most where nothing is set.
 _PINNED_BY_DEFAULT = 64 * 2**30
+
+_NO_RECORD = (
+    "('no record of this device': kernels were not timed on it, so what serves is XLA, "
+    "or what was fastest on the nearest device; nothing is wrong. On a CUDA GPU "
+    "`sparda tune` makes a record.)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +77,7 @@ class MachineReport:
             *(f"{name} {version}" for name, version in self.versions.items()),
             "",
             f"{self.devices} device(s): {self.device}",
+            *([_NO_RECORD] if any(map(_unrecorded, self.device.ops)) else []),
             "",
             f"device memory for JAX: {size(self.device_bytes)}; kinds: {kinds}",
             f"host memory: {self.host or 'not told'}",
@@ -103,6 +110,10 @@ class MachineReport:
                 ),
             )
         )
+
+
+def _unrecorded(op: ServedOp) -> bool:
+    return op.why.startswith("no record")
 
 
 def _rates_text(rates: Rates | None) -> str:

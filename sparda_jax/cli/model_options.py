@@ -40,7 +40,7 @@ def add_model_options(
         path,
         metavar="F",
         help="Forecast weights for sparda: a file, or 'from_query' (training-free); "
-        "SmolLM2's are built in",
+        "those of smollm2-135m and qwen2.5-coder-0.5b are built in",
     )
     add_block_options(group)
     add_option(

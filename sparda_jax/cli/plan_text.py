@@ -47,6 +47,11 @@ def plan_text(result: Plan) -> str:
             "tokens/s)",
         ]
     lines += ["", f"verdict: {result.verdict}"]
+    if result.resident_best is not None and result.offload_best is not None:
+        lines.append(
+            "both rates are bounds; resident batches reach a smaller share of theirs "
+            "(docs/offload.md)"
+        )
     if result.break_even is None:
         lines.append("at this context offload is ahead at no miss share")
     elif result.break_even >= 1:

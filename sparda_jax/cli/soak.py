@@ -123,7 +123,11 @@ def _soak(arguments: argparse.Namespace) -> None:
         layer0=arguments.layer0,
         route=arguments.route,
     )
-    note("soak: warming up (every size, offloaded and resident)")
+    if arguments.only is None:
+        note(
+            "soak: warming up: compiles every size, offloaded and resident, which "
+            "may take minutes the first time (--minutes begins after it)"
+        )
     with LiveLine() as line:
         report = soak(
             dataclasses.replace(lm, cache=cache),

@@ -184,11 +184,16 @@ _ALL = (
     Preset(_NOSA_8B, _NOSA, "NOSA-8B, sparse pretrained with key bias"),
     Preset(_LLAMA31, _DENSE_8B, "Llama 3.1 8B Instruct, dense pretrained"),
     Preset(_MISTRAL, _DENSE_8B, "Mistral 7B v0.3, dense pretrained"),
+    Preset(_QWEN25, _DENSE_8B, "Qwen2.5 Instruct, dense pretrained"),
+    Preset(
+        _QWEN25_CODER,
+        _DENSE_8B,
+        "Qwen2.5-Coder Instruct, by `sparda fetch`; its file holds the head apart from "
+        "the embedding (136 M more)",
+    ),
     *(
         Preset(model, _DENSE_8B, "Qwen2.5 Instruct, dense pretrained")
         for model in (
-            _QWEN25,
-            _QWEN25_CODER,
             _sized(_QWEN25, "qwen2.5-1.5b", 1536, 8960, 28, 12, **_WIDE),
             _sized(_QWEN25, "qwen2.5-3b", 2048, 11008, 36, 16, **_WIDE),
             _sized(_QWEN25, "qwen2.5-7b", 3584, 18944, 28, 28, num_kv_heads=4, **_BIG),

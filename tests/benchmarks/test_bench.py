@@ -100,6 +100,8 @@ def test_ways_that_forecast_are_offloaded_twice():
         Way("sparda", "offload", "lookahead"),
         Way("sparda", "offload", "none"),
     ]
+    assert str(Way("sparda", "offload", "none")) == "sparda offload none"
+    assert str(Way("dense", "resident")) == "dense resident"
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,8 @@ def test_a_small_run(capsys, tmp_path):
         str(picture),
     ]
     assert bench.main(command) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "bench: cell 3 of 3: sparda offload none, 600 tokens, batch 1" in err
     figures = read_figures(str(file))
     assert len(figures.cells) == 3
     assert {cell.status for cell in figures.cells} == {"measured"}

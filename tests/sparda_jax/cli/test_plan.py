@@ -46,6 +46,7 @@ def test_table(capsys):
     assert rows["fits"] == ["yes"] * 4
     for word in (
         "verdict: ",
+        "both rates are bounds",
         "offload starts to pay at ",
         "are fetched (qwen2.5-coder-0.5b-instruct, prose, sparda, 30720 tokens)",
         "recorded for NVIDIA H200",
