@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+import sparda_jax as sj
 from sparda_jax.cli.main import main
 
 OFF = "--no-compilation-cache"
@@ -161,8 +162,12 @@ def test_offload_answers_as_resident_does(capsys, tmp_path, smollm2_path):
     command = ("generate", "--prompt-file", str(document), "--attention", "sparda")
     command += ("--question", "What does assert do?", "--max-new-tokens", "24")
     texts = {}
-    for cache in ("resident", "offload"):
-        status, out, err = _run(capsys, *command, "--cache", cache, "--stats", OFF)
+    # Room for every block would fetch none.
+    few = ("--device-blocks", str(sj.load("smollm2-135m").sparse.block_budget))
+    for cache, room in (("resident", ()), ("offload", few)):
+        status, out, err = _run(
+            capsys, *command, "--cache", cache, *room, "--stats", OFF
+        )
         assert status == 0
         texts[cache] = out
     assert texts["offload"] == texts["resident"] != ""

@@ -120,12 +120,18 @@ def prompts(token_ids):
     return first, [token_ids(130, seed=1), token_ids(300, seed=2), []]
 
 
+# Arrays [layers, B, K, S, ...] that a prompt's end makes of all that the cache holds,
+# what lies behind a row's end as well.
+OF_ALL_TOKENS = {"partial_keys": "keys", "signatures": "codes"}
+
+
 def _without_garbage(state: GenerateState) -> GenerateState:
     """The state, on the host, with zeros for what lies behind a row's end.
 
     An offloaded row's growing block is in its slot; the store has the full ones.
     """
     state = jax.tree.map(np.array, state)
+    _clear_indices(state)
     cache, layers = state.cache, list(state.cache.layers)
     if isinstance(cache, OffloadCache):
         layers = [] if cache.first is None else [cache.first]
@@ -146,16 +152,34 @@ def _without_garbage(state: GenerateState) -> GenerateState:
     return state
 
 
+def _clear_indices(state: GenerateState) -> None:
+    first = getattr(state.cache, "first", None)
+    for layer in [*state.cache.layers, *([] if first is None else [first])]:
+        for name in OF_ALL_TOKENS.keys() & layer.index.keys():
+            array = getattr(layer.index[name], OF_ALL_TOKENS[name])
+            for row, length in enumerate(state.lengths):
+                array[:, row, :, int(length) :] = 0
+
+
 def _assert_equal(state: GenerateState, expected: GenerateState) -> None:
     found = jax.tree_util.tree_leaves_with_path(_without_garbage(state))
     pairs = zip(found, jax.tree.leaves(_without_garbage(expected)), strict=True)
     for (path, leaf), other in pairs:
-        np.testing.assert_array_equal(leaf, other, jax.tree_util.keystr(path))
+        name = jax.tree_util.keystr(path)
+        if name.endswith("index['votes'].scores"):
+            # XLA sums SnapKV's votes in another order for one row than for three.
+            np.testing.assert_allclose(leaf, other, rtol=1e-6, err_msg=name)
+        else:
+            np.testing.assert_array_equal(leaf, other, name)
 
 
 CASES = [
     *((name, CacheConfig(), "stacked") for name in selector_names()),
-    *((name, OFFLOAD, "per_layer") for name in selector_names()),
+    *(
+        (name, OFFLOAD, "per_layer")
+        for name in selector_names()
+        if not get_selector(name).attends_tokens  # with a resident cache alone
+    ),
     ("nosa", CacheConfig(), "per_layer"),
     ("sparda", OFFLOAD, "stacked"),
     ("sparda", ALL_SLOTS, "stacked"),
