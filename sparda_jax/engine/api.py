@@ -3,12 +3,10 @@
 from collections.abc import Callable
 from typing import Unpack
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.checks import flag, function, integer, optional
-from sparda_jax.config import CacheConfig
 from sparda_jax.engine.call import Call
 from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.engine.conversation import Conversation
@@ -27,8 +25,7 @@ from sparda_jax.engine.requests import (
 )
 from sparda_jax.engine.results import GenerateOutput
 from sparda_jax.engine.stream import Stream
-from sparda_jax.inference.generate import Prompt, new_state, pad_rows
-from sparda_jax.inference.prefill import prefill
+from sparda_jax.inference.generate import Prompt, hidden_states, pad_rows
 from sparda_jax.inference.shapes import Shapes, plan_shapes
 from sparda_jax.models.decoder import Decoder, logits
 from sparda_jax.models.rope import Rope, model_rope
@@ -74,18 +71,8 @@ def _forward(
     shapes: Shapes,
 ) -> Float[Array, "T V"]:
     """Logits of one padded sequence, on a cache of its own."""
-    state = new_state(model, settings, 1, shapes, CacheConfig())
-    carry = prefill(
-        model,
-        state.cache,
-        prompt.tokens,
-        jnp.zeros_like(prompt.count),
-        prompt.count,
-        rope,
-        settings,
-        tile_size=shapes.tile,
-    )
-    return logits(model, carry.hidden[0])
+    hidden = hidden_states(model, prompt, rope, settings=settings, shapes=shapes)
+    return logits(model, hidden)
 
 
 def generate(

@@ -22,11 +22,10 @@ from sparda_jax.inference.decode import decode_step
 from sparda_jax.inference.generate import (
     GenerateState,
     Prompt,
-    new_state,
+    hidden_states,
     next_turn,
     pad_rows,
 )
-from sparda_jax.inference.prefill import prefill
 from sparda_jax.inference.shapes import Shapes, plan_shapes
 from sparda_jax.models.decoder import Decoder, logits
 from sparda_jax.models.rope import Rope, model_rope
@@ -57,18 +56,7 @@ def _score_text(
     shapes: Shapes,
 ) -> tuple[Float[Array, " T"], Bool[Array, " T"]]:
     """Surprise of the token behind each one; the last one's is of no use."""
-    state = new_state(model, settings, 1, shapes, CacheConfig())
-    carry = prefill(
-        model,
-        state.cache,
-        prompt.tokens,
-        jnp.zeros_like(prompt.count),
-        prompt.count,
-        rope,
-        settings,
-        tile_size=shapes.tile,
-    )
-    hidden = carry.hidden[0]
+    hidden = hidden_states(model, prompt, rope, settings=settings, shapes=shapes)
     following = jnp.roll(prompt.tokens[0], -1)
     width = following.shape[0]
     hidden = jnp.pad(

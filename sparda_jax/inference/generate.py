@@ -360,6 +360,37 @@ def new_state(
     )
 
 
+def hidden_states(
+    model: Decoder,
+    prompt: Prompt,
+    rope: Rope,
+    *,
+    settings: LayerSettings,
+    shapes: Shapes,
+) -> Float[Array, "T D"]:
+    """What the layers make of one padded sequence, on a resident cache of its own.
+
+    Args:
+      model: Weights.
+      prompt: The sequence, padded to `shapes.prompt`.
+      rope: Frequencies.
+      settings: How layers attend.
+      shapes: Sizes.
+    """
+    state = new_state(model, settings, 1, shapes, CacheConfig())
+    carry = prefill(
+        model,
+        state.cache,
+        prompt.tokens,
+        jnp.zeros_like(prompt.count),
+        prompt.count,
+        rope,
+        settings,
+        tile_size=shapes.tile,
+    )
+    return carry.hidden[0]
+
+
 def next_turn(
     state: GenerateState, shapes: Shapes, settings: LayerSettings, config: CacheConfig
 ) -> GenerateState:
