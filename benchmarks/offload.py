@@ -9,11 +9,14 @@ back to what it has left.
 
   python -m benchmarks.offload --context 131072 --batch 4 8 16
   python -m benchmarks.offload --context 131072 --batch 20 --slots 1 2 3
+  python -m benchmarks.offload --context 32768 --batch 4 --slots all
   python -m benchmarks.offload --context 32768 --batch 16 --miss 0.1    # synthetic
 
 Modes, all in one run: `resident` (own-query selection, KV on the device), `sparse` (own
 query, offloaded, each layer waits), `sparda-none` (Forecast, offloaded, each layer
-waits), `sparda` (Forecast, looking one layer ahead). Every figure is the median over
+waits), `sparda` (Forecast, looking one layer ahead), `sparda-verify` (the same, but the
+layer's own queries have the last word; both choose the imposed list, so that it shows
+what verifying costs, not what it repairs). Every figure is the median over
 timed chunks of steps, with the least and the most. `bound` is the least step time that
 the bandwidths measured in the same run allow (`planning.step.step_time`), `reached`
 the bound over the median.
@@ -43,6 +46,10 @@ from sparda_jax.cli.ending import run_command
 CHUNK = 8
 
 
+def _budgets(value: str) -> float:
+    return math.inf if value == "all" else float(value)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -56,7 +63,10 @@ def _parser() -> argparse.ArgumentParser:
         "--mode",
         nargs="+",
         default=["resident", "sparse", "sparda-none", "sparda"],
-        choices=["resident", "resident-sparda", "sparse", "sparda-none", "sparda"],
+        choices=[
+            *("resident", "resident-sparda", "sparse"),
+            *("sparda-none", "sparda", "sparda-verify"),
+        ],
     )
     parser.add_argument(
         "--trace", type=pathlib.Path, default=DEFAULT_TRACE, help="whose lists to take"
@@ -65,7 +75,14 @@ def _parser() -> argparse.ArgumentParser:
         "--miss", type=float, help="instead: a drift that makes this share of lists new"
     )
     parser.add_argument(
-        "--slots", type=float, nargs="+", default=[1.0], help="slots, in budgets"
+        "--slots",
+        type=_budgets,
+        nargs="+",
+        default=[1.0],
+        help="slots, in budgets, or all: one for every block",
+    )
+    parser.add_argument(
+        "--codec", default="exact", choices=["exact", "int8"], help="of host blocks"
     )
     parser.add_argument("--steps", type=int, default=96, help="timed steps")
     parser.add_argument("--route", default="auto")
@@ -174,11 +191,14 @@ def _settings(config, sparse, mode: str, choice: Choice, slots: float, arguments
     from sparda_jax.planning.auto import offload_settings
 
     selector = _selector(mode, choice)
+    every = -(-arguments.context * 2 // sparse.block_size)
     cache = CacheConfig(
-        device_blocks=round(slots * sparse.largest_budget),
+        device_blocks=round(min(slots * sparse.largest_budget, every)),
         kind="resident" if mode.startswith("resident") else "offload",
-        prefetch="lookahead" if mode == "sparda" else "none",
+        prefetch="lookahead" if mode in ("sparda", "sparda-verify") else "none",
+        exactness="verify" if mode == "sparda-verify" else "forecast",
         route=arguments.route,
+        codec=arguments.codec,
     )
     offload = offload_settings(cache, selector)
     return cache, LayerSettings(config, sparse, selector, offload=offload)
@@ -290,7 +310,10 @@ def _row(mode, cache, settings, seconds, fetched, capacity, rates, arguments, ba
     from sparda_jax.planning.step import step_time
 
     config, sparse = settings.config, settings.sparse
-    block_bytes = sparse.block_size * 2 * config.head_dim * 2
+    block_bytes = stored = sparse.block_size * 2 * config.head_dim * 2
+    if settings.offload is not None:
+        shape = (sparse.block_size, 2, config.head_dim)
+        stored = settings.offload.codec.bytes_per_block(shape, jnp.bfloat16)
     listed = batch * config.num_kv_heads * config.num_layers * sparse.largest_budget
     median = statistics.median(seconds)
     bound = step_time(
@@ -311,7 +334,7 @@ def _row(mode, cache, settings, seconds, fetched, capacity, rates, arguments, ba
         "most_ms": max(seconds) * 1e3,
         "tokens_per_second": batch / median,
         "steps": len(seconds) * CHUNK,
-        "fetched_mb": fetched * block_bytes / 1e6,
+        "fetched_mb": fetched * stored / 1e6,
         "fetched_share": fetched / listed,
         "attended_gb": listed * block_bytes / 1e9,
         "bound_ms": bound.seconds * 1e3,
@@ -352,7 +375,7 @@ def _measure(model, sparse, batch: int, modes: list, arguments, rates, trace):
                 mode, cache, how, seconds, fetched, capacity, rates, arguments, batch
             )
             yield row | {
-                "slots": None if resident else slots,
+                "slots": None if resident else "all" if slots == math.inf else slots,
                 "compile_s": compiling,
             }
         del state, programs
@@ -409,6 +432,7 @@ def _run(arguments: argparse.Namespace) -> None:
         "model": arguments.model,
         "context": arguments.context,
         "miss": arguments.miss,
+        "codec": arguments.codec,
         "trace": None if trace is None else arguments.trace.name,
         "lists": source,
         "rates": dataclasses.asdict(rates),

@@ -1,6 +1,7 @@
 """Blocks in 8 bits: against NumPy, rounded once, the same by every route and C."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,10 @@ import numpy as np
 import pytest
 
 import sparda_jax as sj
+from pallas_kernels.commit_blocks.api import commit_stored_blocks
 from sparda_jax.cache.codecs import BlockCodec, Int8Codec, named_codec
+from sparda_jax.cache.host_store import HostStore
+from sparda_jax.cache.routes import resolve_route
 
 SPARSE = sj.SparseConfig(local_blocks=2, block_budget=6)
 INT8 = sj.CacheConfig(
@@ -70,6 +74,55 @@ def test_bytes():
     assert BlockCodec().bytes_per_block(shape, jnp.bfloat16) == 32 * 1024
     assert codec.bytes_per_block(shape, jnp.bfloat16) == 17 * 1024
     assert not codec.exact and named_codec("exact").exact
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        "dynamic_slice",
+        pytest.param("mosaic", marks=pytest.mark.gpu),
+        pytest.param("triton", marks=pytest.mark.gpu),
+    ],
+)
+def test_a_fetch_and_its_commit_are_the_oracles(route):
+    """Blocks of the 8B shape in pinned memory, listed with gaps, put into slots."""
+    random = np.random.default_rng(3)
+    blocks = random.standard_normal((12, 64, 2, 128)).astype(np.float32)
+    blocks = np.asarray(jnp.asarray(blocks, jnp.bfloat16))
+    lead, slots = (1, 1, 1, 12), jnp.zeros((9, 64, 2, 128), jnp.bfloat16)
+    codec = Int8Codec()
+    whole, scales = _oracle(blocks)
+    store = HostStore.empty(lead, blocks.shape[1:], jnp.bfloat16, codec)
+    store = store.with_numpy((whole[None, None, None], scales[None, None, None]))
+    sources = jnp.asarray([7, -1, 0, 11, -1, 3, -1, -1], jnp.int32)
+    targets = jnp.asarray([2, -1, 8, 0, -1, 5, -1, -1], jnp.int32)
+    count, way = jnp.int32(6), resolve_route(route)
+
+    @jax.jit
+    def step(parts, slots):
+        staged = tuple(
+            way.fetch(
+                part.reshape(-1, *part.shape[4:]),
+                sources,
+                count,
+                jnp.zeros((8, *part.shape[4:]), part.dtype),
+                on_side_stream=False,
+            )
+            for part in parts
+        )
+        decode = functools.partial(codec.decode, dtype=slots.dtype)
+        return commit_stored_blocks(slots, staged, targets, decode, count=count)
+
+    got = np.asarray(step(store.parts, slots), np.float32)
+    scale = np.stack(
+        np.broadcast_arrays(scales[:, None, :128], scales[:, 128:192, None]), axis=2
+    )
+    decoded = jnp.asarray(whole.astype(np.float32) * scale, jnp.bfloat16)
+    want = np.zeros(got.shape, np.float32)
+    for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+        if source >= 0:
+            want[target] = np.asarray(decoded[source], np.float32)
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.fixture(scope="module")
