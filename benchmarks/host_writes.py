@@ -4,7 +4,9 @@
 
 A prefill writes every layer's blocks [heads, blocks, 64, 2, 128] into the pinned array
 of all layers, which the call donates. What is written is checked. `replaced` is the
-link: a copy into an array of its own.
+link: a copy into an array of its own, new or donated, and where a condition that only
+the program knows says whether it is replaced. The kernels are those of `commit_blocks`,
+whose target then lies in host memory: alone, or in a call whose results are said to.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import functools
 import pathlib
 import statistics
 import time
+from typing import Any
 
 HEADS = 2
 BLOCK = (64, 2, 128)
@@ -27,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _in_chunks(store, piece, count, *, chunk: int, by_head: bool):
+def _in_chunks(store, piece, count, *, chunk: int, by_head: bool, unrolled: int = 1):
     """Chunks in a loop with as many passes as `count` asks for, as in a prefill."""
     from jax import lax
 
@@ -39,14 +42,52 @@ def _in_chunks(store, piece, count, *, chunk: int, by_head: bool):
         return lax.dynamic_update_slice(store, to_host(part)[None], (1, *at))
 
     def save(number, store):
-        first = number * chunk
-        if not by_head:
-            return put(store, 0, first, piece.shape[0])
-        for head in range(piece.shape[0]):
-            store = put(store, head, first, 1)
+        for part in range(unrolled):
+            first = (number * unrolled + part) * chunk
+            if not by_head:
+                store = put(store, 0, first, piece.shape[0])
+                continue
+            for head in range(piece.shape[0]):
+                store = put(store, head, first, 1)
         return store
 
-    return lax.fori_loop(0, count // chunk, save, store)
+    return lax.fori_loop(0, count // (chunk * unrolled), save, store)
+
+
+def _by_kernel(store, piece, count, *, implementation: Any, said: bool):
+    """A kernel whose aliased operand is the pinned array."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.compute_on import compute_on
+
+    from pallas_kernels.commit_blocks.api import commit_blocks
+
+    del count
+    _, heads, room, *rest = store.shape
+    blocks = piece.shape[1]
+    head = jnp.arange(heads, dtype=jnp.int32)[:, None]
+    rows = ((heads + head) * room + jnp.arange(blocks, dtype=jnp.int32)).reshape(-1)
+
+    def commit(held, staged, rows):
+        return commit_blocks(held, staged, rows, implementation=implementation)
+
+    call: Any = commit
+    if said:
+        space = jax.memory.Space.Host
+        call = compute_on(commit, compute_type="gpu_stream:1", out_memory_spaces=space)
+    done = call(store.reshape(-1, *rest), piece.reshape(-1, *rest), rows)
+    return done.reshape(store.shape)
+
+
+def _replaced(store, piece, count, *, conditional: bool):
+    """A layer's array is another one afterwards, in the donated one's memory."""
+    from jax import lax
+
+    from sparda_jax.cache.memory import to_host
+
+    if not conditional:
+        return to_host(piece)
+    return lax.cond(count > 1, lambda old: to_host(piece), lambda old: old, store)
 
 
 def _by_head(store, piece, count):
@@ -71,12 +112,14 @@ def _measure(call, store, piece, repeats: int) -> list[float]:
     import numpy as np
 
     blocks = piece.shape[1]
-    seconds = []
+    seconds: list[float] = []
     for _ in range(repeats + 1):
         begun = time.perf_counter()
         store = jax.block_until_ready(call(store, piece, jnp.int32(blocks)))
         seconds.append(time.perf_counter() - begun)
-    written = np.asarray(store)[1, :, :blocks]
+    written = np.asarray(store)
+    if written.shape != piece.shape:
+        written = written[1, :, :blocks]
     if not np.array_equal(written, np.asarray(piece)):
         raise ValueError("what was written is not what was given")
     return seconds[1:]
@@ -106,7 +149,25 @@ def main() -> None:
         "whole heads": (_by_head, narrow),
         "chunks of 64, 32-bit": (chunks(chunk=64, by_head=False), wide),
         "whole heads, 32-bit": (_by_head, wide),
+        "chunks of 32 blocks": (chunks(chunk=32, by_head=False), narrow),
+        "chunks of 16 blocks": (chunks(chunk=16, by_head=False), narrow),
+        "chunks of 32, 2 a pass": (chunks(chunk=32, by_head=False, unrolled=2), narrow),
+        "chunks of 16, 4 a pass": (chunks(chunk=16, by_head=False, unrolled=4), narrow),
+        "chunks of 8, 8 a pass": (chunks(chunk=8, by_head=False, unrolled=8), narrow),
+        "replaced, donated": (
+            functools.partial(_replaced, conditional=False),
+            narrow,
+        ),
+        "replaced, if so": (functools.partial(_replaced, conditional=True), narrow),
     }
+    if jax.default_backend() == "gpu":
+        for implementation in ("triton", "mosaic_gpu"):
+            for said in (True, False):
+                name = f"{implementation}, {'said' if said else 'alone'}"
+                kernel = functools.partial(
+                    _by_kernel, implementation=implementation, said=said
+                )
+                calls[name] = (kernel, narrow)
     device = jax.devices()[0].device_kind
     print(f"{narrow.nbytes / 1e6:.0f} MB, {device}, JAX {jax.__version__}")
     figures: dict[str, dict] = {}
@@ -118,9 +179,13 @@ def main() -> None:
         print(f"{name:24} {rate:6.1f} GB/s ({least:.2f} … {most:.2f} ms)", flush=True)
 
     for name, (call, piece) in calls.items():
-        store = host_zeros((3, HEADS, blocks + 64, *piece.shape[2:]), piece.dtype)
+        shape = (3, HEADS, blocks + 64, *piece.shape[2:])
+        if name.startswith("replaced"):
+            shape = piece.shape
+        store = host_zeros(shape, piece.dtype)
         try:
-            program = jax.jit(call, donate_argnums=0)
+            # Else a result's kind of memory is that of what made it, by its type.
+            program = jax.jit(call, donate_argnums=0, out_shardings=store.sharding)
             report(name, _measure(program, store, piece, arguments.repeats))
         except Exception as error:  # one way's refusal must not hide the others
             print(f"{name:24} refused: {str(error)[:120]}", flush=True)

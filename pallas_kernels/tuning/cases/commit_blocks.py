@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.commit_blocks import pallas_mosaic_gpu as mosaic
 from pallas_kernels.commit_blocks import pallas_triton as triton
 from pallas_kernels.commit_blocks.api import commit_blocks
 from pallas_kernels.tuning.case import Case
@@ -21,11 +22,16 @@ def cases(small: bool) -> Iterator[Case]:
     chance = jax.random.uniform(jax.random.key(1), (rows,))
     indices = jnp.where(chance < 0.1, order, -1)
 
+    functions = {
+        "mosaic_gpu": mosaic.commit_blocks_mosaic_gpu,
+        "triton": triton.commit_blocks_triton,
+    }
+
     def run(name, config, slots, staged, indices):
         def step(_, slots):
             if config is None:
                 return commit_blocks(slots, staged, indices, implementation=name)
-            return triton.commit_blocks_triton(slots, staged, indices, config=config)
+            return functions[name](slots, staged, indices, config=config)
 
         # A loop carries the slots, as decode does: they are updated in place.
         return jax.lax.fori_loop(0, links, step, slots)
@@ -39,7 +45,8 @@ def cases(small: bool) -> Iterator[Case]:
                 triton.Config(programs, part * 1024)
                 for programs in (132, 528)
                 for part in (8, 16, 32)
-            ]
+            ],
+            "mosaic_gpu": [mosaic.Config(n) for n in (132, 264, 528)],
         },
         links=links,
     )
