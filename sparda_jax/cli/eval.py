@@ -147,6 +147,13 @@ def _add_how_it_is_run(group: Any) -> None:
         metavar="S",
         help="begin nothing new after so many seconds; run again to go on",
     )
+    add_option(
+        group,
+        "--commit",
+        non_empty_text,
+        metavar="C",
+        help="state of the code, for run.json; git says it in a checkout",
+    )
     add_option(group, "--out", path, metavar="DIR", help="where results are written")
 
 
@@ -235,6 +242,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         task_files=arguments.task_file,
         time_limit=arguments.time_limit,
         progress=True,
+        commit=arguments.commit,
     )
     if outcome.done:
         _write(arguments.out)

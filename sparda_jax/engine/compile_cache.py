@@ -124,12 +124,14 @@ class Programs:
 
     Attributes:
       compiled: How many were compiled since the process began.
+      seconds: What that took, of every thread that compiled.
     """
 
     def __init__(self, size: int = _MOST_PROGRAMS):
         self._held: BoundedCache[jax.stages.Compiled] = BoundedCache(size)
         self._lock = threading.Lock()
         self.compiled = 0
+        self.seconds = 0.0
 
     def __len__(self) -> int:
         return len(self._held)
@@ -172,6 +174,7 @@ class Programs:
             seconds = time.perf_counter() - begun
             with self._lock:
                 self.compiled += 1
+                self.seconds += seconds
             return program
 
         return self._held.get_or_make(key, compile_program), seconds

@@ -33,6 +33,8 @@ from sparda_jax.evaluation.token_scores import (
 _ROOMS = (32, 128, 512)
 # A request that does not fit is refused before it runs, or fails while it does.
 _TOO_MUCH = (ConfigError, jax.errors.JaxRuntimeError)
+DENSE = "dense"  # The selector that all others are compared with.
+_NO_ANSWER = ConfigError("dense attention has no answer to compare with")
 type AnyTask = Task | FileTask
 type Record = dict[str, Any]
 type Advance = Callable[[int], None]
@@ -287,13 +289,15 @@ class Runner:
         """Dense's own answer, seen by another: first choices alike, and divergence."""
         sample, ids = asked.sample, asked.ids[0].tolist()
         try:
-            if lm.selector.dense:
+            if lm.selector.name == DENSE:
                 room = task.max_new_tokens
                 out = generate(lm, [ids], max_new_tokens=room, ignore_eos=True)
                 answer = out.tokens[0]
                 views = view_of_answer(lm, ids, answer, None)
                 reference[sample.index] = DenseAnswer(answer, views)
-            dense = reference[sample.index]
+            dense = reference.get(sample.index)
+            if dense is None:
+                return _broken(sample, ids, _NO_ANSWER)
             views = view_of_answer(lm, ids, dense.tokens, dense.views.tokens)
         except _TOO_MUCH as error:
             return _broken(sample, ids, error)

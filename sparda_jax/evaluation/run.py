@@ -1,15 +1,12 @@
 """`evaluate`: every selector on the same samples, cell by cell, resumable."""
 
 import dataclasses
-import datetime
-import hashlib
 import os
 import pathlib
-import platform
 import re
-import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +17,7 @@ from sparda_jax.checks import (
     ConfigError,
     flag,
     integer,
+    non_empty_text,
     number,
     optional,
     path,
@@ -27,11 +25,18 @@ from sparda_jax.checks import (
     several,
     shown,
 )
+from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.requests import LANGUAGE_MODEL
-from sparda_jax.evaluation.answers import AnyTask, Record, Runner
-from sparda_jax.evaluation.run_checks import FORMAT
+from sparda_jax.evaluation.answers import (
+    DENSE,
+    AnyTask,
+    DenseAnswer,
+    Record,
+    Runner,
+)
 from sparda_jax.evaluation.run_files import Cell, RunFiles
+from sparda_jax.evaluation.run_settings import run_settings
 from sparda_jax.evaluation.samples import Asked, Prompts, Sample
 from sparda_jax.evaluation.statistics import estimate
 from sparda_jax.evaluation.task_files import FileTask, read_task_file
@@ -40,7 +45,6 @@ from sparda_jax.inference.sampling import MOST_SEED
 from sparda_jax.loading import with_attention
 from sparda_jax.sparse.selectors import Selector, get_selector, selector_names
 
-DENSE = "dense"
 FLOOR = 50.0
 # Whose records have a score of 0 … 100 that a floor makes sense for.
 SCORED = ("generate", "fork")
@@ -52,11 +56,16 @@ class Variant(NamedTuple):
 
     Attributes:
       lm: The model that attends so.
-      budget: Blocks a token reads; 0 for dense.
+      budget: Blocks a token reads; 0 where that has no such number.
     """
 
     lm: LanguageModel
     budget: int
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is what all others are measured by."""
+        return self.lm.selector.name == DENSE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,76 +161,6 @@ def _variants(
     return variants
 
 
-def _git(*arguments: str) -> str | None:
-    """What git says of the checkout that this package is in, None if it is in none."""
-    folder = str(pathlib.Path(__file__).parent)
-    try:
-        done = subprocess.run(
-            ["git", "-C", folder, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _commit() -> str | None:
-    """The commit of the checkout, with a plus if its files are not that commit's."""
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no")
-    return f"{commit}+" if commit and changed else commit
-
-
-def _forecast_of(lm: LanguageModel) -> str:
-    """A short hash of the Forecast heads; "none" without them."""
-    if lm.model.forecast is None:
-        return "none"
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(lm.model.forecast):
-        digest.update(jax.device_get(leaf).tobytes())
-    return digest.hexdigest()[:12]
-
-
-def _settings(
-    lm: LanguageModel,
-    prompts: Prompts,
-    selectors: Sequence[Selector],
-) -> dict[str, Any]:
-    """What `run.json` says of the model and the machine."""
-    assert lm.tokenizer is not None
-    tokenizer = hashlib.sha256(lm.tokenizer.to_json().encode()).hexdigest()[:12]
-    geometry: dict[str, Any] = dataclasses.asdict(lm.sparse)
-    budget = geometry.pop("block_budget")
-    if not isinstance(budget, int):
-        geometry["layer_budgets"] = list(budget)
-    commit = _commit()
-    return {
-        "format": FORMAT,
-        "model": lm.config.name,
-        "weights": lm.fingerprint,
-        "forecast": _forecast_of(lm),
-        "forecast_trained": lm.forecast_sparse is not None,
-        "tokenizer": f"{lm.config.name}, {lm.tokenizer.vocab_size} tokens, {tokenizer}",
-        "prompts": prompts.form,
-        "dtype": str(lm.model.embedding[...].dtype),
-        "storage": lm.model.storage,
-        "cache": lm.cache.kind,
-        "geometry": geometry,
-        "attention": [selector.name for selector in selectors],
-        "labels": {
-            selector.name: getattr(selector, "label", selector.name)
-            for selector in selectors
-        },
-        "devices": [jax.devices()[0].device_kind],
-        "commits": [commit] if commit else [],
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
 class _Plan(NamedTuple):
     """A task at a length: its samples and those that `dense` must answer first."""
 
@@ -281,6 +220,7 @@ def evaluate(
     task_files: Sequence[str | os.PathLike] = (),
     time_limit: float | int | None = None,
     progress: bool = False,
+    commit: str | None = None,
 ) -> Outcome:
     """Runs tasks with several selectors, and keeps a record of every sample.
 
@@ -309,7 +249,9 @@ def evaluate(
       task_files: Files of others: RULER's rows or SCBench's as JSON Lines, LongBench
         v2 as JSON, or a text for perplexity.
       time_limit: Seconds after which no further cell is begun.
-      progress: Show a bar on standard error.
+      progress: Show a bar on standard error, and what each cell took.
+      commit: Which state of the code this is, for `run.json`; None asks git, which
+        knows it in a checkout alone.
 
     Returns:
       How far it has come.
@@ -330,6 +272,7 @@ def evaluate(
     limit = optional(number(above=0))("time_limit", time_limit)
     floor = number(least=0, most=100)("floor", floor)
     progress = flag("progress", progress)
+    commit = optional(non_empty_text)("commit", commit)
     files = RunFiles(pathlib.Path(path("out", out)))
     lengths = _checked_lengths(lm, lengths)
     chosen = _chosen_tasks(tasks, task_files)
@@ -338,7 +281,7 @@ def evaluate(
     variants = {n: _variants(lm, selectors, wanted, n) for n in lengths}
     prompts = Prompts(lm.tokenizer, lm.config)
     settings = {
-        **_settings(lm, prompts, selectors),
+        **run_settings(lm, prompts, selectors, commit),
         "seed": seed,
         "samples": count,
         "floor": floor,
@@ -355,7 +298,8 @@ def evaluate(
     cells = sum(len(variants[plan.length]) for plan in plans)
     total = sum(len(variants[plan.length]) * len(plan.samples) for plan in plans)
     with tqdm(total=total, unit="sample", disable=None if progress else True) as bar:
-        work = _Work(files, size, floor, limit, begun, bar.update)
+        ends = None if limit is None else begun + limit
+        work = _Work(files, size, floor, ends, bar, tell=progress)
         for length in lengths:
             here = [plan for plan in plans if plan.length == length]
             for variant in variants[length]:
@@ -409,18 +353,23 @@ class _Work:
         files: RunFiles,
         batch: int,
         floor: float,
-        limit: float | None,
-        begun: float,
-        advance: Callable[[int], Any],
+        ends: float | None,
+        bar: tqdm,
+        *,
+        tell: bool,
     ) -> None:
         self._files = files
         self._floor = floor
-        self._ends = None if limit is None else begun + limit
-        self._advance = advance
-        self._runner = Runner(batch=batch, advance=advance)
+        self._ends = ends
+        self._bar, self._tell = bar, tell
+        self._runner = Runner(batch=batch, advance=self._advance)
         self._dense: dict[tuple[str, int], list[Record]] = {}
+        self._dense_lm: LanguageModel | None = None
         self.done = 0
         self.skipped = 0
+
+    def _advance(self, samples: int) -> None:
+        self._bar.update(samples)
 
     def describe(self, plan: _Plan, variant: Variant) -> str:
         """What runs, for a progress bar."""
@@ -431,6 +380,8 @@ class _Work:
     def do(self, plan: _Plan, variant: Variant) -> None:
         """Runs a cell, unless it is done, needs no results, or time is over."""
         key = plan.task.name, plan.length
+        if variant.is_dense:
+            self._dense_lm = variant.lm
         cell = Cell(*key, variant.lm.selector.name, variant.budget)
         records = self._files.result(cell)
         if records is None:
@@ -441,21 +392,56 @@ class _Work:
                 return
             # Without dense there is nothing to compare with, as when time is over.
             late = self._ends is not None and time.monotonic() >= self._ends
-            if late or (variant.budget and dense is None):
+            if late or (dense is None and not variant.is_dense):
                 return
             records = self._run(plan, variant, cell)
         else:
             self._advance(len(plan.samples))
-        if not variant.budget:
+        if variant.is_dense:
             self._dense[key] = records
         self.done += 1
 
     def _run(self, plan: _Plan, variant: Variant, cell: Cell) -> list[Record]:
-        reference = {}
-        if plan.task.kind == "agreement" and variant.budget:
-            reference = self._files.reference(plan.task.name, plan.length)
+        begun, compiling = time.perf_counter(), PROGRAMS.seconds
+        compares = plan.task.kind == "agreement"
+        others = compares and not variant.is_dense
+        reference = self._reference(plan) if others else {}
         records = self._runner.run(variant.lm, plan.task, plan.samples, reference)
-        if plan.task.kind == "agreement" and not variant.budget:
+        if compares and variant.is_dense:
             self._files.write_reference(plan.task.name, plan.length, reference)
         self._files.write_result(cell, records)
+        seconds = round(time.perf_counter() - begun, 2)
+        compiling = round(PROGRAMS.seconds - compiling, 2)
+        self._files.add_seconds(
+            cell,
+            seconds=seconds,
+            compiling=compiling,
+            device=jax.devices()[0].device_kind,
+        )
+        if self._tell:
+            self._bar.write(
+                f"{self.describe(plan, variant)}: {_told(records)}, {seconds:.1f} s, "
+                f"{compiling:.1f} of them compiling",
+                file=sys.stderr,
+            )
         return records
+
+    def _reference(self, plan: _Plan) -> dict[int, DenseAnswer]:
+        """Dense's own answers: those that are kept, or made again if some are not."""
+        kept = self._files.reference(plan.task.name, plan.length)
+        if all(asked.sample.index in kept for asked in plan.samples):
+            return kept
+        assert self._dense_lm is not None  # dense is the first of all variants
+        made: dict[int, DenseAnswer] = {}
+        runner = Runner(batch=1, advance=lambda _: None)
+        runner.run(self._dense_lm, plan.task, plan.samples, made)
+        self._files.write_reference(plan.task.name, plan.length, made)
+        return made
+
+
+def _told(records: Sequence[Record]) -> str:
+    """What came out of a cell, for a line of progress."""
+    scores = [record["score"] for record in records if "score" in record]
+    failed = sum("failed" in record for record in records)
+    told = f"{estimate(scores).mean:.1f}, " if scores else ""
+    return f"{told}{len(records)} samples" + (f", {failed} failed" if failed else "")

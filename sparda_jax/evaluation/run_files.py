@@ -5,9 +5,11 @@
     OUT/samples/TASK-LENGTH.npz                   its token ids
     OUT/results/TASK-LENGTH-ATTENTION-BUDGET.jsonl   a line a sample
     OUT/reference/TASK-LENGTH.npz                 dense's own answers (agreement)
+    OUT/seconds.jsonl                             what each cell took
 
 A cell (task, length, attention, budget) is one file: it is there or it is not, so a run
-that was killed goes on where it was, and its files are those of one that was not.
+that was killed goes on where it was, and its files are those of one that was not (but
+for the seconds).
 """
 
 import dataclasses
@@ -328,6 +330,12 @@ class RunFiles:
         head = dataclasses.asdict(cell)
         lines = _lines({**head, **record} for record in records)
         write_text(self.folder / "results" / cell.name, lines)
+
+    def add_seconds(self, cell: Cell, **took: float | str) -> None:
+        """Notes what a cell took."""
+        path = self.folder / "seconds.jsonl"
+        known = [row for _, row in _read_lines(path) or ()]
+        write_text(path, _lines([*known, {**dataclasses.asdict(cell), **took}]))
 
     def cells(self) -> dict[Cell, list[Record]]:
         """All cells that are done.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sparda_jax.evaluation.answers import Record
+from sparda_jax.evaluation.answers import DENSE, Record
 from sparda_jax.evaluation.plots import Point
 from sparda_jax.evaluation.run_files import Cell
 from sparda_jax.evaluation.statistics import (
@@ -56,7 +56,7 @@ def _escaped(text: str) -> str:
 
 
 class Variant(NamedTuple):
-    """A row of a table: a selector with a budget; 0 blocks is dense."""
+    """A row of a table: a selector with a budget; 0 where it has none, as dense."""
 
     attention: str
     budget: int
@@ -124,7 +124,7 @@ class Scores:
 
     def dense_score(self, task: str, length: int) -> float | None:
         """Mean score of dense."""
-        values = self.values(task, length, Variant("dense", 0), "score")
+        values = self.values(task, length, Variant(DENSE, 0), "score")
         return None if not values else estimate(values).mean
 
     def measured(self, task: str, length: int) -> bool:
@@ -163,7 +163,7 @@ class Scores:
     def against_dense(self, length: int, variant: Variant) -> Estimate | None:
         """Difference to dense on the same samples, mean over the measured tasks."""
         own = self._measured_values(length, variant)
-        dense = self._measured_values(length, Variant("dense", 0))
+        dense = self._measured_values(length, Variant(DENSE, 0))
         if not own or [len(x) for x in own] != [len(x) for x in dense]:
             return None
         return paired_difference(dense, own)
@@ -189,7 +189,9 @@ def score_table(scores: Scores, length: int) -> Table | None:
                 row.append(estimate(values).text() if values else MISSING)
         row += [
             _text(scores.mean(length, variant)),
-            _text(scores.against_dense(length, variant)) if variant.budget else "",
+            ""
+            if variant.attention == DENSE
+            else _text(scores.against_dense(length, variant)),
         ]
         rows.append(tuple(row))
     low = [task for task in tasks if not scores.measured(task, length)]
@@ -222,7 +224,7 @@ def sweep_table(scores: Scores, length: int) -> Table | None:
             read = "" if share is None else f" ({100 * share:.0f} % read)"
             row.append(f"{mean.text()}{read}" if mean else MISSING)
         rows.append(tuple(row))
-    dense = scores.mean(length, Variant("dense", 0))
+    dense = scores.mean(length, Variant(DENSE, 0))
     return Table(
         f"Budget sweep at {length:,} tokens: mean over the measured tasks",
         ("attention", *(f"{budget} blocks" for budget in budgets)),

@@ -194,6 +194,7 @@ ROWS = {
         "task_files": (3, None, "ab", b"ab", [3], [""], ["no/such.jsonl"], {1: 2}),
         "time_limit": (*maybe(NUMBER), 0.0),
         "progress": FLAG,
+        "commit": (*maybe(TEXT), ""),
     },
     "read_report": {"folder": (*PATH, "no/such/folder")},
     "selector_names": {},

@@ -4,6 +4,7 @@ import json
 import pathlib
 import types
 
+import numpy as np
 import pytest
 from evaluation_cases import character_tokenizer
 
@@ -13,6 +14,7 @@ from sparda_jax.cli.main import main
 from sparda_jax.config import ConfigError
 from sparda_jax.evaluation import answers
 from sparda_jax.evaluation.report import compare, read_report, write_report
+from sparda_jax.evaluation.token_scores import Views
 
 TASKS = ("passkey", "latent_needle")
 WANTED = {"lengths": [1500], "budgets": [4, 6], "samples": 3, "batch": 2}
@@ -68,10 +70,10 @@ def _run(lm, monkeypatch, out, **settings):
 
 
 def _files(folder):
-    """Contents of all files; the date of the run aside."""
+    """Contents of all files; dates and times of the run aside."""
     found = {}
     for path in sorted(pathlib.Path(folder).rglob("*")):
-        if path.is_file():
+        if path.is_file() and path.name != "seconds.jsonl":
             content = path.read_bytes()
             if path.name == "run.json":
                 content = {**json.loads(content), "started": ""}
@@ -97,6 +99,12 @@ def test_killed_and_resumed_is_the_same_as_whole(lm, monkeypatch, tmp_path):
     # All is there: nothing is run again.
     _, third = _run(lm, monkeypatch, tmp_path / "killed")
     assert third.calls == 0
+    # Each cell that was done says what it took, once.
+    lines = (tmp_path / "killed" / "seconds.jsonl").read_text().splitlines()
+    took = [json.loads(line) for line in lines]
+    cells = {(row["task"], row["attention"], row["budget"]) for row in took}
+    assert len(took) == len(cells) == again.done
+    assert all(row["seconds"] >= row["compiling"] >= 0 for row in took)
 
 
 def test_every_selector_gets_the_same_tokens(lm, monkeypatch, tmp_path):
@@ -131,6 +139,25 @@ def test_floor_gate_counts_and_reports(lm, monkeypatch, tmp_path):
     assert page.count("data:image/png;base64,") == 2 * sum(
         name.endswith(".png") for name in names
     )
+
+
+def test_a_selector_without_a_budget_is_not_taken_for_dense(lm, monkeypatch, tmp_path):
+    # Dense finds passkeys, this one does not: the floor is dense's.
+    attention = ["magicpig_tokens", "random"]
+    _run(lm, monkeypatch, tmp_path, attention=attention, floor=100, tasks=["passkey"])
+
+    def wrong(self, lm, ids):
+        return self._tokenizer.encode(" none.")
+
+    monkeypatch.setattr(FakeGenerate, "_answer", wrong)
+    (tmp_path / "results" / "passkey-1500-magicpig_tokens.jsonl").unlink()
+    (tmp_path / "results" / "passkey-1500-random-4.jsonl").unlink()
+    again, _ = _run(
+        lm, monkeypatch, tmp_path, attention=attention, floor=100, tasks=["passkey"]
+    )
+    assert again.complete and not again.skipped
+    rows = {row[0]: row[1:] for row in read_report(tmp_path).tables[0].rows}
+    assert rows["dense"][-1] == "" and rows["MagicPIG"][-1].startswith("-100.0 [")
 
 
 def test_failures_stay_in_the_mean(lm, monkeypatch, tmp_path):
@@ -253,6 +280,56 @@ def test_files_of_others_are_known_by_their_content(lm, monkeypatch, tmp_path):
     ):
         with pytest.raises(ConfigError, match=named):
             _run(lm, monkeypatch, tmp_path / "out", **wanted | {"task_files": files})
+
+
+def test_the_commit_can_be_told(lm, monkeypatch, tmp_path, capsys):
+    for commit in ("abc", "def"):
+        chosen = {"tasks": ["passkey"], "attention": ["dense"], "commit": commit}
+        _run(lm, monkeypatch, tmp_path, progress=True, **chosen)
+    assert read_report(tmp_path).settings["commits"] == ["abc", "def"]
+    assert "passkey 1500 dense: 100.0, 3 samples, " in capsys.readouterr().err
+
+
+def test_dense_answers_that_are_gone_are_made_again(lm, monkeypatch, tmp_path):
+    asked = []
+
+    def answer(lm, prompts, **_):
+        asked.append(lm.selector.name)
+        if sum(prompts[0]) == fails:
+            raise ConfigError("does not fit")
+        return types.SimpleNamespace(tokens=[[5, 6, 7]])
+
+    def view(lm, prompt, answer, about):
+        shape = (len(answer) - 1, 4)
+        tokens = np.zeros(shape, np.int32) if about is None else about
+        logs = np.full(shape, -3.0 - len(lm.selector.name), np.float32)
+        return Views(np.array(answer[1:]), tokens, logs)
+
+    monkeypatch.setattr(answers, "generate", answer)
+    monkeypatch.setattr(answers, "view_of_answer", view)
+    fails = -1
+
+    def run(name):
+        chosen = {"attention": [name], "tasks": ["agreement"], "floor": 0}
+        sj.evaluate(lm, out=tmp_path, **WANTED | chosen | {"budgets": [4]})
+        cells = read_report(tmp_path).cells.items()
+        return next(records for cell, records in cells if cell.attention == name)
+
+    whole = run("window")
+    assert asked == ["dense"] * 3 and all(record["kl"] > 0 for record in whole)
+    (file,) = (tmp_path / "reference").iterdir()
+    kept = file.read_bytes()
+    file.unlink()
+    # "random" is as long a name as "window", so its fake views are the same.
+    assert [r["kl"] for r in run("random")] == [r["kl"] for r in whole]
+    assert asked == ["dense"] * 6 and file.read_bytes() == kept
+    # A prompt that dense cannot answer fails with the others, and says so.
+    file.unlink()
+    with np.load(tmp_path / "samples/agreement-1500.npz") as arrays:
+        fails = int(arrays["tokens"][: arrays["counts"][0]].sum())
+    records = run("infllm_v2")
+    assert [r.get("failed") is not None for r in records] == [True, False, False]
+    assert "no answer to compare with" in records[0]["failed"]
 
 
 @pytest.mark.slow
