@@ -35,9 +35,9 @@ from sparda_jax.engine.session import Session
 from sparda_jax.inference.generate import (
     GenerateState,
     generate_loop,
-    next_turn,
     pad_rows,
 )
+from sparda_jax.inference.next_turn import next_turn
 from sparda_jax.models.rope import model_rope
 from sparda_jax.planning.auto import Probe, fetch_rate, hidden_share, on_demand
 

@@ -12,7 +12,8 @@ from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.checks import integer
 from sparda_jax.config import CacheConfig, ConfigError, ModelConfig, SparseConfig
 from sparda_jax.engine.model import LanguageModel
-from sparda_jax.inference.generate import GenerateState, copy_state
+from sparda_jax.inference.generate import GenerateState
+from sparda_jax.inference.next_turn import copy_state
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.planning.limits import refuse_copy
 from sparda_jax.sparse.selectors import Selector

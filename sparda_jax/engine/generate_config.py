@@ -34,11 +34,13 @@ def _stop_texts(field: str, value: object) -> tuple[str, ...]:
 
 _CHECKS: Mapping[str, Check[Any]] = {
     "max_new_tokens": integer(1),
+    "min_new_tokens": integer(0),
     **SAMPLING_CHECKS,
     "seed": check_seed,
     "n": integer(1, _MOST_OUTPUTS),
     "stop": _stop_texts,
     "stop_ids": several(integer(0), "token ids", ordered=False),
+    "include_stop": flag,
     "ignore_eos": flag,
     "max_context": optional(integer(1)),
     "prefill_chunk": optional(integer(1)),
@@ -49,6 +51,7 @@ class GenerateOptions(TypedDict, total=False):
     """The fields of `GenerateConfig` as keyword arguments."""
 
     max_new_tokens: int
+    min_new_tokens: int
     temperature: float
     top_k: int
     top_p: float
@@ -58,6 +61,7 @@ class GenerateOptions(TypedDict, total=False):
     n: int
     stop: str | Sequence[str]
     stop_ids: Sequence[int]
+    include_stop: bool
     ignore_eos: bool
     max_context: int | None
     prefill_chunk: int | None
@@ -71,6 +75,8 @@ class GenerateConfig:
 
     Attributes:
       max_new_tokens: Most output tokens of each sequence.
+      min_new_tokens: Tokens before which a sequence does not end: EOS and stop ids are
+        not drawn, and stop strings are looked for behind them only.
       temperature: 0 is greedy.
       top_k, top_p, min_p, repetition_penalty: See `SamplingConfig`.
       seed: One seed for all, or one each. A sequence's tokens depend on its own prompt
@@ -83,6 +89,7 @@ class GenerateConfig:
         end with the one that completed it. The name of a special token ends a sequence
         at that token.
       stop_ids: Token ids that end a sequence, beside the model's EOS.
+      include_stop: Let the text of an output end behind its stop string.
       ignore_eos: Let EOS pass.
       max_context: Length to choose LongRoPE's factors for, if further turns shall grow
         past this call's.
@@ -95,6 +102,7 @@ class GenerateConfig:
     """
 
     max_new_tokens: int = 64
+    min_new_tokens: int = 0
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -104,6 +112,7 @@ class GenerateConfig:
     n: int = 1
     stop: str | Sequence[str] = ()
     stop_ids: Sequence[int] = ()
+    include_stop: bool = False
     ignore_eos: bool = False
     max_context: int | None = None
     prefill_chunk: int | None = None
@@ -112,6 +121,12 @@ class GenerateConfig:
         # Named as the arguments of `generate` are, which is where most are written.
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
+        require(
+            self.min_new_tokens <= self.max_new_tokens,
+            "min_new_tokens",
+            self.min_new_tokens,
+            f"at most max_new_tokens={self.max_new_tokens}",
+        )
 
     @property
     def sampling(self) -> SamplingConfig:

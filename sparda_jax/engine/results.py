@@ -95,6 +95,21 @@ def shorten(text: str, most: int = 60) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """What the model said of one token, before temperature, penalties and filters.
+
+    Attributes:
+      token: Its id.
+      logprob: Its log-probability.
+      top: The likeliest tokens in its place with theirs, best first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class StreamEvent:
     """One token of one sequence as it comes.
 
@@ -104,8 +119,10 @@ class StreamEvent:
       text: What it completes. Text that may be the beginning of a stop string comes
         with a later event, or not at all; the texts of a sequence's events join to its
         output's.
+      logs: Log-probabilities, where a session's request asked for them.
     """
 
     index: int
     token: int
     text: str
+    logs: TokenLogprobs | None = None

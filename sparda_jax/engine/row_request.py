@@ -6,9 +6,15 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from sparda_jax.checkpoint.tokenizer import Tokenizer
 from sparda_jax.engine.generate_config import GenerateConfig
 from sparda_jax.engine.model import LanguageModel
-from sparda_jax.engine.stop_strings import check_stop, pause_tokens, special_ids
+from sparda_jax.engine.stop_strings import (
+    RowText,
+    check_stop,
+    pause_tokens,
+    special_ids,
+)
 from sparda_jax.inference.generate import Request, stop_array
 from sparda_jax.inference.sampling import SamplingConfig, sampling_of_rows
 from sparda_jax.models.rope import Rope
@@ -24,6 +30,9 @@ class RowRequest:
       max_new: Output tokens at which it ends.
       stop_ids: Tokens that end it, the model's EOS included.
       stop: Texts that end it.
+      min_new: Output tokens before which it does not end.
+      include_stop: Whether its text ends behind its stop string.
+      logprobs: Whether the log-probabilities of its tokens are wanted.
     """
 
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
@@ -31,6 +40,9 @@ class RowRequest:
     max_new: int = 0
     stop_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
+    min_new: int = 0
+    include_stop: bool = False
+    logprobs: bool = False
 
     @staticmethod
     def of(lm: LanguageModel, config: GenerateConfig, seed: int) -> "RowRequest":
@@ -51,6 +63,17 @@ class RowRequest:
             max_new=config.max_new_tokens,
             stop_ids=frozenset(ids),
             stop=stop,
+            min_new=config.min_new_tokens,
+            include_stop=config.include_stop,
+        )
+
+    def text(self, tokenizer: Tokenizer | None) -> RowText:
+        """The text of its output, which is empty yet."""
+        return RowText(
+            tokenizer,
+            self.stop,
+            first=self.min_new,
+            include_stop=self.include_stop,
         )
 
 
@@ -90,4 +113,6 @@ def joined_request(
         steps=jax.device_put(np.int32(0)),
         rope=rope,
         pause=pause_tokens(lm, texts),
+        min_new=jax.device_put(np.array([row.min_new for row in asked], np.int32)),
+        logged=jax.device_put(np.array(any(row.logprobs for row in asked))),
     )

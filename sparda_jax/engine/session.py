@@ -1,6 +1,5 @@
 """A batch of fixed shapes whose rows requests join and leave."""
 
-import collections
 import dataclasses
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -25,9 +24,9 @@ from sparda_jax.engine.requests import (
     encode_prompt,
     prefill_piece,
 )
-from sparda_jax.engine.results import StreamEvent
+from sparda_jax.engine.results import StreamEvent, TokenLogprobs
+from sparda_jax.engine.row_outputs import RowOutputs, row_tokens, token_logprobs
 from sparda_jax.engine.row_request import RowOutput, RowRequest, joined_request
-from sparda_jax.engine.stop_strings import RowText
 from sparda_jax.inference.generate import (
     GenerateState,
     Request,
@@ -38,9 +37,15 @@ from sparda_jax.inference.generate import (
     prefill_and_sample_new,
 )
 from sparda_jax.inference.host_loop import decode_host_loop
-from sparda_jax.inference.rows import prefill_row_and_sample, reset_row
+from sparda_jax.inference.rows import (
+    prefill_row_and_sample,
+    prefill_row_and_score,
+    reset_row,
+)
 from sparda_jax.models.rope import Rope, model_rope
 from sparda_jax.planning.auto import on_demand
+
+_PREFILLS = (prefill_and_sample, prefill_row_and_sample, prefill_row_and_score)
 
 
 class Session:
@@ -84,10 +89,9 @@ class Session:
         self.compile_seconds = 0.0
         self._state = state
         self._programs: dict[Hashable, Callable] = {}
-        self._asked = [RowRequest()] * self.rows
-        self._texts = [RowText(lm.tokenizer, ()) for _ in range(self.rows)]
-        self._num_read = [0] * self.rows
-        self._events: collections.deque[StreamEvent] = collections.deque()
+        self._given = RowOutputs(lm.tokenizer, self.rows)
+        self._top_logprobs: int | None = None
+        self._prompt_logs: dict[int, list[TokenLogprobs]] = {}
         self._request: Request | None = None
         # Rows that requests have joined, with what is left of their prompts.
         self._prompts: dict[int, list[int]] = {}
@@ -102,6 +106,7 @@ class Session:
         max_context: int | None = None,
         max_new_tokens: int = 512,
         prefill_chunk: int | None = 1024,
+        top_logprobs: int | None = None,
     ) -> "Session":
         """A session of empty rows; allocates its cache.
 
@@ -113,6 +118,8 @@ class Session:
           max_new_tokens: Most output tokens of a request.
           prefill_chunk: Tokens of a prompt that one call of `prefill` runs, and so the
             pause that a long prompt makes for the other rows; None is all of them.
+          top_logprobs: Likeliest tokens that requests can ask the log-probabilities of,
+            beside those of their own; None for no log-probabilities.
 
         Raises:
           ConfigError: If an argument is not allowed, or such a session cannot fit.
@@ -121,6 +128,7 @@ class Session:
         rows = integer(1, 2**16)("rows", rows)
         new = integer(1)("max_new_tokens", max_new_tokens)
         context = optional(integer(1))("max_context", max_context)
+        top = optional(integer(0, 1024))("top_logprobs", top_logprobs)
         context = check_max_context(lm, context or lm.config.max_context, new + 1)
         # A prompt may be as long as the context but for one token of output.
         piece = prefill_piece(lm, context - 1, prefill_chunk)
@@ -134,7 +142,7 @@ class Session:
         placement = place(lm, sizes, None, by_row=True)
         session = Session(lm, placement, model_rope(lm.config, context))
         session._open_rows, session._piece = rows, piece
-        session._max_context = context
+        session._max_context, session._top_logprobs = context, top
         _ = session.state
         return session
 
@@ -152,6 +160,9 @@ class Session:
         self,
         prompt: PromptLike,
         config: GenerateConfig | None = None,
+        *,
+        logprobs: bool = False,
+        score_prompt: bool = False,
         **options: Unpack[GenerateOptions],
     ) -> int:
         """Gives a request a free row; `prefill` runs its prompt.
@@ -159,6 +170,8 @@ class Session:
         Args:
           prompt: Text or token ids.
           config: What to ask for, one output with one seed.
+          logprobs: Its events bring the log-probabilities of their tokens.
+          score_prompt: So does `prompt_logprobs` those of the prompt's.
           **options: Fields of `GenerateConfig`, which go before those of `config`.
             `max_context` and `prefill_chunk` are the session's.
 
@@ -172,6 +185,10 @@ class Session:
         tokens = encode_prompt(self.lm, prompt, "prompt")
         require(config.n == 1, "n", config.n, "1: every output takes a row of its own")
         seed = integer(0)("seed", config.seed)
+        room = "False: the session was opened without top_logprobs"
+        has_room = self._top_logprobs is not None
+        require(has_room or not logprobs, "logprobs", logprobs, room)
+        require(has_room or not score_prompt, "score_prompt", score_prompt, room)
         new, limit = config.max_new_tokens, self._max_context
         require(
             new <= self.shapes.new,
@@ -187,8 +204,11 @@ class Session:
         if not self.free:
             raise ConfigError(f"no row is free: all {self._open_rows} are taken")
         row = self.free[0]
-        self.ask(row, RowRequest.of(self.lm, config, seed))
+        asked = RowRequest.of(self.lm, config, seed)
+        self.ask(row, dataclasses.replace(asked, logprobs=logprobs))
         self._prompts[row] = tokens
+        if score_prompt:
+            self._prompt_logs[row] = []
         return row
 
     def prefill(self, row: int) -> bool:
@@ -202,11 +222,31 @@ class Session:
         require(bool(left), "row", row, "a row whose prompt has not all run")
         assert left
         piece, rest = left[: self._piece], left[self._piece :]
-        self.prefill_row(row, piece, last=not rest)
+        if row in self._prompt_logs:
+            self._score_piece(row, piece, rest)
+        else:
+            self.prefill_row(row, piece, last=not rest)
         self._prompts[row] = rest
         if not rest:
             self.end_matched_rows()
         return not rest
+
+    def _score_piece(self, row: int, piece: list[int], rest: list[int]) -> None:
+        """`prefill_row`, with the log-probabilities of the tokens behind its own."""
+        width = self.shapes.prompt
+        following = [*piece[1:], *rest[:1]]
+        padded = np.zeros(width, np.int32)
+        padded[: len(following)] = following
+        arguments = (
+            pad_rows([piece], width),
+            self.request(0, row=row, ends=[not rest]),
+            jax.device_put(np.int32(row)),
+            jax.device_put(padded),
+        )
+        static: dict[str, Hashable] = {"tile_size": self.shapes.tile}
+        program, given = self._part(prefill_row_and_score, arguments, static)
+        self._state, logs = program(*given)
+        self._prompt_logs[row] += token_logprobs(logs, following)
 
     def leave(self, row: int) -> RowOutput:
         """Frees a row, whether it has ended or not, for the next request.
@@ -219,9 +259,9 @@ class Session:
         at = jax.device_put(np.int32(row))
         program = self._program(reset_row, (self.state, at), donate=(0,))
         self._state = program(self.state, at)
-        self._events = collections.deque(e for e in self._events if e.index != row)
         self.ask(row, RowRequest())
         del self._prompts[row]
+        self._prompt_logs.pop(row, None)
         return output
 
     def warm_up(self) -> int:
@@ -232,10 +272,17 @@ class Session:
         """
         require(not self._prompts, "warm_up()", "late", "before requests join")
         before = PROGRAMS.compiled
-        row = self.join([0], max_new_tokens=min(2, self.shapes.new), ignore_eos=True)
-        self.prefill(row)
-        self.decode(1)
-        self.leave(row)
+        kinds = (False,) if self._top_logprobs is None else (False, True)
+        for score in kinds:
+            row = self.join(
+                [0],
+                max_new_tokens=min(2, self.shapes.new),
+                ignore_eos=True,
+                score_prompt=score,
+            )
+            self.prefill(row)
+            self.decode(1)
+            self.leave(row)
         return PROGRAMS.compiled - before
 
     @property
@@ -243,7 +290,12 @@ class Session:
         """Where generation stands."""
         if self._state is None:
             state = new_state(
-                self.lm.model, self.settings, self.rows, self.shapes, self.cache
+                self.lm.model,
+                self.settings,
+                self.rows,
+                self.shapes,
+                self.cache,
+                top_logprobs=self._top_logprobs,
             )
             # Pinning host memory takes its time, which is no part of a prefill.
             self._state = jax.block_until_ready(state)
@@ -251,9 +303,7 @@ class Session:
 
     def ask(self, row: int, request: RowRequest) -> None:
         """Says what a row's request asks for."""
-        self._asked[row] = request
-        self._texts[row] = RowText(self.lm.tokenizer, request.stop)
-        self._num_read[row] = 0
+        self._given.ask(row, request)
         self._request = None
 
     def request(
@@ -272,10 +322,10 @@ class Session:
             for all.
         """
         if row is not None:
-            asked = [self._asked[row]]
+            asked = [self._given.asked[row]]
             request = joined_request(self.lm, asked, self.rope)
         else:
-            asked = self._asked
+            asked = self._given.asked
             if self._request is None:
                 self._request = joined_request(self.lm, asked, self.rope)
             request = self._request
@@ -310,11 +360,20 @@ class Session:
 
         A first call on a resident cache makes the empty state inside the program.
         """
-        model = self.lm.model
+        program, given = self._part(function, arguments, static)
+        begun = time.perf_counter()
+        self._state = program(*given)
+        jax.block_until_ready(self._state.done)
+        return time.perf_counter() - begun
+
+    def _part(
+        self, function: Callable, arguments: tuple, static: dict[str, Hashable]
+    ) -> tuple[Callable, tuple]:
+        """The program of a part, and what to call it with."""
         state: tuple[GenerateState, ...] = ()
         if function is not prefill_and_sample_new:
             state = (self.state,)
-        if function in (prefill_and_sample, prefill_row_and_sample):
+        if function in _PREFILLS:
             offload = self.settings.offload
             if offload is not None:
                 # Prefill is the same program whether decode looks ahead or not.
@@ -322,12 +381,8 @@ class Session:
                     self.settings, offload=on_demand(offload)
                 )
         donate = (1,) if state else ()
-        given = (model, *state, *arguments)
-        program = self._program(function, given, donate=donate, **static)
-        begun = time.perf_counter()
-        self._state = program(*given)
-        jax.block_until_ready(self._state.done)
-        return time.perf_counter() - begun
+        given = (self.lm.model, *state, *arguments)
+        return self._program(function, given, donate=donate, **static), given
 
     def prefill_row(self, row: int, piece: Sequence[int], *, last: bool) -> float:
         """Runs a piece of one row's prompt in its place; returns the seconds."""
@@ -391,13 +446,12 @@ class Session:
 
     def tokens(self) -> list[list[int]]:
         """Output tokens of every row so far."""
-        tokens, counts = np.asarray(self.state.tokens), np.asarray(self.state.generated)
-        return [row[:count].tolist() for row, count in zip(tokens, counts, strict=True)]
+        return row_tokens(self.state)
 
     @property
     def has_stop_strings(self) -> bool:
         """Whether a row ends at a text."""
-        return any(asked.stop for asked in self._asked)
+        return self._given.has_stop_strings
 
     def end_matched_rows(self) -> None:
         """Ends the rows whose stop string is complete, if there are such strings."""
@@ -405,24 +459,9 @@ class Session:
             self._read()
 
     def _read(self) -> None:
-        """Takes in the new tokens, and ends the rows whose stop string is complete.
-
-        Decoding pauses after every token that may complete one, so these rows have no
-        token behind it.
-        """
-        done = np.array(self.state.done)
-        matched = False
-        for index, tokens in enumerate(self.tokens()):
-            text, read = self._texts[index], self._num_read[index]
-            for token in tokens[read:]:
-                self._events.append(StreamEvent(index, token, text.push(token)))
-            self._num_read[index] = len(tokens)
-            matched |= text.matched and not done[index]
-            done[index] |= text.matched
-            rest = text.flush() if done[index] and tokens else ""
-            if rest:
-                self._events.append(StreamEvent(index, -1, rest))
-        if matched:
+        """Takes in the new tokens, and ends the rows whose stop string is complete."""
+        done = self._given.read(self.state)
+        if done is not None:
             self._state = self.state._replace(done=jax.device_put(done))
 
     def take_events(self) -> Iterator[StreamEvent]:
@@ -431,25 +470,16 @@ class Session:
         A row that has ended may have text left: then its last event has token −1.
         """
         self._read()
-        while self._events:
-            yield self._events.popleft()
+        yield from self._given.take_events()
+
+    def prompt_logprobs(self, row: int) -> list[TokenLogprobs]:
+        """Log-probabilities of a row's prompt but for its first token, as far as run.
+
+        Of a request that joined with `score_prompt`.
+        """
+        return self._prompt_logs.get(row, [])
 
     def outputs(self) -> list[RowOutput]:
         """What every row has given so far."""
         self.end_matched_rows()
-        done, broken = np.asarray(self.state.done), np.asarray(self.state.broken)
-        tokenizer, found = self.lm.tokenizer, []
-        for row, tokens in enumerate(self.tokens()):
-            asked, text = self._asked[row], self._texts[row]
-            if asked.stop:
-                shown = text.text
-            else:
-                shown = "" if tokenizer is None else tokenizer.decode(tokens)
-            if broken[row]:
-                reason = "non_finite"
-            elif tokens and (tokens[-1] in asked.stop_ids or text.matched):
-                reason = "stop"
-            else:
-                reason = "length" if done[row] else "cancelled"
-            found.append(RowOutput(tokens, shown, reason))
-        return found
+        return self._given.outputs(self.state)

@@ -57,10 +57,15 @@ class StopMatcher:
 
     Attributes:
       matched: Whether a stop string was found; nothing is passed on any more.
+
+    Args:
+      stops: The stop strings.
+      include: Pass the one that was found on as well.
     """
 
-    def __init__(self, stops: Sequence[str]):
+    def __init__(self, stops: Sequence[str], *, include: bool = False):
         self._stops = stops
+        self._include = include
         self._held = ""
         self._longest = max((len(stop) for stop in stops), default=0)
         self.matched = False
@@ -74,7 +79,8 @@ class StopMatcher:
         ends = [(at + len(stop), at) for at, stop in found if at >= 0]
         if ends:
             self.matched, self._held = True, ""
-            return whole[: min(ends)[1]]
+            end, at = min(ends)
+            return whole[: end if self._include else at]
         cut = len(whole) - self._beginning(whole)
         self._held = whole[cut:]
         return whole[:cut]
@@ -97,11 +103,25 @@ class RowText:
 
     Attributes:
       text: What has been passed on so far.
+
+    Args:
+      tokenizer: The model's.
+      stops: Texts that end the output.
+      first: How many tokens pass before stop strings are looked for.
+      include_stop: Whether the text ends behind its stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str]):
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        stops: Sequence[str],
+        *,
+        first: int = 0,
+        include_stop: bool = False,
+    ):
         self._decoder = None if tokenizer is None else tokenizer.stream()
-        self._matcher = StopMatcher(stops)
+        self._matcher = StopMatcher(stops, include=include_stop)
+        self._unsearched = first
         self.text = ""
 
     @property
@@ -111,7 +131,12 @@ class RowText:
 
     def push(self, token: int) -> str:
         """Takes the next token; returns the text that it completes."""
-        return self._pass_on("" if self._decoder is None else self._decoder.push(token))
+        piece = "" if self._decoder is None else self._decoder.push(token)
+        if self._unsearched > 0:
+            self._unsearched -= 1
+            self.text += piece
+            return piece
+        return self._pass_on(piece)
 
     def flush(self) -> str:
         """The rest of the text, after the last token."""

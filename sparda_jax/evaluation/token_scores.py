@@ -23,9 +23,9 @@ from sparda_jax.inference.generate import (
     GenerateState,
     Prompt,
     hidden_states,
-    next_turn,
     pad_rows,
 )
+from sparda_jax.inference.next_turn import next_turn
 from sparda_jax.inference.shapes import Shapes, plan_shapes
 from sparda_jax.models.decoder import Decoder, logits
 from sparda_jax.models.rope import Rope, model_rope

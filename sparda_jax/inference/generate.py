@@ -8,8 +8,7 @@ All limits are dynamic and lengths are bucketed: other requests do not recompile
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +16,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparda_jax.cache.counters import BlockCounts, FetchTotals
-from sparda_jax.cache.offload import OffloadCache, grow_offload, init_offload
-from sparda_jax.cache.resident import grow, init_cache
-from sparda_jax.cache.rows import copy_rows
+from sparda_jax.cache.offload import init_offload
+from sparda_jax.cache.resident import init_cache
 from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig, ConfigError, ModelConfig
 from sparda_jax.inference.decode import decode_step
+from sparda_jax.inference.logprobs import TokenLogs, empty_logs, record_logs
 from sparda_jax.inference.prefill import prefill
 from sparda_jax.inference.sampling import SamplingState, sample
 from sparda_jax.inference.shapes import Shapes
@@ -48,6 +47,7 @@ class GenerateState(NamedTuple):
       seen: Tokens of prompt and output (repetition penalty) [B, V].
       prefill_counts, decode_counts: Blocks read and present.
       fetches: Counters of an offloaded cache by layer [L]; zeros for a resident one.
+      logs: Log-probabilities of the output tokens; None where nobody can ask for them.
     """
 
     cache: Cache
@@ -61,6 +61,7 @@ class GenerateState(NamedTuple):
     prefill_counts: BlockCounts
     decode_counts: BlockCounts
     fetches: FetchTotals
+    logs: TokenLogs | None = None
 
 
 class Prompt(NamedTuple):
@@ -86,6 +87,10 @@ class Request(NamedTuple):
       rope: Rotary frequencies of the request.
       pause: Tokens after which the call ends early, for the caller to look at the
         text; None for none.
+      min_new: Output tokens before which no token of `stops` is drawn [B]; None for
+        none.
+      logged: Whether a row asks for log-probabilities; of use where the state has room
+        for them.
     """
 
     sampling: SamplingState
@@ -94,6 +99,21 @@ class Request(NamedTuple):
     steps: Int[Array, ""]
     rope: Rope
     pause: Bool[Array, " V"] | None = None
+    min_new: Int[Array, " B"] | None = None
+    logged: Bool[Array, ""] | None = None
+
+
+def _without_stops(
+    scores: Float[Array, "B V"], generated: Int[Array, " B"], request: Request
+) -> Float[Array, "B V"]:
+    """−∞ on the stop tokens of rows that have too few tokens to end."""
+    if request.min_new is None:
+        return scores
+    rows, vocab = scores.shape
+    stops = jnp.broadcast_to(request.stops, (rows, request.stops.shape[-1]))
+    early = (generated < request.min_new)[:, None] & (stops >= 0)
+    column = jnp.where(early, stops, vocab)
+    return scores.at[jnp.arange(rows)[:, None], column].set(-jnp.inf, mode="drop")
 
 
 def _emit(
@@ -106,14 +126,19 @@ def _emit(
     # NaN has no largest value, and neither have infinite ones: nothing can be chosen.
     unclear = jnp.any(jnp.isnan(scores), axis=1) | jnp.isinf(jnp.max(scores, axis=1))
     broken, writes = writes & unclear, writes & ~unclear
-    token = sample(scores, state.seen, state.generated, request.sampling)
+    drawn_from = _without_stops(scores, state.generated, request)
+    token = sample(drawn_from, state.seen, state.generated, request.sampling)
     rows = jnp.arange(token.shape[0])
     slot = jnp.where(writes, state.generated, state.tokens.shape[1])
     generated = state.generated + writes
     stopped = jnp.any(token[:, None] == request.stops, axis=1)
     ended = writes & (stopped | (generated >= request.max_new))
     column = jnp.where(writes, token, state.seen.shape[1])
+    logs = state.logs
+    if logs is not None and request.logged is not None:
+        logs = record_logs(logs, scores, token, slot, request.logged)
     return state._replace(
+        logs=logs,
         pending=jnp.where(writes, token, state.pending),
         tokens=state.tokens.at[rows, slot].set(token, mode="drop"),
         generated=generated,
@@ -141,6 +166,25 @@ def prefill_and_sample(
       request: Sampling and limits.
       settings: The model and how to attend.
       tile_size: Query tokens per prefill tile.
+    """
+    return prefill_with_hidden(
+        model, state, prompt, request, settings=settings, tile_size=tile_size
+    )[0]
+
+
+def prefill_with_hidden(
+    model: Decoder,
+    state: GenerateState,
+    prompt: Prompt,
+    request: Request,
+    *,
+    settings: LayerSettings,
+    tile_size: int,
+) -> tuple[GenerateState, Float[Array, "B T D"]]:
+    """`prefill_and_sample`, and what the layers made of the prompt's tokens.
+
+    Args:
+      model, state, prompt, request, settings, tile_size: As there.
     """
     tokens, count = prompt
     fresh = count > 0
@@ -171,7 +215,8 @@ def prefill_and_sample(
         seen=state.seen.at[rows, column].set(True, mode="drop"),
         prefill_counts=state.prefill_counts.plus(counts),
     )
-    return _emit(state, logits(model, hidden), fresh & ~state.done, request)
+    state = _emit(state, logits(model, hidden), fresh & ~state.done, request)
+    return state, carry.hidden
 
 
 def prefill_and_sample_new(
@@ -294,7 +339,8 @@ generate_loop_call = jax.jit(
 )
 
 
-def _list_width(shapes: Shapes, settings: LayerSettings) -> int:
+def list_width(shapes: Shapes, settings: LayerSettings) -> int:
+    """Blocks that a token of such a state attends to at most."""
     blocks = shapes.capacity // settings.sparse.block_size
     return settings.selector.list_width(blocks, settings.sparse)
 
@@ -307,6 +353,7 @@ def new_state(
     cache: CacheConfig,
     *,
     abstract: bool = False,
+    top_logprobs: int | None = None,
 ) -> GenerateState:
     """An empty state for a batch.
 
@@ -317,6 +364,8 @@ def new_state(
       shapes: Bucketed sizes.
       cache: Where the KV lives.
       abstract: For `jax.eval_shape`: do not allocate the host store.
+      top_logprobs: Likeliest tokens to keep the log-probabilities of, beside those of
+        the output; None keeps none at all.
     """
     kind = {
         "batch": batch,
@@ -339,7 +388,7 @@ def new_state(
             cache,
             settings.indices,
             **kind,
-            width=_list_width(shapes, settings),
+            width=list_width(shapes, settings),
             staging=areas,
             codec=offload.codec,
             abstract=abstract,
@@ -357,6 +406,11 @@ def new_state(
         prefill_counts=BlockCounts.zero(),
         decode_counts=BlockCounts.zero(),
         fetches=FetchTotals.zero(settings.config.num_layers),
+        logs=(
+            None
+            if top_logprobs is None
+            else empty_logs(batch, shapes.new, top_logprobs)
+        ),
     )
 
 
@@ -391,53 +445,8 @@ def hidden_states(
     return carry.hidden[0]
 
 
-def next_turn(
-    state: GenerateState, shapes: Shapes, settings: LayerSettings, config: CacheConfig
-) -> GenerateState:
-    """The state with a larger cache if need be, and an empty output."""
-    cache = state.cache
-    if cache.capacity < shapes.capacity:
-        if isinstance(cache, OffloadCache):
-            width = _list_width(shapes, settings)
-            cache = grow_offload(
-                cache,
-                shapes.capacity,
-                settings.sparse,
-                config,
-                settings.indices,
-                width=width,
-            )
-        else:
-            cache = grow(cache, shapes.capacity, settings.sparse, settings.indices)
-    batch = cache.batch
-    return state._replace(
-        cache=cache,
-        tokens=jnp.full((batch, shapes.new), -1, jnp.int32),
-        generated=jnp.zeros((batch,), jnp.int32),
-        prefill_counts=BlockCounts.zero(),
-        decode_counts=BlockCounts.zero(),
-        fetches=FetchTotals.zero(settings.config.num_layers),
-    )
-
-
 # Counters of a whole call; all else but the cache has the batch as its first axis.
 WITHOUT_ROWS = ("prefill_counts", "decode_counts", "fetches")
-
-
-def copy_state(state: GenerateState, rows: Sequence[int]) -> GenerateState:
-    """A state of some of the rows, in buffers of its own.
-
-    Args:
-      state: Where generation stands; it keeps its buffers.
-      rows: Which of its rows; one may be copied several times.
-    """
-    chosen = jnp.asarray(rows)
-    copies: dict[str, Any] = {"cache": copy_rows(state.cache, rows)}
-    for name in WITHOUT_ROWS:
-        copies[name] = jax.tree.map(jnp.copy, getattr(state, name))
-    for name in set(GenerateState._fields) - set(copies):
-        copies[name] = jnp.take(getattr(state, name), chosen, axis=0)
-    return GenerateState(**copies)
 
 
 def pad_rows(rows: list[list[int]], width: int) -> Prompt:

@@ -23,7 +23,9 @@ from sparda_jax.inference.generate import (
     Prompt,
     Request,
     prefill_and_sample,
+    prefill_with_hidden,
 )
+from sparda_jax.inference.logprobs import TokenLogs, prompt_logs
 from sparda_jax.models.decoder import Decoder
 
 _WITH_ROWS = sorted(set(GenerateState._fields) - {"cache", *WITHOUT_ROWS})
@@ -34,7 +36,9 @@ def _each(
 ) -> GenerateState:
     """The state with every array that has an axis of rows changed, but the cache."""
     changed: dict[str, Any] = {
-        name: change(getattr(state, name), *(getattr(x, name) for x in others))
+        name: jax.tree.map(
+            change, getattr(state, name), *(getattr(x, name) for x in others)
+        )
         for name in _WITH_ROWS
     }
     return state._replace(**changed)
@@ -90,6 +94,37 @@ def prefill_row_and_sample(
         tile_size=tile_size,
     )
     return with_row(state, one, row)
+
+
+def prefill_row_and_score(
+    model: Decoder,
+    state: GenerateState,
+    prompt: Prompt,
+    request: Request,
+    row: Int[Array, ""],
+    following: Int[Array, " T"],
+    *,
+    settings: LayerSettings,
+    tile_size: int,
+) -> tuple[GenerateState, TokenLogs]:
+    """`prefill_row_and_sample`, and the logs of the token behind each of the prompt's.
+
+    Args:
+      model, state, prompt, request, row, settings, tile_size: As there; the state has
+        room for logs.
+      following: The token behind each of the prompt's.
+    """
+    assert state.logs is not None
+    one, hidden = prefill_with_hidden(
+        model,
+        at_row(state, row),
+        prompt,
+        request,
+        settings=settings,
+        tile_size=tile_size,
+    )
+    logs = prompt_logs(model, hidden[0], following, state.logs.top.shape[-1])
+    return with_row(state, one, row), logs
 
 
 prefill_row_and_sample_call = jax.jit(

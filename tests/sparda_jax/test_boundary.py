@@ -89,6 +89,7 @@ _SAMPLING = {
 }
 _OPTIONS = {
     "max_new_tokens": (*INTEGER, 0),
+    "min_new_tokens": INTEGER,
     **_SAMPLING,
     # Some number of seeds: how many there must be, the prompts say.
     "seed": (*(v for v in SEEDS if not isinstance(v, np.ndarray)), 2**32),
@@ -107,6 +108,7 @@ _REQUEST = {
     # The prompts and the model have their say as well.
     "seed": (*SEEDS, 2**32, [1, 2]),
     "stop_ids": (*IDS, [10**6]),
+    "include_stop": FLAG,
     "ignore_eos": FLAG,
 }
 _CHOSEN = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -143,3 +144,59 @@ def test_what_a_session_refuses(lm):
     ):
         with pytest.raises(ConfigError, match=named):
             Session.open(lm, **arguments)
+
+
+def test_log_probabilities_are_those_of_the_model(lm, token_ids):
+    """Of a prompt in pieces as `forward` has them, of output tokens as it has next."""
+    plain = dataclasses.replace(lm, cache=sj.CacheConfig())
+    session = Session.open(
+        plain,
+        rows=2,
+        max_context=640,
+        max_new_tokens=64,
+        prefill_chunk=128,
+        top_logprobs=3,
+    )
+    session.warm_up()
+    prompt = token_ids(300)
+    other = session.join(token_ids(40, seed=2), max_new_tokens=8, ignore_eos=True)
+    session.prefill(other)
+    options = {"max_new_tokens": 4, "temperature": 1.0, "seed": 5, "ignore_eos": True}
+    row = session.join(prompt, logprobs=True, score_prompt=True, **options)
+    while not session.prefill(row):
+        session.decode(1)
+    while row in session.running:
+        session.decode(2)
+    events = [event for event in session.take_events() if event.index == row]
+    tokens = [event.token for event in events]
+    assert tokens == sj.generate(plain, [prompt], **options).tokens[0]
+    expected = np.asarray(
+        jax.nn.log_softmax(sj.forward(plain, [*prompt, *tokens]), axis=-1)
+    )
+    found = [*session.prompt_logprobs(row), *(event.logs for event in events)]
+    assert [log.token for log in found] == [*prompt[1:], *tokens]
+    for place, log in enumerate(found):
+        scores = expected[place]
+        np.testing.assert_allclose(log.logprob, scores[log.token], atol=1e-4)
+        best = np.sort(scores)[::-1][:3]
+        np.testing.assert_allclose([p for _, p in log.top], best, atol=1e-4)
+        assert all(abs(scores[token] - p) < 1e-4 for token, p in log.top)
+    assert session.prompt_logprobs(other) == []
+
+
+def test_a_row_does_not_end_before_its_least_length(text_lm):
+    free = sj.generate(text_lm, [[5, 6, 7]], max_new_tokens=12, ignore_eos=True)
+    first = free.tokens[0][0]
+    options = {"max_new_tokens": 12, "stop_ids": [first], "ignore_eos": True}
+    assert sj.generate(text_lm, [[5, 6, 7]], **options).tokens == [[first]]
+    later = sj.generate(text_lm, [[5, 6, 7]], min_new_tokens=4, **options)
+    assert first not in later.tokens[0][:4] and len(later.tokens[0]) > 4
+    word = free.texts[0][:1]
+    options = {"max_new_tokens": 12, "ignore_eos": True, "stop": word}
+    assert sj.generate(text_lm, [[5, 6, 7]], **options).texts == [""]
+    shown = sj.generate(text_lm, [[5, 6, 7]], include_stop=True, **options)
+    assert shown.texts == [word]
+    whole = sj.generate(text_lm, [[5, 6, 7]], min_new_tokens=12, **options)
+    assert whole.tokens == free.tokens and whole.texts == free.texts
+    with pytest.raises(ConfigError, match="min_new_tokens=13"):
+        sj.GenerateConfig(min_new_tokens=13, max_new_tokens=12)
