@@ -37,10 +37,10 @@ def kernel_name(name: str) -> str:
 
 def busy_time(spans: list[tuple[float, float]]) -> float:
     """Time that at least one of the spans covers."""
-    return sum(end - begin for begin, end in _busy(spans))
+    return sum(end - begin for begin, end in merged_spans(spans))
 
 
-def _busy(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def merged_spans(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Spans merged into disjoint ones."""
     merged: list[tuple[float, float]] = []
     for begin, end in sorted(spans):
@@ -51,7 +51,7 @@ def _busy(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return merged
 
 
-def _shared(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> float:
+def shared_time(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> float:
     """Time that lies in both."""
     total, j = 0.0, 0
     for begin, end in a:
@@ -62,6 +62,11 @@ def _shared(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> float
             total += min(end, b[k][1]) - max(begin, b[k][0])
             k += 1
     return total
+
+
+def is_fetch(name: str) -> bool:
+    """Whether a kernel of that name fetches blocks from host memory."""
+    return "host_gather" in name
 
 
 def main() -> None:
@@ -92,11 +97,11 @@ def main() -> None:
     for name, total in kernels.most_common(arguments.most):
         each = total / counts[name]
         print(f"  {name:60} {total:9.0f} us  x{counts[name]:<6} {each:8.1f} us")
-    fetch = _busy([(b, b + d) for _, n, b, d in events if "host_gather" in n])
-    rest = _busy([(b, b + d) for _, n, b, d in events if "host_gather" not in n])
+    fetch = merged_spans([(b, b + d) for _, n, b, d in events if is_fetch(n)])
+    rest = merged_spans([(b, b + d) for _, n, b, d in events if not is_fetch(n)])
     if fetch:
         total = sum(end - begin for begin, end in fetch)
-        hidden = _shared(fetch, rest)
+        hidden = shared_time(fetch, rest)
         print(
             f"  fetch busy {total:.0f} us, {hidden:.0f} us of it beside other kernels "
             f"({hidden / total:.0%})"

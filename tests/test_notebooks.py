@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+import sparda_jax as sj
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -27,6 +29,7 @@ def test_a_notebook_installs_says_the_machine_and_keeps_no_outputs(path):
     code = _cells(path, "code")
     assert all(not c["outputs"] and c["execution_count"] is None for c in code)
     assert "pip" in _source(code[0]) and "device_kind" in _source(code[0])
+    assert _source(code[0]) == _source(_cells(BOOKS[0], "code")[0])
     for number, cell in enumerate(code):
         compile(_source(cell), f"{path.name}[{number}]", "exec")
     words = " ".join(map(_source, _cells(path, "markdown") + code))
@@ -35,11 +38,11 @@ def test_a_notebook_installs_says_the_machine_and_keeps_no_outputs(path):
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    """`told(name)` is what a notebook printed; it is executed once."""
+    """`told(name)` is what a notebook printed, and how many pictures it drew."""
     pytest.importorskip("nbclient")
     folder = tmp_path_factory.mktemp("notebooks")
 
-    def run(name: str) -> str:
+    def run(name: str) -> tuple[str, int]:
         command = [sys.executable, "scripts/run_notebooks.py", "--out", str(folder)]
         done = subprocess.run(
             [*command, f"notebooks/{name}.ipynb"],
@@ -49,12 +52,13 @@ def told(tmp_path_factory):
             text=True,
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        outputs = (
+        outputs = [
             output
             for cell in _cells(folder / f"{name}.ipynb", "code")
             for output in cell["outputs"]
-        )
-        return "".join("".join(output.get("text", [])) for output in outputs)
+        ]
+        pictures = sum("image/png" in output.get("data", {}) for output in outputs)
+        return "".join("".join(o.get("text", [])) for o in outputs), pictures
 
     return run
 
@@ -62,29 +66,40 @@ def told(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.network
 def test_long_document(told):
-    text = told("long_document")
-    rows = re.findall(r"^(dense|infllm_v2|sparda) +(resident|offload) .*%", text, re.M)
+    text, _ = told("long_document")
+    rows = re.findall(
+        r"^(dense|infllm_v2|sparda) +(resident|offload) +(\d+) / (\d+) .*%", text, re.M
+    )
     assert len(rows) == 5
     assert "offloaded tokens are the resident ones: True" in text
-    assert re.search(r"^dense .* yes ", text, re.M)
-    hits, megabytes = re.search(r"hits (\d+)%, ([\d.]+) MB", text).groups()
-    assert int(hits) > 50 and float(megabytes) > 0
+    found = {(name, kind): int(n) / int(of) for name, kind, n, of in rows}
+    assert found["dense", "resident"] == 1
+    assert found["sparda", "offload"] == found["sparda", "resident"]
+    megabytes = [float(x) for x in re.findall(r"% +([\d.]+)$", text, re.M)]
+    assert megabytes[2] == megabytes[4] < megabytes[0]
+    hits, fetched = re.search(r"hits (\d+)%, ([\d.]+) MB", text).groups()
+    assert int(hits) > 50 and float(fetched) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.network
 def test_selectors(told):
-    found = dict(re.findall(r"^(\w+) +(\d+\.\d{3})", told("selectors"), re.M))
+    text, pictures = told("selectors")
+    found = dict(re.findall(r"^(\w+) +(\d+\.\d{3})", text, re.M))
     values = {name: float(value) for name, value in found.items()}
-    assert {"dense", "infllm_v2", "sparda", "window", "random"} <= values.keys()
-    # Reading everything is best, and what looks at the keys beats what does not.
-    assert values["dense"] <= values["infllm_v2"] < values["window"]
+    skipped = set(re.findall(r"^(\w+): skipped: .+", text, re.M))
+    assert values.keys() | skipped == set(sj.selector_names())
+    assert {"nosa", "snapkv"} <= skipped
+    # What looks at the keys beats what does not, and the oracle is not far from dense.
+    assert values["dense"] < values["infllm_v2"] < values["window"]
     assert values["sparda"] < values["random"]
+    assert abs(values["oracle"] / values["dense"] - 1) < 0.05
+    assert pictures == 1
 
 
 @pytest.mark.slow
 def test_extend(told):
-    text = told("extend")
+    text, _ = told("extend")
     assert "'every_third'" in text
     assert "offloaded tokens are the resident ones: True" in text
     assert "looked ahead: True" in text
@@ -94,7 +109,7 @@ def test_extend(told):
 @pytest.mark.slow
 @pytest.mark.network
 def test_distil(told):
-    text = told("distil")
+    text, _ = told("distil")
     assert "it rose: True" in text
     assert re.search(r"the forecast found \d+% of the own queries' blocks", text)
 
@@ -102,16 +117,29 @@ def test_distil(told):
 @pytest.mark.slow
 @pytest.mark.network
 def test_inside(told):
-    text = told("inside")
+    text, pictures = told("inside")
     recall = float(re.search(r"recall over all layers: ([\d.]+)", text)[1])
     assert 0.6 < recall < 1
-    assert re.search(r"missed block \d+: ['\"].+", text)
-    assert text.count("new at a step:") == 2
+    forecast, own, oracle = (
+        float(x) for x in re.findall(r"mass in the lists of the .*?: +([\d.]+)", text)
+    )
+    assert 0.6 < forecast <= oracle and own <= oracle < 1
+    block, budget = re.search(
+        r"missed block [^§]*by the forecast: (\d+) \(the list ends at (\d+)\)",
+        text,
+    ).groups()
+    assert int(block) >= int(budget)
+    assert "listed instead, block " in text
+    assert text.count("new at a step") == 2
+    assert pictures == 4
 
 
 @pytest.mark.slow
 def test_link(told):
-    text = told("link")
+    text, pictures = told("link")
     assert float(re.search(r"link ([\d.]+) GB/s", text)[1]) > 0
     assert len(re.findall(r"^sparda (?:resident|offload) .* … ", text, re.M)) == 6
     assert "best against best" in text
+    operations = int(re.search(r"^(\d+) operations on \d+ threads", text, re.M)[1])
+    assert operations > 100
+    assert pictures == 2

@@ -15,7 +15,7 @@ Tokens whose context fits the budget count for nothing: nothing is chosen there.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +33,13 @@ from sparda_jax.models.block import after_attention, before_attention
 from sparda_jax.models.decoder import DecoderLayer, embed
 from sparda_jax.models.rope import RopeCosSin, model_rope, rope_cos_sin_at
 from sparda_jax.planning.traces import WARM_STEPS, slot_misses
-from sparda_jax.sparse.index import IndexShape, TokenKV, append_to_index, init_index
+from sparda_jax.sparse.index import (
+    IndexShape,
+    IndexState,
+    TokenKV,
+    append_to_index,
+    init_index,
+)
 from sparda_jax.sparse.selection import force_blocks, top_blocks
 
 # Bytes of one float32 array of a tile's scores; a CPU wants it in its cache.
@@ -133,13 +139,13 @@ class _Tile(NamedTuple):
     start: Int[Array, ""]
 
 
-def _places(ranking: Float[Array, "K t M"]) -> Int[Array, "K t M"]:
+def block_places(ranking: Float[Array, "K t M"]) -> Int[Array, "K t M"]:
     """The place of each block in its row's order; ties go to the lowest block."""
     order = jnp.argsort(-ranking, axis=-1, stable=True)
     return jnp.argsort(order, axis=-1)
 
 
-def _block_mass(
+def block_mass(
     q: Float[Array, "t N H"],
     k: Float[Array, "K S H"],
     key_bias: Float[Array, "K S"] | None,
@@ -185,7 +191,7 @@ def tile_sums(
     )
     of_group = mass.reshape(kv_heads, group, *mass.shape[1:]).mean(1)
     best = force_blocks(of_group[None], own[None, None], sparse)[0]
-    forecast, chosen, oracle = (_places(x) for x in (*rankings, best))
+    forecast, chosen, oracle = (block_places(x) for x in (*rankings, best))
     edges = jnp.asarray(plan.edges)
     counted = (own + 1 > plan.budget) & (positions < tokens)
     inside = (positions[:, None] >= edges[:-1]) & (positions[:, None] < edges[1:])
@@ -221,6 +227,22 @@ def _tile_size(heads: int, tokens: int) -> int:
     return size
 
 
+def filled_index(settings: LayerSettings, tokens: TokenKV) -> IndexState:
+    """A layer's index of one row that holds all of its tokens."""
+    _, count, heads, dim = tokens.k.shape
+    blocks = -(-count // settings.sparse.block_size)
+    shape = IndexShape(1, 1, heads, blocks, dim, tokens.k.dtype)
+    return append_to_index(
+        settings.indices,
+        init_index(settings.indices, shape, settings.sparse),
+        0,
+        tokens,
+        start=jnp.zeros((1,), jnp.int32),
+        count=jnp.full((1,), count, jnp.int32),
+        sparse=settings.sparse,
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("settings", "plan"))
 def measure_layer(
     block: LayerBlock,
@@ -254,16 +276,7 @@ def measure_layer(
     blocks = -(-tokens // sparse.block_size)
     size = _tile_size(config.num_heads, tokens)
     tiles = -(-tokens // size)
-    shape = IndexShape(1, 1, config.num_kv_heads, blocks, config.head_dim, k.dtype)
-    index = append_to_index(
-        settings.indices,
-        init_index(settings.indices, shape, sparse),
-        0,
-        TokenKV(k, v, key_bias, q),
-        start=jnp.zeros((1,), jnp.int32),
-        count=jnp.full((1,), tokens, jnp.int32),
-        sparse=sparse,
-    )
+    index = filled_index(settings, TokenKV(k, v, key_bias, q))
     room = ((0, 0), (0, blocks * sparse.block_size - tokens))
     keys, values = (
         jnp.swapaxes(jnp.pad(x, (*room, (0, 0), (0, 0))), 1, 2) for x in (k, v)
@@ -294,7 +307,7 @@ def measure_layer(
         seen = state.selection(index, 0, q=tile_q)
         own = settings.own_query.ranking(seen, config, sparse, settings.implementation)
         positions = start + jnp.arange(size)
-        mass = _block_mass(
+        mass = block_mass(
             tile_q[0],
             keys[0],
             None if bias is None else bias[0],
@@ -372,6 +385,46 @@ def _layer_weights(lm: LanguageModel, number: int) -> DecoderLayer:
     return jax.tree.map(lambda x: x[number], layers)
 
 
+class PassedLayer(NamedTuple):
+    """A layer that a row has gone through.
+
+    Attributes:
+      block: The layer's weights, the Forecast head that it consumes, its number.
+      hidden: Its input.
+      before: Normalised input of the layer before; of layer 0, anything.
+      rope_cos_sin: cos and sin of all tokens.
+      sums, listed: As `measure_layer` gives them.
+    """
+
+    block: LayerBlock
+    hidden: Float[Array, "1 T D"]
+    before: Float[Array, "1 T D"]
+    rope_cos_sin: RopeCosSin
+    sums: LayerSums
+    listed: Bool[Array, "2 K s M"]
+
+
+def walk_layers(
+    lm: LanguageModel, row: Sequence[int] | np.ndarray, plan: MeasurePlan
+) -> Iterator[PassedLayer]:
+    """Runs a row of tokens through the model, layer by layer, and measures each."""
+    positions = jnp.arange(len(row))[None]
+    cos_sin = rope_cos_sin_at(model_rope(lm.config, len(row)), positions)
+    ids = jnp.asarray(np.asarray(row, np.int32))[None]
+    hidden = before = embed(lm.model, ids, lm.model.embedding[...].dtype)
+    for number in range(lm.config.num_layers):
+        block = LayerBlock(
+            _layer_weights(lm, number),
+            lm.selector.next_query_weights(lm.model, number),
+            jnp.int32(number),
+        )
+        out, normed, sums, listed = measure_layer(
+            block, hidden, before, cos_sin, lm.settings, plan
+        )
+        yield PassedLayer(block, hidden, before, cos_sin, sums, listed)
+        hidden, before = out, normed
+
+
 def measure(
     lm: LanguageModel,
     rows: Sequence[np.ndarray],
@@ -394,40 +447,20 @@ def measure(
     require(
         selector.needs_forecast, "attention", selector.name, "one by Forecast heads"
     )
-    tokens, layers = len(rows[0]), lm.config.num_layers
-    rope = model_rope(lm.config, tokens)
-    cos_sin = rope_cos_sin_at(rope, jnp.arange(tokens)[None])
-    sparse = lm.sparse
+    layers, sparse = lm.config.num_layers, lm.sparse
     forced = (sparse.block_size, sparse.init_blocks, sparse.local_blocks)
     totals: list[Any] = [None] * layers
     overlap = np.zeros((2, layers))
     misses = np.zeros((2, layers, len(SLOT_LISTS)))
     for row in rows:
-        ids = jnp.asarray(np.asarray(row, np.int32))[None]
-        hidden = embed(lm.model, ids, lm.model.embedding[...].dtype)
-        before = hidden
-        for number in range(layers):
-            block = LayerBlock(
-                _layer_weights(lm, number),
-                selector.next_query_weights(lm.model, number),
-                jnp.int32(number),
-            )
-            hidden, before, sums, listed = measure_layer(
-                block,
-                hidden,
-                before,
-                cos_sin,
-                lm.settings,
-                plan,
-            )
-            sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+        first = len(row) - plan.steps
+        for number, passed in enumerate(walk_layers(lm, row, plan)):
+            sums = jax.tree.map(lambda x: np.asarray(x, np.float64), passed.sums)
             held = totals[number]
             totals[number] = sums if held is None else jax.tree.map(np.add, held, sums)
-            kept, fetched = _replay(
-                np.asarray(listed), tokens - plan.steps, plan, forced
-            )
+            kept, fetched = _replay(np.asarray(passed.listed), first, plan, forced)
             overlap[:, number] += kept / len(rows)
             misses[:, number] += fetched / len(rows)
             on_layer()
     stacked = jax.tree.map(lambda *x: np.stack(x), *totals)
-    return Measured(len(rows), tokens, stacked, overlap, misses)
+    return Measured(len(rows), len(rows[0]), stacked, overlap, misses)
