@@ -29,6 +29,7 @@ from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checkpoint.files import read_json
 from sparda_jax.checks import ConfigError, number
 from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import Parser
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 _OPS = (
@@ -228,7 +229,7 @@ def results(folder: pathlib.Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m benchmarks.all",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -262,8 +263,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point."""
-    arguments = _parser().parse_args(argv)
-    return run_command(lambda: _run(arguments))
+    return run_command(lambda: _run(_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

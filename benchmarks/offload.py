@@ -42,6 +42,7 @@ from benchmarks.traced import (
 )
 from sparda_jax.checks import ConfigError
 from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import Parser
 
 CHUNK = 8
 
@@ -51,7 +52,7 @@ def _budgets(value: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="minicpm4.1-8b", help="preset")
@@ -384,8 +385,7 @@ def _measure(model, sparse, batch: int, modes: list, arguments, rates, trace):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark."""
-    arguments = _parser().parse_args(argv)
-    return run_command(lambda: _run(arguments))
+    return run_command(lambda: _run(_parser().parse_args(argv)))
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -33,6 +33,7 @@ from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checkpoint.files import read_text
 from sparda_jax.checks import ConfigError, integer
 from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import Parser
 from sparda_jax.planning.misses import curve_of
 from sparda_jax.planning.traces import BlockTrace, read_trace, write_trace
 
@@ -292,7 +293,7 @@ def _record(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m benchmarks.trace",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -322,8 +323,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point."""
-    arguments = _parser().parse_args(argv)
-    return run_command(lambda: arguments.run(arguments))
+
+    def action() -> None:
+        arguments = _parser().parse_args(argv)
+        arguments.run(arguments)
+
+    return run_command(action)
 
 
 if __name__ == "__main__":

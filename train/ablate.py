@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from sparda_jax.checks import integer, require
+from sparda_jax.cli.options import Parser
 from train.command import run_command
 from train.config import (
     LossConfig,
@@ -186,7 +187,7 @@ def ablate(
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m train.ablate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -199,8 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--save", nargs="+", default=[], metavar="NAME", help="write these ones' heads"
     )
     parser.add_argument("--out", type=pathlib.Path, help="JSON file, kept up to date")
-    options = parser.parse_args(arguments)
-    return run_command(lambda: _compare(options))
+    return run_command(lambda: _compare(parser.parse_args(arguments)))
 
 
 def _compare(options: argparse.Namespace) -> None:

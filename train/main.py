@@ -22,13 +22,14 @@ with interrupt_ends("interrupted"):
         shown,
         text,
     )
+    from sparda_jax.cli.options import Parser
     from train.command import run_command
     from train.config import load_config, with_overrides
     from train.run import train
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m train.main", description=__doc__)
+    parser = Parser("python -m train.main", description=__doc__)
     parser.add_argument("--config", required=True, help="Python file with get_config()")
     parser.add_argument(
         "--set",
@@ -72,9 +73,8 @@ def _join(coordinator: str | None, count: int | None, index: int | None) -> None
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; also behind `sparda train`."""
-    options = _parser().parse_args(arguments)
     return run_command(
-        lambda: _run(options),
+        lambda: _run(_parser().parse_args(arguments)),
         interrupted=": the checkpoints are whole, and the same command continues",
     )
 

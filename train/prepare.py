@@ -6,6 +6,7 @@ import sys
 
 from sparda_jax.checkpoint.fetch import fetch_default_model
 from sparda_jax.checkpoint.source import open_checkpoint
+from sparda_jax.cli.options import Parser
 from sparda_jax.evaluation.documents import DataError, read_documents
 from sparda_jax.models.presets import PRESETS, get_preset
 from train.command import run_command
@@ -25,14 +26,11 @@ def _open(model: str):
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.prepare", description=__doc__
-    )
+    parser = Parser(prog="python -m train.prepare", description=__doc__)
     parser.add_argument("sources", nargs="+", help="stdlib, pydoc, files, directories")
     parser.add_argument("--model", default="smollm2-135m", help="whose tokenizer")
     parser.add_argument("--out", required=True, help="new or empty directory")
-    options = parser.parse_args(arguments)
-    return run_command(lambda: _prepare(options))
+    return run_command(lambda: _prepare(parser.parse_args(arguments)))
 
 
 def _prepare(options: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 import sparda_jax as sj
 from sparda_jax.checkpoint.forecast import load_forecast
 from sparda_jax.checks import integer, require
+from sparda_jax.cli.options import Parser
 from sparda_jax.evaluation.perplexity import perplexity
 from sparda_jax.models.weights import forecast_heads
 from train.backbone import Batch, Settings
@@ -58,7 +59,7 @@ def domain_rows(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m train.report", description=__doc__)
+    parser = Parser("python -m train.report", description=__doc__)
     parser.add_argument("--config", required=True, help="whose model, data and budget")
     parser.add_argument("--set", action="extend", nargs="+", default=[])
     parser.add_argument("--heads", action="append", default=[], metavar="NAME=FILE")
@@ -142,8 +143,7 @@ def _perplexities(
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point."""
-    options = _parser().parse_args(arguments)
-    return run_command(lambda: _run(options))
+    return run_command(lambda: _run(_parser().parse_args(arguments)))
 
 
 def _run(options: argparse.Namespace) -> None:

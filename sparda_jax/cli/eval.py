@@ -9,7 +9,7 @@ from sparda_jax.cli.model_options import add_model_options, load_model
 from sparda_jax.cli.options import HelpFormatter, add_option
 from sparda_jax.evaluation import plots
 from sparda_jax.evaluation.report import compare, read_report, write_report
-from sparda_jax.evaluation.run import FLOOR, evaluate
+from sparda_jax.evaluation.run import FLOOR, check_budget, evaluate
 from sparda_jax.evaluation.task_files import read_task_file
 from sparda_jax.evaluation.tasks import get_task, task_names
 from sparda_jax.evaluation.texts import words_available
@@ -198,9 +198,8 @@ def _integers(field: str, value: object) -> tuple[int, ...]:
 
 
 def _budgets(field: str, value: object) -> tuple[int | str, ...]:
-    if isinstance(value, int):
-        return (value,)
-    return tuple(_integer(p) for p in _names(field, value))
+    parts = map(_integer, _names(field, value)) if isinstance(value, str) else (value,)
+    return tuple(check_budget(field, part) for part in parts)
 
 
 def _integer(written: str) -> int | str:

@@ -89,7 +89,7 @@ class Outcome:
         return self.done + self.skipped == self.planned
 
 
-def _budget_check(field: str, value: object) -> int | str:
+def check_budget(field: str, value: object) -> int | str:
     """Checks a number of blocks, or a share of them as "25%"."""
     if isinstance(value, str):
         match = _PERCENT.fullmatch(value.strip())
@@ -277,7 +277,7 @@ def evaluate(
     lengths = _checked_lengths(lm, lengths)
     chosen = _chosen_tasks(tasks, task_files)
     selectors = chosen_selectors(lm, attention)
-    wanted = several(_budget_check, "budgets")("budgets", budgets)
+    wanted = several(check_budget, "budgets")("budgets", budgets)
     variants = {n: _variants(lm, selectors, wanted, n) for n in lengths}
     prompts = Prompts(lm.tokenizer, lm.config)
     settings = {

@@ -7,7 +7,7 @@ import sys
 import pytest
 from ending_cases import ROOT, check_end, check_faults, check_outputs, ends
 
-from train import ablate, prepare, report
+from train import ablate, main, prepare, report
 from train.command import TrainingError, run_command
 
 
@@ -40,6 +40,14 @@ def test_wrong_numbers_are_one_line(tmp_path, capsys, command, flags):
     assert command(["--config", str(path), *flags]) == 2
     told = capsys.readouterr().err
     assert told.startswith(f"error: {flags[0]}=") and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [ablate.main, main.main, prepare.main, report.main])
+def test_missing_arguments_are_one_line(capsys, command):
+    assert command([]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: the following arguments are required: ")
+    assert told.endswith(" --help)\n") and told.count("\n") == 1
 
 
 def test_preparing_what_is_not_there_is_one_line(tmp_path, capsys):

@@ -1,0 +1,27 @@
+"""What the commands that measure refuse, and how."""
+
+import pytest
+
+from benchmarks import all as every
+from benchmarks import offload, trace
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "told"),
+    [
+        (trace.main, [], "required: {record,show,curves}"),
+        (trace.main, ["draw"], "invalid choice: 'draw'"),
+        (trace.main, ["record"], "required: --out"),
+        (trace.main, ["record", "--out", "x", "--context", "0"], "--context=0"),
+        (trace.main, ["show"], "required: traces"),
+        (offload.main, ["--batch", "few"], "--batch: invalid int value: 'few'"),
+        (every.main, [], "--card, --tables or both"),
+        (every.main, ["--minutes", "few"], "--minutes: invalid float value: 'few'"),
+    ],
+)
+def test_wrong_arguments_are_one_line(capsys, main, arguments, told):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert told in err
+    assert err.count("\n") == 1
