@@ -19,7 +19,9 @@ import errno
 import logging
 import os
 import pathlib
+import signal
 import sys
+import threading
 from collections.abc import Generator, Mapping
 from typing import Any
 
@@ -144,6 +146,26 @@ def _one_line(what: str) -> Generator[None]:
     # Exception itself, depending on which of its threads met them.
     except Exception as error:
         raise CheckpointError(f"{what}: {_reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Generator[None]:
+    """Ctrl-C that comes inside takes effect behind it.
+
+    In the middle of a save it would leave Orbax's threads waiting for one another, for
+    minutes, and reporting it after the program's last line.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _set_aside(step: pathlib.Path, reason: str) -> None:
@@ -310,7 +332,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        with self._writing():
+        with _interrupts_wait(), self._writing():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(

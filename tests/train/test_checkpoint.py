@@ -5,12 +5,14 @@ import os
 import pathlib
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from sparda_jax.checkpoint.errors import CheckpointError
@@ -96,6 +98,24 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_taken(
         assert [x.name for x in (copy / "checkpoints").iterdir()] == ["2"]
         # Nothing is lost.
         assert (copy / "damaged" / "4").is_dir()
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
+def test_ctrl_c_in_the_middle_of_a_save_waits_for_its_end(out, monkeypatch):
+    """What it has begun would else wait for it, and the process with it."""
+    save = ocp.StandardCheckpointHandler.async_save
+
+    async def interrupted(*arguments, **named):
+        os.kill(os.getpid(), signal.SIGINT)
+        return await save(*arguments, **named)
+
+    checkpoints = _open(out)
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "async_save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(6, _state(6), {"at": 6}, recall=0.5)
+    monkeypatch.undo()
+    checkpoints.close()
+    assert _resumed(out) == 6
 
 
 def test_a_run_goes_on_behind_a_damaged_checkpoint(out):
