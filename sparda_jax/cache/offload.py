@@ -354,7 +354,8 @@ def write_back_layer(
       last: The block lists of each row's last token, or None when it read all blocks:
         then the newest ones stay, as many as there are slots.
       start: Tokens that each row held before.
-      count: New tokens of each row; a row without any keeps its slots.
+      count: New tokens of each row; a row without any keeps its slots. A row that is
+        prefilled in its place has some.
     """
     layer, place = cache.place(index)
     batch, (_, _, heads, blocks) = cache.batch, cache.store.lead
@@ -387,8 +388,12 @@ def write_back_layer(
 
     def keep(new: Array, old: Array) -> Array:
         """The new value for rows with new tokens."""
+        new = new[None].astype(old.dtype)
+        if cache.row is not None:
+            # To choose, XLA would hold a copy of the old slots while the tiles run.
+            return new
         shape = (1, batch, *(1,) * (old.ndim - 2))
-        return jnp.where(fresh.reshape(shape), new[None].astype(old.dtype), old)
+        return jnp.where(fresh.reshape(shape), new, old)
 
     old = jax.tree.map(lambda x: _at(x, place), (layer.slots, layer.table))
     table = SlotTable(keep(wanted, old[1].blocks), keep(stamps, old[1].last_used))
