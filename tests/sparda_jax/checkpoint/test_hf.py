@@ -208,7 +208,10 @@ def test_tying_follows_the_weights_where_the_file_is_silent(kit, saved):
 
 
 def test_a_stored_head_that_differs_is_kept_whatever_the_file_says(kit, saved):
-    """Many fine-tuned models say they are tied, and hold a head of their own."""
+    """Many fine-tuned models say they are tied, and hold a head of their own.
+
+    The head that was trained must not be dropped (public report vllm#51063).
+    """
     assert not _config(kit, saved, tie_word_embeddings=True).tie_embeddings
     stored = safetensors.numpy.load_file(saved / "model.safetensors")
     source = open_checkpoint(saved)
