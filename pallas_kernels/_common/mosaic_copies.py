@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,6 +15,21 @@ from jax.typing import DTypeLike
 # Elements that one warpgroup holds in registers at a time: 64 or 128 each thread.
 PART_BYTES = 32 * 1024
 AHEAD = 4  # list entries that are read together
+
+
+@dataclass(frozen=True)
+class CopyConfig:
+    """Settings of such a kernel.
+
+    Attributes:
+      programs: persistent thread blocks.
+    """
+
+    programs: int
+
+    def __post_init__(self):
+        if self.programs < 1:
+            raise ValueError(f"programs is {self.programs}; it must be at least 1")
 
 
 def part_size(elements: int, itemsize: int) -> int:

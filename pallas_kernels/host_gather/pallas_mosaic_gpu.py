@@ -26,24 +26,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels._common.devices import require_cuda
-from pallas_kernels._common.mosaic_copies import checked_part_size, walk_listed
+from pallas_kernels._common.mosaic_copies import (
+    CopyConfig,
+    checked_part_size,
+    walk_listed,
+)
 from pallas_kernels._common.numerics import in_32_bit
 from pallas_kernels.dispatch import tuned_config
 
 
 @dataclass(frozen=True)
-class Config:
-    """Settings of the kernel.
-
-    Attributes:
-      programs: persistent thread blocks.
-    """
+class Config(CopyConfig):
+    """Settings of the kernel, with this operation's default."""
 
     programs: int = 16
-
-    def __post_init__(self):
-        if self.programs < 1:
-            raise ValueError(f"programs is {self.programs}; it must be at least 1")
 
 
 @in_32_bit

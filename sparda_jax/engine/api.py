@@ -8,7 +8,6 @@ from jaxtyping import Array, Float
 from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.checks import flag, function, integer, optional
 from sparda_jax.engine.call import Call
-from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.engine.conversation import Conversation
 from sparda_jax.engine.generate_config import (
     GenerateConfig,
@@ -20,15 +19,15 @@ from sparda_jax.engine.requests import (
     LANGUAGE_MODEL,
     PromptLike,
     Prompts,
-    check_length,
     encode_prompt,
 )
 from sparda_jax.engine.results import GenerateOutput
 from sparda_jax.engine.stream import Stream
-from sparda_jax.inference.generate import Prompt, hidden_states, pad_rows
-from sparda_jax.inference.shapes import Shapes, plan_shapes
+from sparda_jax.engine.whole_sequence import run_whole
+from sparda_jax.inference.generate import Prompt, hidden_states
+from sparda_jax.inference.shapes import Shapes
 from sparda_jax.models.decoder import Decoder, logits
-from sparda_jax.models.rope import Rope, model_rope
+from sparda_jax.models.rope import Rope
 
 
 def forward(lm: LanguageModel, ids: PromptLike) -> Float[Array, "T V"]:
@@ -46,20 +45,7 @@ def forward(lm: LanguageModel, ids: PromptLike) -> Float[Array, "T V"]:
     """
     lm = LANGUAGE_MODEL("lm", lm)
     tokens = encode_prompt(lm, ids, "ids")
-    check_length(lm, len(tokens), 0, "ids")
-    shapes = plan_shapes(
-        len(tokens),
-        farthest_start=0,
-        longest=len(tokens),
-        max_new=0,
-        tile_size=lm.tile_size,
-        block_size=lm.sparse.block_size,
-    )
-    prompt = pad_rows([tokens], shapes.prompt)
-    arguments = (lm.model, prompt, model_rope(lm.config, len(tokens)))
-    static = {"settings": lm.settings, "shapes": shapes}
-    program, _ = PROGRAMS.get(_forward, arguments, static)
-    return program(*arguments)[: len(tokens)]
+    return run_whole(_forward, lm, tokens)[: len(tokens)]
 
 
 def _forward(

@@ -17,13 +17,12 @@ from sparda_jax.config import CacheConfig, ConfigError
 from sparda_jax.engine.api import generate
 from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.engine.model import LanguageModel
-from sparda_jax.engine.requests import check_length
+from sparda_jax.engine.whole_sequence import run_whole
 from sparda_jax.inference.decode import decode_step
 from sparda_jax.inference.generate import (
     GenerateState,
     Prompt,
     hidden_states,
-    pad_rows,
 )
 from sparda_jax.inference.next_turn import next_turn
 from sparda_jax.inference.shapes import Shapes, plan_shapes
@@ -90,23 +89,7 @@ def score_tokens(lm: LanguageModel, ids: list[int]) -> TokenScores:
     """
     if len(ids) < 2:
         raise ConfigError(f"ids has {len(ids)} tokens: it must hold at least 2")
-    check_length(lm, len(ids), 0, "ids")
-    shapes = plan_shapes(
-        len(ids),
-        farthest_start=0,
-        longest=len(ids),
-        max_new=0,
-        tile_size=lm.tile_size,
-        block_size=lm.sparse.block_size,
-    )
-    arguments = (
-        lm.model,
-        pad_rows([ids], shapes.prompt),
-        model_rope(lm.config, len(ids)),
-    )
-    static = {"settings": lm.settings, "shapes": shapes}
-    program, _ = PROGRAMS.get(_score_text, arguments, static)
-    surprises, best = program(*arguments)
+    surprises, best = run_whole(_score_text, lm, ids)
     count = len(ids) - 1
     return TokenScores(np.asarray(surprises)[:count], np.asarray(best)[:count])
 
