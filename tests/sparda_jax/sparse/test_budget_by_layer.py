@@ -6,16 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import selector_cases as cases
 from planning_cases import Case
-from selector_cases import (
-    CONFIG,
-    SPARSE,
-    best_sets,
-    draw_layer,
-    listed_sets,
-    make_index,
-    tile_of,
-)
+from selector_cases import CONFIG, SPARSE
 
 import sparda_jax as sj
 from sparda_jax.models.presets import get_preset
@@ -32,11 +25,11 @@ def _flat(budget):
 
 
 def test_each_layer_lists_what_its_own_budget_says():
-    layer, quest = draw_layer("adversarial"), get_selector("quest")
-    index = make_index(quest, layer, [layer.length], 16)
+    layer, quest = cases.draw_layer("adversarial"), get_selector("quest")
+    index = cases.make_index(quest, layer, [layer.length], 16)
     where = slice(0, None, 37)
     positions = np.arange(layer.length)[where]
-    tile = tile_of(layer, index, where, 16)
+    tile = cases.tile_of(layer, index, where, 16)
     scores = np.asarray(quest.score(tile, CONFIG, BY_LAYER, None))
     select = jax.jit(
         lambda number: quest.select(
@@ -46,8 +39,8 @@ def test_each_layer_lists_what_its_own_budget_says():
     for number, budget in enumerate(BUDGETS):
         lists = select(jnp.int32(number))
         assert lists.shape[-1] == max(BUDGETS)
-        got = listed_sets(lists)
-        assert got == best_sets(scores, positions, _flat(budget)), number
+        got = cases.listed_sets(lists)
+        assert got == cases.best_sets(scores, positions, _flat(budget)), number
 
 
 def test_the_second_stage_keeps_to_the_layer_s_budget():
@@ -62,7 +55,9 @@ def test_the_second_stage_keeps_to_the_layer_s_budget():
         constrained = constrain_by_importance(
             scores, importance, own, sparse, layer=number
         )
-        return listed_sets(top_blocks(constrained, own, length, sparse, layer=number))
+        return cases.listed_sets(
+            top_blocks(constrained, own, length, sparse, layer=number)
+        )
 
     for number, budget in enumerate(BUDGETS):
         assert lists(BY_LAYER, number) == lists(_flat(budget), 0)
@@ -78,7 +73,10 @@ def test_the_planner_takes_the_largest_and_a_wrong_number_of_budgets_is_refused(
             shapes=case.shapes,
             dtype="float32",
         )
-        for sparse in (_flat(9), dataclasses.replace(SPARSE, block_budget=(9, 4, 6)))
+        for sparse in (
+            _flat(9),
+            dataclasses.replace(SPARSE, block_budget=(9, 4, 6)),
+        )
     ]
     assert sizes[0] == sizes[1]
     count = get_preset("tiny").model.num_layers

@@ -7,16 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from selector_cases import (
-    CONFIG,
-    KINDS,
-    SPARSE,
-    best_sets,
-    draw_layer,
-    listed_sets,
-    make_index,
-    tile_of,
-)
+import selector_cases as cases
+from selector_cases import CONFIG, KINDS, SPARSE
 
 from sparda_jax.models.block import before_attention
 from sparda_jax.models.presets import get_preset
@@ -50,13 +42,13 @@ def _oracle_scores(layer, window, axes, queries):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_lists_are_the_definition_s(kind):
-    layer = draw_layer(kind)
-    index = make_index(INFINIGEN, layer, [layer.length], BLOCKS)
+    layer = cases.draw_layer(kind)
+    index = cases.make_index(INFINIGEN, layer, [layer.length], BLOCKS)
     asked = np.random.default_rng(3).standard_normal((2, 1, 4, 8)).astype(np.float32)
     grouped = asked.reshape(2, 1, 2, 2, 8)
     axes = index["partial_keys"].axes.shape[-1]
     want = _oracle_scores(layer, INFINIGEN.window, axes, grouped)
-    tile = tile_of(
+    tile = cases.tile_of(
         layer,
         index,
         slice(-1, None),
@@ -72,20 +64,22 @@ def test_lists_are_the_definition_s(kind):
         got[..., :whole], want[..., :whole], rtol=1e-3, atol=2e-3
     )
     lists = INFINIGEN.select(tile, CONFIG, SPARSE)
-    assert listed_sets(lists) == best_sets(want, [layer.length - 1], SPARSE)
+    assert cases.listed_sets(lists) == cases.best_sets(want, [layer.length - 1], SPARSE)
 
 
 def test_each_row_has_its_own_channels_and_pieces_are_the_whole():
-    layer = draw_layer("adversarial", length=300)
-    whole = make_index(INFINIGEN, layer, [290, *[1] * 10], 6)["partial_keys"]
-    pieces = make_index(INFINIGEN, layer, [130, 150, 10, *[1] * 10], 6)["partial_keys"]
+    layer = cases.draw_layer("adversarial", length=300)
+    whole = cases.make_index(INFINIGEN, layer, [290, *[1] * 10], 6)["partial_keys"]
+    pieces = cases.make_index(INFINIGEN, layer, [130, 150, 10, *[1] * 10], 6)[
+        "partial_keys"
+    ]
     for one, other in zip(whole, pieces, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
     for row in range(2):
         mine = dataclasses.replace(
             layer, **{n: getattr(layer, n)[row : row + 1] for n in ("q", "k", "bias")}
         )
-        alone = make_index(INFINIGEN, mine, [290, *[1] * 10], 6)["partial_keys"]
+        alone = cases.make_index(INFINIGEN, mine, [290, *[1] * 10], 6)["partial_keys"]
         np.testing.assert_allclose(alone.keys[:, 0], whole.keys[:, row], atol=1e-4)
 
 

@@ -2,16 +2,8 @@
 
 import numpy as np
 import pytest
-from selector_cases import (
-    CONFIG,
-    KINDS,
-    SPARSE,
-    best_sets,
-    draw_layer,
-    listed_sets,
-    make_index,
-    tile_of,
-)
+import selector_cases as cases
+from selector_cases import CONFIG, KINDS, SPARSE
 
 from sparda_jax.sparse.selectors.infllm import InfLLM
 
@@ -46,27 +38,27 @@ def _representatives(layer):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_representatives_and_lists_are_the_definition_s(kind):
-    layer = draw_layer(kind)
-    index = make_index(INFLLM, layer, [layer.length], BLOCKS)
+    layer = cases.draw_layer(kind)
+    index = cases.make_index(INFLLM, layer, [layer.length], BLOCKS)
     means = _representatives(layer)
     final = means.shape[2]
     got = np.asarray(index["representatives"].means[0, :, :, :final])
     np.testing.assert_allclose(got, means, atol=1e-4)
     where = slice(600, None, 5)
-    tile = tile_of(layer, index, where, BLOCKS)
+    tile = cases.tile_of(layer, index, where, BLOCKS)
     scores = np.asarray(INFLLM.score(tile, CONFIG, SPARSE, None))
     want = np.einsum("btkgh,bkmh->bktm", layer.grouped()[:, where], means)
     np.testing.assert_allclose(scores[..., :final], want, rtol=1e-4, atol=1e-3)
     lists = INFLLM.select(tile, CONFIG, SPARSE)
     positions = np.arange(layer.length)[where]
-    assert listed_sets(lists) == best_sets(scores, positions, SPARSE)
+    assert cases.listed_sets(lists) == cases.best_sets(scores, positions, SPARSE)
 
 
 def test_representatives_made_piece_by_piece_are_those_of_the_whole():
-    layer = draw_layer("random", length=400)
-    whole = make_index(INFLLM, layer, [400], 8)["representatives"]
+    layer = cases.draw_layer("random", length=400)
+    whole = cases.make_index(INFLLM, layer, [400], 8)["representatives"]
     pieces = [50, 128, 100, *[1] * 60, 62]
-    kept = make_index(INFLLM, layer, pieces, 8)["representatives"]
+    kept = cases.make_index(INFLLM, layer, pieces, 8)["representatives"]
     final = 400 // SPARSE.block_size - SPARSE.local_blocks
     a, b = (np.asarray(x.means)[:, :, :, :final] for x in (whole, kept))
     np.testing.assert_allclose(a, b, atol=1e-5)

@@ -3,16 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from selector_cases import (
-    CONFIG,
-    KINDS,
-    SPARSE,
-    best_sets,
-    draw_layer,
-    listed_sets,
-    make_index,
-    tile_of,
-)
+import selector_cases as cases
+from selector_cases import CONFIG, KINDS, SPARSE
 
 from sparda_jax.sparse.indices.signatures import directions, hash_codes
 from sparda_jax.sparse.selectors.magicpig import MagicPIG
@@ -31,28 +23,30 @@ def _codes(x):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_lists_are_the_definition_s(kind):
-    layer, prompt = draw_layer(kind, length=640), 600
+    layer, prompt = cases.draw_layer(kind, length=640), 600
     pieces = [prompt, *[1] * 40]
-    index = make_index(PIG, layer, pieces, BLOCKS)
+    index = cases.make_index(PIG, layer, pieces, BLOCKS)
     centre = layer.k[:, :prompt].astype(float).mean(1, keepdims=True)
     keys = np.moveaxis(_codes(layer.k - centre), 1, 2)  # B K S tables
     got = np.asarray(index["signatures"].codes[0, :, :, : layer.length])
     # A key on a plane may be rounded to either side.
     assert (got == keys).mean() > 0.999
-    tile = tile_of(layer, index, slice(-1, None), BLOCKS, decoding=True)
+    tile = cases.tile_of(layer, index, slice(-1, None), BLOCKS, decoding=True)
     asked = _codes(layer.grouped()[:, -1])  # B K G tables
     equal = (asked[:, :, :, None] == got[:, :, None]).sum(-1)
     scores = np.zeros((2, 2, 1, BLOCKS))
     by_block = (equal >= 2).reshape(2, 2, 2, -1, SPARSE.block_size)
     scores[:, :, 0, : by_block.shape[3]] = by_block.sum((2, 4))
     lists = PIG.select(tile, CONFIG, SPARSE)
-    assert listed_sets(lists) == best_sets(scores, [layer.length - 1], SPARSE)
+    assert cases.listed_sets(lists) == cases.best_sets(
+        scores, [layer.length - 1], SPARSE
+    )
 
 
 def test_a_prompt_in_pieces_has_the_codes_of_the_whole():
-    layer = draw_layer("random", length=300)
-    whole = make_index(PIG, layer, [290, *[1] * 10], 6)["signatures"]
-    pieces = make_index(PIG, layer, [130, 160, *[1] * 10], 6)["signatures"]
+    layer = cases.draw_layer("random", length=300)
+    whole = cases.make_index(PIG, layer, [290, *[1] * 10], 6)["signatures"]
+    pieces = cases.make_index(PIG, layer, [130, 160, *[1] * 10], 6)["signatures"]
     for one, other in zip(whole, pieces, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -81,14 +75,16 @@ def test_sampling_is_as_likely_as_the_formula_says():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_are_corrected_by_the_formula(kind):
-    layer, prompt = draw_layer(kind, length=300), 280
+    layer, prompt = cases.draw_layer(kind, length=300), 280
     selector = MagicPIGTokens(bits=4, tables=30, seed=3, first=4, last=16)
-    index = make_index(selector, layer, [prompt, *[1] * 20], 6)
+    index = cases.make_index(selector, layer, [prompt, *[1] * 20], 6)
     keys = np.zeros((2, 2, 6 * 64, 8), np.float32)
     keys[:, :, :300] = np.swapaxes(layer.k, 1, 2)
 
     def corrections(number):
-        tile = tile_of(layer, index, slice(-1, None), 6, decoding=True, layer=number)
+        tile = cases.tile_of(
+            layer, index, slice(-1, None), 6, decoding=True, layer=number
+        )
         return np.asarray(selector.token_correction(tile, jnp.asarray(keys), CONFIG))[
             ..., 0, :300
         ]

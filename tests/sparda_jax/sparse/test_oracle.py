@@ -5,16 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from selector_cases import (
-    CONFIG,
-    KINDS,
-    SPARSE,
-    best_sets,
-    draw_layer,
-    listed_sets,
-    make_index,
-    tile_of,
-)
+import selector_cases as cases
+from selector_cases import CONFIG, KINDS, SPARSE
 
 from sparda_jax.sparse.selectors import get_selector, selector_names
 
@@ -30,33 +22,33 @@ def _captured(masses, lists):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_masses_are_the_definition_s(kind):
-    layer, oracle = draw_layer(kind), get_selector("oracle")
-    index = make_index(oracle, layer, [300, 1, layer.length - 301], BLOCKS)
-    tile = tile_of(layer, index, WHERE, BLOCKS)
+    layer, oracle = cases.draw_layer(kind), get_selector("oracle")
+    index = cases.make_index(oracle, layer, [300, 1, layer.length - 301], BLOCKS)
+    tile = cases.tile_of(layer, index, WHERE, BLOCKS)
     masses = layer.masses()[:, :, WHERE]
     got = np.asarray(oracle.score(tile, CONFIG, SPARSE, None))
     np.testing.assert_allclose(got[..., : layer.blocks], masses, atol=2e-5)
     np.testing.assert_allclose(got.sum(-1), CONFIG.group_size, rtol=1e-5)
     positions = np.arange(layer.length)[WHERE]
     lists = oracle.select(tile, CONFIG, SPARSE)
-    assert listed_sets(lists) == best_sets(got, positions, SPARSE)
+    assert cases.listed_sets(lists) == cases.best_sets(got, positions, SPARSE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_selector_captures_more_than_the_oracle(kind):
-    layer = draw_layer(kind, seed=1)
+    layer = cases.draw_layer(kind, seed=1)
     masses = layer.masses()
     best = None
     for name in ("oracle", *selector_names()):
         selector = get_selector(name)
         config = dataclasses.replace(CONFIG, key_bias=name == "nosa")
-        index = make_index(selector, layer, [layer.length], BLOCKS)
+        index = cases.make_index(selector, layer, [layer.length], BLOCKS)
         forecast = layer.grouped()[:, -1:].mean(3) if selector.looks_ahead else None
         if selector.hands_on_scores:
             forecast = np.random.default_rng(2).random((2, 1, 2, BLOCKS))
         if forecast is not None:
             forecast = jnp.asarray(forecast, jnp.float32)
-        tile = tile_of(
+        tile = cases.tile_of(
             layer, index, slice(-1, None), BLOCKS, forecast=forecast, decoding=True
         )
         lists = selector.select(tile, config, SPARSE)

@@ -2,16 +2,8 @@
 
 import numpy as np
 import pytest
-from selector_cases import (
-    CONFIG,
-    KINDS,
-    SPARSE,
-    best_sets,
-    draw_layer,
-    listed_sets,
-    make_index,
-    tile_of,
-)
+import selector_cases as cases
+from selector_cases import CONFIG, KINDS, SPARSE
 
 from sparda_jax.sparse.selectors.quest import Quest
 
@@ -31,9 +23,9 @@ def _bounds(layer):
 @pytest.mark.parametrize("over_group", ["sum", "max"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_lists_are_the_definition_s_and_the_bound_bounds(kind, over_group):
-    layer = draw_layer(kind)
+    layer = cases.draw_layer(kind)
     selector, blocks = Quest(over_group), 16
-    index = make_index(selector, layer, [layer.length], blocks)
+    index = cases.make_index(selector, layer, [layer.length], blocks)
     where = slice(400, None)
     bounds = _bounds(layer)[:, :, :, where]
     size, whole = SPARSE.block_size, bounds.shape[-1]
@@ -46,20 +38,20 @@ def test_lists_are_the_definition_s_and_the_bound_bounds(kind, over_group):
     # A float32 sum may order near ties otherwise: none are this close here but the
     # exact ones.
     want = np.round(want, 3)
-    tile = tile_of(layer, index, where, blocks)
+    tile = cases.tile_of(layer, index, where, blocks)
     got = np.asarray(selector.score(tile, CONFIG, SPARSE, None))
     np.testing.assert_allclose(got[..., :whole], want, rtol=1e-4, atol=2e-3)
     assert np.all(got[..., layer.blocks :] == -np.inf)
     lists = selector.select(tile, CONFIG, SPARSE)
     positions = np.arange(layer.length)[where]
-    expected = best_sets(got, positions, SPARSE)
-    assert listed_sets(lists) == expected
+    expected = cases.best_sets(got, positions, SPARSE)
+    assert cases.listed_sets(lists) == expected
 
 
 @pytest.mark.parametrize("pieces", [[1] * 3 + [197], [60, 1, 1, 1, 1, 136], [130, 70]])
 def test_bounds_kept_piece_by_piece_are_those_of_the_whole(pieces):
-    layer = draw_layer("adversarial", length=200)
-    whole = make_index(Quest(), layer, [200], 6)["key_bounds"]
-    kept = make_index(Quest(), layer, pieces, 6)["key_bounds"]
+    layer = cases.draw_layer("adversarial", length=200)
+    whole = cases.make_index(Quest(), layer, [200], 6)["key_bounds"]
+    kept = cases.make_index(Quest(), layer, pieces, 6)["key_bounds"]
     np.testing.assert_array_equal(whole, kept)
     assert np.isinf(np.asarray(kept)[:, :, :, 4:]).all()

@@ -5,16 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from selector_cases import (
-    CONFIG,
-    KINDS,
-    SPARSE,
-    best_sets,
-    draw_layer,
-    listed_sets,
-    make_index,
-    tile_of,
-)
+import selector_cases as cases
+from selector_cases import CONFIG, KINDS, SPARSE
 
 from sparda_jax.sparse.selectors.snapkv import SnapKV
 
@@ -42,14 +34,18 @@ def _sets(layer, index, position):
     here = dataclasses.replace(
         layer, q=layer.q[:, : position + 1], k=layer.k[:, : position + 1]
     )
-    tile = tile_of(here, index, slice(-1, None), BLOCKS, decoding=True)
-    return listed_sets(SNAPKV.select(tile, CONFIG, SPARSE))
+    tile = cases.tile_of(here, index, slice(-1, None), BLOCKS, decoding=True)
+    return cases.listed_sets(SNAPKV.select(tile, CONFIG, SPARSE))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_set_is_the_definition_s_and_only_shrinks(kind):
-    layer, prompt, size = draw_layer(kind, length=900), 700, SPARSE.block_size
-    index = make_index(SNAPKV, layer, [prompt], BLOCKS)
+    layer, prompt, size = (
+        cases.draw_layer(kind, length=900),
+        700,
+        SPARSE.block_size,
+    )
+    index = cases.make_index(SNAPKV, layer, [prompt], BLOCKS)
     votes = _votes(layer, prompt, SNAPKV.window)
     scores = np.zeros((*votes.shape[:2], 1, BLOCKS))
     votes = np.pad(votes, ((0, 0), (0, 0), (0, -votes.shape[-1] % size)))
@@ -61,27 +57,27 @@ def test_the_set_is_the_definition_s_and_only_shrinks(kind):
     since = np.arange(BLOCKS) >= (prompt - SNAPKV.window) // size
     scores = np.where(since, 1e3 + np.arange(BLOCKS), scores)
     kept = _sets(layer, index, prompt)
-    assert kept == best_sets(scores, [prompt], SPARSE)
+    assert kept == cases.best_sets(scores, [prompt], SPARSE)
     ends = -(-prompt // size)
     for position in (prompt + 70, prompt + 150, 899):
         now = _sets(layer, index, position)
-        assert now == best_sets(scores, [position], SPARSE)
+        assert now == cases.best_sets(scores, [position], SPARSE)
         for before, after in zip(kept, now, strict=True):
             assert {b for b in after if b < ends} <= before
 
 
 def test_a_prompt_in_pieces_votes_as_a_whole_one_and_decode_changes_nothing():
-    layer = draw_layer("random", length=300)
-    whole = make_index(SNAPKV, layer, [290, *[1] * 10], 6)["votes"]
-    pieces = make_index(SNAPKV, layer, [130, 150, 10, *[1] * 10], 6)["votes"]
+    layer = cases.draw_layer("random", length=300)
+    whole = cases.make_index(SNAPKV, layer, [290, *[1] * 10], 6)["votes"]
+    pieces = cases.make_index(SNAPKV, layer, [130, 150, 10, *[1] * 10], 6)["votes"]
     for one, other in zip(whole, pieces, strict=True):
         np.testing.assert_array_equal(one, other)
-    first = make_index(SNAPKV, layer, [290], 6)["votes"]
+    first = cases.make_index(SNAPKV, layer, [290], 6)["votes"]
     np.testing.assert_array_equal(first.scores, whole.scores)
 
 
 def test_a_prompt_shorter_than_its_window_is_kept_whole():
-    layer = draw_layer("random", length=12)
-    votes = make_index(SNAPKV, layer, [12], 6)["votes"]
+    layer = cases.draw_layer("random", length=12)
+    votes = cases.make_index(SNAPKV, layer, [12], 6)["votes"]
     assert not np.any(votes.scores) and not np.any(votes.kept_from)
     assert jnp.isfinite(votes.queries).all()
