@@ -144,6 +144,8 @@ class ModelConfig:
       residual_scale: Multiplier of both sublayer outputs (muP scale_depth/√L).
       logits_divisor: Divisor of the final hidden state (muP D/dim_model_base).
       max_context: Longest sequence, prompt and generated tokens together.
+      forecast_queries: R, queries that Forecast heads make for each kv head; loading
+        heads sets it (`models.forecast`).
       bos_id: Token put before a plain prompt; None for none.
       eos_ids: Tokens that end a sequence.
     """
@@ -167,6 +169,7 @@ class ModelConfig:
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
+    forecast_queries: int = 1
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
@@ -193,6 +196,7 @@ class ModelConfig:
             embed_scale=positive,
             residual_scale=positive,
             logits_divisor=positive,
+            forecast_queries=width,
             bos_id=optional(integer(0)),
             eos_ids=several(integer(0), "token ids", ordered=False),
         )
@@ -201,6 +205,12 @@ class ModelConfig:
             "ModelConfig.num_heads",
             self.num_heads,
             f"a multiple of num_kv_heads={self.num_kv_heads}",
+        )
+        require(
+            self.forecast_queries <= self.group_size,
+            "ModelConfig.forecast_queries",
+            self.forecast_queries,
+            f"at most the {self.group_size} query heads of a kv head",
         )
         require(self.head_dim % 2 == 0, "ModelConfig.head_dim", self.head_dim, "even")
         if self.rope.kind == "longrope":

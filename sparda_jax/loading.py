@@ -87,7 +87,11 @@ def _install_forecast(
     elif forecast is not None:
         fingerprint = None if source is None else source.fingerprint
         weights = load_forecast(
-            forecast, config=config, fingerprint=fingerprint, sparse=sparse
+            forecast,
+            config=config,
+            fingerprint=fingerprint,
+            sparse=sparse,
+            model=model,
         )
         heads = forecast_heads(config, weights.future, weights.current, dtype)
         model.set_forecast(heads)
@@ -165,7 +169,7 @@ def load(
     trained = _install_forecast(decoder, config, sparse, source, forecast, dtype)
     return LanguageModel(
         model=decoder,
-        config=config,
+        config=decoder.config,
         sparse=sparse,
         selector=selector,
         tokenizer=None if source is None else source.tokenizer,
@@ -274,6 +278,7 @@ def with_attention(
     return dataclasses.replace(
         lm,
         model=model,
+        config=model.config,
         selector=selector,
         sparse=sparse or lm.sparse,
         cache=cache or lm.cache,

@@ -114,8 +114,8 @@ class Trainer:
         return self._gradients[loss]
 
     def train(
-        self, name: str, variant: Variant, heads: Float[Array, "L D KH"]
-    ) -> tuple[Float[Array, "L D KH"], dict[str, Any]]:
+        self, name: str, variant: Variant, heads: Float[Array, "L D KRH"]
+    ) -> tuple[Float[Array, "L D KRH"], dict[str, Any]]:
         """Heads after the variant's steps, and its last loss and times."""
         gradients, run = self._program(variant.loss), self.run
         optimizer = make_optimizer(variant.optimizer)
@@ -139,7 +139,7 @@ class Trainer:
         return heads, figures
 
 
-def first_heads(run: Run, how: str) -> Float[Array, "L D KH"]:
+def first_heads(run: Run, how: str) -> Float[Array, "L D KRH"]:
     """Heads before training, on all devices."""
     if how == "regression":
         run.fit_heads(progress=True)

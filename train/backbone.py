@@ -102,11 +102,11 @@ class LayerView(NamedTuple):
     v: Float[Array, "B T K H"]
     key_bias: Float[Array, "B T K"] | None
     source: Float[Array, "B T D"]
-    head: Float[Array, "*V D KH"]
+    head: Float[Array, "*V D KRH"]
     rope_cos_sin: RopeCosSin
 
     @property
-    def forecast(self) -> Float[Array, "B T K H"]:
+    def forecast(self) -> Float[Array, "B T KR H"]:
         """Forecasts for this layer; of the first head, if there are several."""
         head = self.head.reshape(-1, *self.head.shape[-2:])[0]
         return project_forecast(self.source, head, self.rope_cos_sin)
@@ -114,9 +114,9 @@ class LayerView(NamedTuple):
 
 def head_gradient(
     source: Float[Array, "B T D"],
-    d_forecast: Float[Array, "B T K H"],
+    d_forecast: Float[Array, "B T KR H"],
     rope_cos_sin: RopeCosSin,
-) -> Float[Array, "D KH"]:
+) -> Float[Array, "D KRH"]:
     """Gradient of a Forecast matrix from that of its forecasts, float32.
 
     The transpose of a rotation turns the other way.
@@ -220,7 +220,7 @@ def _finish_layer(
 
 def run_backbone[Out](
     model: Decoder,
-    heads: Float[Array, "L *V D KH"],
+    heads: Float[Array, "L *V D KRH"],
     batch: Batch,
     settings: Settings,
     on_layer: Callable[[LayerView], tuple[Float[Array, "B T N H"], Out]],
@@ -297,11 +297,11 @@ def teach_layer(
 
 def heads_gradient(
     model: Decoder,
-    heads: Float[Array, "L D KH"],
+    heads: Float[Array, "L D KRH"],
     batch: Batch,
     settings: Settings,
     gather: Callable[[DecoderLayer], DecoderLayer] = lambda layer: layer,
-) -> tuple[Float[Array, "L D KH"], Float[Array, " L"], Float[Array, ""]]:
+) -> tuple[Float[Array, "L D KRH"], Float[Array, " L"], Float[Array, ""]]:
     """Gradient of each layer's summed loss, the sums, and the sum of the row weights.
 
     Dividing the first two by the third gives means: what is summed can be added up over

@@ -38,6 +38,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from sparda_jax.checkpoint.errors import CheckpointError
 from sparda_jax.checkpoint.forecast import ForecastWeights, save_forecast
 from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
+from sparda_jax.models.low_rank import LowRankHeads
 from train.config import CheckpointConfig
 from train.optimizer import TrainState
 from train.processes import on_first
@@ -415,13 +416,14 @@ class Checkpoints:
 
 def export_forecast(
     path: str | os.PathLike,
-    heads: Float[Array, "L D KH"],
+    heads: Float[Array, "L D KRH"],
     *,
     config: ModelConfig,
     sparse: SparseConfig,
     fingerprint: str | None,
     extra: Mapping[str, Any],
     dtype: DTypeLike = np.float32,
+    low_rank: LowRankHeads | None = None,
 ) -> None:
     """Writes heads as a Forecast weights file that `sparda_jax.load` takes."""
     matrices = np.swapaxes(np.asarray(heads, np.float32), 1, 2)
@@ -430,5 +432,7 @@ def export_forecast(
         current=matrices[0],
         base_fingerprint=fingerprint,
         sparse=sparse,
+        low_rank=low_rank,
+        queries=matrices.shape[1] // (config.num_kv_heads * config.head_dim),
     )
     save_forecast(path, weights, base_name=config.name, extra=extra, dtype=dtype)

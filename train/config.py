@@ -47,6 +47,7 @@ _floor = number(least=0, most=1e-3)
 # Weights are shares: one that is far too small would never have its turn.
 _share = number(least=1e-6, most=1e6)
 _maybe_positive = optional(_positive)
+
 _maybe_minutes = optional(number(least=0, most=1e6))
 _maybe_sparse = optional(instance(SparseConfig))
 
@@ -308,6 +309,8 @@ class TrainConfig:
         "regression" (`train.init`): least squares for every query head of the consuming
         layer, and weights of the heads in a group by the loss.
       init_batches: Batches that "regression" reads for the one, and for the other.
+      queries: R, queries that the heads make for each kv head (`models.forecast`): 1 as
+        in the reference, or up to as many as query heads share it; None: so many.
       sparse: Block geometry and budget; None takes the model's.
       dtype: Of the frozen weights; None is float32 on a CPU and bfloat16 elsewhere.
       attention: How the frozen layers attend: "blocks" visits the listed blocks;
@@ -319,6 +322,8 @@ class TrainConfig:
         were the last one; the same command continues. None for no limit.
       log_every: Steps between two lines of the log.
       export_dtype: Of the matrices in the exported files.
+      export_rank: Files hold a change of this rank of the model's query weights
+        (`models.low_rank`) in the place of whole matrices; None: whole ones.
       tensorboard: Also write TensorBoard files (needs the package tensorboardX).
     """
 
@@ -327,6 +332,7 @@ class TrainConfig:
     out: str = "out/distill"
     init: Literal["from_query", "kaiming", "regression"] = "from_query"
     init_batches: int = 16
+    queries: int | None = 1
     sparse: SparseConfig | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     attention: Literal["blocks", "masked"] = "blocks"
@@ -335,6 +341,7 @@ class TrainConfig:
     max_minutes: float | None = None
     log_every: int = 1
     export_dtype: Literal["float32", "bfloat16"] = "float32"
+    export_rank: int | None = None
     tensorboard: bool = False
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -350,6 +357,8 @@ class TrainConfig:
             model=check_path,
             out=check_path,
             init_batches=_positive,
+            queries=_maybe_positive,
+            export_rank=_maybe_positive,
             sparse=_maybe_sparse,
             seed=_seed,
             max_minutes=_maybe_minutes,
@@ -382,9 +391,12 @@ class TrainConfig:
         values = dataclasses.asdict(self)
         free = ("name", "out", "max_minutes", "log_every", "tensorboard", "eval")
         free = (*free, "checkpoint", "parallel", "attention", "implementation")
-        for field in (*free, "export_dtype"):
+        for field in (*free, "export_dtype", "export_rank"):
             del values[field]
         del values["optimizer"]["micro_batch"]
+        # Runs from before there were several.
+        if values["queries"] == 1:
+            del values["queries"]
         values["data"]["sources"] = [list(pair) for pair in self.data.sources]
         return values
 

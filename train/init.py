@@ -6,13 +6,14 @@ forecast may read, is a least-squares problem with a closed form: two products o
 activations, summed over tokens. `from_query` is the guess that the layer in between
 adds nothing.
 
-A group of G query heads has one forecast. The group's choice sums their softmaxes, in
-which a head that is sure counts for more than one that is not; the mean of the heads
-ignores that. So each forecast is a weighted sum of its group's guesses, and the
-weights, G a group, are fitted by the loss of the run. From there training moves all of
-the matrix.
+A group of G query heads has R forecasts, one as a rule. The group's choice sums their
+softmaxes, in which a head that is sure counts for more than one that is not; the mean
+of the heads ignores that. So each forecast is a weighted sum of its group's guesses,
+and the weights, G·R a group, are fitted by the loss of the run, beginning with means of
+runs of heads. From there training moves all of the matrix.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -25,6 +26,7 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from sparda_jax.models.decoder import Decoder
+from sparda_jax.models.forecast import query_sets
 from sparda_jax.models.rope import RopeCosSin, apply_rope
 from sparda_jax.models.spec import forecast_shape
 from sparda_jax.models.weights import from_query_heads
@@ -45,11 +47,14 @@ _RIDGE = 1e-4
 _WEIGHT_RATE = 0.05
 
 
-def initial_heads(model: Decoder, how: str, seed: int) -> Float[Array, "L D KH"]:
+def initial_heads(
+    model: Decoder, how: str, seed: int, queries: int = 1
+) -> Float[Array, "L D KRH"]:
     """Float32 heads before training: `kaiming` (§4.1), else `from_query`."""
-    config = model.config
+    config = dataclasses.replace(model.config, forecast_queries=queries)
     if how != "kaiming":
-        return jnp.stack([x.astype(jnp.float32) for x in from_query_heads(model)])
+        heads = from_query_heads(model, queries)
+        return jnp.stack([x.astype(jnp.float32) for x in heads])
     shape = (config.num_layers, *forecast_shape(config))
     bound = config.hidden_size**-0.5
     key = jax.random.key(seed)
@@ -58,7 +63,7 @@ def initial_heads(model: Decoder, how: str, seed: int) -> Float[Array, "L D KH"]
 
 def query_moments(
     model: Decoder,
-    heads: Float[Array, "L D KH"],
+    heads: Float[Array, "L D KRH"],
     batch: Batch,
     settings: Settings,
     gather=lambda layer: layer,
@@ -103,16 +108,16 @@ def predictors(
 
 
 def combine(
-    guesses: Float[Array, "L D K G H"], weights: Float[Array, "L K G"]
-) -> Float[Array, "L D KH"]:
-    """Heads that are weighted sums of their group's guesses."""
-    heads = jnp.einsum("ldkgh,lkg->ldkh", guesses, weights)
+    guesses: Float[Array, "L D K G H"], weights: Float[Array, "L K G R"]
+) -> Float[Array, "L D KRH"]:
+    """Heads whose queries are weighted sums of their group's guesses."""
+    heads = jnp.einsum("ldkgh,lkgr->ldkrh", guesses, weights)
     return heads.reshape(*heads.shape[:2], -1)
 
 
-def regression_heads(
+def sum_moments(
     model: Decoder,
-    heads: Float[Array, "L D KH"],
+    heads: Float[Array, "L D KRH"],
     data: Iterator[Batch],
     settings: Settings,
     mesh: Mesh,
@@ -120,21 +125,9 @@ def regression_heads(
     batches: int,
     fsdp: bool = False,
     progress: bool = False,
-) -> Float[Array, "L D KH"]:
-    """Heads for the first step; see the module's text.
-
-    Args:
-      model: Laid out over the mesh.
-      heads: Any; only their shape counts.
-      data: Batches [A, B, T] over the mesh, of which twice `batches` are taken.
-      settings: Model, geometry and loss.
-      mesh: Of `make_mesh`.
-      batches: For the least squares, and again for the weights.
-      fsdp: The layers' weights are divided over the mesh.
-      progress: Show a bar: on a CPU this takes minutes.
-    """
+) -> tuple[Float[np.ndarray, "L D D"], Float[np.ndarray, "L D NH"]]:
+    """`query_moments` of batches, in float64; arguments as for `regression_heads`."""
     config = model.config
-    silent = None if progress else True
     gather = make_gather(model, mesh, fsdp=fsdp)
 
     def sums(model: Decoder, heads: Array, batch: Batch) -> tuple[Array, Array]:
@@ -142,7 +135,7 @@ def regression_heads(
             new = query_moments(model, heads, part, settings, gather)
             return jax.tree.map(jnp.add, total, new), None
 
-        layers, hidden = heads.shape[:2]
+        layers, hidden = config.num_layers, config.hidden_size
         queries = config.num_heads * config.head_dim
         zeros = (
             jnp.zeros((layers, hidden, hidden), jnp.float32),
@@ -162,12 +155,53 @@ def regression_heads(
         )
     )
     square = product = np.float64(0)
+    silent = None if progress else True
     for _ in tqdm(range(batches), desc="least squares", disable=silent):
         new = jax.device_get(moments(model, heads, next(data)))
         square, product = square + new[0], product + new[1]
     assert isinstance(square, np.ndarray) and isinstance(product, np.ndarray)
+    return square, product
+
+
+def regression_heads(
+    model: Decoder,
+    heads: Float[Array, "L D KRH"],
+    data: Iterator[Batch],
+    settings: Settings,
+    mesh: Mesh,
+    *,
+    batches: int,
+    fsdp: bool = False,
+    progress: bool = False,
+    moments: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Float[Array, "L D KRH"]:
+    """Heads for the first step; see the module's text.
+
+    Args:
+      model: Laid out over the mesh.
+      heads: Any; only their shape counts.
+      data: Batches [A, B, T] over the mesh, of which twice `batches` are taken.
+      settings: Model, geometry and loss.
+      mesh: Of `make_mesh`.
+      batches: For the least squares, and again for the weights.
+      fsdp: The layers' weights are divided over the mesh.
+      progress: Show a bar: on a CPU this takes minutes.
+      moments: Of `sum_moments`, where they are known: `batches` are taken once then.
+    """
+    config, silent = model.config, None if progress else True
+    if moments is None:
+        moments = sum_moments(
+            model,
+            heads,
+            data,
+            settings,
+            mesh,
+            batches=batches,
+            fsdp=fsdp,
+            progress=progress,
+        )
     groups = (config.num_kv_heads, config.group_size, config.head_dim)
-    guesses = predictors(square, product)
+    guesses = predictors(*moments)
     guesses = jnp.asarray(guesses.reshape(*guesses.shape[:2], *groups))
 
     gradients = make_gradients(model, settings, mesh, fsdp=fsdp)
@@ -181,7 +215,11 @@ def regression_heads(
         updates, moments = optimizer.update(gradient, moments, weights)
         return optax.apply_updates(weights, updates), moments
 
-    weights = jnp.full((len(guesses), *groups[:2]), 1 / groups[1], jnp.float32)
+    queries = heads.shape[-1] // (groups[0] * groups[2])
+    means = np.zeros((groups[1], queries), np.float32)
+    for index, one in enumerate(query_sets(groups[1], queries)):
+        means[one, index] = 1 / (one.stop - one.start)
+    weights = jnp.broadcast_to(means, (len(guesses), groups[0], *means.shape))
     state = optimizer.init(weights)
     for _ in tqdm(range(batches), desc="weights of heads", disable=silent):
         weights, state = step(model, guesses, weights, state, next(data))

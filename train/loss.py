@@ -54,14 +54,14 @@ class LayerLoss(NamedTuple):
     total: Float[Array, ""]
     weight: Float[Array, ""]
     routing: Int[Array, "B K T P"]
-    d_forecast: Float[Array, "B T K H"] | None
+    d_forecast: Float[Array, "B T KR H"] | None
     attended: Float[Array, "B T N H"] | None = None
 
 
 def distill_layer(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
-    forecast: Float[Array, "B T K H"],
+    forecast: Float[Array, "B T KR H"],
     documents: Documents,
     key_bias: Float[Array, "B T K"] | None = None,
     *,
@@ -169,7 +169,7 @@ def distill_layer(
 
 
 def distillation_loss(
-    forecast: Float[Array, "B T K H"],
+    forecast: Float[Array, "B T KR H"],
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     documents: Documents,

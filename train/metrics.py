@@ -210,7 +210,7 @@ def layer_metrics(
     return join_tiles(lists, 2, tokens), LayerSums(loss.total, loss.weight, *sums)
 
 
-Evaluate = Callable[[Decoder, Float[Array, "L D KH"], Sequence[Batch]], Evaluation]
+Evaluate = Callable[[Decoder, Float[Array, "L D KRH"], Sequence[Batch]], Evaluation]
 
 
 def make_evaluate(

@@ -33,17 +33,26 @@ def forecast_logits(
     """Scaled scores of the forecasts, very negative on windows out of sight (§5.4).
 
     In the reference's loss a query sees a window as soon as it has begun; inference
-    selects among finished ones (`finished_only`).
+    selects among finished ones (`finished_only`). Several queries a kv head give the
+    logarithm of the mean of their softmaxes, which ranks as inference does.
     """
     _, begun, finished = window_masks(queries, keys.whole, sparse)
+    batch, tokens, heads, dim = queries.forecast.shape
+    kv_heads = keys.windows.shape[1]
+    forecast = queries.forecast.astype(jnp.float32)
     scores = jnp.einsum(
-        "btkh,bkwh->bktw",
-        queries.forecast.astype(jnp.float32),
+        "btkrh,bkwh->brktw",
+        forecast.reshape(batch, tokens, kv_heads, heads // kv_heads, dim),
         keys.windows.astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     )
     seen = finished if finished_only else begun
-    return jnp.where(seen[:, None], scores * queries.forecast.shape[-1] ** -0.5, MASKED)
+    scores = jnp.where(seen[:, None, None], scores * dim**-0.5, MASKED)
+    if heads == kv_heads:
+        return scores[:, 0]
+    logs = jax.nn.log_softmax(scores, axis=-1)
+    mean = jax.nn.logsumexp(logs, axis=1) - jnp.log(heads // kv_heads)
+    return jnp.where(seen[:, None], mean, MASKED)
 
 
 def forecast_routing(

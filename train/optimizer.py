@@ -24,7 +24,7 @@ class TrainState(NamedTuple):
       bad_in_a_row: How many of the latest steps were skipped.
     """
 
-    heads: Float[Array, "L D KH"]
+    heads: Float[Array, "L D KRH"]
     optimizer: Any
     step: Int[Array, ""]
     skipped: Int[Array, ""]
@@ -63,7 +63,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def initial_state(
-    heads: Float[Array, "L D KH"], optimizer: optax.GradientTransformation
+    heads: Float[Array, "L D KRH"], optimizer: optax.GradientTransformation
 ) -> TrainState:
     """State before the first step."""
 

@@ -86,7 +86,11 @@ def report(config: TrainConfig, options: argparse.Namespace) -> dict:
     for item in options.heads:
         name, _, path = item.partition("=")
         held = load_forecast(
-            path, config=lm.config, fingerprint=lm.fingerprint, sparse=lm.sparse
+            path,
+            config=lm.config,
+            fingerprint=lm.fingerprint,
+            sparse=lm.sparse,
+            model=lm.model,
         )
         found = forecast_heads(lm.config, held.future, held.current, jnp.float32)
         heads[name] = jnp.stack(found)

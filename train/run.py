@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sparda_jax
@@ -20,6 +22,8 @@ from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checks import require
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.loading import default_dtype
+from sparda_jax.models.low_rank import LowRankHeads, factor_heads
+from sparda_jax.models.weights import from_query_heads
 from train.backbone import Batch, Settings
 from train.checkpoint import Checkpoints, export_forecast
 from train.command import TrainingError
@@ -32,7 +36,7 @@ from train.data import (
     open_sources,
     training_data,
 )
-from train.init import initial_heads, regression_heads
+from train.init import initial_heads, regression_heads, sum_moments
 from train.metrics import Evaluation, NoLog, RunLog, make_evaluate, plot_curves
 from train.optimizer import TrainState, initial_state, learning_rate, make_optimizer
 from train.processes import from_first, on_first
@@ -40,6 +44,8 @@ from train.run_directory import check_writable, hold_directory
 from train.sharding import AXIS, batch_sharding, make_mesh, place, shard_model
 from train.step import StepMetrics, make_step
 from train.tiles import Documents
+
+Moments = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +112,10 @@ class Run:
         self.accumulation = config.optimizer.accumulation(self.mesh.size)
         self.lm = _load(config)
         self.sparse = config.sparse or self.lm.sparse
+        group = self.lm.config.group_size
+        field, asked = "TrainConfig.queries", config.queries
+        self.queries = asked or group
+        require(self.queries <= group, field, asked, f"at most the group's {group}")
         _check_shapes(config, self.lm, self.sparse.block_size)
         self.settings = Settings(
             self.lm.config,
@@ -133,7 +143,8 @@ class Run:
         }
         self.identity = json.loads(json.dumps(self.identity))
         fsdp = config.parallel.fsdp
-        heads = initial_heads(self.lm.model, config.init, config.seed)
+        heads = initial_heads(self.lm.model, config.init, config.seed, self.queries)
+        self.moments: Moments | None = None
         self.optimizer = make_optimizer(config.optimizer)
         self.state = self.placed(initial_state(heads, self.optimizer))
         self.model = shard_model(self.lm.model, self.mesh, fsdp=fsdp)
@@ -165,33 +176,80 @@ class Run:
         """The state on all devices."""
         return jax.tree.map(lambda x: place(x, self.mesh, PartitionSpec()), state)
 
-    def fit_heads(self, *, progress: bool = False) -> None:
-        """Replaces the first heads by those of `regression_heads`."""
-        # Batches of its own: training begins with the first one all the same.
-        heads = regression_heads(
+    def _sum_moments(self, data: Iterator[Batch], progress: bool) -> Moments:
+        return sum_moments(
             self.model,
             self.state.heads,
-            self.batches(),
+            data,
             self.settings,
             self.mesh,
             batches=self.config.init_batches,
             fsdp=self.config.parallel.fsdp,
             progress=progress and jax.process_index() == 0,
         )
+
+    def fit_heads(self, *, progress: bool = False) -> None:
+        """Replaces the first heads by those of `regression_heads`."""
+        # Batches of its own: training begins with the first one all the same.
+        data = self.batches()
+        self.moments = self._sum_moments(data, progress)
+        heads = regression_heads(
+            self.model,
+            self.state.heads,
+            data,
+            self.settings,
+            self.mesh,
+            batches=self.config.init_batches,
+            fsdp=self.config.parallel.fsdp,
+            progress=progress and jax.process_index() == 0,
+            moments=self.moments,
+        )
         self.state = self.placed(initial_state(heads, self.optimizer))
+
+    def low_rank(self, heads: Array) -> LowRankHeads | None:
+        """The heads as files of `export_rank` hold them, rounded; None: as they are."""
+        rank = self.config.export_rank
+        if rank is None:
+            return None
+        if self.moments is None:
+            self.moments = self._sum_moments(self.batches(), False)
+        low = factor_heads(np.asarray(heads), self.own_queries(), self.moments[0], rank)
+        kind = jnp.dtype(self.config.export_dtype)
+        parts = (np.asarray(x, kind) for x in (low.gain, low.down, low.up))
+        return LowRankHeads(*(x.astype(np.float32) for x in parts))
+
+    def own_queries(self) -> list[Array]:
+        """The model's query weights, as `models.low_rank` takes them."""
+        return from_query_heads(self.lm.model, self.queries)
 
     def measure(self, log: RunLog | NoLog, step: int) -> Evaluation | None:
         """Held-out metrics, written to the log."""
-        if not self.held_out:
-            return None
-        found = self.evaluate(self.model, self.state.heads, self.held_out)
-        log.write(step, "eval", {**found.means(), "layers": found.by_layer()})
+        found = self.measure_heads(self.state.heads)
+        if found is not None:
+            log.write(step, "eval", {**found.means(), "layers": found.by_layer()})
         return found
 
+    def measure_heads(self, heads: Array) -> Evaluation | None:
+        """Held-out metrics of any heads; None without held-out rows."""
+        if not self.held_out:
+            return None
+        return self.evaluate(self.model, heads, self.held_out)
+
     def export(
-        self, state: TrainState, evaluation: Evaluation | None, name: str
+        self,
+        state: TrainState,
+        evaluation: Evaluation | None,
+        name: str,
+        low: LowRankHeads | None = None,
     ) -> pathlib.Path:
-        """Writes the heads with everything that a model card needs."""
+        """Writes the heads with everything that a model card needs.
+
+        Args:
+          state: Where training stands; `heads` are those that are written.
+          evaluation: Theirs, or None.
+          name: Of the file.
+          low: What a file of low rank holds of them.
+        """
         path = self.out / name
         if jax.process_index() != 0:
             return path
@@ -212,6 +270,7 @@ class Run:
             fingerprint=self.lm.fingerprint,
             extra=extra,
             dtype=jnp.dtype(self.config.export_dtype),
+            low_rank=low,
         )
         return path
 
@@ -303,13 +362,23 @@ def _train(config: TrainConfig, *, progress: bool) -> TrainResult:
             evaluation = _loop(run, checkpoints, log, start)
         finally:
             log.close()
-        path = run.export(run.state, evaluation, "forecast.safetensors")
+        state = run.state
+        low = run.low_rank(state.heads)
+        if low is not None:
+            # What is written is measured.
+            heads = jnp.stack(low.whole(run.own_queries()))
+            state = run.placed(state._replace(heads=heads))
+            evaluation = run.measure_heads(state.heads)
+            if evaluation is not None:
+                print(json.dumps({"low rank": evaluation.means()}), file=sys.stderr)
+        path = run.export(state, evaluation, "forecast.safetensors", low)
         checkpoints.wait()
         best = checkpoints.best_step
         if best is not None:
             held = checkpoints.restore(run.state, best)
             assert held is not None
-            run.export(held.state, None, "forecast-best.safetensors")
+            low = run.low_rank(held.state.heads)
+            run.export(held.state, None, "forecast-best.safetensors", low)
     finally:
         checkpoints.close()
     if jax.process_index() == 0:

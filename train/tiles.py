@@ -70,7 +70,7 @@ class Queries(NamedTuple):
     """
 
     q: Float[Array, "B T N H"]
-    forecast: Float[Array, "B T K H"]
+    forecast: Float[Array, "B T KR H"]
     token: Int[Array, " T"]
     start: Int[Array, "B T"]
     end: Int[Array, "B T"]
@@ -102,7 +102,7 @@ def kernel_tile_size(batch: int, tokens: int, kv_heads: int) -> int:
 
 def tile_queries(
     q: Float[Array, "B T N H"],
-    forecast: Float[Array, "B T K H"],
+    forecast: Float[Array, "B T KR H"],
     documents: Documents,
     size: int,
 ) -> tuple[int, Callable[[Int[Array, ""]], Queries]]:

@@ -25,9 +25,15 @@ from sparda_jax.checkpoint.hf import read_safetensors
 from sparda_jax.checkpoint.hf_config import sparse_config
 from sparda_jax.checkpoint.torch_file import TorchTensor, read_torch_file
 from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
+from sparda_jax.models.decoder import Decoder
+from sparda_jax.models.low_rank import LowRankHeads
+from sparda_jax.models.weights import from_query_heads
 
 FORMAT = "sparda-forecast"
-VERSION = "1"
+# The second version says how many queries a kv head has, and may hold low-rank changes
+# of the model's query weights (`models.low_rank`). Whole matrices of one query a kv
+# head are still written as the first, which older programs read.
+VERSIONS = ("1", "2")
 
 # The fields on which the scores depend: which keys are averaged, and which averages a
 # block takes its score from.
@@ -43,11 +49,14 @@ class ForecastWeights:
     """Forecast projections of one base model.
 
     Attributes:
-      future: [L-1, K·H, D] float32; `future[l]` is layer l's, it selects for l + 1.
-      current: [K·H, D] float32; layer 0's own.
+      future: [L-1, K·R·H, D] float32; `future[l]` is layer l's, it selects for l + 1.
+      current: [K·R·H, D] float32; layer 0's own.
       base_fingerprint: Hash of the base model, None if it is not known.
       sparse: Selection settings that they were trained for, None if not known.
       info: Whatever else the file says: `base_name`, `version`, `extra`.
+      queries: R, queries a kv head (`models.forecast`).
+      low_rank: How a file of low rank holds them; `future` and `current` are what it
+        comes to with the base model's query weights. None for whole matrices.
     """
 
     future: np.ndarray
@@ -55,6 +64,8 @@ class ForecastWeights:
     base_fingerprint: str | None = None
     sparse: SparseConfig | None = None
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    queries: int = 1
+    low_rank: LowRankHeads | None = None
 
 
 def save_forecast(
@@ -82,14 +93,23 @@ def save_forecast(
     if future.ndim != 3 or current.ndim != 2 or future.shape[1:] != current.shape:
         raise CheckpointError(
             f"{path}: future has shape {list(future.shape)} and current "
-            f"{list(current.shape)}, allowed: [L-1, K·H, D] and [K·H, D]"
+            f"{list(current.shape)}, allowed: [L-1, K·R·H, D] and [K·R·H, D]"
         )
-    tensors = {
-        layout.future_name(layer): np.ascontiguousarray(future[layer], dtype)
-        for layer in range(future.shape[0])
-    }
-    tensors[layout.CURRENT] = np.ascontiguousarray(current, dtype)
-    metadata = {"format": FORMAT, "version": VERSION, "base_name": base_name}
+    names = [layout.future_name(layer) for layer in range(future.shape[0])]
+    tensors = dict(zip(names, future, strict=True))
+    tensors[layout.CURRENT] = current
+    metadata = {"format": FORMAT, "version": VERSIONS[0], "base_name": base_name}
+    low = weights.low_rank
+    if weights.queries > 1 or low is not None:
+        metadata |= {"version": VERSIONS[1], "queries": str(weights.queries)}
+    if low is not None:
+        metadata["rank"] = str(low.rank)
+        tensors = {}
+        for layer, name in enumerate([layout.CURRENT, *names]):
+            parts = (low.gain[layer], low.down[layer].T, low.up[layer].T)
+            for part, array in zip(layout.PARTS, parts, strict=True):
+                tensors[layout.part_name(name, part)] = array
+    tensors = {k: np.ascontiguousarray(array, dtype) for k, array in tensors.items()}
     if weights.base_fingerprint is not None:
         metadata["base_fingerprint"] = weights.base_fingerprint
     if weights.sparse is not None:
@@ -163,6 +183,8 @@ class _Held:
     fingerprint: str | None
     sparse: SparseConfig | None
     info: Mapping[str, Any]
+    queries: int = 1
+    rank: int | None = None
 
 
 def _from_safetensors(path: pathlib.Path) -> _Held:
@@ -172,10 +194,12 @@ def _from_safetensors(path: pathlib.Path) -> _Held:
             f"{path}: metadata format = {show(metadata.get('format'))}, allowed: "
             f"{FORMAT!r}"
         )
-    if metadata.get("version") != VERSION:
+    version = metadata.get("version")
+    if version not in VERSIONS:
         raise CheckpointError(
-            f"{path}: metadata version = {show(metadata.get('version'))}, allowed: "
-            f"{VERSION!r}; a newer version of sparda-jax may have written it"
+            f"{path}: metadata version = {show(version)}, allowed: "
+            f"{' and '.join(map(repr, VERSIONS))}; a newer version of sparda-jax may "
+            "have written it"
         )
     for name in tensors:
         if layout.parse_forecast_name(name) is None:
@@ -185,11 +209,27 @@ def _from_safetensors(path: pathlib.Path) -> _Held:
             )
     info = {
         "base_name": metadata.get("base_name"),
-        "version": VERSION,
+        "version": version,
         "extra": _json_field(path, metadata, "extra"),
     }
     sparse = _own_sparse(path, _json_field(path, metadata, "sparse_config"))
-    return _Held(tensors, metadata.get("base_fingerprint"), sparse, info)
+    queries, rank = 1, None
+    if version != VERSIONS[0]:
+        queries = _count(path, metadata, "queries")
+        rank = _count(path, metadata, "rank") if "rank" in metadata else None
+    info["rank"] = rank
+    held = metadata.get("base_fingerprint")
+    return _Held(tensors, held, sparse, info, queries, rank)
+
+
+def _count(path: pathlib.Path, metadata: Mapping[str, str], key: str) -> int:
+    stated = metadata.get(key, "")
+    if not (stated.isdecimal() and 0 < len(stated) < 7 and int(stated) > 0):
+        raise CheckpointError(
+            f"{path}: metadata {key} = {show(metadata.get(key))}, allowed: a number "
+            "from 1 on"
+        )
+    return int(stated)
 
 
 def _from_torch(path: pathlib.Path) -> _Held:
@@ -249,6 +289,7 @@ def load_forecast(
     config: ModelConfig,
     fingerprint: str | None,
     sparse: SparseConfig | None,
+    model: Decoder | None = None,
 ) -> ForecastWeights:
     """Reads Forecast weights for a model, from this project's or the reference's file.
 
@@ -264,6 +305,7 @@ def load_forecast(
       config: The base model's.
       fingerprint: The base model's; None leaves the comparison out.
       sparse: Settings that will be used; None leaves the comparison out.
+      model: The base model, which a low-rank file needs.
 
     Returns:
       The weights in float32.
@@ -278,13 +320,21 @@ def load_forecast(
     _check_fingerprint(path, held.info, held.fingerprint, fingerprint)
     if held.sparse is not None and sparse is not None:
         _check_geometry(path, held.sparse, sparse)
+    if held.queries > config.group_size:
+        raise CheckpointError(
+            f"{path}: metadata queries = {held.queries}, allowed: at most "
+            f"{config.group_size}, as many query heads share a kv head of the model"
+        )
+    config = dataclasses.replace(config, forecast_queries=held.queries)
     shapes = {name: tensor.shape for name, tensor in held.arrays.items()}
-    names = layout.check_forecast(path, config, shapes)
+    names = layout.check_forecast(path, config, shapes, held.rank)
     if not names:
         raise CheckpointError(
             f"{path}: holds no Forecast tensor, wanted {layout.CURRENT} and "
             "q_future_proj of every layer but the last"
         )
+    if held.rank is not None:
+        return _expanded(path, held, names, config, model)
     future = np.empty(
         (config.num_layers - 1, *layout.forecast_shapes(config)[layout.CURRENT]),
         np.float32,
@@ -293,4 +343,39 @@ def load_forecast(
         name = layout.future_name(layer)
         future[layer] = _array(path, name, held.arrays[names[name]])
     current = _array(path, layout.CURRENT, held.arrays[names[layout.CURRENT]])
-    return ForecastWeights(future, current, held.fingerprint, held.sparse, held.info)
+    return ForecastWeights(
+        future, current, held.fingerprint, held.sparse, held.info, held.queries
+    )
+
+
+def _expanded(
+    path: pathlib.Path,
+    held: _Held,
+    names: Mapping[str, str],
+    config: ModelConfig,
+    model: Decoder | None,
+) -> ForecastWeights:
+    """What a low-rank file comes to with the model's query weights."""
+    if model is None:
+        raise CheckpointError(
+            f"{path}: holds changes of the base model's query weights (rank "
+            f"{held.rank}): it can be read with the model alone"
+        )
+    consumed = [layout.future_name(layer) for layer in range(config.num_layers - 1)]
+
+    def stack(part: str) -> np.ndarray:
+        wanted = [layout.part_name(x, part) for x in (layout.CURRENT, *consumed)]
+        return np.stack([_array(path, x, held.arrays[names[x]]).T for x in wanted])
+
+    low = LowRankHeads(*(stack(part) for part in layout.PARTS))
+    queries = from_query_heads(model, held.queries)
+    whole = np.stack([np.asarray(head).T for head in low.whole(queries)])
+    return ForecastWeights(
+        future=whole[1:],
+        current=whole[0],
+        base_fingerprint=held.fingerprint,
+        sparse=held.sparse,
+        info=held.info,
+        queries=held.queries,
+        low_rank=low,
+    )

@@ -10,12 +10,14 @@ from sparda_jax.models.spec import Shape, base_shapes, forecast_shape, layer_nam
 
 _FORECAST = re.compile(
     r"(?:(?:module|model)\.)*layers\.(\d{1,5})\.self_attn\."
-    r"(q_future_proj|q_curr_proj)\.weight"
+    r"(q_future_proj|q_curr_proj)\.(weight|gain|down|up)"
 )
+# What a low-rank file holds of a layer in the place of its matrix, outputs first.
+PARTS = ("gain", "down", "up")
 
 
 def future_name(layer: int) -> str:
-    """Name of layer `layer`'s Forecast projection, [K·H, D]."""
+    """Name of layer `layer`'s Forecast projection, [K·R·H, D]."""
     return layer_name(layer, "self_attn.q_future_proj.weight")
 
 
@@ -33,16 +35,32 @@ def forecast_shapes(config: ModelConfig) -> dict[str, Shape]:
     return dict.fromkeys([*names, CURRENT], shape)
 
 
+def low_rank_shapes(config: ModelConfig, rank: int) -> dict[str, Shape]:
+    """Shapes of the tensors of a low-rank file (`models.low_rank`)."""
+    inputs, outputs = forecast_shape(config)
+    by_part = {"gain": (inputs,), "down": (rank, inputs), "up": (outputs, rank)}
+    return {
+        part_name(name, part): by_part[part]
+        for name in forecast_shapes(config)
+        for part in PARTS
+    }
+
+
+def part_name(weight: str, part: str) -> str:
+    """Name of a part of a Forecast matrix, by the matrix's."""
+    return f"{weight.removesuffix('weight')}{part}"
+
+
 def parse_forecast_name(name: str) -> tuple[int, str] | None:
     """Splits a Forecast tensor's name into layer and projection.
 
     The prefixes `module.` and `model.` may be there or not, in any order.
 
     Returns:
-      (layer, "q_future_proj" or "q_curr_proj"), or None for any other name.
+      (layer, "q_future_proj.weight" or the like), or None for any other name.
     """
     match = _FORECAST.fullmatch(name)
-    return (int(match[1]), match[2]) if match else None
+    return (int(match[1]), f"{match[2]}.{match[3]}") if match else None
 
 
 def check_shape(path: str | os.PathLike, name: str, found: Shape, want: Shape) -> None:
@@ -76,7 +94,10 @@ def check_base(
 
 
 def check_forecast(
-    path: str | os.PathLike, config: ModelConfig, found: Mapping[str, Shape]
+    path: str | os.PathLike,
+    config: ModelConfig,
+    found: Mapping[str, Shape],
+    rank: int | None = None,
 ) -> dict[str, str]:
     """Checks the Forecast tensors among `found`, all of them or none.
 
@@ -84,10 +105,11 @@ def check_forecast(
       path: For messages.
       config: The base model's.
       found: Shapes by the names of the file.
+      rank: Of a low-rank file; None: it holds whole matrices.
 
     Returns:
-      Name in the file by canonical name, for the tensors of `forecast_shapes`; empty
-      if the file has no Forecast tensor.
+      Name in the file by canonical name, for the tensors of `forecast_shapes` or
+      `low_rank_shapes`; empty if the file has no Forecast tensor.
 
     Raises:
       CheckpointError: Some are missing, wrong in shape, named twice or of a layer that
@@ -99,13 +121,13 @@ def check_forecast(
         if parsed is None:
             continue
         layer, kind = parsed
-        allowed = config.num_layers if kind == "q_future_proj" else 1
+        allowed = config.num_layers if kind.startswith("q_future_proj") else 1
         if layer >= allowed:
             raise CheckpointError(
                 f"{path}: tensor {show(name)} is of layer {layer}, allowed for {kind}: "
                 f"layers 0 to {allowed - 1}"
             )
-        canonical = layer_name(layer, f"self_attn.{kind}.weight")
+        canonical = layer_name(layer, f"self_attn.{kind}")
         if canonical in names:
             raise CheckpointError(
                 f"{path}: tensors {names[canonical]} and {name} are the same one"
@@ -114,6 +136,8 @@ def check_forecast(
     if not names:
         return {}
     wanted = forecast_shapes(config)
+    if rank is not None:
+        wanted = low_rank_shapes(config, rank)
     for canonical, want in wanted.items():
         if canonical not in names:
             raise CheckpointError(

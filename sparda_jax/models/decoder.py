@@ -10,6 +10,7 @@ copies each layer's slice of the stack first, so per-layer storage is faster whe
 step is bound by memory, as in decode.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
@@ -60,8 +61,8 @@ class Decoder(nnx.Module):
       layers: One stacked `DecoderLayer`, or an `nnx.List` of L of them.
       final_norm: [D].
       head: [V, D], or None when tied to the embedding.
-      forecast: Forecast heads by consuming layer (see `models.forecast`): [L, D, K*H],
-        or an `nnx.List` of [D, K*H]; None when the model has none.
+      forecast: Forecast heads by consuming layer (see `models.forecast`): an array
+        [L, D, K·R·H] or an `nnx.List` of [D, K·R·H]; None when the model has none.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Decoder(nnx.Module):
         layers: DecoderLayer | list[DecoderLayer],
         final_norm: Float[Array, " D"],
         head: Float[Array, "V D"] | None,
-        forecast: list[Float[Array, "D KH"]] | None = None,
+        forecast: list[Float[Array, "D KRH"]] | None = None,
         storage: Storage = "per_layer",
     ):
         self.config = nnx.static(config)
@@ -102,20 +103,28 @@ class Decoder(nnx.Module):
         """How the layer weights are held."""
         return "per_layer" if isinstance(self.layers, nnx.List) else "stacked"
 
-    def set_forecast(self, heads: list[Float[Array, "D KH"]]) -> None:
-        """Installs Forecast heads, one per consuming layer, in the model's storage."""
+    def set_forecast(self, heads: list[Float[Array, "D KRH"]]) -> None:
+        """Installs Forecast heads, one per consuming layer, in the model's storage.
+
+        Their width says how many queries a kv head has: `config` tells it from then on.
+        """
+        one = self.config.num_kv_heads * self.config.head_dim
+        queries = heads[0].shape[-1] // one
+        if queries != self.config.forecast_queries:
+            config = dataclasses.replace(self.config, forecast_queries=queries)
+            self.config = nnx.static(config)
         if self.storage == "stacked":
             self.forecast = Forecast(jnp.stack(list(heads)))
         else:
             self.forecast = nnx.List([Forecast(head) for head in heads])
 
-    def with_forecast(self, heads: list[Float[Array, "D KH"]]) -> "Decoder":
+    def with_forecast(self, heads: list[Float[Array, "D KRH"]]) -> "Decoder":
         """A decoder with these Forecast heads; all other arrays are shared."""
         other = jax.tree.map(lambda array: array, self)
         other.set_forecast(heads)
         return other
 
-    def forecast_head(self, layer: int | Int[Array, ""]) -> Float[Array, "D KH"]:
+    def forecast_head(self, layer: int | Int[Array, ""]) -> Float[Array, "D KRH"]:
         """The head whose forecast layer `layer` (mod L) consumes."""
         assert self.forecast is not None
         index = layer % self.config.num_layers

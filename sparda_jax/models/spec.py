@@ -194,8 +194,9 @@ def model_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def forecast_shape(config: ModelConfig) -> Shape:
-    """Shape [D, K·H] of one Forecast head."""
-    return config.hidden_size, config.num_kv_heads * config.head_dim
+    """Shape [D, K·R·H] of one Forecast head."""
+    queries = config.num_kv_heads * config.forecast_queries
+    return config.hidden_size, queries * config.head_dim
 
 
 def num_parameters(config: ModelConfig) -> int:

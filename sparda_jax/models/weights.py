@@ -106,19 +106,18 @@ def forecast_heads(
 
     Args:
       config: The model's shape.
-      future: q_future_proj of layers 0 … L−2, [L−1, K·H, D].
-      current: q_curr_proj of layer 0, [K·H, D].
+      future: q_future_proj of layers 0 … L−2, [L−1, K·R·H, D].
+      current: q_curr_proj of layer 0, [K·R·H, D].
       dtype: Type of the heads.
     """
     assert future.shape[0] == config.num_layers - 1
     return [jnp.asarray(matrix.T, dtype) for matrix in (current, *future)]
 
 
-def from_query_heads(model: Decoder) -> list[Array]:
+def from_query_heads(model: Decoder, queries: int = 1) -> list[Array]:
     """Training-free heads of a loaded model (`models.forecast.heads_from_query`)."""
-    config = model.config
-    heads, dim = config.num_kv_heads, config.head_dim
-    return [heads_from_query(query, heads, dim) for query in model.query_weights()]
+    sizes = (model.config.num_kv_heads, model.config.head_dim, queries)
+    return [heads_from_query(query, *sizes) for query in model.query_weights()]
 
 
 def random_tensors(

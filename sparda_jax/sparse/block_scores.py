@@ -75,7 +75,8 @@ def forecast_block_scores(
     same.
     """
     assert tile.forecast is not None
-    return _scores(tile.forecast, tile, sparse, implementation, softmax=False)
+    softmax = tile.forecast_is_summed
+    return _scores(tile.forecast, tile, sparse, implementation, softmax=softmax)
 
 
 def score_by_own_query(

@@ -25,7 +25,7 @@ class SelectionTile:
     Attributes:
       q: Queries after RoPE [B, T, N, H]; None while the layer before looks ahead.
       forecast: What the layer before made of these tokens for this one, or None: a
-        query [B, T, K, H] as a rule, or block scores (`Selector.hands_on_scores`).
+        query [B, T, K·R, H] as a rule, or block scores (`Selector.hands_on_scores`).
       positions: [B, T].
       length: Keys that each row holds once its whole prompt or step is in [B].
       index: The selector's index of the layer, by part.
@@ -47,6 +47,13 @@ class SelectionTile:
     def windows(self) -> Float[Array, "B K W H"]:
         """Key means of the layer, W = M·ρ."""
         return self.index["key_means"].windows
+
+    @property
+    def forecast_is_summed(self) -> bool:
+        """Whether the forecast holds several queries a kv head."""
+        return self.forecast is not None and (
+            self.forecast.shape[2] > self.windows.shape[1]
+        )
 
     @property
     def importance(self) -> Float[Array, "B K W"] | None:
@@ -82,9 +89,16 @@ def own_query_scores(
     Invisible windows get 0 and a row that sees none gets zeros.
     """
     assert tile.q is not None
-    batch, steps, heads, dim = tile.q.shape
+    return summed_softmax_scores(tile.q, tile, sparse)
+
+
+def summed_softmax_scores(
+    query: Float[Array, "B T heads H"], tile: SelectionTile, sparse: SparseConfig
+) -> Float[Array, "B K T W"]:
+    """`own_query_scores` of any queries, as many a kv head as there are."""
+    batch, steps, heads, dim = query.shape
     kv_heads = tile.windows.shape[1]
-    q = tile.q.reshape(batch, steps, kv_heads, heads // kv_heads, dim)
+    q = query.reshape(batch, steps, kv_heads, heads // kv_heads, dim)
     scores = jnp.einsum(
         "btkgh,bkwh->bkgtw",
         q,
@@ -105,9 +119,11 @@ def forecast_scores(
     """SparDA: raw dot product of the forecast, one head a group (§4.3).
 
     No scale, no softmax, no sum over heads: the ranking needs none of them. Invisible
-    windows get −∞.
+    windows get −∞. Several queries a group are scored as own queries are.
     """
     assert tile.forecast is not None
+    if tile.forecast_is_summed:
+        return summed_softmax_scores(tile.forecast, tile, sparse)
     scores = jnp.einsum(
         "btkh,bkwh->bktw",
         tile.forecast,

@@ -175,7 +175,8 @@ class Selector:
             return config.num_kv_heads * num_blocks * 4
         if self.dense_prefill or not self.needs_forecast:
             return 0
-        return config.num_kv_heads * config.head_dim * itemsize
+        queries = config.num_kv_heads * config.forecast_queries
+        return queries * config.head_dim * itemsize
 
     def lists_blocks(
         self, num_blocks: int, sparse: SparseConfig, *, decoding: bool = True

@@ -48,7 +48,7 @@ def test_predictors_solve_least_squares():
     found = predictors((x.T @ x)[None], (x.T @ y)[None])[0]
     np.testing.assert_allclose(found, true, atol=1e-3)
     guesses = jnp.asarray(rng.standard_normal((1, 6, 1, 2, 4)), jnp.float32)
-    mean = combine(guesses, jnp.full((1, 1, 2), 0.5))
+    mean = combine(guesses, jnp.full((1, 1, 2, 1), 0.5))
     np.testing.assert_allclose(mean[0], guesses[0, :, 0].mean(1), rtol=1e-6)
 
 

@@ -74,9 +74,10 @@ class SparDA(Selector):
     def scored_heads(
         self, config: ModelConfig, sparse: SparseConfig, *, decoding: bool
     ) -> int:
-        """One head a group, or all query heads where its own queries prefill."""
+        """Those of the forecast, or all query heads where its own queries prefill."""
         own = sparse.forecast_decode_only and not decoding
-        return config.num_heads if own else config.num_kv_heads
+        forecast = config.num_kv_heads * config.forecast_queries
+        return config.num_heads if own else forecast
 
 
 SELECTOR = SparDA()

@@ -177,7 +177,8 @@ def test_damaged_tensors(kit, saved, name, array, message):
     ("metadata", "message"),
     [
         ({"format": "pt"}, "metadata format = 'pt', allowed: 'sparda-forecast'"),
-        ({"version": "2"}, "metadata version = '2', allowed: '1'"),
+        ({"version": "3"}, "metadata version = '3', allowed: '1' and '2'"),
+        ({"version": "2"}, "metadata queries = None, allowed: a number"),
         ({"sparse_config": "{"}, "metadata sparse_config is no JSON"),
         ({"sparse_config": "[1]"}, "metadata sparse_config holds"),
         ({"sparse_config": '{"new_field": 1}'}, "new_field"),
@@ -208,7 +209,7 @@ def test_no_file(kit):
 
 def test_nothing_is_left_of_a_failed_write(kit, saved, monkeypatch):
     before = saved.read_bytes()
-    with pytest.raises(CheckpointError, match=r"allowed: \[L-1, K·H, D\]"):
+    with pytest.raises(CheckpointError, match=r"allowed: \[L-1, K·R·H, D\]"):
         wrong = weights(kit.config, current=np.ones((2, 2), np.float32))
         save_forecast(saved, wrong, base_name="x")
     with pytest.raises(CheckpointError, match="extra is not JSON"):

@@ -1,0 +1,102 @@
+"""Forecast heads as a change of the model's own query weights: small files.
+
+Heads that make a query for each query head are as large as the model's query weights,
+and they are much like them: the input of a layer is close to that of the next one. So a
+file may hold, for each consuming layer,
+
+    head = gain ⊙ W_q + down · up          [D, K·R·H]
+
+where W_q are the consuming layer's query weights (means of them for R < G), `gain`
+scales the D inputs and the product has rank r. A file of rank 64 is a fourth of the
+whole heads for a model of 896 dimensions, and smaller still for wide ones.
+`factor_heads` finds the best such heads in the sense of what they answer to real
+inputs, whose second moments it is given (reduced-rank regression).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+# Of the mean eigenvalue of the second moments: directions without any input.
+_RIDGE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankHeads:
+    """Heads by consuming layer, relative to its query weights.
+
+    Attributes:
+      gain: Scales of the inputs [L, D].
+      down: [L, D, r].
+      up: [L, r, K·R·H].
+    """
+
+    gain: Float[np.ndarray, "L D"]
+    down: Float[np.ndarray, "L D r"]
+    up: Float[np.ndarray, "L r KRH"]
+
+    @property
+    def rank(self) -> int:
+        """The rank r of what is added."""
+        return self.down.shape[-1]
+
+    def whole(self, queries: Sequence[Float[Array, "D KRH"]]) -> list[Array]:
+        """The heads [D, K·R·H] in float32.
+
+        Args:
+          queries: `weights.from_query_heads` of the model, with R queries a kv head.
+        """
+        layers = zip(queries, self.gain, self.down, self.up, strict=True)
+        return [
+            jnp.asarray(gain)[:, None] * jnp.asarray(own, jnp.float32)
+            + jnp.matmul(jnp.asarray(down), jnp.asarray(up), precision="highest")
+            for own, gain, down, up in layers
+        ]
+
+
+def factor_heads(
+    heads: Float[np.ndarray, "L D KRH"],
+    queries: Sequence[Float[Array, "D KRH"]],
+    square: Float[np.ndarray, "L D D"],
+    rank: int,
+) -> LowRankHeads:
+    """The heads of a rank that answer most like `heads`, in the sense of least squares.
+
+    Args:
+      heads: Float32.
+      queries: As for `LowRankHeads.whole`.
+      square: XᵀX of what the heads read, summed over tokens (`train.init`).
+      rank: r, at most D and K·R·H.
+    """
+    found = [
+        _factor(
+            np.asarray(head, np.float64), np.asarray(own, np.float64), moments, rank
+        )
+        for head, own, moments in zip(heads, queries, square, strict=True)
+    ]
+    gain, down, up = (
+        np.stack(parts).astype(np.float32) for parts in zip(*found, strict=True)
+    )
+    return LowRankHeads(gain, down, up)
+
+
+def _factor(
+    head: np.ndarray, own: np.ndarray, square: np.ndarray, rank: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    size = len(square)
+    square = square + (_RIDGE * np.trace(square) / size + 1e-12) * np.eye(size)
+    # d/dgain of ‖X·(gain ⊙ own − head)‖²; alike inputs with alike weights may be many.
+    normal = square * (own @ own.T)
+    normal += 1e-9 * np.trace(normal) / size * np.eye(size)
+    gain = np.linalg.solve(normal, np.einsum("de,de->d", square @ head, own))
+    values, vectors = np.linalg.eigh(square)
+    root = np.sqrt(values)
+    change = (root[:, None] * vectors.T) @ (head - gain[:, None] * own)
+    left, scale, right = np.linalg.svd(change, full_matrices=False)
+    # Both factors carry half of the scale, so that rounding hurts neither.
+    half = np.sqrt(scale[:rank])
+    down = (vectors / root) @ (left[:, :rank] * half)
+    return gain, down, half[:, None] * right[:rank]
