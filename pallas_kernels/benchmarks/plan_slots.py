@@ -16,18 +16,16 @@ from pallas_kernels.plan_slots.api import plan_slots
 from pallas_kernels.plan_slots.arg_specs import ArgSpec
 from pallas_kernels.plan_slots.plan import SlotPlan
 
-BLOCKS = 512
+NAMES = ("blocks", "last_used", "page_table", "listed", "step", "tail_block")
 
 
 def inputs(
-    layers: int, rows: int, capacity: int, budget: int
+    layers: int, rows: int, capacity: int, budget: int, blocks: int = 512
 ) -> tuple[Int[Array, "layers rows *_"], ...]:
     """Tables, lists, steps and tail blocks of ``layers`` layers, a tenth missing."""
-    spec = ArgSpec("", (layers, rows), capacity, budget, BLOCKS, 0.1, 0.0)
+    spec = ArgSpec("", (layers, rows), capacity, budget, blocks, 0.1, 0.0)
     args = spec.make()
-    return tuple(
-        args[name] for name in ("blocks", "last_used", "listed", "step", "tail_block")
-    )
+    return tuple(args[name] for name in NAMES)
 
 
 def chain(
@@ -37,19 +35,10 @@ def chain(
     plans, bound = [], jnp.int32(0)
     for number, layer in enumerate(zip(*layers, strict=True)):
         layer, bound = jax.lax.optimization_barrier((layer, bound))
-        blocks, last_used, listed, step, tail_block = layer
-        plans.append(
-            plan(
-                blocks,
-                last_used,
-                listed,
-                step=step,
-                tail_block=tail_block,
-                source=jnp.int32(number * tail_block.size * BLOCKS),
-                target=jnp.int32(number * blocks.size),
-                row_blocks=BLOCKS,
-            )
-        )
+        args = dict(zip(NAMES, layer, strict=True))
+        args["source"] = jnp.int32(number * args["page_table"].size)
+        args["target"] = jnp.int32(number * args["blocks"].size)
+        plans.append(plan(**args))
         bound = plans[-1].bound
     return plans
 
@@ -60,11 +49,13 @@ def main() -> None:
     gpu = current_platform() == "cuda" and not args.small
     forms: tuple[Implementation, ...] = ("triton", "xla") if gpu else ("xla",)
     report = Report("plan_slots", args.out)
-    for rows in (8, 16, 32, 64) if gpu else (2, 8):
-        operands = inputs(16, rows, 96, 96)
+    sizes = [(rows, 96, 512) for rows in ((8, 16, 32, 64) if gpu else (2, 8))]
+    sizes += [(64, slots, 2048) for slots in (192, 384, 1024, 1536)] if gpu else []
+    for rows, slots, blocks in sizes:
+        operands = inputs(16, rows, slots, 96, blocks)
         for form in forms:
             plan = functools.partial(plan_slots, implementation=form)
-            name = f"{form}, 96 blocks and slots, {rows} rows"
+            name = f"{form}, 96 of {blocks} blocks, {slots} slots, {rows} rows"
             run = functools.partial(chain, plan)
             report.add(measure(name, run, *operands, links=16))
     report.finish()

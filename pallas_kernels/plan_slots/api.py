@@ -15,13 +15,13 @@ OP = "plan_slots"
 def plan_slots(
     blocks: Int[Array, "*rows C"],
     last_used: Int[Array, "*rows C"],
+    page_table: Int[Array, "*rows M"],
     listed: Int[Array, "*rows P"],
     *,
     step: Int[Array, "*rows"],
     tail_block: Int[Array, "*rows"],
     source: Int[Array, ""] | int,
     target: Int[Array, ""] | int,
-    row_blocks: int,
     implementation: Implementation | None = None,
 ) -> SlotPlan:
     """Gives every listed block one of its row's slots, and lists what is missing.
@@ -36,16 +36,17 @@ def plan_slots(
       blocks: int32 number of the block in each slot, no block twice in a row; -1 in an
         empty slot.
       last_used: int32 step of the last list that asked for it; -1 for never.
+      page_table: int32 slot of each of a row's M blocks, -1 for none: what ``blocks``
+        says the other way round, so that a block is found without a look at all slots.
       listed: int32 block numbers without duplicates in a row, -1 padded anywhere;
         P is at most C.
       step: int32 step of each row's list; must not go back.
       tail_block: int32 number of each row's tail block. It and later ones are not
         fetched.
-      source: int32 number of the first row's block 0 where blocks are fetched from.
+      source: int32 number of the first row's block 0 where blocks are fetched from;
+        the other rows' M blocks each follow.
       target: int32 number of the first row's slot 0 where they are put; the other
         rows' slots follow.
-      row_blocks: how many blocks a row has where they are fetched from; the other
-        rows' follow.
       implementation: "triton" or "xla"; None for the recorded choice of this device
         kind. A named implementation never falls back.
 
@@ -59,6 +60,10 @@ def plan_slots(
     validation.require_rows("blocks", blocks, "[*rows, C]")
     rows, capacity = blocks.shape[:-1], blocks.shape[-1]
     validation.require_shape("last_used", last_used, blocks.shape, "*rows C")
+    validation.require_rows("page_table", page_table, "[*rows, M]")
+    validation.require_shape(
+        "page_table", page_table, (*rows, page_table.shape[-1]), "*rows M"
+    )
     validation.require_rows("listed", listed, "[*rows, P]")
     validation.require_shape("listed", listed, (*rows, listed.shape[-1]), "*rows P")
     if listed.shape[-1] > capacity:
@@ -71,10 +76,10 @@ def plan_slots(
         validation.require_shape(name, x, rows, "*rows")
     for name, x in {"source": source, "target": target}.items():
         validation.require_shape(name, x, (), "")
-    validation.require_positive("row_blocks", row_blocks)
     named = {
         "blocks": blocks,
         "last_used": last_used,
+        "page_table": page_table,
         "listed": listed,
         "step": step,
         "tail_block": tail_block,
@@ -94,9 +99,9 @@ def plan_slots(
         if name == "triton":
             from pallas_kernels.plan_slots import pallas_triton
 
-            return pallas_triton.plan_slots_triton(*args, row_blocks=row_blocks)
+            return pallas_triton.plan_slots_triton(*args)
         from pallas_kernels.plan_slots.xla import plan_slots_xla
 
-        return plan_slots_xla(*args, row_blocks=row_blocks)
+        return plan_slots_xla(*args)
 
     return dispatch(OP, implementation, run)

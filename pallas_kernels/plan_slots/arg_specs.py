@@ -7,6 +7,18 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
+
+
+def page_table(
+    blocks: Int[np.ndarray, "*rows C"], count: int
+) -> Int[np.ndarray, "*rows M"]:
+    """The slot of each of ``count`` blocks, -1 for none, by the slots' contents."""
+    lead, slots = blocks.shape[:-1], blocks.shape[-1]
+    found = np.full((*lead, count + 1), -1)
+    slot = np.broadcast_to(np.arange(slots), blocks.shape)
+    np.put_along_axis(found, np.where(blocks < 0, count, blocks), slot, axis=-1)
+    return found[..., :count]
 
 
 @dataclass(frozen=True)
@@ -55,12 +67,13 @@ class ArgSpec:
         values = {
             "blocks": blocks,
             "last_used": steps,
+            "page_table": page_table(blocks, self.blocks),
             "listed": listed,
             "step": rng.integers(6, 9, self.rows),
             "tail_block": rng.integers(self.blocks // 2, self.blocks, self.rows),
         }
         arrays = {name: jnp.asarray(x, jnp.int32) for name, x in values.items()}
-        return arrays | {"source": 7, "target": 3, "row_blocks": self.blocks}
+        return arrays | {"source": 7, "target": 3}
 
 
 ARG_SPECS: tuple[ArgSpec, ...] = (
@@ -72,4 +85,6 @@ ARG_SPECS: tuple[ArgSpec, ...] = (
     ArgSpec("one", (1,), 1, 1, 2),
     ArgSpec("decode", (16, 2), 96, 96, 512, misses=0.1, empty=0.0),
     ArgSpec("wide", (64, 2), 128, 96, 2048, misses=0.1, tags=frozenset({"large"})),
+    ArgSpec("most", (64, 2), 1024, 96, 2048, misses=0.1, tags=frozenset({"large"})),
+    ArgSpec("uneven", (8, 2), 1500, 96, 2048, misses=0.5, tags=frozenset({"large"})),
 )

@@ -1,24 +1,26 @@
 """The plan on Triton: one kernel in place of XLA's ten.
 
-Algorithm: one program a row, one lane for each listed block and each slot. Two loops
-compare them with what lies in memory, a number at a time: every block with every slot,
-then every slot's age with every other's, which gives the slot its rank as a victim. A
-running count numbers the misses. Victims and misses meet in memory: both are stored by
-their number and read by each other's, behind a barrier. Each miss is stored where the
-fetch expects it, at number * R + r, and -1 in the places behind the last of them. What
-concerns all rows (bound and counts) is left to a reduction of a few numbers.
+Algorithm: one program a row, one lane for each listed block and each slot. A listed
+block finds its slot in the page table, and a running count numbers the misses. One pass
+over the stamps chooses as many victims as there are misses: the age that separates them
+is found by halving (a count over the lanes each time), and a running count stores them
+one behind the other. Those few are then put in order by comparing each with each. What
+lanes learn of each other goes through memory, behind a barrier. Tables are changed in
+place, and only where they change. Each miss is stored where the fetch expects it, at
+number * R + r, and -1 in the places behind the last of them. What concerns all rows
+(bound and counts) is left to a reduction of a few numbers.
 
-Measured on one H100 (jax 0.11.2, durations in a profile, spread at most 0.4 %), lists
-of 96 blocks, a tenth of them missing, 96 slots, with the reduction: 9.9 / 10.1 / 10.3 /
-10.4 us for 8 / 16 / 32 / 64 rows; XLA 20.5 / 21.7 / 23.1 / 26.2. In a decode step of 32
-layers at batch 16: 10.31 ms with XLA's, 9.99 with this one, 9.87 once it writes the
-table in place.
+Measured on one H100 before there was a page table (jax 0.11.2, durations in a profile,
+spread at most 0.4 %), lists of 96 blocks, a tenth of them missing, 96 slots, with the
+reduction: 9.9 / 10.1 / 10.3 / 10.4 us for 8 / 16 / 32 / 64 rows; XLA 20.5 / 21.7 / 23.1
+/ 26.2. In a decode step of 32 layers at batch 16: 10.31 ms with XLA's, 9.99 with this
+one, 9.87 once it writes the table in place.
 
 Tried and not kept: 4, 8 or 16 numbers a turn of the loops (0.4 us less: the loops are
 not what it waits for), and the comparisons as matrices in registers, as in the XLA form
 (118 us for 16 rows).
 
-Limits: at most 1,024 slots. The back end is deprecated in JAX; this file can be deleted
+Limits: at most 4,096 slots. The back end is deprecated in JAX; this file can be deleted
 with it, which leaves XLA's form.
 """
 
@@ -43,7 +45,7 @@ from pallas_kernels.lowering import silence_triton_deprecation
 from pallas_kernels.plan_slots.plan import SlotPlan
 
 LAST = 2**31 - 1
-MOST_SLOTS = 1024
+MOST_SLOTS = 4096
 
 
 @dataclass(frozen=True)
@@ -73,19 +75,21 @@ def _store(
 def _kernel(
     blocks_ref,  # [R C]
     last_used_ref,  # [R C]
+    page_table_ref,  # [R M]
     listed_ref,  # [R P]
     step_ref,  # [R]
     tail_block_ref,  # [R]
     source_ref,  # [1]
     target_ref,  # [1]
     slots_ref,  # [R P]
-    new_blocks_ref,  # [R C]
+    new_blocks_ref,  # [R C], in the place of blocks, like the next two
     new_last_used_ref,  # [R C]
+    new_page_table_ref,  # [R M]
     sources_ref,  # [P R]
     targets_ref,  # [P R]
-    ages_ref,  # [R C]: scratch
-    victims_ref,  # [R C]: scratch
-    misses_ref,  # [R P]: scratch
+    victims_ref,  # [R P]: scratch
+    ages_ref,  # [R P]: scratch
+    ordered_ref,  # [R P]: scratch
     counts_ref,  # [3, R]: the row's part of bound, fetched and hits
     *,
     rows: int,
@@ -95,82 +99,132 @@ def _kernel(
     barrier: Callable[[], None],
 ):
     row = pl.program_id(0)
-    blocks = _load(blocks_ref, row, capacity, -1)
-    last_used = _load(last_used_ref, row, capacity, LAST)
+    slots, entries, blocks = rows * capacity, rows * budget, rows * row_blocks
+    in_slots, in_entries = row * capacity, row * budget
     listed = _load(listed_ref, row, budget, -1)
-    slot, entry = jnp.arange(blocks.shape[0]), jnp.arange(listed.shape[0])
-    is_slot, is_entry = slot < capacity, entry < budget
-    in_row = row * capacity + slot
-
-    def compare(i, found):
-        held, kept = found
-        block = blocks_ref[row * capacity + i]
-        held = jnp.where((listed == block) & (block >= 0), i, held)
-        # The list is at most as long as there are slots.
-        asked = listed_ref[row * budget + jnp.minimum(i, budget - 1)]
-        return held, kept | ((blocks == asked) & (asked >= 0)).astype(jnp.int32)
-
-    found = (jnp.full(entry.shape, -1, jnp.int32), jnp.zeros(slot.shape, jnp.int32))
-    held, kept = lax.fori_loop(0, capacity, compare, found)
-    kept = kept > 0
-    missing = (listed >= 0) & (held < 0)
+    entry = jnp.arange(listed.shape[0])
+    asked = listed >= 0
+    page = row * row_blocks + jnp.maximum(listed, 0)
+    held = plt.load(page_table_ref.at[page], mask=asked, other=-1)
+    hit = asked & (held >= 0)
+    missing = asked & (held < 0)
     number = jnp.cumsum(missing.astype(jnp.int32)) - 1
     count = missing.astype(jnp.int32).sum()
 
-    # The n-th miss takes the n-th victim: empty slots first, kept ones last.
-    age = jnp.where(blocks < 0, -2, last_used)
-    age = jnp.where(kept, LAST, age)
-    _store(ages_ref, rows * capacity, in_row, age, is_slot)
+    # What the list asks for is nobody's victim.
+    last = jnp.full(listed.shape, LAST, jnp.int32)
+    _store(new_last_used_ref, slots, in_slots + held, last, hit)
     barrier()
+    age = _load(new_last_used_ref, row, capacity, LAST)
+    empty = _load(blocks_ref, row, capacity, 0) < 0
+    slot = jnp.arange(age.shape[0])
+    is_slot = slot < capacity
+    age = jnp.where(empty & is_slot, -2, age)
+    _collect_victims(
+        age, count, victims_ref, ages_ref, in_entries, entries, slot < capacity
+    )
+    barrier()
+
+    # Of the few that were collected, by slot, the oldest is the first.
+    collected = entry < count
+    lane = in_entries + jnp.minimum(entry, budget - 1)
+    own = plt.load(ages_ref.at[lane], mask=collected, other=LAST)
+    victim = plt.load(victims_ref.at[lane], mask=collected, other=0)
 
     def overtake(i, rank):
-        other = ages_ref[row * capacity + i]
-        before = (other < age) | ((other == age) & (i < slot))
+        other = ages_ref[in_entries + i]
+        before = (other < own) | ((other == own) & (i < entry))
         return rank + before.astype(jnp.int32)
 
-    rank = lax.fori_loop(0, capacity, overtake, jnp.zeros(slot.shape, jnp.int32))
-    _store(victims_ref, rows * capacity, row * capacity + rank, slot, is_slot)
-    _store(misses_ref, rows * budget, row * budget + number, listed, missing)
+    rank = lax.fori_loop(0, count, overtake, jnp.zeros(entry.shape, jnp.int32))
+    _store(ordered_ref, entries, in_entries + rank, victim, collected)
     barrier()
-    taken = is_slot & (rank < count)
-    victim = row * capacity + jnp.where(missing, number, 0)
-    place = jnp.where(missing, plt.load(victims_ref.at[victim]), held)
-    miss = row * budget + jnp.where(taken, rank, 0)
-    incoming = plt.load(misses_ref.at[miss], mask=taken, other=-1)
+    nth = in_entries + jnp.where(missing, number, 0)
+    taken = plt.load(ordered_ref.at[nth], mask=missing, other=0)
+    place = jnp.where(missing, taken, held)
+    evicted = plt.load(blocks_ref.at[in_slots + taken], mask=missing, other=-1)
+    barrier()
 
-    _store(slots_ref, rows * budget, row * budget + entry, place, is_entry)
-    after = jnp.where(taken, incoming, blocks)
-    _store(new_blocks_ref, rows * capacity, in_row, after, is_slot)
-    after = jnp.where(kept | taken, step_ref[row], last_used)
-    _store(new_last_used_ref, rows * capacity, in_row, after, is_slot)
+    _store(slots_ref, entries, in_entries + entry, place, entry < budget)
+    _store(new_blocks_ref, slots, in_slots + place, listed, missing)
+    step = jnp.full(listed.shape, step_ref[row])
+    _store(new_last_used_ref, slots, in_slots + place, step, asked)
+    nothing = jnp.full(entry.shape, -1, jnp.int32)
+    gone = missing & (evicted >= 0)
+    _store(new_page_table_ref, blocks, row * row_blocks + evicted, nothing, gone)
+    _store(new_page_table_ref, blocks, page, place, missing)
 
     # No two of these stores name one place: misses are numbered from 0 without a gap.
     come = missing & (listed < tail_block_ref[row])
-    nothing = jnp.full(entry.shape, -1, jnp.int32)
     for ref, value in (
         (sources_ref, source_ref[0] + row * row_blocks + listed),
         (targets_ref, target_ref[0] + row * capacity + place),
     ):
-        rest = is_entry & (entry >= count)
-        _store(ref, budget * rows, entry * rows + row, nothing, rest)
+        rest = (entry < budget) & (entry >= count)
+        _store(ref, entries, entry * rows + row, nothing, rest)
         value = jnp.where(come, value, -1)
-        _store(ref, budget * rows, number * rows + row, value, missing)
+        _store(ref, entries, number * rows + row, value, missing)
     counts_ref[0, row] = rows * (1 + jnp.where(come, number, -1).max())
     counts_ref[1, row] = come.astype(jnp.int32).sum()
-    counts_ref[2, row] = ((listed >= 0) & ~missing).astype(jnp.int32).sum()
+    counts_ref[2, row] = hit.astype(jnp.int32).sum()
+
+
+def _collect_victims(
+    age: Int[Array, " width"],
+    count: Int[Array, ""],
+    victims_ref,
+    ages_ref,
+    first,
+    size: int,
+    is_slot: Bool[Array, " width"],
+) -> None:
+    """Stores the `count` oldest slots and their ages, by slot.
+
+    Args:
+      age: of each slot; `LAST` for those that stay.
+      count: how many to store, at most as many as do not stay.
+      victims_ref, ages_ref: where to, from `first` on; of `size` numbers.
+      first: the row's first place there.
+      size: of the two.
+      is_slot: false for lanes behind the last slot.
+    """
+    oldest = age.min()
+    newest = jnp.where(age == LAST, oldest, age).max()
+    newest = jnp.where(count > 0, newest, oldest)
+
+    # The least age that as many as needed do not exceed.
+    def halve(bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        enough = (age <= middle).astype(jnp.int32).sum() >= count
+        return (
+            jnp.where(enough, low, middle + 1),
+            jnp.where(enough, middle, high),
+        )
+
+    limit, _ = lax.while_loop(lambda b: b[0] < b[1], halve, (oldest, newest))
+    below, tied = age < limit, (age == limit) & is_slot
+    rest = count - below.astype(jnp.int32).sum()
+    # Two running counts in one: there are fewer slots than 2^15.
+    both = jnp.cumsum(below.astype(jnp.int32) + (tied.astype(jnp.int32) << 16))
+    ties = both >> 16
+    chosen = below | (tied & (ties <= rest))
+    at = first + (both & 0xFFFF) + jnp.minimum(ties, rest) - 1
+    _store(victims_ref, size, at, jnp.arange(age.shape[0]), chosen)
+    _store(ages_ref, size, at, age, chosen)
 
 
 @in_32_bit
 def plan_slots_triton(
     blocks: Int[Array, "*rows C"],
     last_used: Int[Array, "*rows C"],
+    page_table: Int[Array, "*rows M"],
     listed: Int[Array, "*rows P"],
     step: Int[Array, "*rows"],
     tail_block: Int[Array, "*rows"],
     source: Int[Array, ""],
     target: Int[Array, ""],
     *,
-    row_blocks: int,
     config: Config | None = None,
     interpret: bool = False,
 ) -> SlotPlan:
@@ -179,12 +233,12 @@ def plan_slots_triton(
     Args:
       blocks: as in the operation, like the following ones.
       last_used: of the slots' blocks.
+      page_table: of the blocks.
       listed: lists.
       step: of the lists.
       tail_block: of the rows.
       source: where blocks begin.
       target: where slots begin.
-      row_blocks: of each row.
       config: settings; recorded or default ones if None.
       interpret: run in Pallas's interpreter, on any device.
 
@@ -202,14 +256,17 @@ def plan_slots_triton(
         raise NotImplementedError(
             f"triton plans at most {MOST_SLOTS} slots of a row, not {capacity}"
         )
-    rows = blocks.size // capacity
+    rows, row_blocks = blocks.size // capacity, page_table.shape[-1]
     config = config or Config(
         **tuned_config("plan_slots", "triton", {"R": rows, "C": capacity, "P": budget})
     )
-    slots, entries = rows * capacity, rows * budget
-    sizes = [entries, slots, slots, entries, entries, slots, slots, entries]
+    slots, entries, pages = rows * capacity, rows * budget, rows * row_blocks
+    sizes = [entries, slots, slots, pages, *[entries] * 5]
     # The interpreter also stores what is masked: behind the end, and back.
     spare = next_power_of_two(capacity) if interpret else 0
+    tables = [
+        jnp.pad(x.reshape(-1), (0, spare)) for x in (blocks, last_used, page_table)
+    ]
     silence_triton_deprecation()
     *flat, counts = pl.pallas_call(
         functools.partial(
@@ -226,23 +283,18 @@ def plan_slots_triton(
             jax.ShapeDtypeStruct((3, rows), jnp.int32),
         ],
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
-        # A row's program has read its slots when it writes them.
-        input_output_aliases={} if interpret else {0: 1, 1: 2},
+        input_output_aliases={0: 1, 1: 2, 2: 3},
         interpret=interpret,
         name="plan_slots_triton",
-    )(
-        *(
-            x.reshape(-1)
-            for x in (blocks, last_used, listed, step, tail_block, source, target)
-        )
-    )
+    )(*tables, *(x.reshape(-1) for x in (listed, step, tail_block, source, target)))
     flat = [x[:size] for x, size in zip(flat, sizes, strict=True)]
     return SlotPlan(
         slots=flat[0].reshape(*lead, budget),
         blocks=flat[1].reshape(*lead, capacity),
         last_used=flat[2].reshape(*lead, capacity),
-        sources=flat[3],
-        targets=flat[4],
+        page_table=flat[3].reshape(*lead, row_blocks),
+        sources=flat[4],
+        targets=flat[5],
         bound=jnp.max(counts[0]),
         fetched=jnp.sum(counts[1]),
         hits=jnp.sum(counts[2]),

@@ -18,6 +18,7 @@ class SlotPlan(NamedTuple):
       slots: where each listed block lies, or will; -1 for padding [*rows, P].
       blocks: the slots' contents once the missing blocks are in [*rows, C].
       last_used: step of the last list that asked for a slot's block [*rows, C].
+      page_table: the slot of every block then, -1 for none [*rows, M].
       sources: number of each block to be fetched where it comes from, counted through
         all rows, or -1 [P * R].
       targets: number of the slot that each of them goes to, likewise [P * R].
@@ -29,6 +30,7 @@ class SlotPlan(NamedTuple):
     slots: Int[Array, "*rows P"]
     blocks: Int[Array, "*rows C"]
     last_used: Int[Array, "*rows C"]
+    page_table: Int[Array, "*rows M"]
     sources: Int[Array, " PR"]
     targets: Int[Array, " PR"]
     bound: Int[Array, ""]

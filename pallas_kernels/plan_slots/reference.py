@@ -11,12 +11,12 @@ from pallas_kernels.plan_slots.plan import SlotPlan
 def plan_slots_reference(
     blocks: np.ndarray,
     last_used: np.ndarray,
+    page_table: np.ndarray,
     listed: np.ndarray,
     step: np.ndarray,
     tail_block: np.ndarray,
     source: int,
     target: int,
-    row_blocks: int,
 ) -> SlotPlan:
     """Computes the result in NumPy; arguments as those of the operation."""
     lead, budget = listed.shape[:-1], listed.shape[-1]
@@ -28,6 +28,8 @@ def plan_slots_reference(
     step, tail_block = (np.asarray(x).reshape(rows) for x in (step, tail_block))
     slots = np.full((rows, budget), -1, np.int32)
     sources, targets = np.full((2, budget, rows), -1, np.int32)
+    row_blocks = np.shape(page_table)[-1]
+    pages = np.full((rows, row_blocks), -1, np.int32)
     fetched = hits = bound = 0
     for r in range(rows):
         asked = {int(b) for b in listed[r] if b >= 0}
@@ -53,10 +55,14 @@ def plan_slots_reference(
                 missing += 1
             slots[r, p] = slot
             blocks[r, slot], last_used[r, slot] = block, step[r]
+        for slot, block in enumerate(blocks[r]):
+            if block >= 0:
+                pages[r, block] = slot
     results = (
         slots.reshape(*lead, budget),
         blocks.reshape(*lead, -1),
         last_used.reshape(*lead, -1),
+        pages.reshape(*lead, -1),
         sources.reshape(-1),
         targets.reshape(-1),
         *(np.int32(count) for count in (bound, fetched, hits)),

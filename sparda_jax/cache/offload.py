@@ -36,7 +36,13 @@ from sparda_jax.cache.resident import (
     init_layer,
     pad_blocks,
 )
-from sparda_jax.cache.slots import SlotTable, empty_table, slot_of
+from sparda_jax.cache.slots import (
+    SlotTable,
+    empty_table,
+    filled_table,
+    slot_of,
+    table_at,
+)
 from sparda_jax.config import CacheConfig, ModelConfig, SparseConfig
 from sparda_jax.sparse.index import (
     IndexShape,
@@ -74,7 +80,8 @@ class OffloadCache(NamedTuple):
       layers: Lo `OffloadLayer`s of one layer each, or one stacked one.
       first: Layer 0 when it is resident: then layer l is the store's l − 1.
       staging: Staging buffers of B*K*P blocks as they are stored, where the route
-        reuses them: one, or two when fetches overlap.
+        reuses them: one, or two when fetches overlap. Of none where every block has a
+        slot of its own.
       row: The one row that is looked at, as if the cache had no other; None for all.
         For prefill: a decode step is made for all.
     """
@@ -199,7 +206,7 @@ def init_offload(
         shape = IndexShape(per_layer, batch, heads, blocks, dim, dtype)
         return OffloadLayer(
             slots=jnp.zeros((*lead, slots, *block), dtype),
-            table=empty_table((*lead, slots)),
+            table=empty_table(lead, slots, blocks),
             key_bias=(
                 jnp.zeros((*lead, blocks, sparse.block_size), jnp.float32)
                 if config.key_bias
@@ -227,7 +234,10 @@ def init_offload(
         store=store,
         layers=tuple(one() for _ in range(count)),
         first=first,
-        staging=tuple(store.staging(batch * heads * width) for _ in range(staging)),
+        staging=tuple(
+            store.staging(0 if slots == blocks else batch * heads * width)
+            for _ in range(staging)
+        ),
     )
 
 
@@ -243,6 +253,8 @@ def grow_offload(
     """A copy of the cache with a larger capacity (a multiple of the block size)."""
     blocks = capacity // sparse.block_size
     slots = config.slots(blocks, width)
+    # A slot for every block is that block's own: there is no other order.
+    assert slots < blocks or cache.num_slots == cache.num_blocks
 
     def one(layer: OffloadLayer) -> OffloadLayer:
         layers, batch, heads, _, _, _, dim = layer.slots.shape
@@ -250,7 +262,11 @@ def grow_offload(
         key_bias = layer.key_bias
         return OffloadLayer(
             slots=pad_blocks(layer.slots, slots),
-            table=SlotTable(*(pad_blocks(part, slots, -1) for part in layer.table)),
+            table=SlotTable(
+                pad_blocks(layer.table.blocks, slots, -1),
+                pad_blocks(layer.table.last_used, slots, -1),
+                pad_blocks(layer.table.page_table, blocks, -1),
+            ),
             key_bias=None if key_bias is None else pad_blocks(key_bias, blocks),
             index=grow_index(indices, layer.index, shape, sparse),
         )
@@ -262,7 +278,8 @@ def grow_offload(
         layers=tuple(one(layer) for layer in cache.layers),
         first=None if first is None else grow_layer(first, blocks, sparse, indices),
         staging=tuple(
-            cache.store.staging(batch * heads * width) for _ in cache.staging
+            cache.store.staging(0 if slots == blocks else batch * heads * width)
+            for _ in cache.staging
         ),
     )
 
@@ -322,9 +339,7 @@ def load_layer(
     kv = lax.fori_loop(0, needed, load, scratch)
     # The tail's newest tokens are in its slot alone.
     tail = (start // block)[:, None]
-    slot = slot_of(
-        _at(layer.table.blocks, place)[0], jnp.broadcast_to(tail, (batch, heads))
-    )
+    slot = slot_of(table_at(layer.table, place), tail)
     rows, kv_heads = jnp.arange(batch)[:, None], jnp.arange(heads)[None]
     held = layer.slots[place, rows, kv_heads, jnp.maximum(slot, 0)]
     partial = (slot >= 0) & (start % block != 0)[:, None]
@@ -396,7 +411,8 @@ def write_back_layer(
         return jnp.where(fresh.reshape(shape), new, old)
 
     old = jax.tree.map(lambda x: _at(x, place), (layer.slots, layer.table))
-    table = SlotTable(keep(wanted, old[1].blocks), keep(stamps, old[1].last_used))
+    table = filled_table(wanted, stamps, blocks)
+    table = SlotTable(*map(keep, table, old[1]))
     changed = OffloadLayer(
         slots=keep(filled, old[0]),
         table=table,
@@ -465,7 +481,9 @@ def write_back_full_blocks(
         row = order[number]
         pieces, kept = [], []
         for layer, held in zip(cache.layers, changed or slots, strict=True):
-            table = lax.dynamic_index_in_dim(layer.table.blocks, row, 1, False)
+            table = SlotTable(
+                *(lax.dynamic_index_in_dim(x, row, 1, False) for x in layer.table)
+            )
             slot = jnp.maximum(slot_of(table, block[row]), 0)  # layers K
             depth, heads = jnp.ogrid[: slot.shape[0], : slot.shape[1]]
             where = (depth, row, heads, slot)

@@ -205,6 +205,12 @@ class OffloadView(NamedTuple):
         """
         fetch, slots = self.fetch, self.layer_cache.slots
         assert fetch is not None and settings.offload is not None
+        fetches = self.fetches._replace(
+            hits=self.fetches.hits + fetch.plan.hits,
+            fetched=self.fetches.fetched + fetch.plan.fetched,
+        )
+        if fetch.lacks_nothing:
+            return self._replace(fetches=fetches), lookahead
         if fetch.staged is None:
             fetch, lookahead = lookahead.copy(fetch, settings, on_side_stream=False)
         assert fetch.staged is not None
@@ -220,10 +226,6 @@ class OffloadView(NamedTuple):
                 flat, fetch.staged, plan.targets, decode, count=plan.bound
             )
         pool = lookahead.pool.release(fetch.staged, settings.offload)
-        fetches = self.fetches._replace(
-            hits=self.fetches.hits + plan.hits,
-            fetched=self.fetches.fetched + plan.fetched,
-        )
         view = self._replace(
             layer_cache=self.layer_cache._replace(slots=flat.reshape(slots.shape)),
             fetch=fetch._replace(staged=None),
@@ -292,9 +294,10 @@ class OffloadView(NamedTuple):
             table = SlotTable(
                 table.blocks.at[where].set(block, mode="drop"),
                 table.last_used.at[where].set(step, mode="drop"),
+                table.page_table.at[where].set(block, mode="drop"),
             )
         else:
-            slot = slot_of(table.blocks, block)
+            slot = slot_of(table, block)
             live = (slot >= 0) & (tile.count > 0)[:, None]
             slot = jnp.where(live, slot, count)
         kv = jnp.stack((token.k[:, 0], token.v[:, 0]), axis=2).astype(slots.dtype)

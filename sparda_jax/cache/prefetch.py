@@ -18,7 +18,7 @@ from sparda_jax.cache.codecs import Parts
 from sparda_jax.cache.host_store import HostStore
 from sparda_jax.cache.offload import OffloadLayer
 from sparda_jax.cache.settings import LayerSettings, OffloadSettings, TileState
-from sparda_jax.cache.slots import SlotTable, table_at
+from sparda_jax.cache.slots import SlotTable, plan_own_slots, table_at
 
 
 class BlockFetch(NamedTuple):
@@ -39,7 +39,13 @@ class BlockFetch(NamedTuple):
     @property
     def table(self) -> SlotTable:
         """The layer's slots once the fetch is committed."""
-        return SlotTable(self.plan.blocks, self.plan.last_used)
+        plan = self.plan
+        return SlotTable(plan.blocks, plan.last_used, plan.page_table)
+
+    @property
+    def lacks_nothing(self) -> bool:
+        """Every block has a slot of its own: there is nothing to copy or commit."""
+        return self.table.own_slots
 
 
 def plan_fetch(
@@ -71,15 +77,15 @@ def plan_fetch(
     def by_head(x: Array) -> Array:
         return jnp.broadcast_to(x[:, None], (batch, heads))
 
+    if table.own_slots:
+        return BlockFetch(blocks, plan_own_slots(table, blocks, by_head(tile.length)))
     plan = plan_slots(
-        table.blocks,
-        table.last_used,
+        *table,
         blocks,
         step=by_head(tile.length),
         tail_block=by_head(tile.start // settings.sparse.block_size),
         source=layer_in_store * (batch * heads * capacity),
         target=layer_in_stack * table.blocks.size,
-        row_blocks=capacity,
     )
     return BlockFetch(blocks, plan)
 
@@ -178,6 +184,8 @@ class Lookahead(NamedTuple):
         """Starts the next layer's copies, beside what this layer computes."""
         if self.fetch is None or self.store is None or settings.offload is None:
             return self
+        if self.fetch.lacks_nothing:
+            return self
         beside = settings.offload.on_side_stream
         fetch, lookahead = self.copy(self.fetch, settings, on_side_stream=beside)
         return lookahead._replace(fetch=fetch)
@@ -217,6 +225,8 @@ def order_fetch(
     """
     offload = settings.offload
     if offload is None or not offload.on_side_stream:
+        return x, arriving, leaving
+    if leaving is not None and leaving.lacks_nothing:
         return x, arriving, leaving
     staged = None if arriving is None else arriving.staged
     listed = None if leaving is None else (leaving.plan.sources, leaving.plan.bound)

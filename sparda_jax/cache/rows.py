@@ -162,7 +162,7 @@ def reset_row(
         shape = IndexShape(layers, 1, heads, cache.num_blocks, dim, layer.slots.dtype)
         empty = OffloadLayer(
             slots=zeros(layer.slots),
-            table=empty_table((layers, 1, heads, slots)),
+            table=empty_table((layers, 1, heads), slots, cache.num_blocks),
             key_bias=jax.tree.map(zeros, layer.key_bias),
             index=init_index(indices, shape, sparse),
         )

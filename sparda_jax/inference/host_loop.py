@@ -25,7 +25,7 @@ from sparda_jax.cache.offload_view import OffloadView
 from sparda_jax.cache.prefetch import BlockFetch, Lookahead, NextLayer
 from sparda_jax.cache.resident_view import ResidentView
 from sparda_jax.cache.settings import LayerSettings, TileState
-from sparda_jax.cache.slots import slot_of
+from sparda_jax.cache.slots import slot_of, table_at
 from sparda_jax.inference.generate import (
     GenerateState,
     Request,
@@ -141,8 +141,7 @@ def _tails(
     With the layer, in whose slots the full ones now are as they are stored.
     """
     _, batch, heads, slots = layer.slots.shape[:4]
-    wanted = jnp.broadcast_to(block[:, None], (batch, heads))
-    slot = jnp.maximum(slot_of(layer.table.blocks[0], wanted), 0)
+    slot = jnp.maximum(slot_of(table_at(layer.table, 0), block[:, None]), 0)
     rows, kv_heads = jnp.ogrid[:batch, :heads]
     tails = layer.slots[0, rows, kv_heads, slot]
     if not codec.exact:
@@ -177,6 +176,8 @@ def _layer_weights(model: Decoder) -> list[DecoderLayer]:
 
 def _staged(fetch: BlockFetch, store: tuple[np.ndarray, ...]) -> BlockFetch:
     """The fetch with its missing blocks on their way to the device."""
+    if fetch.lacks_nothing:
+        return fetch
     sources = np.asarray(fetch.plan.sources)
     missing = sources >= 0
     staged = []

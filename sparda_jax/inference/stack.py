@@ -335,9 +335,8 @@ def end_stack(
     """Ends an offloaded decode step: tail blocks that are full now go to the host."""
     cache, offload = carry.cache, settings.offload
     assert isinstance(cache, OffloadCache) and offload is not None
-    if carry.fetch is not None:
+    if carry.fetch is not None and carry.fetch.staged is not None:
         # The scanned form ends with the fetch of a layer that does not exist.
-        assert carry.fetch.staged is not None
         pool = StagingPool(cache.staging).release(carry.fetch.staged, offload)
         cache = cache._replace(staging=pool.areas)
     block, offset = divmod(start, settings.sparse.block_size)

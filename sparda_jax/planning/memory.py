@@ -407,6 +407,8 @@ def memory_plan(
         shape = (sparse.block_size, 2, config.head_dim)
         stored = settings.offload.codec.bytes_per_block(shape, name)
         area = batch * config.num_kv_heads * width * stored
+        if cache.slots(blocks, width) == blocks:
+            area = 0  # nothing is ever fetched
     staging, offload = state.staging, settings.offload
     if offload is not None and not offload.route.reuses_staging:
         # The kernels and NumPy bring their own: what lands, and what is under way.

@@ -70,13 +70,17 @@ def fill_slots(
     one = plan(of(least))
     if blocks == least:
         return of(least), one
-    # Every slot takes the same, and nothing else depends on how many there are.
+    # Every slot takes the same, and up to the last but one nothing else depends on how
+    # many there are.
     two = plan(of(least + 1))
     kv, table = two.slots - one.slots, two.slot_tables - one.slot_tables
     more, free = blocks - least, _free(one, limits, others)
     if free is not None and free < (kv + table) * more:
         step = -(-more // _STEPS)
         more = max(0, free) // (kv + table) // step * step
+    if least + more == blocks:
+        # Nothing is ever fetched then, and no room is needed for what arrives.
+        return of(blocks), plan(of(blocks))
     filled = dataclasses.replace(
         one,
         slots=one.slots + more * kv,

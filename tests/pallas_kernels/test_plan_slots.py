@@ -23,20 +23,16 @@ from pallas_kernels.plan_slots.xla import by_number
 
 CI_SPECS = in_ci(ARG_SPECS)
 BLOCKS, LISTED = 24, 6
+TABLES = ("blocks", "last_used", "page_table")
+EMPTY_PAGES = np.full((1, 2, BLOCKS), -1, np.int32)
 PLANS = {
-    "triton": jax.jit(
-        functools.partial(plan_slots_triton, interpret=True),
-        static_argnames="row_blocks",
-    ),
-    "xla": jax.jit(
-        functools.partial(plan_slots, implementation="xla"),
-        static_argnames="row_blocks",
-    ),
+    "triton": jax.jit(functools.partial(plan_slots_triton, interpret=True)),
+    "xla": jax.jit(functools.partial(plan_slots, implementation="xla")),
 }
 
 
 def _want(args):
-    arrays = ("blocks", "last_used", "listed", "step", "tail_block")
+    arrays = (*TABLES, "listed", "step", "tail_block")
     return plan_slots_reference(**args | {k: np.asarray(args[k]) for k in arrays})
 
 
@@ -74,10 +70,7 @@ def test_plan(spec, name):
 @pytest.mark.parametrize("implementation", ["triton", "xla"])
 @pytest.mark.parametrize("spec", ARG_SPECS, ids=lambda s: s.name)
 def test_native(spec, implementation):
-    call = jax.jit(
-        functools.partial(plan_slots, implementation=implementation),
-        static_argnames="row_blocks",
-    )
+    call = jax.jit(functools.partial(plan_slots, implementation=implementation))
     for seed in range(4):
         args = spec.make(seed)
         _same(call(**args), _want(args))
@@ -104,12 +97,12 @@ def histories(draw):
 def test_a_history_of_lists(history, slots):
     # NumPy arrays: nothing but the plans themselves is a program.
     empty = np.full((1, 2, slots), -1, np.int32)
-    args = {"blocks": empty, "last_used": empty}
+    args = {"blocks": empty, "last_used": empty, "page_table": EMPTY_PAGES}
     tail = None
     for step, (tail_block, listed) in enumerate(history):
         values = {"step": step, "tail_block": tail_block}
         args |= {k: np.full((1, 2), v, np.int32) for k, v in values.items()}
-        args |= {"source": 0, "target": 0, "row_blocks": BLOCKS}
+        args |= {"source": 0, "target": 0}
         args["listed"] = np.asarray([[listed, listed]], np.int32)
         want = _want(args)
         for call in PLANS.values():
@@ -129,7 +122,50 @@ def test_a_history_of_lists(history, slots):
             "the tail moved"
         )
         tail = tail_block, slot
-        args |= {"blocks": want.blocks, "last_used": want.last_used}
+        args |= {name: getattr(want, name) for name in TABLES}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    history=histories(), slots=st.sampled_from([LISTED, 2 * LISTED, BLOCKS - 1, BLOCKS])
+)
+def test_a_row_is_a_least_recently_used_cache(history, slots):
+    """Against a dictionary, up to a slot for every block: nobody who stays was asked
+    for before one who goes, nobody goes while a slot is empty, the table knows all."""
+    tables = dict.fromkeys(TABLES[:2], np.full((1, slots), -1, np.int32))
+    tables["page_table"] = EMPTY_PAGES[0, :1]
+    stamps = {}
+    for step, (tail_block, listed) in enumerate(history):
+        plan = PLANS["xla"](
+            **tables,
+            listed=np.asarray([listed], np.int32),
+            step=np.full(1, step, np.int32),
+            tail_block=np.full(1, tail_block, np.int32),
+            source=0,
+            target=0,
+        )
+        asked = {block for block in listed if block >= 0}
+        new = asked - stamps.keys()
+        filled = {
+            slot: block
+            for slot, block in enumerate(np.asarray(plan.blocks)[0].tolist())
+            if block >= 0
+        }
+        gone = stamps.keys() - set(filled.values())
+        assert set(filled.values()) == (stamps.keys() | asked) - gone
+        assert len(gone) == max(0, len(stamps) + len(new) - slots)
+        stay = [stamps[block] for block in stamps.keys() - gone - asked]
+        assert not gone or max(stamps[b] for b in gone) <= min(stay, default=step)
+        assert int(plan.hits) == len(asked) - len(new)
+        assert int(plan.fetched) == len(new - {tail_block})
+        pages = dict(enumerate(np.asarray(plan.page_table)[0].tolist()))
+        held = {slot: block for block, slot in pages.items() if slot >= 0}
+        assert held == filled
+        found = [filled.get(slot) for slot in np.asarray(plan.slots)[0].tolist()]
+        assert found == [block if block >= 0 else None for block in listed]
+        stamps = {b: s for b, s in stamps.items() if b not in gone}
+        stamps |= dict.fromkeys(asked, step)
+        tables = {name: getattr(plan, name) for name in TABLES}
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -137,6 +173,7 @@ def test_tail_is_never_evicted(name):
     """The row's tail block stays where it is, however the rest changes."""
     rng = np.random.default_rng(0)
     blocks = last_used = jnp.full((1, 1, LISTED), -1, jnp.int32)
+    page_table = jnp.full((1, 1, 16), -1, jnp.int32)
     slots = []
     for step in range(40):
         others = rng.permutation(15)[: LISTED - 1]
@@ -144,27 +181,28 @@ def test_tail_is_never_evicted(name):
         plan = PLANS[name](
             blocks,
             last_used,
+            page_table,
             jnp.asarray(listed[None, None], jnp.int32),
             step=jnp.full((1, 1), step, jnp.int32),
             tail_block=jnp.full((1, 1), 15, jnp.int32),
             source=0,
             target=0,
-            row_blocks=16,
         )
-        blocks, last_used = plan.blocks, plan.last_used
+        blocks, last_used, page_table = (getattr(plan, name) for name in TABLES)
         slots.append(np.asarray(blocks)[0, 0].tolist().index(15))
     assert len(set(slots)) == 1
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_rows_without_a_list_keep_their_slots(name):
-    table = {"blocks": [[3, 1, -1]], "last_used": [[5, 6, -1]], "listed": [[-1, -1]]}
+    table = {"blocks": [[3, 1, -1]], "last_used": [[5, 6, -1]]}
+    table |= {"page_table": [[-1, 1, -1, 0, -1]], "listed": [[-1, -1]]}
     table = {k: jnp.asarray(v, jnp.int32) for k, v in table.items()}
-    values = {"source": 1, "target": 1, "row_blocks": 5}
+    values = {"source": 1, "target": 1}
     nine = jnp.asarray([9], jnp.int32)
     plan = PLANS[name](**table, **values, step=nine, tail_block=nine)
-    np.testing.assert_array_equal(plan.blocks, table["blocks"])
-    np.testing.assert_array_equal(plan.last_used, table["last_used"])
+    for name in TABLES:
+        np.testing.assert_array_equal(getattr(plan, name), table[name])
     for x in (plan.slots, plan.sources, plan.targets):
         assert (x == -1).all()
     assert not any((plan.bound, plan.fetched, plan.hits))
@@ -216,7 +254,7 @@ def test_refusals():
         ({"tail_block": jnp.zeros((2, 2))}, "tail_block has dtype"),
         ({"target": jnp.zeros((2,), jnp.int32)}, "target has shape"),
         ({"source": 0.5}, "source has dtype"),
-        ({"row_blocks": 0}, "row_blocks is 0"),
+        ({"page_table": jnp.zeros((2, 3, 60), jnp.int32)}, "page_table has shape"),
     ],
 )
 def test_bad_arguments(change, message, without_type_checks):

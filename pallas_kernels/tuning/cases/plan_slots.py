@@ -14,8 +14,9 @@ from pallas_kernels.tuning.case import Case
 def cases(small: bool) -> Iterator[Case]:
     """Lists of a decode step of the 8B shape, a tenth of each missing."""
     budget, layers = (4, 2) if small else (96, 16)
-    for rows in (2,) if small else (16, 64):
-        operands = inputs(layers, rows, budget, budget)
+    sizes = ((2, 4),) if small else ((16, 96), (64, 96), (64, 384), (64, 1024))
+    for rows, slots in sizes:
+        operands = inputs(layers, rows, slots, budget, 16 * budget)
 
         def run(name, config, *operands):
             f = plan_slots_xla
@@ -24,9 +25,9 @@ def cases(small: bool) -> Iterator[Case]:
             return chain(f, *operands)
 
         yield Case(
-            {"R": rows, "C": budget, "P": budget},
+            {"R": rows, "C": slots, "P": budget},
             operands,
             run,
-            {"triton": [triton.Config(warps) for warps in (1, 2, 4)]},
+            {"triton": [triton.Config(warps) for warps in (1, 2, 4, 8)]},
             links=layers,
         )

@@ -34,7 +34,8 @@ def _fill(case, limits, others=0):
 def test_slots_fill_what_is_left(share):
     least = dataclasses.replace(CASE, slots=None).plan()
     most = dataclasses.replace(CASE, slots=BLOCKS).plan()
-    free = share * (most.persistent - least.persistent)
+    tables = most.slot_tables - least.slot_tables
+    free = share * (most.slots - least.slots + tables)
     device = Limit(round((least.device + free) / 0.95) + 1, "a test")
     cache, plan = _fill(CASE, MemoryLimits(device=device))
     found = dataclasses.replace(CASE, slots=cache.device_blocks).plan()
