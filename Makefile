@@ -14,7 +14,7 @@ demo: $(VENV)/.run-ready
 test: $(VENV)/.test-ready
 	$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.test-ready
+test-slow: $(VENV)/.test-ready $(VENV)/.notebooks-ready
 	$(PY) -m pytest -n 2 --dist loadfile --runslow -m slow $(PYTEST_ARGS)
 
 # Every worker would else take three quarters of the card when it starts.

@@ -2,8 +2,12 @@
 
 `<!-- options -->` in a page becomes the option tables of all commands,
 `<!-- errors -->` the errors that the code raises, `<!-- file: NAME -->` the contents
-of a file, `<!-- notebook: NAME -->` a notebook: with its outputs where `make notebooks`
-has left it in build/notebooks, else without.
+of a file, `<!-- notebook: NAME -->` a notebook with what its cells gave: on a GPU where
+`notebooks/outputs` has it, else here where `make notebooks` has left it in
+build/notebooks. A cell that has changed since shows nothing.
+
+With a `repo_url` of GitHub in mkdocs.yml a notebook's page has a badge that opens it in
+Colab; without one it says how to upload it.
 """
 
 import argparse
@@ -11,20 +15,24 @@ import ast
 import json
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 _MARK = re.compile(r"<!-- (options|errors|file: (\S+)|notebook: (\S+)) -->")
 
 
-def on_page_markdown(markdown: str, **_: object) -> str:
+def on_page_markdown(
+    markdown: str, *, config: Mapping[str, Any] | None = None, **_: object
+) -> str:
     """Fills the marks of a page; called by mkdocs."""
+    address = (config or {}).get("repo_url") or ""
 
     def fill(mark: re.Match) -> str:
         if mark[2]:
             return _included(mark[2])
         if mark[3]:
-            return notebook(mark[3])
+            return notebook(mark[3], address)
         return option_tables() if mark[1] == "options" else error_table()
 
     return _MARK.sub(fill, markdown)
@@ -36,30 +44,74 @@ def _included(name: str) -> str:
     return re.sub(r"\A# .*\n", "", text)
 
 
-def notebook(name: str) -> str:
-    """A notebook as Markdown: words, code, and what it printed and drew if it ran."""
+def notebook(name: str, address: str = "") -> str:
+    """A notebook as Markdown: how to open it, words, code, what it printed and drew.
+
+    Args:
+      name: Of the file in `notebooks`, without its end.
+      address: The repository's public address; "" for none.
+    """
     source = ROOT / "notebooks" / f"{name}.ipynb"
-    executed = ROOT / "build" / "notebooks" / source.name
-    place = executed if executed.exists() else source
-    parts = []
-    for cell in json.loads(place.read_text(encoding="utf-8"))["cells"]:
+    cells = json.loads(source.read_text(encoding="utf-8"))["cells"]
+    where, given = _outputs(name)
+    parts = [_opened(source.name, address), f"*{where}*"]
+    for cell in cells:
         text = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(text)
+            parts.append(re.sub(r"\A# .*\n", "", text))
             continue
         parts.append(f"```python\n{text}\n```")
-        parts += filter(None, map(_output, cell["outputs"]))
-    return re.sub(r"\A# .*\n", "", "\n\n".join(parts))
+        parts += map(_shown, given.get(text, []))
+    return "\n\n".join(parts)
 
 
-def _output(output: dict) -> str:
+_GITHUB = re.compile(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?")
+
+
+def _opened(file: str, address: str) -> str:
+    """A badge that opens a notebook in Colab, or how to open it there."""
+    place = _GITHUB.fullmatch(address)
+    if place is None:
+        return (
+            f"`notebooks/{file}`; [how to open it in Colab](../notebooks.md#in-colab)"
+        )
+    colab = "https://colab.research.google.com"
+    badge = f"[![Open in Colab]({colab}/assets/colab-badge.svg)]"
+    return f"{badge}({colab}/github/{place[1]}/blob/main/notebooks/{file})"
+
+
+def _outputs(name: str) -> tuple[str, dict[str, list[dict[str, str]]]]:
+    """Where a notebook ran, and what each code cell gave, by its text."""
+    kept = ROOT / "notebooks" / "outputs" / f"{name}.json"
+    executed = ROOT / "build" / "notebooks" / f"{name}.ipynb"
+    if kept.exists():
+        run = json.loads(kept.read_text(encoding="utf-8"))
+        where = f"Outputs of {run['date']}, commit {run['commit']}; the first cell's"
+        given = {cell["source"]: cell["outputs"] for cell in run["cells"]}
+        return f"{where} say the device.", given
+    if executed.exists():
+        cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
+        given = {
+            "".join(cell["source"]): list(filter(None, map(_given, cell["outputs"])))
+            for cell in cells
+            if cell["cell_type"] == "code"
+        }
+        return "Outputs of `make notebooks` where this site was built.", given
+    return "Without outputs: `make notebooks` had not run where this was built.", {}
+
+
+def _given(output: dict) -> dict[str, str] | None:
     """What a cell printed, or drew; nothing of what it said on standard error."""
     if output.get("name") == "stdout":
-        return f"```text\n{''.join(output['text']).rstrip()}\n```"
+        return {"text": "".join(output["text"])}
     picture = output.get("data", {}).get("image/png")
-    if picture is None:
-        return ""
-    data = "".join(picture).replace("\n", "")
+    return None if picture is None else {"png": "".join("".join(picture).split())}
+
+
+def _shown(output: dict[str, str]) -> str:
+    if "text" in output:
+        return f"```text\n{output['text'].rstrip()}\n```"
+    data = output["png"]
     return f'<img alt="what the cell above drew" src="data:image/png;base64,{data}">'
 
 

@@ -43,7 +43,7 @@ from sparda_jax.models.weights import (
 )
 from sparda_jax.sparse.selectors import Selector, get_selector
 
-_RANDOM = ("tiny", "tiny-moe", "tiny-nosa")
+_RANDOM = ("tiny", "tiny-nosa")
 
 
 def default_dtype() -> DTypeLike:
@@ -140,6 +140,11 @@ def load(
     Raises:
       ConfigError: If an argument is not allowed, or "sparda" has no Forecast weights.
       CheckpointError: If a file is missing, damaged or of an unsupported kind.
+
+    Example:
+      >>> lm = sj.load("tiny", attention="window", storage="stacked")
+      >>> lm.config.name, lm.selector.name
+      ('tiny', 'window')
     """
     name = path("model", model)
     selector = get_selector(attention)
@@ -266,6 +271,12 @@ def with_attention(
 
     Raises:
       ConfigError: As `load`.
+
+    Example:
+      >>> offload = sj.CacheConfig(kind="offload")
+      >>> other = sj.with_attention(lm, "infllm_v2", cache=offload)
+      >>> other.selector.name, other.cache.kind, lm.cache.kind
+      ('infllm_v2', 'offload', 'resident')
     """
     lm = LANGUAGE_MODEL("lm", lm)
     selector = get_selector(attention)

@@ -1,22 +1,28 @@
 """README and documentation: links, pictures, commands and examples hold."""
 
 import dataclasses
+import doctest
 import importlib.util
+import inspect
+import json
 import os
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 
 import pytest
 from text_model import text_lm, text_tokenizer
 
 import sparda_jax as sj
-from sparda_jax.cli.main import build_parser
+from sparda_jax.cli.main import build_parser, main
 
 __all__ = ["text_lm", "text_tokenizer"]
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+_ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 PAGES = sorted(
     [*ROOT.glob("docs/**/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 )
@@ -128,6 +134,25 @@ def test_pictures_are_seen_on_dark_pages_and_have_names():
         assert f"figures/{picture.name}" in shown
 
 
+def test_the_figures_are_those_that_the_script_draws(tmp_path):
+    command = [sys.executable, "scripts/draw_figures.py", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=_ENVIRONMENT, check=True)
+    drawn = sorted(tmp_path.glob("*.svg"))
+    assert [path.name for path in drawn] == ["lists.svg", "misses.svg", "recall.svg"]
+    for path in drawn:
+        assert path.read_text() == _text(f"docs/figures/{path.name}")
+
+
+@pytest.mark.slow
+def test_the_script_of_determinism_ends_well():
+    command = [sys.executable, "scripts/check_determinism.py", "--model", "tiny"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=_ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout
+
+
 def test_every_public_name_is_in_the_reference():
     listed = set(re.findall(r"^::: sparda_jax\.(\w+)$", _text("docs/api.md"), re.M))
     assert listed == set(sj.__all__) - {"__version__", "PRESETS"}
@@ -165,6 +190,136 @@ def test_examples_run(name, text_lm, monkeypatch, tmp_path):
         exec(compile(body, name, "exec"), space)
     assert os.listdir(tmp_path) == []
     assert "sj" in space
+
+
+# Sizes that a test has time for, put behind what a page's command says.
+_SMALL = {
+    "eval": ["--samples", "1", "--attention", "infllm_v2,sparda"],
+    "forecast-report": ["--tokens", "640", "--rows", "1"],
+    "generate": ["--max-new-tokens", "4"],
+    "soak": ["--requests", "2", "--context", "128"],
+}
+# What is tested by itself, fetches, or is no more than a name; the commands of the
+# results took hours.
+_NOT_HERE = ("bench", "completion", "demo", "fetch", "train", "tune")
+_SHOWN = (
+    "README.md",
+    *(f"docs/{n}.md" for n in ("index", "adapt", "budget", "offload")),
+)
+
+
+def _shown_commands() -> list[list[str]]:
+    found = []
+    for name in (*_SHOWN, "docs/evaluation.md"):
+        for words in _commands(name):
+            if words[0] != "sparda":
+                continue
+            words = ["out" if word == "other" else word for word in words[1:]]
+            bare = len(words) == 1 and words[0] not in ("models", "doctor")
+            left_out = words[0] in _NOT_HERE or {"--help", "./my-model"} & set(words)
+            left_out = left_out or bare
+            if not left_out and words not in found:
+                found.append(words)
+    return found
+
+
+@pytest.mark.slow
+def test_commands_run(text_lm, monkeypatch, tmp_path, capsys):
+    """Those of the pages that guide, on a tiny model in the place of theirs."""
+
+    def load(model, *, attention="dense", **_):
+        return sj.with_attention(text_lm, attention, forecast="from_query")
+
+    monkeypatch.setattr(sj, "load", load)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "typed.txt").write_text("Who speaks?\n/exit\n")
+    (tmp_path / "book.txt").write_text("stop an operation in the engine\n" * 60)
+    ran = []
+    for words in _shown_commands():
+        command = words[0]
+        typed = open("typed.txt", encoding="utf-8")
+        monkeypatch.setattr("sys.stdin", typed)
+        extra = list(_SMALL.get(command, []))
+        if "--no-compilation-cache" in _all_options()[command]:
+            extra.append("--no-compilation-cache")
+        with typed:
+            status = main([*words, *extra])
+        captured = capsys.readouterr()
+        assert status == 0, (words, captured.err)
+        assert captured.out
+        ran.append(command)
+    assert {"generate", "chat", "models", "plan", "soak", "eval", "report"} <= set(ran)
+
+
+@pytest.mark.slow
+def test_examples_of_docstrings_run(text_lm):
+    """Of all public names and their methods; `lm` is a tiny model that takes text."""
+    flags = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
+    runner = doctest.DocTestRunner(optionflags=flags)
+    found = []
+    for name in sj.__all__:
+        value = getattr(sj, name)
+        members = vars(value).items() if inspect.isclass(value) else ()
+        methods = {f"{name}.{key}": member for key, member in members}
+        for place, documented in {name: value, **methods}.items():
+            text = getattr(documented, "__doc__", None) or ""
+            if ">>> " in text:
+                space = {"sj": sj, "lm": text_lm}
+                parsed = doctest.DocTestParser().get_doctest(text, space, place, "", 0)
+                told: list[str] = []
+                runner.run(parsed, out=told.append)
+                assert not told, "".join(told)
+                found.append(place)
+    assert {"load", "generate", "stream", "chat", "plan", "Conversation.fork"} <= set(
+        found
+    )
+
+
+@pytest.fixture
+def hooks():
+    """`scripts/docs_hooks.py` as a module of its own."""
+    place = ROOT / "scripts" / "docs_hooks.py"
+    spec = importlib.util.spec_from_file_location("docs_hooks", place)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_notebook_page_has_what_its_cells_gave(hooks, tmp_path, monkeypatch):
+    """Kept outputs go before those of this machine; a changed cell shows nothing."""
+
+    def cell(source, *outputs):
+        return {"cell_type": "code", "source": source, "outputs": list(outputs)}
+
+    def write(name, value):
+        place = tmp_path / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(value), encoding="utf-8")
+
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    words = {"cell_type": "markdown", "source": ["# Title\n", "Words"]}
+    write("notebooks/x.ipynb", {"cells": [words, cell("a()"), cell("new()")]})
+    page = hooks.notebook("x")
+    assert "Without outputs" in page and "Words" in page and "# Title" not in page
+    assert "how to open it in Colab" in page
+    stream = {"name": "stdout", "text": ["here\n", "too\n"]}
+    error = {"name": "stderr", "text": ["not this"]}
+    ran = {"cells": [words, cell("a()", stream, error)]}
+    write("build/notebooks/x.ipynb", ran)
+    page = hooks.notebook("x")
+    assert "```text\nhere\ntoo\n```" in page and "not this" not in page
+    kept = [
+        {"source": "a()", "outputs": [{"text": "card\n"}, {"png": "AAAA"}]},
+        {"source": "old()", "outputs": [{"text": "stale\n"}]},
+    ]
+    made = {"date": "2026-11-26", "commit": "abc1234"}
+    write("notebooks/outputs/x.json", made | {"cells": kept})
+    page = hooks.notebook("x", "https://github.com/some/where")
+    assert "```text\ncard\n```" in page and "base64,AAAA" in page
+    assert "here" not in page.replace("where", "") and "stale" not in page
+    assert "2026-11-26, commit abc1234" in page
+    assert "/github/some/where/blob/main/notebooks/x.ipynb)" in page
 
 
 @pytest.mark.slow

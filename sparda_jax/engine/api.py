@@ -42,6 +42,10 @@ def forward(lm: LanguageModel, ids: PromptLike) -> Float[Array, "T V"]:
 
     Raises:
       ConfigError: If ids are empty, out of the vocabulary or longer than the context.
+
+    Example:
+      >>> sj.forward(lm, [5, 6, 7]).shape == (3, lm.config.vocab_size)
+      True
     """
     lm = LANGUAGE_MODEL("lm", lm)
     tokens = encode_prompt(lm, ids, "ids")
@@ -98,6 +102,11 @@ def generate(
     Raises:
       ConfigError: If an argument is out of range, a prompt is empty or too long, or an
         id is not in the vocabulary.
+
+    Example:
+      >>> out = sj.generate(lm, ["a stop", "ab"], max_new_tokens=4, ignore_eos=True)
+      >>> [len(tokens) for tokens in out.tokens], out.finish_reasons
+      ([4, 4], ['length', 'length'])
     """
     single_call = flag("single_call", single_call)
     config = merge_options(config, options)
@@ -125,6 +134,12 @@ def stream(
     Same tokens as `generate`. `tokens_per_call` tokens are decoded per dispatch;
     after every call of a prompt cut by `prefill_chunk`, `on_progress(tokens)` is
     called. Other arguments and errors as there.
+
+    Example:
+      >>> events = sj.stream(lm, ["a stop"], max_new_tokens=4, ignore_eos=True)
+      >>> tokens = [event.token for event in events]
+      >>> tokens == events.output.tokens[0]
+      True
     """
     tokens_per_call = integer(1)("tokens_per_call", tokens_per_call)
     on_progress = optional(function)("on_progress", on_progress)

@@ -86,12 +86,6 @@ def chat(
     text. (A rendered chat that is passed to `generate` as text is all text, its markers
     too; `lm.tokenizer.encode_chat` gives the token ids for `generate` and `stream`.)
 
-        messages = [{"role": "user", "content": "Name a colour."}]
-        out = sj.chat(lm, messages, max_new_tokens=32)
-        print(out.text)
-        more = [*out.messages, {"role": "user", "content": "And another?"}]
-        out = sj.chat(lm, more, conversation=out.conversation)
-
     Args:
       lm: A loaded model whose tokenizer has a chat template.
       messages: All messages, each with `role` and `content`; in a further turn the
@@ -111,6 +105,16 @@ def chat(
       ConfigError: If an argument is out of range, the model has no tokenizer or
         template, or the messages do not go on from the conversation's.
       CheckpointError: If the template fails.
+
+    Example:
+      >>> messages = [{"role": "user", "content": "Name a colour."}]
+      >>> out = sj.chat(lm, messages, max_new_tokens=4)
+      >>> out.messages[-1] == {"role": "assistant", "content": out.text}
+      True
+      >>> more = [*out.messages, {"role": "user", "content": "And another?"}]
+      >>> again = sj.chat(lm, more, conversation=out.conversation, max_new_tokens=4)
+      >>> len(again.messages)
+      4
     """
     turn = _turn(lm, messages, config, chat_args, answer_prefix, conversation, options)
     output = generate(lm, [turn.new], turn.config, conversation=turn.conversation)
@@ -175,10 +179,11 @@ def stream_chat(
     `tokens_per_call` and `on_progress` are those of `stream`; other arguments and
     errors are those of `chat`.
 
-        answer = sj.stream_chat(lm, messages, max_new_tokens=64)
-        for event in answer:
-            print(event.text, end="", flush=True)
-        answer.output.messages
+    Example:
+      >>> messages = [{"role": "user", "content": "Name a colour."}]
+      >>> answer = sj.stream_chat(lm, messages, max_new_tokens=4)
+      >>> "".join(event.text for event in answer) == answer.output.text
+      True
     """
     tokens_per_call = integer(1)("tokens_per_call", tokens_per_call)
     on_progress = optional(function)("on_progress", on_progress)

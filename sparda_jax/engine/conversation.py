@@ -191,6 +191,15 @@ class Conversation:
         Raises:
           ConfigError: If the conversation is used up, has several rows to be copied
             `rows` times, or the copy does not fit.
+
+        Example:
+          >>> read = sj.generate(lm, ["A document."], max_new_tokens=1).conversation
+          >>> asked = [
+          ...     sj.generate(lm, [q], max_new_tokens=2, conversation=read.fork())
+          ...     for q in (" Who?", " Where?")
+          ... ]
+          >>> len(asked), read.lengths == read.fork().lengths
+          (2, True)
         """
         lengths = self.lengths
         chosen = list(range(self.state.lengths.shape[0]))

@@ -99,6 +99,13 @@ class GenerateConfig:
     Raises:
       ConfigError: If a value is not allowed for any model. What depends on the model
         (its context, its tokenizer, its vocabulary) is checked by the call.
+
+    Example:
+      >>> config = sj.GenerateConfig(max_new_tokens=2, ignore_eos=True)
+      >>> len(sj.generate(lm, ["ab"], config).tokens[0])
+      2
+      >>> len(sj.generate(lm, ["ab"], config, max_new_tokens=3).tokens[0])
+      3
     """
 
     max_new_tokens: int = 64

@@ -328,6 +328,14 @@ def plan(
 
     Raises:
       ConfigError: If an argument is not allowed.
+
+    Example:
+      >>> rates = sj.recorded_rates("H100")
+      >>> plan = sj.plan(
+      ...     "minicpm4.1-8b", context=131072, hbm_gib=80.0, host_gib=512.0, rates=rates
+      ... )
+      >>> plan.resident_best.batch < plan.offload_best.batch
+      True
     """
     selector = get_selector(attention)
     max_new_tokens = integer(1)("max_new_tokens", max_new_tokens)

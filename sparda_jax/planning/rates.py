@@ -21,6 +21,10 @@ class Rates:
       peak: FLOP/s of a matrix product; None leaves compute out of the bound.
       route: How blocks are fetched.
       source: Where the figures come from.
+
+    Example:
+      >>> sj.Rates(memory=3e12, fetch=5e10).route
+      'dynamic_slice'
     """
 
     memory: float
@@ -57,6 +61,12 @@ def recorded_rates(device_kind: str) -> Rates | None:
 
     Raises:
       ConfigError: If the name is no text, or several kinds have its words.
+
+    Example:
+      >>> sj.recorded_rates("H100").fetch > 1e10
+      True
+      >>> sj.recorded_rates("a device without a record") is None
+      True
     """
     name = text("device_kind", device_kind)
     kinds = recorded_kinds()

@@ -24,7 +24,12 @@ _REGISTRY = types.MappingProxyType(_found())
 
 
 def selector_names() -> tuple[str, ...]:
-    """All names."""
+    """All names.
+
+    Example:
+      >>> {"dense", "infllm_v2", "sparda"} <= set(sj.selector_names())
+      True
+    """
     return tuple(_REGISTRY)
 
 
