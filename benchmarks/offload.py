@@ -344,7 +344,7 @@ def _row(mode, cache, settings, seconds, fetched, capacity, rates, arguments, ba
     }
 
 
-def _measure(model, sparse, batch: int, modes: list, arguments, rates, trace):
+def measure_batch(model, sparse, batch: int, modes: list, arguments, rates, trace):
     """Yields the figures of every mode at one batch; resident ones come first.
 
     Offloaded ones follow for every number of slots.
@@ -457,7 +457,7 @@ def _run(arguments: argparse.Namespace) -> None:
                 f"and KV, the limit is {arguments.limit:.0f} GB"
             )
         try:
-            measured = _measure(
+            measured = measure_batch(
                 model, preset.sparse, batch, modes, arguments, rates, trace
             )
             for row in measured:

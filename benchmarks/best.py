@@ -1,0 +1,401 @@
+"""The best resident batch against the best offloaded one, in one run on one device.
+
+    python -m benchmarks.best --context 131072 --minutes 8 --json best.json
+    python -m benchmarks.best --plot best.png best.json
+
+Batches are as large as fit: the resident one by the device's memory, the offloaded ones
+by host memory and, with `device_blocks="auto"`, by what is left of the device's for
+slots. Of those that fit, the ones are run for which the plan's step time (bandwidths
+measured in the same run, misses of the trace's curve at that number of slots) promises
+most; what was planned stands beside what was measured. Then come smaller batches, for
+the curve. Cells are run in descending worth until the minutes are over, and the file is
+written after each.
+
+Lists are a real model's (`benchmarks.traced`), weights and KV bytes arbitrary, and
+nothing is prefilled: memory for it is left free as if it were. Cells:
+
+  resident     own queries choose, all KV on the device
+  own query    offloaded, own queries choose, each layer waits
+  sparda       offloaded, Forecast, one layer ahead
+  sparda int8  the same with host blocks in 8 bits
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import offload
+from benchmarks.traced import DEFAULT_TRACE
+from sparda_jax.checkpoint.atomic import write_json
+from sparda_jax.checkpoint.files import read_json
+from sparda_jax.checks import ConfigError
+from sparda_jax.cli.ending import run_command
+
+if TYPE_CHECKING:
+    from sparda_jax.config import ModelConfig, SparseConfig
+    from sparda_jax.planning.misses import MissCurve
+    from sparda_jax.planning.rates import Rates
+
+_NEW, _PIECE = 256, 8192
+# Tokens/s that the reference published at 128k on an H100, with their batches.
+PUBLISHED = {"published baseline": (4, 189.5), "published SparDA": (64, 1000.0)}
+_NAMES = {
+    ("resident", "exact"): "resident",
+    ("sparse", "exact"): "own query",
+    ("sparda", "exact"): "sparda",
+    ("sparda", "int8"): "sparda int8",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A batch in one way.
+
+    Attributes:
+      mode: As `benchmarks.offload` names it.
+      codec: Of host blocks.
+      batch: Rows.
+      slots: C; 0 for a resident cache.
+      planned_ms: The least step time by the plan.
+      host_gib: Of the host store.
+    """
+
+    mode: str
+    codec: str
+    batch: int
+    slots: int
+    planned_ms: float
+    host_gib: float
+
+    @property
+    def name(self) -> str:
+        """Of its curve."""
+        return _NAMES[self.mode, self.codec]
+
+    @property
+    def promise(self) -> float:
+        """Tokens a second by the plan."""
+        return self.batch / self.planned_ms * 1e3
+
+
+@dataclasses.dataclass(frozen=True)
+class Planner:
+    """What fits, and what it promises.
+
+    Attributes:
+      config, sparse: The model.
+      context: Tokens of every row, output included.
+      rates: The machine, measured.
+      misses: Of the trace.
+    """
+
+    config: "ModelConfig"
+    sparse: "SparseConfig"
+    context: int
+    rates: "Rates"
+    misses: "MissCurve"
+
+    def cell(self, mode: str, codec: str, batch: int) -> Cell | None:
+        """The cell with as many slots as fit; None if the batch does not."""
+        from sparda_jax.cache.settings import LayerSettings
+        from sparda_jax.config import CacheConfig
+        from sparda_jax.inference.shapes import plan_shapes, tile_tokens
+        from sparda_jax.planning.auto import offload_settings
+        from sparda_jax.planning.limits import memory_limits, shortfall
+        from sparda_jax.planning.slots import fill_slots
+        from sparda_jax.planning.step import step_time
+        from sparda_jax.sparse.selectors import get_selector
+
+        resident = mode == "resident"
+        selector = get_selector("sparda" if mode == "sparda" else "infllm_v2")
+        cache = CacheConfig(
+            kind="resident" if resident else "offload",
+            device_blocks=None if resident else "auto",
+            codec="int8" if codec == "int8" else "exact",
+        )
+        how = LayerSettings(
+            self.config,
+            self.sparse,
+            selector,
+            offload=offload_settings(cache, selector),
+        )
+        limits = memory_limits(cache)
+        device = None if limits.device is None else limits.device.size
+        prompt = self.context - _NEW
+        shapes = plan_shapes(
+            min(prompt, _PIECE),
+            farthest_start=(prompt - 1) // _PIECE * _PIECE,
+            longest=prompt,
+            max_new=_NEW,
+            tile_size=tile_tokens("gpu", device),
+            block_size=self.sparse.block_size,
+            batch=batch,
+        )
+        filled, memory = fill_slots(
+            how,
+            cache,
+            limits,
+            batch=batch,
+            shapes=shapes,
+            dtype="bfloat16",
+            storage="per_layer",
+            forecast=True,
+        )
+        if shortfall(memory, limits) is not None:
+            return None
+        room = shapes.capacity // self.sparse.block_size
+        slots = 0 if resident else filled.slots(room, 1)
+        step = step_time(
+            how,
+            filled,
+            self.rates,
+            batch=batch,
+            capacity=shapes.capacity,
+            context=self.context,
+            dtype="bfloat16",
+            miss=0.0 if resident else self.misses.share(slots, self.sparse),
+        )
+        host = memory.host / 2**30
+        return Cell(mode, codec, batch, slots, step.seconds * 1e3, host)
+
+    def best(self, mode: str, codec: str, most: int) -> list[Cell]:
+        """Cells of a way: what promises most, then smaller batches.
+
+        Batches beyond 16 go in steps of 4: a batch is worth no more care.
+        """
+        from sparda_jax.planning.limits import largest_batch
+
+        of = functools.cache(functools.partial(self.cell, mode, codec))
+        top = min(largest_batch(lambda batch: of(batch) is not None), most)
+        sizes = {size for size in range(4, top + 1, 4)} | {1, 2, top}
+        cells = [cell for size in sizes if size and (cell := of(size)) is not None]
+        if not cells:
+            return []
+        first = max(cells, key=lambda cell: cell.promise)
+        rest = [first.batch // part for part in (2, 4)]
+        smaller = [cell for size in rest if size and (cell := of(size)) is not None]
+        return [first, *smaller]
+
+
+def cells_by_worth(planner: Planner, most: int) -> Iterator[Cell]:
+    """First the best of every way, then smaller batches."""
+    ways = [
+        planner.best(mode, codec, most)
+        for mode, codec in (
+            ("sparda", "int8"),
+            ("resident", "exact"),
+            ("sparda", "exact"),
+            ("sparse", "exact"),
+        )
+    ]
+    for number in range(max(map(len, ways), default=0)):
+        yield from (way[number] for way in ways if number < len(way))
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """What the rows say, in lines."""
+    lines = [
+        f"{'way':12} {'batch':>5} {'C':>5} {'step, ms':>9} {'tokens/s':>9} "
+        f"{'planned':>8} {'of plan':>7} {'missed':>7} {'host, GiB':>9}"
+    ]
+    lines += [
+        f"{row['name']:12} {row['batch']:5} {row['c'] or '':>5} {row['step_ms']:9.2f} "
+        f"{row['tokens_per_second']:9.1f} {row['planned_ms']:8.2f} "
+        f"{row['planned_ms'] / row['step_ms']:7.0%} {row['fetched_share']:7.3f} "
+        f"{row['host_gib']:9.1f}"
+        for row in rows
+    ]
+
+    def best(resident: bool) -> dict[str, Any] | None:
+        found = [row for row in rows if (row["name"] == "resident") == resident]
+        return max(found, key=lambda row: row["tokens_per_second"], default=None)
+
+    mine, other = best(False), best(True)
+    if mine is not None and other is not None:
+        ratio = mine["tokens_per_second"] / other["tokens_per_second"]
+        planned = mine["batch"] / mine["planned_ms"]
+        planned /= other["batch"] / other["planned_ms"]
+        lines.append(
+            f"best against best: {mine['name']}, batch {mine['batch']}, "
+            f"{mine['tokens_per_second']:.0f} tokens/s against resident, batch "
+            f"{other['batch']}, {other['tokens_per_second']:.0f}: {ratio:.2f}x (the "
+            f"plan's bounds: {planned:.2f}x)"
+        )
+    return lines
+
+
+def draw(figures: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Draws tokens/s against batch, with the reference's published points.
+
+    Raises:
+      ConfigError: If matplotlib is not installed.
+    """
+    from sparda_jax.evaluation import plots
+
+    series: dict[str, list[plots.Point]] = {}
+    for row in figures["rows"]:
+        point = plots.Point(
+            row["batch"],
+            row["tokens_per_second"],
+            row["batch"] / row["most_ms"] * 1e3,
+            row["batch"] / row["least_ms"] * 1e3,
+        )
+        series.setdefault(row["name"], []).append(point)
+    if figures["context"] == 131072:
+        for name, (batch, speed) in PUBLISHED.items():
+            series[name] = [plots.Point(batch, speed)]
+    plots.save(
+        path,
+        lambda figure: plots.lines(
+            figure,
+            series,
+            xlabel="batch",
+            ylabel="tokens/s",
+            title=f"{figures['model']}, {figures['context']:,} tokens, one "
+            f"{figures['device']}",
+        ),
+    )
+
+
+def _measured(arguments: argparse.Namespace) -> None:
+    """Runs the cells until the time is over."""
+    from sparda_jax.runtime import configure_offload
+
+    configure_offload()
+    import jax
+
+    from sparda_jax.models.presets import get_preset
+    from sparda_jax.models.weights import random_decoder
+    from sparda_jax.planning.measure import measure_rates
+    from sparda_jax.planning.misses import curve_of
+    from sparda_jax.planning.traces import read_trace
+
+    begun = time.perf_counter()
+    preset, trace = get_preset(arguments.model), read_trace(arguments.trace)
+    config = dataclasses.replace(
+        preset.model,
+        num_layers=arguments.layers or preset.model.num_layers,
+        max_context=max(preset.model.max_context, arguments.context * 2),
+    )
+    rates = measure_rates(route=arguments.route).rates
+    model = random_decoder(config, "bfloat16", forecast=True)
+    planner = Planner(config, preset.sparse, arguments.context, rates, curve_of(trace))
+    rows: list[dict[str, Any]] = []
+    figures = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "model": arguments.model,
+        "layers": config.num_layers,
+        "context": arguments.context,
+        "trace": arguments.trace.name,
+        "rates": dataclasses.asdict(rates),
+        "rows": rows,
+        "not_run": [],
+    }
+    cells = list(cells_by_worth(planner, arguments.most))
+    longest = 0.0
+    while cells:
+        spent = time.perf_counter() - begun
+        if spent + longest > 60 * arguments.minutes:
+            break
+        cell = cells.pop(0)
+        print(f"{spent:4.0f} s: {cell}", flush=True)
+        row = _run_cell(model, preset.sparse, cell, arguments, rates, trace)
+        longest = max(longest, time.perf_counter() - begun - spent)
+        less = cell.batch - 1 - cell.batch // 16
+        if row is not None:
+            rows.append(row)
+        elif less and (smaller := planner.cell(cell.mode, cell.codec, less)):
+            cells.insert(0, smaller)  # more was planned than there was room for
+        figures["not_run"] = [dataclasses.asdict(rest) for rest in cells]
+        if row is not None:
+            print(summary([row])[1], flush=True)
+            if arguments.json is not None:
+                write_json(arguments.json, figures)
+    if not rows:
+        raise SystemExit("nothing was measured")
+    print("\n".join(summary(rows)))
+    if arguments.json is not None:
+        write_json(arguments.json, figures)
+
+
+def _run_cell(
+    model, sparse, cell: Cell, arguments, rates, trace
+) -> dict[str, Any] | None:
+    """One cell's figures; None if it failed, which must not hide the others."""
+    how = argparse.Namespace(
+        **{**vars(arguments), "codec": cell.codec, "miss": None, "profile": None},
+        slots=[cell.slots / sparse.largest_budget],
+    )
+    try:
+        (row,) = offload.measure_batch(
+            model, sparse, cell.batch, [cell.mode], how, rates, trace
+        )
+    except ConfigError:
+        raise
+    except Exception as error:  # device memory, mostly
+        print(f"failed: {error!r}"[:300], flush=True)
+        return None
+    return {
+        **row,
+        "name": cell.name,
+        "codec": cell.codec,
+        "c": cell.slots,
+        "planned_ms": cell.planned_ms,
+        "host_gib": cell.host_gib,
+    }
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.plot is None:
+        if arguments.figures is not None:
+            raise ConfigError(
+                f"figures={str(arguments.figures)!r} is not allowed without --plot: "
+                "there is nothing to draw it to"
+            )
+        _measured(arguments)
+        return
+    if arguments.figures is None:
+        raise ConfigError("--plot needs the file of an earlier run's --json")
+    found = read_json(arguments.figures)
+    if not isinstance(found, dict) or not found.get("rows"):
+        raise ConfigError(
+            f"figures={str(arguments.figures)!r} is not allowed: it must be a file "
+            "that --json wrote"
+        )
+    print("\n".join(summary(found["rows"])))
+    draw(found, arguments.plot)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("figures", nargs="?", type=pathlib.Path, help="for --plot")
+    parser.add_argument("--plot", type=pathlib.Path, help="a PNG to draw instead")
+    parser.add_argument("--model", default="minicpm4.1-8b", help="preset")
+    parser.add_argument("--context", type=int, default=131072)
+    parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
+    parser.add_argument("--most", type=int, default=96, help="largest batch to look at")
+    parser.add_argument("--minutes", type=float, default=math.inf)
+    parser.add_argument("--steps", type=int, default=96, help="timed steps of a cell")
+    parser.add_argument("--route", default="auto")
+    parser.add_argument("--trace", type=pathlib.Path, default=DEFAULT_TRACE)
+    parser.add_argument("--json", type=pathlib.Path, help="write figures here")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark, or draws what it found."""
+    arguments = _parser().parse_args(argv)
+    return run_command(lambda: _run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
