@@ -25,9 +25,12 @@ from sparda_jax.cache.memory import (
     to_device,
     to_host,
 )
+from sparda_jax.cache.routes import FetchRoute
 
 # Blocks of one row and head that are moved at a time, where many are.
 CHUNK_BLOCKS = 64
+# Blocks that prefill writes at a time where it does so by slices.
+_PIECES = (CHUNK_BLOCKS, 8, 1)
 
 
 @jax.tree_util.register_dataclass
@@ -149,6 +152,83 @@ class HostStore:
                 (layer, row, 0, block, *(0,) * (part.ndim - 4)),
             )
             for part, piece in zip(self.parts, pieces, strict=True)
+        )
+        return dataclasses.replace(self, parts=tuple(parts))
+
+    def put_new(
+        self,
+        kv: Float[Array, "1 R K M block 2 H"],
+        first: Int[Array, " R"],
+        end: Int[Array, " R"],
+        *,
+        layer: int | Int[Array, ""],
+        row: Int[Array, ""],
+        route: FetchRoute | None,
+    ) -> "HostStore":
+        """With blocks first … end − 1 of some rows of a layer.
+
+        No other block is written: one that is stored is never encoded again. By one
+        kernel where the route has it and nothing is to be encoded: slices reach a fifth
+        of the link's rate on a GPU. Else row by row, in pieces of several sizes, so
+        that they end where the blocks do.
+
+        Args:
+          kv: All blocks of R neighbouring rows, on the device.
+          first, end: Which of them to write, per row.
+          layer: Where to.
+          row: The first of the rows.
+          route: How blocks are fetched, and written where it can.
+        """
+        if route is not None and route.writes and self.codec.exact:
+            return self._put_by_kernel(kv, first, end, layer, row, route)
+
+        def put_row(number: Array, store: HostStore) -> HostStore:
+            done = first[number]
+            for size in _PIECES:
+                if size > kv.shape[3]:
+                    continue
+
+                def put(step: Array, store: HostStore, size=size, done=done):
+                    block = done + step * size
+                    where = (0, number, 0, block, 0, 0, 0)
+                    sizes = (1, 1, kv.shape[2], size, *kv.shape[4:])
+                    piece = lax.dynamic_slice(kv, where, sizes)
+                    return store.write(
+                        piece, layer=layer, row=row + number, block=block
+                    )
+
+                pieces = jnp.maximum(end[number] - done, 0) // size
+                store = lax.fori_loop(0, pieces, put, store)
+                done += pieces * size
+            return store
+
+        if kv.shape[1] == 1:
+            return put_row(jnp.int32(0), self)
+        return lax.fori_loop(0, kv.shape[1], put_row, self)
+
+    def _put_by_kernel(
+        self,
+        kv: Float[Array, "1 R K M block 2 H"],
+        first: Int[Array, " R"],
+        end: Int[Array, " R"],
+        layer: int | Int[Array, ""],
+        row: Int[Array, ""],
+        route: FetchRoute,
+    ) -> "HostStore":
+        _, batch, heads, blocks = self.lead
+        block = jnp.arange(blocks)
+        fresh = (block >= first[:, None]) & (block < end[:, None])  # R M
+        number = layer * batch + row + jnp.arange(kv.shape[1])
+        head = number[:, None] * heads + jnp.arange(heads)
+        place = jnp.where(fresh[:, None], head[..., None] * blocks + block, -1)
+        pairs = zip(self.flat(), self.codec.encode(kv), strict=True)
+        written = (
+            route.write(held, new.reshape(-1, *held.shape[1:]), place.reshape(-1))
+            for held, new in pairs
+        )
+        parts = (
+            new.reshape(part.shape)
+            for part, new in zip(self.parts, written, strict=True)
         )
         return dataclasses.replace(self, parts=tuple(parts))
 

@@ -36,6 +36,7 @@ from sparda_jax.cache.resident import (
     init_layer,
     pad_blocks,
 )
+from sparda_jax.cache.routes import FetchRoute
 from sparda_jax.cache.slots import (
     SlotTable,
     empty_table,
@@ -51,9 +52,6 @@ from sparda_jax.sparse.index import (
     grow_index,
     init_index,
 )
-
-# Blocks that prefill writes to the host store at a time: many, then the rest.
-_PIECES = (CHUNK_BLOCKS, 8, 1)
 
 
 class OffloadLayer(NamedTuple):
@@ -359,6 +357,7 @@ def write_back_layer(
     last: Int[Array, "B K P"] | None,
     start: Int[Array, " B"],
     count: Int[Array, " B"],
+    route: FetchRoute | None,
 ) -> OffloadCache:
     """Writes a layer's new blocks to the host and fills its slots.
 
@@ -371,13 +370,21 @@ def write_back_layer(
       start: Tokens that each row held before.
       count: New tokens of each row; a row without any keeps its slots. A row that is
         prefilled in its place has some.
+      route: How blocks are fetched, and written where it can.
     """
     layer, place = cache.place(index)
     batch, (_, _, heads, blocks) = cache.batch, cache.store.lead
     block, slots = cache.store.block_shape[0], cache.num_slots
     end = start + count
     fresh = count > 0
-    store = _save_new_blocks(cache, index, working.kv, start // block, end // block)
+    store = cache.store.put_new(
+        working.kv,
+        start // block,
+        end // block,
+        layer=index,
+        row=jnp.int32(0) if cache.row is None else cache.row,
+        route=route,
+    )
 
     held = -(-end // block)
     if last is None or slots == blocks:
@@ -421,43 +428,6 @@ def write_back_layer(
     )
     cache = cache.replace_layer(index, _put_tree(layer, changed, place))
     return cache._replace(store=store)
-
-
-def _save_new_blocks(
-    cache: OffloadCache,
-    index: int | Array,
-    kv: Float[Array, "1 B K M block 2 H"],
-    first: Int[Array, " B"],
-    end: Int[Array, " B"],
-) -> HostStore:
-    """The store with the blocks first … end − 1 of every row of a layer.
-
-    No other block is written: one that is stored is never encoded again. Row by row, in
-    pieces of several sizes, so that they end where the blocks do.
-    """
-    at = jnp.int32(0) if cache.row is None else cache.row
-
-    def save_row(row: Array, store: HostStore) -> HostStore:
-        done = first[row]
-        for size in _PIECES:
-            if size > kv.shape[3]:
-                continue
-
-            def save(number: Array, store: HostStore, size=size, done=done):
-                block = done + number * size
-                where = (0, row, 0, block, 0, 0, 0)
-                sizes = (1, 1, kv.shape[2], size, *kv.shape[4:])
-                piece = lax.dynamic_slice(kv, where, sizes)
-                return store.write(piece, layer=index, row=at + row, block=block)
-
-            pieces = jnp.maximum(end[row] - done, 0) // size
-            store = lax.fori_loop(0, pieces, save, store)
-            done += pieces * size
-        return store
-
-    if cache.batch == 1:
-        return save_row(jnp.int32(0), cache.store)
-    return lax.fori_loop(0, cache.batch, save_row, cache.store)
 
 
 def write_back_full_blocks(

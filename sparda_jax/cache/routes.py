@@ -35,6 +35,7 @@ from jax import lax
 from jax.experimental.compute_on import compute_on
 from jaxtyping import Array, Int, Shaped
 
+from pallas_kernels.commit_blocks.api import commit_blocks
 from pallas_kernels.device import current_device_kind, require_cuda
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.host_gather.api import host_gather
@@ -55,12 +56,14 @@ class FetchRoute:
         calls, a call a layer.
       reuses_staging: Fetches write to staging areas that the cache keeps; else each
         fetch brings its own.
+      writes: `write` puts blocks into host memory; else the store is updated by slices.
     """
 
     name: str
     overlaps: bool = False
     in_program: bool = True
     reuses_staging: bool = False
+    writes: bool = False
 
     def check(self) -> None:
         """Raises ConfigError if the route cannot run on the default device."""
@@ -94,6 +97,21 @@ class FetchRoute:
 
         Raises:
           ConfigError: If the route has no place inside a program.
+        """
+        raise NotImplementedError
+
+    def write(
+        self,
+        store: Shaped[Array, "R *block"],
+        blocks: Shaped[Array, "J *block"],
+        places: Int[Array, " J"],
+    ) -> Shaped[Array, "R *block"]:
+        """Puts blocks into host memory, in place, inside of `jit`.
+
+        Args:
+          store: All blocks, in host memory.
+          blocks: Those to write, on the device.
+          places: Where each goes, no place twice; −1 for a block that stays out.
         """
         raise NotImplementedError
 
@@ -155,6 +173,22 @@ class KernelRoute(FetchRoute):
         space = jax.memory.Space.Device
         beside: Any = compute_on(gather, compute_type=_STREAM, out_memory_spaces=space)
         return beside(store, host_blocks, num_entries)
+
+    def write(
+        self,
+        store: Shaped[Array, "R *block"],
+        blocks: Shaped[Array, "J *block"],
+        places: Int[Array, " J"],
+    ) -> Shaped[Array, "R *block"]:
+        """As `FetchRoute.write`: the Triton kernel that commits blocks to slots."""
+
+        def put(store: Array, blocks: Array, places: Array) -> Array:
+            return commit_blocks(store, blocks, places, implementation="triton")
+
+        # A kernel's result has a type in device memory, unless this says otherwise.
+        space = jax.memory.Space.Host
+        beside: Any = compute_on(put, compute_type=_STREAM, out_memory_spaces=space)
+        return beside(store, blocks, places)
 
 
 @dataclasses.dataclass(frozen=True)

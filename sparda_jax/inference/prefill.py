@@ -152,6 +152,8 @@ def prefill(
         cache = carry.cache.replace_layer(layer_index, layer_cache)
         return carry._replace(activations=activations, cache=cache)
 
+    route = None if settings.offload is None else settings.offload.route
+
     def offloaded(
         loop: tuple[StackCarry, Array], layer: DecoderLayer, layer_index: int | Array
     ) -> tuple[StackCarry, Array]:
@@ -175,7 +177,7 @@ def prefill(
         activations, layer_cache, last = run_tiles(
             carry.activations, view, last, layer, layer_index
         )
-        cache = write_back_layer(cache, index, layer_cache, last, start, count)
+        cache = write_back_layer(cache, index, layer_cache, last, start, count, route)
         # The next layer overwrites the scratch: only behind what reads it here.
         cache, scratch = jax.lax.optimization_barrier((cache, layer_cache.kv))
         return carry._replace(activations=activations, cache=cache), scratch

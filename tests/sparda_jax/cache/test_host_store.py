@@ -1,5 +1,8 @@
 """A host format is one class: two of them here, and no other file knows of them."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ from sparda_jax.cache.codecs import BlockCodec
 from sparda_jax.cache.host_store import HostStore, copy_into
 from sparda_jax.cache.lint import lint_host_operands
 from sparda_jax.cache.memory import host_shape
+from sparda_jax.cache.routes import FetchRoute, named_route
 
 LEAD, BLOCK = (2, 3, 2, 70), (4, 2, 8)
 
@@ -73,3 +77,79 @@ def test_growing_makes_no_copy_beside_old_and_new():
     size = 4 * np.prod(new.shape)
     assert analysis.alias_size_in_bytes == size
     assert analysis.temp_size_in_bytes < size / 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Writing(FetchRoute):
+    """A route that writes as its definition says."""
+
+    writes: bool = True
+
+    def write(self, store, blocks, places):
+        kept = jnp.where(places < 0, store.shape[0], places)
+        return store.at[kept].set(blocks, mode="drop")
+
+
+ROWS = [(0, [0, 3, 69], [70, 3, 70]), (1, [5, 0], [17, 66]), (2, [2], [40])]
+
+
+def _written(store, blocks, first, end, row, route):
+    rows = slice(row, row + len(first))
+    kv = blocks[:1, rows] + 1
+    store = store.put_new(
+        kv,
+        jnp.asarray(first),
+        jnp.asarray(end),
+        layer=jnp.int32(1),
+        row=jnp.int32(row),
+        route=route,
+    )
+    return store, np.asarray(kv[0])
+
+
+def _check_written(store, kv, before, first, end, row):
+    expected = before[0].copy()
+    for number, (begin, stop) in enumerate(zip(first, end, strict=True)):
+        expected[1, row + number, :, begin:stop] = kv[number, :, begin:stop]
+    np.testing.assert_array_equal(store.to_numpy()[0], expected)
+
+
+@pytest.mark.parametrize("route", [None, Writing("writing")], ids=["slices", "kernel"])
+@pytest.mark.parametrize(("row", "first", "end"), ROWS)
+def test_new_blocks_of_rows_and_no_others(row, first, end, route, blocks):
+    store = HostStore.empty(LEAD, BLOCK, jnp.float32, BlockCodec()).write(blocks)
+    before = store.to_numpy()
+    store, kv = _written(store, blocks, first, end, row, route)
+    _check_written(store, kv, before, first, end, row)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layers", [2, 40])
+def test_native_new_blocks_by_a_kernel(layers):
+    """In place, in a loop; 40 layers have more than 2**31 numbers."""
+    lead, shape = (layers, 1, 2, 1700), (64, 2, 128)
+    route = dataclasses.replace(named_route("mosaic"), writes=True)
+    store = HostStore.empty(lead, shape, jnp.bfloat16, BlockCodec())
+    kv = jax.random.normal(jax.random.key(0), (1, *lead[1:], *shape), jnp.bfloat16)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def put(store, kv):
+        for layer in (0, layers - 1):
+            first, end = jnp.array([2 + layer]), jnp.array([1600])
+            store = store.put_new(
+                kv + layer, first, end, layer=layer, row=jnp.int32(0), route=route
+            )
+        return store
+
+    place = store.parts[0].unsafe_buffer_pointer()
+    store = put(store, kv)
+    assert store.parts[0].unsafe_buffer_pointer() == place
+    for layer in (0, layers - 1):
+        got = np.asarray(store.read(layer, 0, 1700)[0].astype(jnp.float32))
+        want = np.asarray((kv + layer)[0].astype(jnp.float32))
+        np.testing.assert_array_equal(
+            got[:, :, 2 + layer : 1600], want[:, :, 2 + layer : 1600]
+        )
+        assert not got[:, :, : 2 + layer].any() and not got[:, :, 1600:].any()
+    if layers > 2:
+        assert not np.asarray(store.read(1, 0, 1700).astype(jnp.float32)).any()
