@@ -10,15 +10,16 @@ place, and only where they change. Each miss is stored where the fetch expects i
 number * R + r, and -1 in the places behind the last of them. What concerns all rows
 (bound and counts) is left to a reduction of a few numbers.
 
-Measured on one H100 before there was a page table (jax 0.11.2, durations in a profile,
-spread at most 0.4 %), lists of 96 blocks, a tenth of them missing, 96 slots, with the
-reduction: 9.9 / 10.1 / 10.3 / 10.4 us for 8 / 16 / 32 / 64 rows; XLA 20.5 / 21.7 / 23.1
-/ 26.2. In a decode step of 32 layers at batch 16: 10.31 ms with XLA's, 9.99 with this
-one, 9.87 once it writes the table in place.
+Measured on one H200 (jax 0.11.2, durations in a profile, spread at most 0.7 %), lists of
+96 blocks, a tenth of them missing, with the reduction: 96 slots 9.8 / 10.0 / 10.2 / 10.2
+us for 8 / 16 / 32 / 64 rows (XLA 23.4 / 25.4 / 26.0 / 27.6); 64 rows of 192 / 384 /
+1,024 / 1,536 slots 10.5 / 10.9 / 12.4 / 16.2 us (XLA 29.0 / 30.8 / 34.6 / 41.5), the
+second and third with 8 warps. So what grows with the slots is 2 us from 96 to 1,024.
 
-Tried and not kept: 4, 8 or 16 numbers a turn of the loops (0.4 us less: the loops are
-not what it waits for), and the comparisons as matrices in registers, as in the XLA form
-(118 us for 16 rows).
+Tried before there was a page table and not kept: comparing every block with every slot
+and every slot's age with every other's, in loops over memory (9.8 and 10.1 us for 16 and
+64 rows of 96 slots, but it grew with the square of the slots) or as matrices in
+registers (118 us for 16 rows).
 
 Limits: at most 4,096 slots. The back end is deprecated in JAX; this file can be deleted
 with it, which leaves XLA's form.

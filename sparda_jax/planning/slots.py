@@ -16,9 +16,10 @@ from sparda_jax.planning.memory import MemoryPlan, memory_plan
 
 # Of the device's memory: scratch is estimated, and an allocator leaves gaps.
 _SPARE = 0.05
-# C between a block list and all blocks is one of so many steps, so that requests of
-# nearly the same size share a program.
-_STEPS = 8
+# C is a block list's length, all blocks, or one of the sizes between that are each so
+# many times the one before: requests of nearly the same size share a program, and where
+# little is left, a little more than a list is not lost to a coarse step.
+_GROWTH = 1.25
 
 
 def fill_slots(
@@ -35,9 +36,9 @@ def fill_slots(
 ) -> tuple[CacheConfig, MemoryPlan]:
     """The configuration with `device_blocks="auto"` decided, and its plan.
 
-    C is all blocks if they fit: then nothing is ever fetched. Else it is the block
-    list's length and as many eighths of what is between the two as fit, which is none
-    where the request itself hardly fits.
+    C is all blocks if they fit: then nothing is ever fetched. Else it is the largest of
+    a row of sizes, each a quarter more than the one before, that fits. The first is the
+    block list's length, which is taken where the request itself hardly fits.
 
     Args:
       settings: How the request runs.
@@ -76,8 +77,7 @@ def fill_slots(
     kv, table = two.slots - one.slots, two.slot_tables - one.slot_tables
     more, free = blocks - least, _free(one, limits, others)
     if free is not None and free < (kv + table) * more:
-        step = -(-more // _STEPS)
-        more = max(0, free) // (kv + table) // step * step
+        more = _size(least, least + max(0, free) // (kv + table)) - least
     if least + more == blocks:
         # Nothing is ever fetched then, and no room is needed for what arrives.
         return of(blocks), plan(of(blocks))
@@ -87,6 +87,14 @@ def fill_slots(
         slot_tables=one.slot_tables + more * table,
     )
     return of(least + more), filled
+
+
+def _size(least: int, most: int) -> int:
+    """The largest size of the row that begins with `least` and is at most `most`."""
+    size = least
+    while (larger := max(size + 1, int(size * _GROWTH))) <= most:
+        size = larger
+    return size
 
 
 def _free(plan: MemoryPlan, limits: MemoryLimits, others: int) -> int | None:
