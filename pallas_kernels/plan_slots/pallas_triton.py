@@ -10,15 +10,16 @@ place, and only where they change. Each miss is stored where the fetch expects i
 number * R + r, and -1 in the places behind the last of them. What concerns all rows
 (bound and counts) is left to a reduction of a few numbers.
 
-Measured on one H200 (jax 0.11.2, durations in a profile, spread at most 0.7 %), lists of
-96 blocks, a tenth of them missing, with the reduction: 96 slots 9.8 / 10.0 / 10.2 / 10.2
-us for 8 / 16 / 32 / 64 rows (XLA 23.4 / 25.4 / 26.0 / 27.6); 64 rows of 192 / 384 /
-1,024 / 1,536 slots 10.5 / 10.9 / 12.4 / 16.2 us (XLA 29.0 / 30.8 / 34.6 / 41.5), the
-second and third with 8 warps. So what grows with the slots is 2 us from 96 to 1,024.
+Measured on one H200 (jax 0.11.2, durations in a profile, spread at most 0.7 %), with
+lists of 96 blocks, a tenth of them missing, the reduction included: 96 slots 9.8 / 10.0
+/ 10.2 / 10.2 us for 8 / 16 / 32 / 64 rows (XLA 23.4 / 25.4 / 26.0 / 27.6); 64 rows of
+192 / 384 / 1,024 / 1,536 slots 10.5 / 10.9 / 12.4 / 16.2 us (XLA 29.0 / 30.8 / 34.6 /
+41.5), the second and third with 8 warps. What grows with the slots is 2 us from 96 to
+1,024.
 
 Tried before there was a page table and not kept: comparing every block with every slot
-and every slot's age with every other's, in loops over memory (9.8 and 10.1 us for 16 and
-64 rows of 96 slots, but it grew with the square of the slots) or as matrices in
+and every slot's age with every other's, in loops over memory (9.8 and 10.1 us for 16
+and 64 rows of 96 slots, but it grew with the square of the slots) or as matrices in
 registers (118 us for 16 rows).
 
 Limits: at most 4,096 slots. The back end is deprecated in JAX; this file can be deleted
