@@ -19,6 +19,7 @@ from sparda_jax.cli.generate import EXAMPLES, add_generate_parser
 from sparda_jax.cli.models import add_models_parser
 from sparda_jax.cli.options import HelpFormatter, Parser
 from sparda_jax.cli.plan import add_plan_parser
+from sparda_jax.cli.serve import add_serve_parser
 from sparda_jax.cli.soak import add_soak_parser
 from sparda_jax.cli.starting import interrupt_ends
 
@@ -36,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_generate_parser(commands)
     add_chat_parser(commands)
+    add_serve_parser(commands)
     add_plan_parser(commands)
     add_eval_parser(commands)
     add_report_parser(commands)

@@ -8,6 +8,7 @@ import numpy as np
 from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.checks import instance, optional
 from sparda_jax.config import CacheConfig, ConfigError
+from sparda_jax.engine.batch import Batch
 from sparda_jax.engine.compile_cache import signature
 from sparda_jax.engine.conversation import Conversation, MadeWith
 from sparda_jax.engine.generate_config import GenerateConfig
@@ -31,7 +32,6 @@ from sparda_jax.engine.results import (
     StreamEvent,
 )
 from sparda_jax.engine.row_request import RowRequest
-from sparda_jax.engine.session import Session
 from sparda_jax.inference.generate import (
     GenerateState,
     generate_loop,
@@ -91,7 +91,7 @@ class Call:
                 placement.cache,
             )
         rope = model_rope(lm.config, self.rope_length)
-        self.session = Session(lm, placement, rope, state)
+        self.session = Batch(lm, placement, rope, state)
         for row, request in enumerate(asked):
             self.session.ask(row, request)
         self.prefill_seconds = self.decode_seconds = 0.0

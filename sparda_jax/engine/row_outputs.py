@@ -71,13 +71,14 @@ class RowOutputs:
         """
         done = np.array(state.done)
         matched = False
-        for index, tokens in enumerate(row_tokens(state)):
+        counts, room = np.asarray(state.generated), np.asarray(state.tokens)
+        for index, count in enumerate(counts.tolist()):
             text, read = self._texts[index], self._num_read[index]
-            if len(tokens) > read:
-                self._push(state, index, tokens[read:])
+            if count > read:
+                self._push(state, index, room[index, read:count].tolist())
             matched |= text.matched and not done[index]
             done[index] |= text.matched
-            rest = text.flush() if done[index] and tokens else ""
+            rest = text.flush() if done[index] and count else ""
             if rest:
                 self._events.append(StreamEvent(index, -1, rest))
         return done if matched else None

@@ -1,0 +1,270 @@
+"""A batch of fixed shapes: its state, and the programs that run on it."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from sparda_jax.engine.compile_cache import PROGRAMS
+from sparda_jax.engine.model import LanguageModel
+from sparda_jax.engine.placement import Placement
+from sparda_jax.engine.results import StreamEvent
+from sparda_jax.engine.row_outputs import RowOutputs, row_tokens
+from sparda_jax.engine.row_request import RowOutput, RowRequest, joined_request
+from sparda_jax.inference.generate import (
+    GenerateState,
+    Request,
+    decode_loop,
+    new_state,
+    pad_rows,
+    prefill_and_sample,
+    prefill_and_sample_new,
+)
+from sparda_jax.inference.host_loop import decode_host_loop
+from sparda_jax.inference.rows import prefill_row_and_sample, prefill_row_and_score
+from sparda_jax.models.rope import Rope
+from sparda_jax.planning.auto import on_demand
+
+_PREFILLS = (prefill_and_sample, prefill_row_and_sample, prefill_row_and_score)
+
+
+class Batch:
+    """A batch of fixed shapes: its state, and the programs that run on it.
+
+    Threads: the calls of one batch must not overlap; batches share their programs.
+
+    Attributes:
+      lm: The model.
+      rows: Rows of all arrays.
+      shapes: Sizes of the programs.
+      cache: Where the KV lives, `kind="auto"` decided.
+      settings: The model and how to attend.
+      rope: Rotary frequencies of all rows.
+      compile_seconds: Time spent compiling so far.
+
+    Args:
+      lm: The model.
+      placement: Where and in which sizes to run.
+      rope: Rotary frequencies of all rows.
+      state: Where generation stands; None for an empty state.
+      top_logprobs: Likeliest tokens that requests can ask the log-probabilities of;
+        None for no log-probabilities.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        placement: Placement,
+        rope: Rope,
+        state: GenerateState | None = None,
+        *,
+        top_logprobs: int | None = None,
+    ):
+        self.lm, self.rope = lm, rope
+        self.rows, self.shapes = placement.rows, placement.shapes
+        self.cache, self.settings = placement.cache, placement.settings
+        self.compile_seconds = 0.0
+        self._state = state
+        self._programs: dict[tuple[Callable, Hashable], Callable] = {}
+        self._given = RowOutputs(lm.tokenizer, self.rows)
+        self._top_logprobs = top_logprobs
+        self._request: Request | None = None
+
+    @property
+    def programs(self) -> list[str]:
+        """Names of the programs that it has run."""
+        return sorted(function.__name__ for function, _ in self._programs)
+
+    @property
+    def state(self) -> GenerateState:
+        """Where generation stands."""
+        if self._state is None:
+            state = new_state(
+                self.lm.model,
+                self.settings,
+                self.rows,
+                self.shapes,
+                self.cache,
+                top_logprobs=self._top_logprobs,
+            )
+            # Pinning host memory takes its time, which is no part of a prefill.
+            self._state = jax.block_until_ready(state)
+        return self._state
+
+    def ask(self, row: int, request: RowRequest) -> None:
+        """Says what a row's request asks for."""
+        self._given.ask(row, request)
+        self._request = None
+
+    def request(
+        self,
+        steps: int,
+        *,
+        row: int | None = None,
+        ends: Sequence[bool] | None = None,
+    ) -> Request:
+        """What a call asks for.
+
+        Args:
+          steps: Most tokens to decode.
+          row: The only row that it is about; None for all.
+          ends: Rows whose prompt ends with the call: the others sample nothing. None
+            for all.
+        """
+        if row is not None:
+            asked = [self._given.asked[row]]
+            request = joined_request(self.lm, asked, self.rope)
+        else:
+            asked = self._given.asked
+            if self._request is None:
+                self._request = joined_request(self.lm, asked, self.rope)
+            request = self._request
+        ends = [True] * len(asked) if ends is None else ends
+        pairs = zip(asked, ends, strict=True)
+        limits = [one.max_new if end else 0 for one, end in pairs]
+        return request._replace(
+            max_new=jax.device_put(np.array(limits, np.int32)),
+            steps=jax.device_put(np.int32(steps)),
+        )
+
+    def _program(
+        self,
+        function: Callable,
+        arguments: tuple,
+        *,
+        donate: tuple[int, ...],
+        **static: Hashable,
+    ) -> Callable:
+        """The compiled program of a function for this session."""
+        settings = static.setdefault("settings", self.settings)
+        # In one session the types of all arguments are the same in every call.
+        program = self._programs.get((function, settings))
+        if program is None:
+            program, seconds = PROGRAMS.get(function, arguments, static, donate=donate)
+            self._programs[function, settings] = program
+            self.compile_seconds += seconds
+        return program
+
+    def run(self, function: Callable, *arguments: object, **static: Hashable) -> float:
+        """Runs a part on the state; returns its seconds without compilation.
+
+        A first call on a resident cache makes the empty state inside the program.
+        """
+        program, given = self._part(function, arguments, static)
+        begun = time.perf_counter()
+        self._state = program(*given)
+        jax.block_until_ready(self._state.done)
+        return time.perf_counter() - begun
+
+    def _part(
+        self, function: Callable, arguments: tuple, static: dict[str, Hashable]
+    ) -> tuple[Callable, tuple]:
+        """The program of a part, and what to call it with."""
+        state: tuple[GenerateState, ...] = ()
+        if function is not prefill_and_sample_new:
+            state = (self.state,)
+        if function in _PREFILLS:
+            offload = self.settings.offload
+            if offload is not None:
+                # Prefill is the same program whether decode looks ahead or not.
+                static["settings"] = dataclasses.replace(
+                    self.settings, offload=on_demand(offload)
+                )
+        donate = (1,) if state else ()
+        given = (self.lm.model, *state, *arguments)
+        return self._program(function, given, donate=donate, **static), given
+
+    def prefill_row(self, row: int, piece: Sequence[int], *, last: bool) -> float:
+        """Runs a piece of one row's prompt in its place; returns the seconds."""
+        return self.run(
+            prefill_row_and_sample,
+            pad_rows([list(piece)], self.shapes.prompt),
+            self.request(0, row=row, ends=[last]),
+            jax.device_put(np.int32(row)),
+            tile_size=self.shapes.tile,
+        )
+
+    def prefill_together(
+        self, pieces: Sequence[list[int]], *, ends: Sequence[bool], whole: bool
+    ) -> float:
+        """Runs a piece of every row's prompt in one call; returns the seconds.
+
+        Args:
+          pieces: Tokens of the first rows; those behind them get none.
+          ends: Rows whose prompt ends with the call.
+          whole: These are whole prompts.
+        """
+        padding = self.rows - len(pieces)
+        prompt = pad_rows([*pieces, *[[]] * padding], self.shapes.prompt)
+        request = self.request(0, ends=[*ends, *[True] * padding])
+        if whole and self._state is None and self.settings.offload is None:
+            return self.run(prefill_and_sample_new, prompt, request, shapes=self.shapes)
+        tile = self.shapes.tile
+        return self.run(prefill_and_sample, prompt, request, tile_size=tile)
+
+    def decode(self, steps: int) -> float:
+        """Decodes up to `steps` tokens of every row that has not ended.
+
+        In as many calls as there are pauses for stop strings.
+
+        Returns:
+          Seconds without compilation.
+        """
+        seconds = 0.0
+        while steps > 0 and not self.finished:
+            before = np.asarray(self.state.generated)
+            seconds += self._advance(steps)
+            steps -= int(np.max(np.asarray(self.state.generated) - before))
+            self.end_matched_rows()
+        return seconds
+
+    def _advance(self, steps: int) -> float:
+        request, offload = self.request(steps), self.settings.offload
+        if offload is None or offload.route.in_program:
+            return self.run(decode_loop, request)
+        begun = time.perf_counter()
+        self._state = decode_host_loop(
+            self.lm.model, self.state, request, settings=self.settings
+        )
+        jax.block_until_ready(self._state.done)
+        return time.perf_counter() - begun
+
+    @property
+    def finished(self) -> bool:
+        """Every row has ended."""
+        return bool(np.all(np.asarray(self.state.done)))
+
+    def tokens(self) -> list[list[int]]:
+        """Output tokens of every row so far."""
+        return row_tokens(self.state)
+
+    @property
+    def has_stop_strings(self) -> bool:
+        """Whether a row ends at a text."""
+        return self._given.has_stop_strings
+
+    def end_matched_rows(self) -> None:
+        """Ends the rows whose stop string is complete, if there are such strings."""
+        if self.has_stop_strings:
+            self._read()
+
+    def _read(self) -> None:
+        """Takes in the new tokens, and ends the rows whose stop string is complete."""
+        done = self._given.read(self.state)
+        if done is not None:
+            self._state = self.state._replace(done=jax.device_put(done))
+
+    def take_events(self) -> Iterator[StreamEvent]:
+        """The tokens that have come since it was called last, with their texts.
+
+        A row that has ended may have text left: then its last event has token −1.
+        """
+        self._read()
+        yield from self._given.take_events()
+
+    def outputs(self) -> list[RowOutput]:
+        """What every row has given so far."""
+        self.end_matched_rows()
+        return self._given.outputs(self.state)

@@ -1,0 +1,158 @@
+"""The process: sockets with limits of time and number, signals, the end."""
+
+import asyncio
+import logging
+import sys
+from typing import Any, cast
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from sparda_jax.engine.model import LanguageModel
+from sparda_jax.engine.session import Session
+from sparda_jax.serving.app import Server
+from sparda_jax.serving.metrics import LOGGER, Metrics
+from sparda_jax.serving.scheduler import Scheduler
+from sparda_jax.serving.settings import ServeSettings
+
+# Bytes of a request's line and headers; more is an answer of 400.
+_MOST_HEADER_BYTES = 64 * 1024
+
+
+class _Impatient(H11Protocol):
+    """A connection that is closed when its client is slow to ask, or one too many."""
+
+    client_timeout = 30.0
+    max_connections = 4096
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:  # pyrefly: ignore
+        """As `asyncio.Protocol`."""
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            transport.close()
+            return
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """As `asyncio.Protocol`."""
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        """Called by uvicorn: the next request has its time as well."""
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """As `asyncio.Protocol`."""
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        """Bounds the time to a whole head; an answer may take as long as it does."""
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            self._unwatch()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self.client_timeout, self._expire)
+
+    def _unwatch(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _expire(self) -> None:
+        self._timer = None
+        if not self.transport.is_closing():
+            self.transport.abort()
+
+
+class _Uvicorn(uvicorn.Server):
+    """Tells the scheduler of a signal at once: open requests end, or are ended."""
+
+    def __init__(self, config: uvicorn.Config, scheduler: Scheduler, *, abort: bool):
+        super().__init__(config)
+        self._scheduler, self._abort_jobs = scheduler, abort
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """As uvicorn's; a second signal ends what the first let finish."""
+        self._scheduler.drain(abort=self._abort_jobs or self.should_exit)
+        super().handle_exit(sig, frame)
+
+
+class Serving:
+    """A model that is served.
+
+    Attributes:
+      session: Its rows.
+      scheduler: Who runs when.
+      settings: What the server was told.
+
+    Args:
+      lm: A loaded model.
+      settings: What to do.
+
+    Raises:
+      ConfigError: If the settings cannot be served on this device.
+    """
+
+    def __init__(self, lm: LanguageModel, settings: ServeSettings):
+        context = settings.max_context or lm.config.max_context
+        self.session = Session.open(
+            lm,
+            rows=settings.max_batch,
+            max_context=settings.max_context,
+            max_new_tokens=min(settings.max_new_tokens, max(context - 1, 1)),
+            prefill_chunk=settings.prefill_chunk,
+            top_logprobs=settings.top_logprobs,
+        )
+        self.settings = settings
+        self._metrics = Metrics(settings.model_name, self.session)
+        self.scheduler = Scheduler(
+            self.session,
+            self._metrics,
+            max_waiting=settings.max_waiting,
+            decode_steps=settings.decode_steps,
+        )
+
+    def warm_up(self) -> list[str]:
+        """Compiles all that requests need; returns the programs' names."""
+        self.session.warm_up()
+        return self.session.programs
+
+    def uvicorn(self, host: str, port: int) -> uvicorn.Server:
+        """The HTTP server, which is not running yet; `scheduler.start` comes first.
+
+        Args:
+          host, port: Where to listen; port 0 takes a free one.
+        """
+        settings = self.settings
+        app = Server(self.session, self.scheduler, self._metrics, settings).app()
+        limits = {
+            "client_timeout": settings.client_timeout,
+            "max_connections": settings.max_connections,
+        }
+        config = uvicorn.Config(
+            cast(Any, app),
+            host=host,
+            port=port,
+            http=cast(Any, type("Impatient", (_Impatient,), limits)),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
+            timeout_keep_alive=int(max(settings.client_timeout, 1)),
+        )
+        abort = settings.on_term == "abort"
+        return _Uvicorn(config, self.scheduler, abort=abort)
+
+
+def log_to_stderr() -> None:
+    """One line of JSON an event, on standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.INFO)

@@ -1,0 +1,28 @@
+"""A client that sends whatever it is told to."""
+
+import http.client
+import json
+from typing import Any
+
+KEY = "a-secret"
+
+
+def connect(server: Any, timeout: float = 60) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
+
+
+def post(
+    server: Any, path: str, body: object, *, method: str | None = None, **headers: str
+) -> tuple[int, Any]:
+    """Status and JSON of an answer; None asks by GET, bytes go as they are."""
+    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    given = {"Authorization": f"Bearer {KEY}", **headers}
+    connection = connect(server)
+    try:
+        method = method or ("GET" if data is None else "POST")
+        connection.request(method, path, data, given)
+        answer = connection.getresponse()
+        read = answer.read()
+        return answer.status, json.loads(read) if read else None
+    finally:
+        connection.close()

@@ -1,0 +1,55 @@
+"""`sparda serve`: its options, and a process that is told to stop."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+from sparda_jax.checks import ConfigError
+from sparda_jax.cli.main import build_parser
+
+
+def test_options_are_environment_variables(monkeypatch):
+    monkeypatch.setenv("SPARDA_SERVE_MAX_BATCH", "5")
+    monkeypatch.setenv("SPARDA_SERVE_MODEL", "tiny")
+    monkeypatch.setenv("SPARDA_SERVE_PORT", "1234")
+    arguments = build_parser().parse_args(["serve", "--port", "99"])
+    assert (arguments.max_batch, arguments.model, arguments.port) == (5, "tiny", 99)
+    # Those of other commands are their own.
+    assert build_parser().parse_args(["demo"]).model != "tiny"
+    monkeypatch.setenv("SPARDA_SERVE_MAX_BATCH", "many")
+    with pytest.raises(ConfigError, match=r"--max-batch='many' is not allowed"):
+        build_parser().parse_args(["serve"])
+
+
+@pytest.mark.slow
+def test_a_process_finishes_what_it_accepted(tmp_path):
+    command = [sys.executable, "-m", "sparda_jax.cli", "serve", "--model", "tiny"]
+    command += ["--port", "0", "--max-context", "512", "--max-batch", "2"]
+    environment = {**os.environ, "SPARDA_SERVE_MAX_NEW_TOKENS": "300"}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stderr is not None
+        url = None
+        for line in process.stderr:
+            if found := re.search(r"on (http://\S+)", line):
+                url = found[1]
+                break
+        body = {"prompt": [5], "max_tokens": 300, "ignore_eos": True, "stream": True}
+        request = urllib.request.Request(
+            f"{url}/v1/completions", json.dumps(body).encode()
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            first = answer.readline()
+            process.send_signal(signal.SIGTERM)
+            rest = answer.read().decode()
+        process.stderr.read()
+    assert first.startswith(b"data: ") and rest.endswith("data: [DONE]\n\n")
+    assert rest.count("data: ") >= 300
+    assert process.returncode in (0, -signal.SIGTERM)

@@ -1,0 +1,96 @@
+"""A tiny model behind real sockets."""
+
+import contextlib
+import dataclasses
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from serving_client import KEY
+from text_model import text_lm, text_tokenizer
+
+import sparda_jax as sj
+from sparda_jax.serving.server import Serving
+from sparda_jax.serving.settings import ServeSettings
+
+__all__ = ["text_lm", "text_tokenizer"]
+SETTINGS = ServeSettings(
+    model_name="tiny-served",
+    max_batch=3,
+    max_context=640,
+    max_new_tokens=64,
+    prefill_chunk=128,
+    top_logprobs=5,
+    max_waiting=64,
+    max_body_bytes=200_000,
+    client_timeout=1.0,
+    api_key=KEY,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A model that is served on a port of this machine."""
+
+    lm: sj.LanguageModel
+    serving: Serving
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def settle(self) -> None:
+        """Waits until no request runs or waits, as clients that have gone leave it."""
+        for _ in range(500):
+            if self.serving.scheduler.idle:
+                return
+            time.sleep(0.02)
+        raise AssertionError("the scheduler is not idle")
+
+
+@contextlib.contextmanager
+def served(lm: sj.LanguageModel, settings: ServeSettings) -> Iterator[Served]:
+    serving = Serving(lm, settings)
+    serving.warm_up()
+    serving.scheduler.start()
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = serving.uvicorn("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield Served(lm, serving, listening.getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join()
+        serving.scheduler.stop(abort=True)
+        listening.close()
+
+
+@pytest.fixture(scope="module")
+def serve_lm(request):
+    """SparDA with its KV in host memory; it ends at <|im_end|>."""
+    text = request.getfixturevalue("text_lm")
+    lm = sj.load(
+        "tiny",
+        attention="sparda",
+        forecast="from_query",
+        sparse=sj.SparseConfig(local_blocks=2, block_budget=6),
+        storage="stacked",
+    )
+    return dataclasses.replace(
+        lm,
+        config=text.config,
+        tokenizer=text.tokenizer,
+        cache=sj.CacheConfig(kind="offload", route="dynamic_slice", device_blocks=8),
+    )
+
+
+@pytest.fixture(scope="module")
+def server(serve_lm):
+    with served(serve_lm, SETTINGS) as found:
+        yield found

@@ -1,0 +1,167 @@
+"""Who runs when, without sockets."""
+
+import threading
+
+import numpy as np
+import pytest
+
+import sparda_jax as sj
+from sparda_jax.engine.compile_cache import PROGRAMS
+from sparda_jax.serving.observer import Observer
+from sparda_jax.serving.scheduler import Ended, Job, Refused, Scheduler
+
+
+class _Client:
+    """Waits for what a job delivers."""
+
+    def __init__(self, prompt, config, **more):
+        self.tokens, self.text, self.ended = [], "", None
+        self.done = threading.Event()
+        self.job = Job("id", prompt, config, self._take, **more)
+
+    def _take(self, what):
+        if isinstance(what, Ended):
+            self.ended = what
+            self.done.set()
+            return
+        self.tokens += [event.token for event in what if event.token >= 0]
+        self.text += "".join(event.text for event in what)
+
+
+@pytest.fixture
+def scheduler(server):
+    """A further one, by hand, on the rows of the server that now has nothing to do."""
+    server.settle()
+    return Scheduler(server.serving.session, Observer(), max_waiting=4, decode_steps=1)
+
+
+def _config(new: int, **more) -> sj.GenerateConfig:
+    return sj.GenerateConfig(max_new_tokens=new, ignore_eos=True, **more)
+
+
+def test_a_long_prompt_lets_others_go_on(scheduler):
+    """A piece of it a round, and a token of theirs in the same round."""
+    short = _Client([5, 6], _config(30))
+    scheduler.submit([short.job])
+    scheduler.round()
+    assert len(short.tokens) == 2  # that of the prefill and that of the step
+    long = _Client([7] * 500, _config(4))
+    scheduler.submit([long.job])
+    for rounds in range(1, 5):  # pieces of 128
+        scheduler.round()
+        assert len(short.tokens) == 2 + rounds
+        assert bool(long.tokens) == (rounds == 4)
+    while not (short.done.is_set() and long.done.is_set()):
+        scheduler.round()
+    assert short.ended.reason == "length" and len(short.tokens) == 30
+    assert scheduler.idle
+
+
+def test_first_come_first_served_and_no_more_than_may_wait(scheduler):
+    clients = [_Client([5 + i], _config(3)) for i in range(7)]
+    scheduler.submit([client.job for client in clients])
+    with pytest.raises(Refused, match="7 outputs wait already"):
+        scheduler.submit([_Client([5], _config(1)).job])
+    scheduler.round()
+    assert [job for _, job in scheduler.rows()] == [c.job for c in clients[:3]]
+    ended = []
+    while len(ended) < 7:
+        scheduler.round()
+        ended += [c for c in clients if c.done.is_set() and c not in ended]
+    assert ended == clients
+
+
+def test_who_is_cancelled_leaves_within_one_round(scheduler):
+    running, waiting = (_Client([5] * 300, _config(60)) for _ in range(2))
+    late = _Client([5], _config(60), deadline=0.0)
+    scheduler.submit([running.job, waiting.job, late.job])
+    scheduler.cancel([waiting.job])
+    scheduler.round()
+    assert late.ended.reason == "timeout"
+    assert [job for _, job in scheduler.rows()] == [running.job]
+    scheduler.end([running.job])
+    scheduler.round()
+    assert running.ended.reason == "cancelled" and scheduler.idle
+    assert not waiting.done.is_set()  # nobody waits for it
+    going = _Client([5], _config(60))
+    scheduler.submit([going.job])
+    scheduler.round()
+    scheduler.drain(abort=True)
+    with pytest.raises(Refused, match="stopping"):
+        scheduler.submit([_Client([5], _config(1)).job])
+    scheduler.round()
+    assert going.ended.reason == "aborted" and len(going.ended.output.tokens) == 2
+
+
+def _random_requests(
+    count: int, seed: int
+) -> list[tuple[list[int], sj.GenerateConfig]]:
+    random = np.random.default_rng(seed)
+    found = []
+    for index in range(count):
+        new = int(random.integers(1, 24))
+        prompt = random.integers(3, 120, int(random.choice([1, 5, 60, 200]))).tolist()
+        if random.random() < 0.3:  # a shared beginning
+            prompt = [*range(3, 120), *range(3, 90), *prompt][:600]
+        config = sj.GenerateConfig(
+            max_new_tokens=new,
+            min_new_tokens=int(random.integers(0, new + 1)),
+            temperature=float(random.choice([0.0, 0.7, 1.5])),
+            top_k=int(random.choice([0, 12])),
+            top_p=float(random.choice([1.0, 0.9])),
+            repetition_penalty=float(random.choice([1.0, 1.3])),
+            seed=index,
+            ignore_eos=bool(index % 2),
+            stop=("e", "op") if index % 4 == 0 else (),
+            include_stop=bool(index % 8),
+        )
+        found.append((prompt, config))
+    return found
+
+
+def _fuzz(server, count: int, seed: int, distinct: int) -> None:
+    """Random requests from several threads, some of which lose patience."""
+    server.settle()
+    scheduler = server.serving.scheduler
+    kinds = _random_requests(distinct, seed)
+    alone = [sj.generate(server.lm, [prompt], config) for prompt, config in kinds]
+    before, threads = PROGRAMS.compiled, threading.active_count()
+    problems: list[str] = []
+
+    def user(number: int) -> None:
+        random = np.random.default_rng((seed, number))
+        for _ in range(count // 6):
+            which = int(random.integers(distinct))
+            client = _Client(*kinds[which])
+            scheduler.submit([client.job])
+            if random.random() < 0.2:
+                client.done.wait(float(random.random()) * 0.05)
+                scheduler.cancel([client.job])
+                continue
+            assert client.done.wait(300)
+            expected = alone[which]
+            found = (client.tokens, client.text, client.ended.reason)
+            wanted = (expected.tokens[0], expected.texts[0], expected.finish_reasons[0])
+            if found != wanted:
+                problems.append(f"request {which}: {found} is not {wanted}")
+
+    users = [threading.Thread(target=user, args=(number,)) for number in range(6)]
+    for one in users:
+        one.start()
+    for one in users:
+        one.join()
+    server.settle()
+    assert problems == []
+    assert PROGRAMS.compiled == before
+    assert threading.active_count() == threads
+    assert server.serving.session.free == [0, 1, 2]
+    assert server.serving.session.held_tokens() == [0, 0, 0]
+
+
+def test_random_requests_get_what_generate_gives(server):
+    _fuzz(server, count=60, seed=1, distinct=12)
+
+
+@pytest.mark.slow
+def test_ten_thousand_random_requests(server):
+    _fuzz(server, count=10_000, seed=2, distinct=300)
