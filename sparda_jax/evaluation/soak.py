@@ -244,7 +244,7 @@ def soak(
         highest = _rss()
         report.seconds = time.monotonic() - begun
         report.compiled = PROGRAMS.compiled - programs
-        report.live_bytes = (live, _live_bytes())
+        report.live_bytes = (live, _live_bytes(live))
         report.rss_bytes = None if rss is None or highest is None else (rss, highest)
         if on_request is not None:
             on_request(report)
@@ -316,10 +316,16 @@ def _look_at_growth(report: SoakReport, number: int) -> None:
             )
 
 
-def _live_bytes() -> int:
-    """Bytes of all arrays that anything refers to, on devices and in host memory."""
-    gc.collect()
-    return sum(array.nbytes for array in jax.live_arrays())
+def _live_bytes(before: int = -1) -> int:
+    """Bytes of all arrays that anything refers to, on devices and in host memory.
+
+    Garbage is collected only where there are more than before: it takes long.
+    """
+    found = sum(array.nbytes for array in jax.live_arrays())
+    if found > before:
+        gc.collect()
+        found = sum(array.nbytes for array in jax.live_arrays())
+    return found
 
 
 def _rss() -> int | None:
