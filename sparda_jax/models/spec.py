@@ -6,6 +6,7 @@ random weights, parameter counts and sharding read the table.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -199,6 +200,7 @@ def forecast_shape(config: ModelConfig) -> Shape:
     return config.hidden_size, queries * config.head_dim
 
 
+@functools.lru_cache(64)
 def num_parameters(config: ModelConfig) -> int:
     """Parameters of the base model, Forecast heads not counted."""
     outside = sum(math.prod(shape) for shape in model_shapes(config).values())

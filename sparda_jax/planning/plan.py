@@ -4,7 +4,6 @@ Memory is that of `planning.memory`; speed is the bound of `planning.step`.
 """
 
 import dataclasses
-import functools
 import os
 
 from jax.typing import DTypeLike
@@ -222,36 +221,48 @@ class _Planner:
         slots = cache.slots(room, self.selector.list_width(room, self.sparse))
         return self.misses.share(slots, self.sparse)
 
-    def option(
+    def memory(
         self, kind: str, context: int, batch: int, *, lookahead: bool = True
-    ) -> Option:
-        settings = self.settings(kind, lookahead=lookahead)
-        shapes = self.shapes(context, batch)
-        cache, memory = fill_slots(
-            settings,
+    ) -> tuple[CacheConfig, MemoryPlan]:
+        """The cache with its slots counted, and what the request takes."""
+        return fill_slots(
+            self.settings(kind, lookahead=lookahead),
             self.cache,
             self.limits,
             batch=batch,
-            shapes=shapes,
+            shapes=self.shapes(context, batch),
             dtype=self.dtype,
             storage="per_layer",
         )
+
+    def option(
+        self, kind: str, context: int, batch: int, *, lookahead: bool = True
+    ) -> Option:
+        cache, memory = self.memory(kind, context, batch, lookahead=lookahead)
         step = step_time(
-            settings,
+            self.settings(kind, lookahead=lookahead),
             cache,
             self.rates,
             batch=batch,
-            capacity=shapes.capacity,
+            capacity=memory.capacity,
             context=context,
             dtype=self.dtype,
-            miss=self.miss(shapes.capacity, cache),
+            miss=self.miss(memory.capacity, cache),
         )
         return Option(memory, step, shortfall(memory, self.limits) is None)
 
+    def most(self, kind: str, context: int) -> int:
+        """The largest batch that fits; 0 if none does."""
+
+        def fits(batch: int) -> bool:
+            _, memory = self.memory(kind, context, batch)
+            return shortfall(memory, self.limits) is None
+
+        return largest_batch(fits)
+
     def largest(self, kind: str, context: int) -> Option | None:
-        option = functools.partial(self.option, kind, context)
-        batch = largest_batch(lambda size: option(size).fits)
-        return option(batch) if batch else None
+        batch = self.most(kind, context)
+        return self.option(kind, context, batch) if batch else None
 
     def pays(self, context: int) -> bool:
         resident = self.largest("resident", context)
@@ -271,9 +282,15 @@ class _Planner:
     def break_even(self, context: int) -> float | None:
         """The largest miss share at which offload is ahead, to a thousandth."""
 
+        resident = self.largest("resident", context)
+        # Slots, and so the batch, do not depend on what misses.
+        batch = self.most("offload", context)
+
         def ahead(thousandths: int) -> bool:
-            miss = thousandths / 1000
-            return dataclasses.replace(self, misses=miss).pays(context)
+            if not batch:
+                return _pays(resident, None)
+            there = dataclasses.replace(self, misses=thousandths / 1000)
+            return _pays(resident, there.option("offload", context, batch))
 
         low, high = -1, 1001
         while high - low > 1:
