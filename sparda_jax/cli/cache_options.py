@@ -90,6 +90,17 @@ def add_layer0_option(group: Any) -> None:
     )
 
 
+def add_lookahead_option(group: Any) -> None:
+    """Adds --prefetch where nothing can decide by measurement."""
+    add_option(
+        group,
+        "--prefetch",
+        choice("lookahead", "none"),
+        words=("lookahead", "none"),
+        help="look-ahead where the attention forecasts",
+    )
+
+
 def add_codec_option(group: Any) -> None:
     """Adds --host-codec."""
     add_option(

@@ -14,7 +14,7 @@ from sparda_jax.checks import ConfigError, choice, path, text
 from sparda_jax.cli.cache_options import add_cache_options, cache_config
 from sparda_jax.cli.console import advance, note, prefill_bar, rate_text
 from sparda_jax.cli.figures import live_text, output_record, stats_lines
-from sparda_jax.cli.generate import chat_arg, read_document
+from sparda_jax.cli.generate import add_chat_arg_option, read_document
 from sparda_jax.cli.live import LiveLine
 from sparda_jax.cli.model_options import PREFILL_CHUNK, add_model_options, load_model
 from sparda_jax.cli.options import HelpFormatter, add_option
@@ -69,15 +69,7 @@ def add_chat_parser(commands: Any) -> None:
         metavar="F",
         help="a UTF-8 file that the first message is about",
     )
-    add_option(
-        parser,
-        "--chat-arg",
-        chat_arg,
-        metavar="NAME=VALUE",
-        repeated=True,
-        help="a variable of the chat template, VALUE as JSON or else as text; may be "
-        "repeated",
-    )
+    add_chat_arg_option(parser)
     add_sampling_options(parser)
     parser.add_argument(
         "--json",

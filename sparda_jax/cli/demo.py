@@ -13,9 +13,9 @@ from sparda_jax.cli.console import (
 )
 from sparda_jax.cli.model_options import PREFILL_CHUNK, add_model_options, load_model
 from sparda_jax.cli.options import HelpFormatter, add_option
+from sparda_jax.cli.sampling_options import add_seed_option
 from sparda_jax.config import ConfigError
 from sparda_jax.evaluation.passkey import passkey_task
-from sparda_jax.inference.sampling import MOST_SEED
 
 
 def add_demo_parser(commands: Any) -> None:
@@ -47,14 +47,7 @@ def add_demo_parser(commands: Any) -> None:
         default=0.35,
         help="0 start … 1 end",
     )
-    add_option(
-        demo,
-        "--seed",
-        integer(0, MOST_SEED),
-        metavar="N",
-        default=0,
-        help="of the document",
-    )
+    add_seed_option(demo, "of the document")
     demo.set_defaults(run=_demo)
 
 

@@ -7,13 +7,13 @@ from sparda_jax.checks import ConfigError, choice, integer, non_empty_text, numb
 from sparda_jax.cli.console import note
 from sparda_jax.cli.model_options import add_model_options, load_model
 from sparda_jax.cli.options import HelpFormatter, add_option
+from sparda_jax.cli.sampling_options import add_seed_option
 from sparda_jax.evaluation import plots
 from sparda_jax.evaluation.report import compare, read_report, write_report
 from sparda_jax.evaluation.run import FLOOR, check_budget, evaluate
 from sparda_jax.evaluation.task_files import read_task_file
 from sparda_jax.evaluation.tasks import get_task, task_names
 from sparda_jax.evaluation.texts import words_available
-from sparda_jax.inference.sampling import MOST_SEED
 from sparda_jax.models.decoder import Storage
 from sparda_jax.sparse.selectors import get_selector
 
@@ -112,14 +112,7 @@ def _add_how_it_is_run(group: Any) -> None:
     add_option(
         group, "--samples", integer(1), metavar="N", default=20, help="of each task"
     )
-    add_option(
-        group,
-        "--seed",
-        integer(0, MOST_SEED),
-        metavar="N",
-        default=42,
-        help="of the samples",
-    )
+    add_seed_option(group, "of the samples", default=42)
     add_option(
         group,
         "--storage",

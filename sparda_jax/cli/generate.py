@@ -94,6 +94,11 @@ def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
         default="",
         help="words that the answer begins with (with --question or --chat)",
     )
+    add_chat_arg_option(parser)
+
+
+def add_chat_arg_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --chat-arg."""
     add_option(
         parser,
         "--chat-arg",

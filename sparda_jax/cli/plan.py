@@ -19,6 +19,7 @@ from sparda_jax.cli.cache_options import (
     add_codec_option,
     add_device_blocks_option,
     add_layer0_option,
+    add_lookahead_option,
     add_route_option,
 )
 from sparda_jax.cli.model_options import (
@@ -145,13 +146,7 @@ def _add_size_options(parser: argparse.ArgumentParser) -> None:
 def _add_slot_options(group: Any) -> None:
     add_block_options(group)
     add_device_blocks_option(group)
-    add_option(
-        group,
-        "--prefetch",
-        choice("lookahead", "none"),
-        words=("lookahead", "none"),
-        help="look-ahead where the attention forecasts",
-    )
+    add_lookahead_option(group)
     add_layer0_option(group)
     add_codec_option(group)
     add_option(

@@ -8,6 +8,18 @@ from sparda_jax.cli.options import add_option
 from sparda_jax.inference.sampling import MOST_SEED, SAMPLING_CHECKS, SamplingConfig
 
 
+def add_seed_option(parser: Any, help: str, default: int = 0) -> None:
+    """Adds --seed; `help` says of what."""
+    add_option(
+        parser,
+        "--seed",
+        integer(0, MOST_SEED),
+        metavar="N",
+        default=default,
+        help=help,
+    )
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that `sampling_values` reads."""
     add_option(
@@ -33,14 +45,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
             default=getattr(SamplingConfig(), name),
             help=help,
         )
-    add_option(
-        parser,
-        "--seed",
-        integer(0, MOST_SEED),
-        metavar="N",
-        default=0,
-        help="of sampling",
-    )
+    add_seed_option(parser, "of sampling")
     add_option(
         parser,
         "--stop",

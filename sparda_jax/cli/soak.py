@@ -6,15 +6,19 @@ import json
 import sys
 from typing import Any
 
-from sparda_jax.checks import ConfigError, choice, integer, number
-from sparda_jax.cli.cache_options import add_layer0_option, add_route_option
+from sparda_jax.checks import ConfigError, integer, number
+from sparda_jax.cli.cache_options import (
+    add_layer0_option,
+    add_lookahead_option,
+    add_route_option,
+)
 from sparda_jax.cli.console import note
 from sparda_jax.cli.live import LiveLine
 from sparda_jax.cli.model_options import add_model_options, load_model
 from sparda_jax.cli.options import HelpFormatter, add_option
+from sparda_jax.cli.sampling_options import add_seed_option
 from sparda_jax.config import CacheConfig
 from sparda_jax.evaluation.soak import SoakReport, sizes_of, soak
-from sparda_jax.inference.sampling import MOST_SEED
 from sparda_jax.machine import size_text
 
 _NEW = 24
@@ -73,14 +77,7 @@ def add_soak_parser(commands: Any) -> None:
         default=5,
         help="compare every n-th answer with a resident cache",
     )
-    add_option(
-        parser,
-        "--seed",
-        integer(0, MOST_SEED),
-        metavar="N",
-        default=0,
-        help="of all requests",
-    )
+    add_seed_option(parser, "of all requests")
     add_option(
         parser,
         "--only",
@@ -95,13 +92,7 @@ def add_soak_parser(commands: Any) -> None:
         metavar="C",
         help="device slots per layer and kv head (the block budget)",
     )
-    add_option(
-        parser,
-        "--prefetch",
-        choice("lookahead", "none"),
-        words=("lookahead", "none"),
-        help="look-ahead where the attention forecasts",
-    )
+    add_lookahead_option(parser)
     add_layer0_option(parser)
     add_route_option(parser, "how blocks are fetched")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
