@@ -1,5 +1,6 @@
 """The live line: on a terminal alone, and nothing of it left behind."""
 
+import contextlib
 import os
 
 import pytest
@@ -9,10 +10,20 @@ from sparda_jax.cli.live import LiveLine
 
 @pytest.fixture
 def terminal():
-    """(the side a program writes to, a function that reads what it wrote)."""
+    """(the side a program writes to, a function that closes it and reads it all)."""
     outer, inner = os.openpty()
+
+    def written() -> str:
+        # Bytes may come later than they were written, but not behind the end.
+        stream.close()
+        parts = []
+        with contextlib.suppress(OSError):  # how Linux says that there is no more
+            while part := os.read(outer, 10_000):
+                parts.append(part)
+        return b"".join(parts).decode()
+
     with os.fdopen(inner, "w") as stream:
-        yield stream, lambda: os.read(outer, 10_000).decode()
+        yield stream, written
     os.close(outer)
 
 
@@ -34,12 +45,13 @@ def test_on_a_terminal_of_its_own(terminal):
 
 def test_below_a_text_on_the_same_terminal(terminal, monkeypatch):
     stream, written = terminal
-    monkeypatch.setattr("sys.stdout", stream)
-    monkeypatch.setenv("LINES", "24")
-    monkeypatch.setenv("COLUMNS", "10")
-    with pytest.raises(KeyboardInterrupt), LiveLine(stream) as line:
-        line.show("5 tokens, 3 tokens/s")
-        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", stream)
+        patch.setenv("LINES", "24")
+        patch.setenv("COLUMNS", "10")
+        with pytest.raises(KeyboardInterrupt), LiveLine(stream) as line:
+            line.show("5 tokens, 3 tokens/s")
+            raise KeyboardInterrupt
     text = written()
     # A line feed would take the text's column as well.
     assert "\n" not in text and "\x1bD\x1b[1A" in text

@@ -110,6 +110,7 @@ ROWS = {
         "--batch": (*INTEGER, "0"),
         "--floor": (*NUMBER, "101"),
         "--time-limit": _SIZE,
+        "--commit": ("", LONE),
         "--out": PATH,
     },
     "forecast-report": {
