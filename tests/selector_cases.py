@@ -126,19 +126,28 @@ def make_index(selector, layer: Layer, pieces, num_blocks: int, *, ends: bool = 
     index = init_index(indices, shape, SPARSE)
     start = 0
     prompt = max(i for i, size in enumerate(pieces) if size > 1)
+
+    @jax.jit
+    def append(index, new, held, count):
+        return append_to_index(
+            indices, index, 0, new, start=held, count=count, sparse=SPARSE
+        )
+
+    @jax.jit
+    def end_prefill(index, end):
+        return end_prefill_of_index(indices, index, 0, end, SPARSE)
+
     for number, size in enumerate(pieces):
         piece = slice(start, start + size)
         held, count = jnp.full((batch,), start), jnp.full((batch,), size)
         new = TokenKV(*(jnp.asarray(x[:, piece]) for x in _tokens(layer)))
-        index = append_to_index(
-            indices, index, 0, new, start=held, count=count, sparse=SPARSE
-        )
+        index = append(index, new, held, count)
         start += size
         if ends and number == prompt:
             end = PromptEnd(
                 layer.kv(num_blocks), None, 0, held, held + count, count > 0
             )
-            index = end_prefill_of_index(indices, index, 0, end, SPARSE)
+            index = end_prefill(index, end)
     return index
 
 

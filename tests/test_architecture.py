@@ -1,6 +1,7 @@
 """The house: imports along the arrows, nothing private across, nothing long."""
 
 import ast
+import functools
 import graphlib
 import pathlib
 import subprocess
@@ -43,9 +44,19 @@ def test_package_imports_without_those_above_it(package, blocked):
     assert int(done.stdout) > 5
 
 
+@functools.cache
+def _parsed(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
+def _tree(path: pathlib.Path) -> ast.Module:
+    """A file's syntax tree: several tests look at all of them."""
+    return _parsed(path.read_text(encoding="utf-8"))
+
+
 def _imports(path: pathlib.Path) -> Iterator[str]:
     """Dotted names of all that a file imports."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -168,7 +179,7 @@ def test_no_function_is_long_without_a_reason():
         file = path.relative_to(ROOT)
         if "benchmarks" in file.parts:
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(_tree(path)):
             if isinstance(node, ast.FunctionDef):
                 key = (file.as_posix(), node.name)
                 lines[key] = max(lines.get(key, 0), _code_lines(node))
@@ -192,7 +203,7 @@ def _module(path: pathlib.Path) -> str:
 def _loads(path: pathlib.Path, modules: Mapping[str, pathlib.Path]) -> set[str]:
     """Modules of ours that importing a file runs, if they have not run yet."""
     found = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in _tree(path).body:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:

@@ -193,9 +193,8 @@ def test_rows_are_not_in_step(trace):
     assert max(same) < 0.7
 
 
-@pytest.mark.parametrize(
-    "kind", ["offload", pytest.param("resident", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["offload", "resident"])
 def test_a_step_attends_to_what_the_trace_lists(trace, kind):
     """Layers, rows and heads each get their own lists, whatever the scores say."""
     preset = get_preset("tiny")

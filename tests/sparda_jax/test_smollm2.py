@@ -20,7 +20,9 @@ def expected(golden):
     return golden("smollm2_logits")
 
 
-@pytest.mark.parametrize("prompt", ["short", "chat", "long"])
+@pytest.mark.parametrize(
+    "prompt", ["short", "chat", pytest.param("long", marks=pytest.mark.slow)]
+)
 def test_logits(dense, expected, prompt):
     ids = expected[f"{prompt}_ids"]
     logits = np.asarray(sj.forward(dense, ids))

@@ -1,11 +1,10 @@
 """How the trainer's commands end."""
 
 import json
-import subprocess
 import sys
 
 import pytest
-from ending_cases import ROOT, check_end, check_faults, check_outputs, ends
+from ending_cases import check_end, check_faults, check_outputs, ends
 
 from train import ablate, main, prepare, report
 from train.command import TrainingError, run_command
@@ -56,10 +55,10 @@ def test_preparing_what_is_not_there_is_one_line(tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_full_or_closed_output_is_one_line(tmp_path):
+def test_a_full_or_closed_output_is_one_line(tmp_path, capsys):
     path = tmp_path / "config.py"
     path.write_text("from train.config import *\nget_config = TrainConfig")
-    command = [sys.executable, "-m", "train.main", "--print", "--config", str(path)]
-    check_outputs(command, "error: ")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert json.loads(done.stdout)["name"] == "distill"
+    arguments = ["--print", "--config", str(path)]
+    check_outputs([sys.executable, "-m", "train.main", *arguments], "error: ")
+    assert main.main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "distill"

@@ -151,6 +151,7 @@ def test_tensorboard_files_hold_the_log(finished, shards, tmp_path, monkeypatch)
         RunLog(tmp_path, start=-1, steps=2, tensorboard=True, progress=False)
 
 
+@pytest.mark.slow
 def test_loss_falls_and_recall_rises(shards, tmp_path):
     config = _config(
         shards,

@@ -102,32 +102,47 @@ def _specials(tokenizer, ids):
 USUAL = ["<s>", "<|im_start|>", "<|im_end|>", "<|im_start|>"]
 
 
-@given(st.text("hi <|>[]/s\n\té😀'\"{}", max_size=30))
-@settings(max_examples=150, deadline=None)
-def test_ordinary_chats_are_as_before(any_kind, content):
-    """The rendered text, encoded with special tokens: also with angle brackets."""
-    if any(name in content for name in NAMES):
-        return
-    prefix = "<think> hi"
-    whole = any_kind.chat(_user(content), tools=[content]) + prefix
-    assert any_kind.encode_chat(
-        _user(content), answer_prefix=prefix, tools=[content]
-    ) == any_kind.encode(whole, special=True)
-
-
-@given(
-    st.lists(st.sampled_from([*NAMES, "hi", " ", "<", "|im_end|>", "é"]), max_size=9)
+# More of the same in the slow tests.
+AS_MANY = pytest.mark.parametrize(
+    "examples", [25, pytest.param(150, marks=pytest.mark.slow)]
 )
-@settings(max_examples=150, deadline=None)
-def test_names_in_contents_stay_text(any_kind, pieces):
-    content = "".join(pieces)
-    ids = any_kind.encode_chat(
-        [{"role": content, "content": content, content: content}],
-        tools=[{"description": content}],
-        answer_prefix=content,
-    )
-    assert _specials(any_kind, ids) == USUAL
-    assert not set(any_kind.encode(content)) & {any_kind.token_id(n) for n in NAMES}
+
+
+@AS_MANY
+def test_ordinary_chats_are_as_before(any_kind, examples):
+    """The rendered text, encoded with special tokens: also with angle brackets."""
+
+    @settings(max_examples=examples, deadline=None)
+    @given(st.text("hi <|>[]/s\n\té😀'\"{}", max_size=30))
+    def check(content):
+        if any(name in content for name in NAMES):
+            return
+        prefix = "<think> hi"
+        whole = any_kind.chat(_user(content), tools=[content]) + prefix
+        assert any_kind.encode_chat(
+            _user(content), answer_prefix=prefix, tools=[content]
+        ) == any_kind.encode(whole, special=True)
+
+    check()
+
+
+@AS_MANY
+def test_names_in_contents_stay_text(any_kind, examples):
+    words = st.sampled_from([*NAMES, "hi", " ", "<", "|im_end|>", "é"])
+
+    @settings(max_examples=examples, deadline=None)
+    @given(st.lists(words, max_size=9))
+    def check(pieces):
+        content = "".join(pieces)
+        ids = any_kind.encode_chat(
+            [{"role": content, "content": content, content: content}],
+            tools=[{"description": content}],
+            answer_prefix=content,
+        )
+        assert _specials(any_kind, ids) == USUAL
+        assert not set(any_kind.encode(content)) & {any_kind.token_id(n) for n in NAMES}
+
+    check()
 
 
 def test_text_and_borders(chatml):

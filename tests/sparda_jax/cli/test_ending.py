@@ -23,7 +23,9 @@ def test_other_errors_are_faults_of_ours():
     check_faults(run_command)
 
 
-@pytest.mark.parametrize("arguments", [["models"], ["--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["models"], pytest.param(["--help"], marks=pytest.mark.slow)]
+)
 def test_a_full_or_closed_output_is_one_line(arguments):
     check_outputs([*COMMAND, *arguments], "sparda: ")
 

@@ -13,6 +13,11 @@ from sparda_jax.checks import ConfigError
 HOW = {"max_new_tokens": 6, "ignore_eos": True}
 QUESTIONS = [[5, 6, 7], [9] * 20, [100]]
 OFFLOAD = sj.CacheConfig(kind="offload", prefetch="lookahead")
+IN_BOTH_CACHES = pytest.mark.parametrize(
+    "cache",
+    [sj.CacheConfig(), pytest.param(OFFLOAD, marks=pytest.mark.slow)],
+    ids=lambda c: c.kind,
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +39,7 @@ def answers(lm, document):
     ]
 
 
-@pytest.mark.parametrize("cache", [sj.CacheConfig(), OFFLOAD], ids=lambda c: c.kind)
+@IN_BOTH_CACHES
 def test_many_questions_on_one_prefill(lm, document, answers, cache):
     """Whatever is asked before, and in whatever order (public report kvpress#170)."""
     lm = dataclasses.replace(lm, cache=cache)
@@ -74,11 +79,7 @@ def test_every_row_of_a_fork_is_the_row(lm, document, cache):
         np.testing.assert_array_equal(new, old)
 
 
-@pytest.mark.parametrize(
-    "cache",
-    [sj.CacheConfig(), pytest.param(OFFLOAD, marks=pytest.mark.slow)],
-    ids=lambda c: c.kind,
-)
+@IN_BOTH_CACHES
 def test_questions_of_one_batch(lm, document, answers, cache):
     lm = dataclasses.replace(lm, cache=cache)
     read = _read(lm, document)

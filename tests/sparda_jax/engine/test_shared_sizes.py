@@ -35,26 +35,37 @@ def _close_sizes(monkeypatch):
     monkeypatch.setattr(call, "place", exact)
 
 
+def _padded_and_close(lm, prompts, monkeypatch):
+    """What a request gives as it runs, and in close sizes."""
+    how = {"max_new_tokens": 9, "seed": [1, 2, 3], **HOT}
+    padded = sj.generate(lm, prompts, **how)
+    with monkeypatch.context() as patch:
+        _close_sizes(patch)
+        close = sj.generate(lm, prompts, **how)
+    return padded, close
+
+
 def test_rows_of_padding_change_no_token(lm, prompts, monkeypatch):
     """Three rows run as four, in larger arrays: tokens are those of the close sizes."""
-    padded = sj.generate(lm, prompts, max_new_tokens=9, seed=[1, 2, 3], **HOT)
+    padded, close = _padded_and_close(lm, prompts, monkeypatch)
     assert padded.conversation.state.lengths.shape == (4,)
     assert padded.conversation.lengths == (188, 11, 158)
     assert padded.stats.batch == 3 and padded.stats.new_tokens == 27
-    with monkeypatch.context() as patch:
-        _close_sizes(patch)
-        close = sj.generate(lm, prompts, max_new_tokens=9, seed=[1, 2, 3], **HOT)
-        state = close.conversation.state
-        again = sj.generate(
-            lm, TURN, max_new_tokens=4, conversation=close.conversation, **HOT
-        )
+    state = close.conversation.state
     assert state.lengths.shape == (3,) and state.tokens.shape == (3, 32)
     assert padded.tokens == close.tokens
     assert padded.stats.decode_blocks == close.stats.decode_blocks
     assert padded.stats.prefill_blocks == close.stats.prefill_blocks
-    turn = sj.generate(
-        lm, TURN, max_new_tokens=4, conversation=padded.conversation, **HOT
-    )
+
+
+@pytest.mark.slow
+def test_rows_of_padding_change_no_token_of_a_turn(lm, prompts, monkeypatch):
+    padded, close = _padded_and_close(lm, prompts, monkeypatch)
+    how = {"max_new_tokens": 4, **HOT}
+    with monkeypatch.context() as patch:
+        _close_sizes(patch)
+        again = sj.generate(lm, TURN, conversation=close.conversation, **how)
+    turn = sj.generate(lm, TURN, conversation=padded.conversation, **how)
     assert turn.tokens == again.tokens
     assert len(turn.tokens) == 3
 

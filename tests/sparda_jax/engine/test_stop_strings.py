@@ -125,7 +125,9 @@ def test_a_further_turn_follows_the_stop_string(text_lm, whole):
     assert turn.tokens == sj.generate(text_lm, prompts, **how).tokens
 
 
-@pytest.mark.parametrize("route", ["dynamic_slice", "host_loop"])
+@pytest.mark.parametrize(
+    "route", ["dynamic_slice", pytest.param("host_loop", marks=pytest.mark.slow)]
+)
 def test_stop_strings_of_an_offloaded_cache(text_lm, whole, route):
     cache = sj.CacheConfig(kind="offload", route=route, prefetch="none")
     lm = dataclasses.replace(text_lm, cache=cache)

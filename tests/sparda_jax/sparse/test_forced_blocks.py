@@ -44,9 +44,17 @@ def _rows(draw):
 @pytest.mark.parametrize(
     "name", [n for n in selector_names() if not get_selector(n).dense]
 )
-@settings(max_examples=40, deadline=None)
-@given(row=_rows())
-def test_forced_blocks_are_always_listed(name, row):
+@pytest.mark.parametrize("examples", [12, pytest.param(80, marks=pytest.mark.slow)])
+def test_forced_blocks_are_always_listed(name, examples):
+    @settings(max_examples=examples, deadline=None)
+    @given(_rows())
+    def check(row):
+        _check_forced_blocks(name, row)
+
+    check()
+
+
+def _check_forced_blocks(name, row):
     geometry, position, *drawn = row
     sparse = SparseConfig(**geometry)
     scores, importance = (

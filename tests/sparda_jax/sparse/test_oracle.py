@@ -34,6 +34,7 @@ def test_masses_are_the_definition_s(kind):
     assert cases.listed_sets(lists) == cases.best_sets(got, positions, SPARSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_selector_captures_more_than_the_oracle(kind):
     layer = cases.draw_layer(kind, seed=1)

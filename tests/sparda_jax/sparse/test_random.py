@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from selector_cases import SPARSE, check_everywhere
 
 from sparda_jax.models.presets import get_preset
@@ -9,8 +10,12 @@ from sparda_jax.sparse.selection import SelectionTile
 from sparda_jax.sparse.selectors.random import Random
 
 
+@pytest.mark.slow
 def test_random_runs_everywhere():
     check_everywhere("random")
+
+
+def test_a_seed_draws_the_same_blocks():
     tile = SelectionTile(
         q=None,
         forecast=None,
