@@ -368,8 +368,7 @@ def write_back_layer(
       last: The block lists of each row's last token, or None when it read all blocks:
         then the newest ones stay, as many as there are slots.
       start: Tokens that each row held before.
-      count: New tokens of each row; a row without any keeps its slots. A row that is
-        prefilled in its place has some.
+      count: New tokens of each row; a row without any keeps its slots.
       route: How blocks are fetched, and written where it can.
     """
     layer, place = cache.place(index)
@@ -410,12 +409,10 @@ def write_back_layer(
 
     def keep(new: Array, old: Array) -> Array:
         """The new value for rows with new tokens."""
-        new = new[None].astype(old.dtype)
-        if cache.row is not None:
-            # To choose, XLA would hold a copy of the old slots while the tiles run.
-            return new
+        if cache.row is not None:  # It has some: no copy of its old slots is held.
+            return new[None].astype(old.dtype)
         shape = (1, batch, *(1,) * (old.ndim - 2))
-        return jnp.where(fresh.reshape(shape), new, old)
+        return jnp.where(fresh.reshape(shape), new[None].astype(old.dtype), old)
 
     old = jax.tree.map(lambda x: _at(x, place), (layer.slots, layer.table))
     table = filled_table(wanted, stamps, blocks)
