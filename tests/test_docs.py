@@ -88,7 +88,9 @@ def test_commands_are_known(name):
             assert (ROOT / words[1]).is_file(), words
         else:
             assert words[1] in options, words
-            for word in words[2:] if words[1] not in ("train", "bench") else []:
+            for word in (
+                words[2:] if words[1] not in ("train", "bench", "adapt") else []
+            ):
                 if word.startswith("--"):
                     known = word.partition("=")[0] in options[words[1]]
                     assert known, f"{name}: {words}"

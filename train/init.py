@@ -135,6 +135,11 @@ def sum_moments(
             new = query_moments(model, heads, part, settings, gather)
             return jax.tree.map(jnp.add, total, new), None
 
+        if batch.tokens.shape[0] == 1:
+            # Nothing to add up: the moments of a large model are gigabytes.
+            alone = jax.tree.map(lambda x: x[0], batch)
+            total = query_moments(model, heads, alone, settings, gather)
+            return jax.lax.psum(total, AXIS) if mesh.size > 1 else total
         layers, hidden = config.num_layers, config.hidden_size
         queries = config.num_heads * config.head_dim
         zeros = (

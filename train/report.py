@@ -137,8 +137,9 @@ def _perplexities(
         found[name] = perplexity(chosen, list(rows), first=first)
     for name, matrices in heads.items():
         cast = list(matrices.astype(lm.model.embedding[...].dtype))
+        model = lm.model.with_forecast(cast)
         headed = dataclasses.replace(
-            lm, model=lm.model.with_forecast(cast), forecast_sparse=None
+            lm, model=model, config=model.config, forecast_sparse=None
         )
         chosen = sj.with_attention(headed, "sparda")
         found[f"sparda, {name}"] = perplexity(chosen, list(rows), first=first)

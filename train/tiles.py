@@ -91,6 +91,11 @@ def tile_size(batch: int, tokens: int, heads: int, platform: str) -> int:
     return min(size, -(-tokens // _SMALLEST_TILE) * _SMALLEST_TILE)
 
 
+def tile_bytes() -> int:
+    """Bytes of one score array of a tile on the default device."""
+    return _SCORE_BYTES.get(jax.default_backend(), _GPU_SCORE_BYTES)
+
+
 def kernel_tile_size(batch: int, tokens: int, kv_heads: int) -> int:
     """The same where a kernel makes the teacher."""
     fits = _GPU_SCORE_BYTES * KERNEL_POOL // (4 * batch * kv_heads * tokens)

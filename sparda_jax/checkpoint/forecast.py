@@ -283,6 +283,19 @@ def _array(path: pathlib.Path, name: str, tensor: Any) -> np.ndarray:
     return array
 
 
+def forecast_sparse(path: str | os.PathLike) -> SparseConfig | None:
+    """The selection that a file's heads were trained for; None if it does not tell.
+
+    Raises:
+      CheckpointError: The file is damaged.
+    """
+    return _held(pathlib.Path(path)).sparse
+
+
+def _held(path: pathlib.Path) -> _Held:
+    return _from_torch(path) if _is_torch_file(path) else _from_safetensors(path)
+
+
 def load_forecast(
     path: str | os.PathLike,
     *,
@@ -315,7 +328,7 @@ def load_forecast(
         message names both values.
     """
     path = pathlib.Path(path)
-    held = _from_torch(path) if _is_torch_file(path) else _from_safetensors(path)
+    held = _held(path)
     # The base model first: another one explains every difference that follows.
     _check_fingerprint(path, held.info, held.fingerprint, fingerprint)
     if held.sparse is not None and sparse is not None:

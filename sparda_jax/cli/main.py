@@ -61,6 +61,11 @@ _ABOVE = {
         "distil Forecast heads (sparda train --help; needs sparda-jax[train])",
         "sparda-jax[train]",
     ),
+    "adapt": (
+        "make Forecast heads for a model (sparda adapt --help; needs "
+        "sparda-jax[train])",
+        "sparda-jax[train]",
+    ),
     "bench": (
         "measure prefill, decode and link (sparda bench --help)",
         "sparda-jax",

@@ -8,7 +8,7 @@ from pallas_kernels.dispatch import IMPLEMENTATIONS, Implementation
 from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.checkpoint.forecast import GEOMETRY
 from sparda_jax.checkpoint.tokenizer import Tokenizer
-from sparda_jax.checks import choice, instance, optional, settle, text
+from sparda_jax.checks import choice, instance, optional, require, settle, text
 from sparda_jax.config import CacheConfig, ConfigError, ModelConfig, SparseConfig
 from sparda_jax.inference.shapes import tile_tokens
 from sparda_jax.models.decoder import Decoder
@@ -76,6 +76,13 @@ class LanguageModel:
             cache=instance(CacheConfig),
             forecast_sparse=optional(instance(SparseConfig)),
             tokenizer_error=optional(text),
+        )
+        queries = self.model.config.forecast_queries
+        require(
+            self.config.forecast_queries == queries,
+            "LanguageModel.config.forecast_queries",
+            self.config.forecast_queries,
+            f"{queries}, as the model's Forecast heads make",
         )
         has_forecast = self.model.forecast is not None
         self.selector.check(self.config, has_forecast=has_forecast)

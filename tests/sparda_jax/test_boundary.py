@@ -198,6 +198,12 @@ ROWS = {
         "progress": FLAG,
         "commit": (*maybe(TEXT), ""),
     },
+    "adapt": {
+        "model": (*PATH, "no/such/model.gguf", "no-such-preset"),
+        "out": (*PATH, "heads.bin"),
+        "progress": FLAG,
+        "options": (3, None),
+    },
     "read_report": {"folder": (*PATH, "no/such/folder")},
     "selector_names": {},
     "Rates": {
@@ -224,7 +230,7 @@ ROWS = {
         **dict.fromkeys(
             (
                 *("vocab_size", "hidden_size", "ffn_size", "num_layers", "num_heads"),
-                *("num_kv_heads", "head_dim", "max_context"),
+                *("num_kv_heads", "head_dim", "max_context", "forecast_queries"),
             ),
             (*INTEGER, 0, -1),
         ),
@@ -311,6 +317,7 @@ def allowed(lm, tmp_path_factory):
     run = {"lm": texts, "out": tmp_path_factory.mktemp("out"), "lengths": [1024]}
     return {
         "load": {"model": "tiny"},
+        "adapt": {"model": "tiny", "out": run["out"] / "heads.safetensors"},
         "evaluate": {**run, "attention": ["window"], "samples": 1},
         "with_attention": {"lm": lm, "attention": "dense"},
         "forward": {"lm": lm, "ids": [1]},

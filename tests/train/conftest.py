@@ -4,9 +4,12 @@ import functools
 
 import jax.numpy as jnp
 import pytest
+from text_model import text_tokenizer
 
 from sparda_jax.models.presets import get_preset
 from sparda_jax.models.weights import build_decoder, random_tensors
+
+__all__ = ["text_tokenizer"]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,136 @@
+"""`adapt` on a tiny model of text: from a directory to heads that load."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import sparda_jax as sj
+from sparda_jax.checkpoint.hf import save_hf
+from sparda_jax.machine import Limit
+from sparda_jax.models.presets import get_preset
+from sparda_jax.models.weights import random_tensors
+from sparda_jax.planning.limits import MemoryLimits
+from train import adapt as adapt_module
+from train.adapt import adapt
+from train.adapt_command import main
+from train.memory import refuse_too_little_memory, training_memory
+
+TINY = dataclasses.replace(get_preset("tiny").model, num_layers=2, eos_ids=(2,))
+
+
+def _directory(path, tokenizer, config=TINY):
+    tensors = random_tensors(config, seed=0, scale=0.2)
+    save_hf(path, config, {k: load() for k, load in tensors.items()}, tokenizer)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, text_tokenizer):
+    return _directory(tmp_path_factory.mktemp("model") / "m", text_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Documents whose words come back."""
+    rng = np.random.default_rng(0)
+    words = ["".join(map(chr, rng.integers(97, 123, 9))) for _ in range(12)]
+    folder = tmp_path_factory.mktemp("text")
+    for index in range(24):
+        picked = " ".join(words[i] for i in rng.integers(0, 12, 120))
+        (folder / f"{index}.txt").write_text(f"{index} {picked}")
+    return folder
+
+
+OPTIONS = {
+    "steps": 2,
+    "seq_len": 512,
+    "kernel_size": 16,
+    "init_batches": 2,
+    "rank": 8,
+    "passkeys": 0,
+    "least_mass": 0.3,
+}
+
+
+@pytest.mark.slow
+def test_from_a_directory_to_heads(model, text, tmp_path, monkeypatch):
+    """Interrupted after the geometry, gone on with; the same again by its seed."""
+    out = tmp_path / "heads.safetensors"
+    arguments = {"text": (str(text),), "progress": False, **OPTIONS}
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(adapt_module, "train", killed)
+        adapt(str(model), out=str(out), **arguments)
+    assert not out.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(adapt_module, "choose_geometry", killed)  # it is known
+        result = sj.adapt(str(model), out=str(out), **arguments)
+    assert result.heads == out and result.card.is_file()
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    figures = json.loads(out.with_suffix(".json").read_text())
+    assert figures["steps"] == 2 and 0 < figures["held_out"]["recall"] <= 1
+    assert result.fit == (not figures["verdict"]["reasons"])
+    lm = sj.load(str(model), attention="sparda", forecast=out)
+    # Windows and budget come with the heads.
+    assert lm.sparse == result.sparse and lm.config.forecast_queries == 4
+    assert np.isfinite(sj.forward(lm, list(range(3, 120)) * 5)).all()
+    assert adapt(str(model), out=str(out), **arguments).figures == figures
+    again = tmp_path / "again.safetensors"
+    adapt(str(model), out=str(again), **arguments)
+    other = sj.load(str(model), attention="sparda", forecast=again)
+    for layer in range(2):
+        np.testing.assert_array_equal(
+            other.model.forecast_head(layer), lm.model.forecast_head(layer)
+        )
+    with pytest.raises(sj.ConfigError, match="seed=7 is not allowed: it must be 42"):
+        adapt(str(model), out=str(out), **arguments, seed=7)
+
+
+def test_refusals_come_before_the_work(model, text, tmp_path, text_tokenizer):
+    out = str(tmp_path / "heads.safetensors")
+    config = dataclasses.replace(TINY, num_heads=2)
+    alone = _directory(tmp_path / "mha", text_tokenizer, config)
+    with pytest.raises(sj.ConfigError, match="must have groups of query heads"):
+        adapt(str(alone), out=out)
+    with pytest.raises(sj.ConfigError, match="has no tokenizer"):
+        adapt(str(_directory(tmp_path / "bare", None)), out=out)
+    for option, value, told in (
+        ("seq_len", 500, "a multiple of 64"),
+        ("seq_len", 2**20, "max_context"),
+        ("queries", 5, "at most the group's 4"),
+        ("least_mass", 2.0, "least_mass=2"),
+        ("colour", 1, "one of model"),
+    ):
+        with pytest.raises(sj.ConfigError, match=told):
+            adapt(str(model), out=out, **{option: value})
+    with pytest.raises(sj.ConfigError, match=r"a \.safetensors file"):
+        adapt(str(model), out="heads.bin")
+    short = tmp_path / "short.txt"
+    short.write_text("too little")
+    with pytest.raises(sj.ConfigError, match="less than one row"):
+        adapt(str(model), out=out, text=(str(short),), seq_len=512, progress=False)
+
+
+def test_the_command_ends_in_one_line(model, tmp_path, capsys):
+    arguments = ["--model", str(model), "--out", str(tmp_path / "h.safetensors")]
+    assert main([*arguments, "--seq-len", "7"]) == 2
+    assert main([*arguments, "--minutes", "none"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and all(line.startswith("error: ") for line in told)
+
+
+def test_memory_is_judged_before_loading(monkeypatch):
+    eight = get_preset("llama-3.1-8b").model
+    parts = training_memory(eight, "bfloat16", 8192)
+    assert 15e9 < parts["weights"] < 17e9
+    limits = MemoryLimits(device=Limit(24 << 30, "a card"))
+    monkeypatch.setattr("train.memory.memory_limits", lambda cache: limits)
+    wide = dataclasses.replace(eight, forecast_queries=4)
+    with pytest.raises(sj.ConfigError, match="ways out: queries=1"):
+        refuse_too_little_memory(wide, "bfloat16", 8192)
+    refuse_too_little_memory(TINY, "float32", 512)
