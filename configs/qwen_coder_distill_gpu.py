@@ -34,11 +34,11 @@ def get_config() -> TrainConfig:
             block_budget=64,
         ),
         init="regression",
-        init_batches=16,
+        init_batches=40,
         # A query for each query head; one vector cannot stand for seven of them. The
-        # file holds a change of rank 64 of the model's query weights.
+        # file holds a change of rank 128 of the model's query weights.
         queries=None,
-        export_rank=64,
+        export_rank=128,
         # A row has seven times as many blocks as are read: lists beat masks.
         attention="blocks",
         loss=PUBLISHED_LOSS,

@@ -10,7 +10,8 @@ A group of G query heads has R forecasts, one as a rule. The group's choice sums
 softmaxes, in which a head that is sure counts for more than one that is not; the mean
 of the heads ignores that. So each forecast is a weighted sum of its group's guesses,
 and the weights, G·R a group, are fitted by the loss of the run, beginning with means of
-runs of heads. From there training moves all of the matrix.
+runs of heads; with R = G the guesses are the heads. From there training moves all of
+the matrix.
 """
 
 import dataclasses
@@ -188,7 +189,7 @@ def regression_heads(
       data: Batches [A, B, T] over the mesh, of which twice `batches` are taken.
       settings: Model, geometry and loss.
       mesh: Of `make_mesh`.
-      batches: For the least squares, and again for the weights.
+      batches: For the least squares, and again for the weights if R < G.
       fsdp: The layers' weights are divided over the mesh.
       progress: Show a bar: on a CPU this takes minutes.
       moments: Of `sum_moments`, where they are known: `batches` are taken once then.
@@ -221,6 +222,8 @@ def regression_heads(
         return optax.apply_updates(weights, updates), moments
 
     queries = heads.shape[-1] // (groups[0] * groups[2])
+    if queries == groups[1]:
+        return guesses.reshape(*guesses.shape[:2], -1)  # nothing stands for another
     means = np.zeros((groups[1], queries), np.float32)
     for index, one in enumerate(query_sets(groups[1], queries)):
         means[one, index] = 1 / (one.stop - one.start)
