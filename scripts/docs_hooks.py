@@ -121,8 +121,11 @@ def _cell(text: str) -> str:
 
 def option_tables() -> str:
     """A table a command, from its parser."""
+    from benchmarks import bench
     from sparda_jax.cli.main import build_parser
+    from train import options
 
+    above = {"bench": bench.build_parser, "train": options.build_parser}
     parts = []
     for action in build_parser()._actions:
         if not isinstance(action, argparse._SubParsersAction):
@@ -130,7 +133,8 @@ def option_tables() -> str:
         about = {choice.dest: choice.help or "" for choice in action._choices_actions}
         for name, parser in action.choices.items():
             parts.append(f"## sparda {name}\n\n{about.get(name, '')}\n")
-            rows = list(_rows(parser))
+            # Commands of other packages have parsers of their own.
+            rows = list(_rows(above[name]() if name in above else parser))
             if rows:
                 parts.append(
                     "| option | default | |\n|---|---|---|\n" + "\n".join(rows)

@@ -136,6 +136,13 @@ def test_pictures_are_seen_on_dark_pages_and_have_names():
         assert f"figures/{picture.name}" in shown
 
 
+def test_every_page_is_in_the_menu():
+    listed = re.findall(r": ([\w/-]+\.md)$", _text("mkdocs.yml"), re.M)
+    pages = (ROOT / "docs").rglob("*.md")
+    there = {path.relative_to(ROOT / "docs").as_posix() for path in pages}
+    assert sorted(listed) == sorted(there)
+
+
 def test_the_figures_are_those_that_the_script_draws(tmp_path):
     command = [sys.executable, "scripts/draw_figures.py", "--out", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, env=_ENVIRONMENT, check=True)
@@ -275,6 +282,17 @@ def test_examples_of_docstrings_run(text_lm):
     assert {"load", "generate", "stream", "chat", "plan", "Conversation.fork"} <= set(
         found
     )
+
+
+def test_every_command_has_its_options_in_the_reference(hooks):
+    tables = hooks.option_tables()
+    parts = dict(
+        re.findall(r"^## sparda ([\w-]+)\n(.*?)(?=^## |\Z)", tables, re.M | re.S)
+    )
+    assert parts.keys() == _all_options().keys()
+    assert "`--compare`" in parts["bench"] and "`--config`" in parts["train"]
+    assert "`--minutes`" in parts["soak"]
+    assert "None" not in tables and "==SUPPRESS==" not in tables
 
 
 @pytest.fixture

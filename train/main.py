@@ -22,30 +22,10 @@ with interrupt_ends("interrupted"):
         shown,
         text,
     )
-    from sparda_jax.cli.options import Parser
     from train.command import run_command
     from train.config import load_config, with_overrides
+    from train.options import build_parser
     from train.run import train
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser("python -m train.main", description=__doc__)
-    parser.add_argument("--config", required=True, help="Python file with get_config()")
-    parser.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a field, e.g. lr=1e-3 data.seq_len=2048",
-    )
-    parser.add_argument("--print", action="store_true", help="show the configuration")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    group = parser.add_argument_group("several hosts (jax.distributed)")
-    group.add_argument("--coordinator", metavar="HOST:PORT")
-    group.add_argument("--num-processes", type=int)
-    group.add_argument("--process-id", type=int)
-    return parser
 
 
 def _join(coordinator: str | None, count: int | None, index: int | None) -> None:
@@ -74,7 +54,7 @@ def _join(coordinator: str | None, count: int | None, index: int | None) -> None
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; also behind `sparda train`."""
     return run_command(
-        lambda: _run(_parser().parse_args(arguments)),
+        lambda: _run(build_parser(__doc__).parse_args(arguments)),
         interrupted=": the checkpoints are whole, and the same command continues",
     )
 

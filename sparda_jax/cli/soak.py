@@ -4,9 +4,9 @@ import argparse
 import dataclasses
 import json
 import sys
-from typing import Any
+from typing import Any, get_args
 
-from sparda_jax.checks import ConfigError, integer, number
+from sparda_jax.checks import ConfigError, choice, integer, number
 from sparda_jax.cli.cache_options import (
     add_layer0_option,
     add_lookahead_option,
@@ -20,6 +20,7 @@ from sparda_jax.cli.sampling_options import add_seed_option
 from sparda_jax.config import CacheConfig
 from sparda_jax.evaluation.soak import SoakReport, sizes_of, soak
 from sparda_jax.machine import size_text
+from sparda_jax.models.decoder import Storage
 
 _NEW = 24
 _EXAMPLES = """\
@@ -93,6 +94,15 @@ def add_soak_parser(commands: Any) -> None:
         help="device slots per layer and kv head (the block budget)",
     )
     add_lookahead_option(parser)
+    add_option(
+        parser,
+        "--storage",
+        choice(*get_args(Storage)),
+        words=get_args(Storage),
+        default="stacked",
+        help="of the layers: per_layer is what generate runs, and takes several times "
+        "as long to compile",
+    )
     add_layer0_option(parser)
     add_route_option(parser, "how blocks are fetched")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -100,7 +110,7 @@ def add_soak_parser(commands: Any) -> None:
 
 
 def _soak(arguments: argparse.Namespace) -> None:
-    lm = load_model(arguments, arguments.attention)
+    lm = load_model(arguments, arguments.attention, arguments.storage)
     most = lm.config.max_context - 2 * _NEW - 64
     if arguments.context > most:
         raise ConfigError(

@@ -168,6 +168,7 @@ ROWS = {
         "--check-every": (*INTEGER, "0"),
         "--seed": (*INTEGER, str(2**32)),
         "--only": INTEGER,
+        "--storage": WORD,
         "--json": FLAG,
     },
     "completion": {},
