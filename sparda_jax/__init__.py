@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sparda_jax.adapting import adapt
     from sparda_jax.checkpoint.errors import CheckpointError
     from sparda_jax.checks import ConfigError
-    from sparda_jax.config import CacheConfig, ModelConfig, RopeConfig, SparseConfig
+    from sparda_jax.config import CacheConfig, ModelConfig, SparseConfig
     from sparda_jax.doctor import MachineReport, describe_device
     from sparda_jax.engine.api import forward, generate, stream
     from sparda_jax.engine.chat import ChatOutput, ChatStream, chat, stream_chat
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sparda_jax.planning.measure import measure_rates
     from sparda_jax.planning.plan import Plan, plan
     from sparda_jax.planning.rates import Rates, recorded_rates
+    from sparda_jax.rope_config import RopeConfig
     from sparda_jax.runtime import configure_cache, configure_offload
     from sparda_jax.sparse.selector import Selector
     from sparda_jax.sparse.selectors import selector_names
@@ -102,7 +103,7 @@ _HOMES = {
     "Plan": "sparda_jax.planning.plan",
     "Rates": "sparda_jax.planning.rates",
     "Report": "sparda_jax.evaluation.report",
-    "RopeConfig": "sparda_jax.config",
+    "RopeConfig": "sparda_jax.rope_config",
     "Selector": "sparda_jax.sparse.selector",
     "SparseConfig": "sparda_jax.config",
     "Stream": "sparda_jax.engine.stream",

@@ -25,6 +25,7 @@ from sparda_jax.checks import (
     several,
     text,
 )
+from sparda_jax.rope_config import RopeConfig
 
 __all__ = [
     "CacheConfig",
@@ -37,7 +38,6 @@ __all__ = [
     "SparseConfig",
 ]
 
-RopeType = Literal["default", "linear", "llama3", "longrope", "yarn"]
 CacheKind = Literal["resident", "offload", "auto"]
 Prefetch = Literal["lookahead", "none", "auto"]
 HostCodec = Literal["exact", "int8"]
@@ -52,86 +52,13 @@ _BLOCKS = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding, half-split ("rotate half") over the whole head.
-
-    Attributes:
-      kind: `default`, `linear` (position interpolation), `llama3` (frequency bands),
-        `longrope` (per-dimension factor lists) or `yarn`.
-      theta: Base of the inverse frequencies, theta^(-2k/H).
-      factor: Context extension factor (`linear`, `llama3`, `yarn`).
-      original_max: Context length that the unscaled model was trained for (`llama3`,
-        `longrope`, `yarn`).
-      low_freq_factor, high_freq_factor: Band limits of `llama3`.
-      beta_fast, beta_slow: Band limits of `yarn`, in rotations over `original_max`.
-      short_factors, long_factors: H/2 divisors each (`longrope`). The long list is
-        used when the request can grow past `original_max` positions.
-      attention_factor: Multiplier of cos and sin; None derives it (`longrope`: from
-        `max_context`/`original_max`; `yarn`: 0.1·ln(factor) + 1).
-      longrope_max: Longest context of `longrope` (the reference's max_position_...).
-    """
-
-    kind: RopeType = "default"
-    theta: float = 10000.0
-    factor: float = 1.0
-    original_max: int | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    short_factors: tuple[float, ...] = ()
-    long_factors: tuple[float, ...] = ()
-    attention_factor: float | None = None
-    longrope_max: int | None = None
-
-    def __post_init__(self) -> None:
-        positive = number(above=0)
-        factors = several(positive, "finite numbers above 0")
-        settle(
-            self,
-            kind=choice(*get_args(RopeType)),
-            theta=positive,
-            factor=positive,
-            original_max=optional(integer(1)),
-            low_freq_factor=positive,
-            high_freq_factor=positive,
-            beta_fast=positive,
-            beta_slow=positive,
-            short_factors=factors,
-            long_factors=factors,
-            attention_factor=optional(positive),
-            longrope_max=optional(integer(1)),
-        )
-        if self.kind in ("llama3", "longrope", "yarn"):
-            require(
-                self.original_max is not None,
-                "RopeConfig.original_max",
-                self.original_max,
-                f"a positive integer for kind {self.kind!r}",
-            )
-        if self.kind == "llama3":
-            require(
-                self.high_freq_factor > self.low_freq_factor,
-                "RopeConfig.high_freq_factor",
-                self.high_freq_factor,
-                f"above low_freq_factor={self.low_freq_factor}",
-            )
-        if self.kind == "longrope":
-            require(
-                len(self.short_factors) == len(self.long_factors) > 0,
-                "RopeConfig.short_factors",
-                len(self.short_factors),
-                f"as many values as long_factors ({len(self.long_factors)}), above 0",
-            )
-
-
-@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Shape and arithmetic of one decoder; see `sparda_jax.models.presets`.
 
     Attributes:
       name: Label for messages.
-      vocab_size, hidden_size, ffn_size, num_layers: V, D, F, L.
+      vocab_size, hidden_size, ffn_size, num_layers: V, D, F, L; F is that of one expert
+        where there are experts.
       num_heads, num_kv_heads, head_dim: N, K, H. N must be a multiple of K.
       rms_norm_eps: Epsilon of every RMSNorm.
       rope: Rotary embedding.
@@ -140,6 +67,11 @@ class ModelConfig:
       output_bias: The attention's output projection has a bias.
       qk_norm: RMSNorm over each q and k head before RoPE (Qwen3).
       key_bias: NOSA's value-derived additive key bias, c = A ⊙ softplus(delta(v)).
+      num_experts, experts_per_token: E experts in every layer, of which a router gives
+        each token that many; 0 for one MLP.
+      normalize_router: A token's router probabilities are divided by their sum.
+      shared_ffn_size: Inner width of an expert that all tokens share, times a gate of
+        its own (Qwen2-MoE); 0 for none.
       embed_scale: Multiplier of the embeddings (muP scale_emb).
       residual_scale: Multiplier of both sublayer outputs (muP scale_depth/√L).
       logits_divisor: Divisor of the final hidden state (muP D/dim_model_base).
@@ -166,6 +98,10 @@ class ModelConfig:
     output_bias: bool = False
     qk_norm: bool = False
     key_bias: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    normalize_router: bool = True
+    shared_ffn_size: int = 0
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
@@ -193,6 +129,10 @@ class ModelConfig:
             output_bias=flag,
             qk_norm=flag,
             key_bias=flag,
+            num_experts=integer(0, _WIDTH),
+            experts_per_token=integer(0, _WIDTH),
+            normalize_router=flag,
+            shared_ffn_size=integer(0, _WIDTH),
             embed_scale=positive,
             residual_scale=positive,
             logits_divisor=positive,
@@ -213,6 +153,7 @@ class ModelConfig:
             f"at most the {self.group_size} query heads of a kv head",
         )
         require(self.head_dim % 2 == 0, "ModelConfig.head_dim", self.head_dim, "even")
+        self._check_experts()
         if self.rope.kind == "longrope":
             require(
                 len(self.rope.short_factors) == self.head_dim // 2,
@@ -228,6 +169,26 @@ class ModelConfig:
                 token,
                 f"a token id in [0, {self.vocab_size})",
             )
+
+    def _check_experts(self) -> None:
+        experts, used = self.num_experts, self.experts_per_token
+        require(
+            min(1, experts) <= used <= experts,
+            "ModelConfig.experts_per_token",
+            used,
+            f"from 1 to num_experts={experts}" if experts else "0 without experts",
+        )
+        require(
+            experts > 0 or self.shared_ffn_size == 0,
+            "ModelConfig.shared_ffn_size",
+            self.shared_ffn_size,
+            "0 without experts",
+        )
+
+    @property
+    def dense_mlp(self) -> bool:
+        """Whether a layer has one MLP for all tokens, and no experts."""
+        return self.num_experts == 0
 
     @property
     def group_size(self) -> int:

@@ -43,7 +43,7 @@ from sparda_jax.models.weights import (
 )
 from sparda_jax.sparse.selectors import Selector, get_selector
 
-_RANDOM = ("tiny", "tiny-nosa")
+_RANDOM = ("tiny", "tiny-moe", "tiny-nosa")
 
 
 def default_dtype() -> DTypeLike:

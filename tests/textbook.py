@@ -66,10 +66,35 @@ def textbook_logits(
             out = out + w[layer + "self_attn.o_proj.bias"]
         h = h + config.residual_scale * out
         x = norm(h, w[layer + "post_attention_layernorm.weight"])
-        gate = x @ w[layer + "mlp.gate_proj.weight"].T
-        up = x @ w[layer + "mlp.up_proj.weight"].T
-        mlp = (gate / (1 + np.exp(-gate)) * up) @ w[layer + "mlp.down_proj.weight"].T
-        h = h + config.residual_scale * mlp
+        mlp = _experts if config.num_experts else _mlp
+        h = h + config.residual_scale * mlp(config, w, layer + "mlp.", x)
     x = norm(h, w["model.norm.weight"]) / config.logits_divisor
     head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
     return x @ w[head + ".weight"].T
+
+
+def _mlp(config, w, name, x):
+    gate = x @ w[name + "gate_proj.weight"].T
+    up = x @ w[name + "up_proj.weight"].T
+    return (gate / (1 + np.exp(-gate)) * up) @ w[name + "down_proj.weight"].T
+
+
+def _experts(config, w, name, x):
+    scores = x @ w[name + "gate.weight"].T
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    out = np.zeros_like(x)
+    for token, chances in enumerate(p):
+        best = np.argsort(-chances, kind="stable")[: config.experts_per_token]
+        total = chances[best].sum() if config.normalize_router else 1
+        for expert in best:
+            parts = ("gate_proj", "up_proj", "down_proj")
+            own = {
+                f"{part}.weight": w[f"{name}experts.{part}.weight"][expert]
+                for part in parts
+            }
+            out[token] += chances[expert] / total * _mlp(config, own, "", x[token])
+    if config.shared_ffn_size:
+        gate = 1 / (1 + np.exp(-x @ w[name + "shared_expert_gate.weight"].T))
+        out += gate * _mlp(config, w, name + "shared_expert.", x)
+    return out

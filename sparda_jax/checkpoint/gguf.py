@@ -38,9 +38,14 @@ _LAYER = {p.gguf: p.hf for p in LAYER if p.gguf is not None}
 _ROTARY = {p.hf: p.shape[0] for p in LAYER if p.rotary}
 # What would change the arithmetic and is not in ModelConfig for these architectures,
 # with the value at which it changes nothing.
+_OF_EXPERTS = ("expert_count", "expert_used_count")
 _NEUTRAL = {
-    "expert_count": 0,
-    "expert_used_count": 0,
+    **dict.fromkeys(_OF_EXPERTS, 0),
+    "expert_shared_count": 0,
+    "expert_shared_feed_forward_length": 0,
+    "expert_weights_scale": 1.0,
+    "expert_gating_func": 1,  # Softmax.
+    "expert_group_count": None,
     "attention.sliding_window": 0,
     "attention.clamp_kqv": 0.0,
     "attention.max_alibi_bias": 0.0,
@@ -131,8 +136,14 @@ def _config(
 ) -> ModelConfig:
     assert family.architecture is not None
     fields = _fields(header, family.architecture)
+    experts: dict[str, Any] = {}
+    if family.experts is not None:
+        experts = {
+            "num_experts": fields.integer("expert_count"),
+            "experts_per_token": fields.integer("expert_used_count"),
+        }
     for key, neutral in _NEUTRAL.items():
-        value = fields.get(key)
+        value = None if experts and key in _OF_EXPERTS else fields.get(key)
         if value is not None and (isinstance(value, np.ndarray) or value != neutral):
             raise fields.fail(key, value, "not there: it is not supported")
     hidden = fields.integer("embedding_length")
@@ -148,7 +159,9 @@ def _config(
         name=name if isinstance(name, str) and name else header.path.stem,
         vocab_size=_vocabulary(header, fields, tensors, tokens),
         hidden_size=hidden,
-        ffn_size=fields.integer("feed_forward_length"),
+        ffn_size=fields.integer(
+            "expert_feed_forward_length", fields.integer("feed_forward_length")
+        ),
         num_layers=fields.integer("block_count"),
         num_heads=heads,
         num_kv_heads=fields.integer("attention.head_count_kv", heads),
@@ -159,6 +172,7 @@ def _config(
         tie_embeddings="output.weight" not in tensors,
         bos_id=tokens.bos_id if tokens is not None and add_bos else None,
         eos_ids=tokens.eos_ids if tokens is not None else (),
+        **experts,
         **_flags(family, tensors),
     )
 
@@ -244,7 +258,8 @@ def read_gguf(path: str | os.PathLike) -> GGUFModel:
     """
     header, tensors = read_parts(read_header(path))
     arch = header.metadata.get("general.architecture")
-    family = family_of_gguf(arch)
+    many = header.metadata.get(f"{arch}.expert_count", 0)
+    family = family_of_gguf(arch, experts=many not in (0, None))
     if family is None:
         raise CheckpointError(
             f"{header.path}: GGUF general.architecture = {show(arch)}, allowed: "

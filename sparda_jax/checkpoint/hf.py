@@ -20,6 +20,7 @@ from sparda_jax.checkpoint.atomic import new_directory, write_safetensors
 from sparda_jax.checkpoint.errors import CheckpointError, UnsupportedTokenizer, show
 from sparda_jax.checkpoint.files import is_file, open_regular, read_json
 from sparda_jax.checkpoint.hf_config import config_json, model_config, sparse_config
+from sparda_jax.checkpoint.hf_experts import join_experts, split_experts
 from sparda_jax.checkpoint.tensors import StoredTensor, TensorLoader
 from sparda_jax.checkpoint.tokenizer import Tokenizer
 from sparda_jax.checkpoint.tokenizers.directory import (
@@ -277,7 +278,7 @@ def read_directory(directory: str | os.PathLike) -> Directory:
     sparse, ignored = None, ()
     if values.get("sparse_config") is not None:
         sparse, ignored = sparse_config(path, values["sparse_config"])
-    tensors = _select(directory, config, found)
+    tensors = _select(directory, config, join_experts(directory, config, found))
     return Directory(config, tensors, tokenizer, reason, sparse, ignored)
 
 
@@ -383,6 +384,7 @@ def save_hf(
         raise CheckpointError(f"{target}: tensor {unknown[0]} is not part of the model")
     arrays = {name: tensors[name] for name in names}
     arrays |= {name: tensors[stored] for name, stored in forecast.items()}
+    arrays = split_experts(config, arrays)
     numbers = np.dtype(np.float32 if dtype == "float32" else ml_dtypes.bfloat16)
     with new_directory(target) as folder:
         _write_shards(folder, arrays, numbers, shard_bytes)

@@ -20,6 +20,7 @@ from sparda_jax.models.families import (
 )
 from sparda_jax.models.families.family import (
     Family,
+    read_experts,
     refuse_layer_types,
     refuse_neutral,
     variant_of,
@@ -72,10 +73,11 @@ def _sizes(fields: Fields, family: Family) -> dict[str, Any]:
     kv_heads = heads
     if family.kv_heads is not None and "num_key_value_heads" not in fields.values:
         kv_heads = family.kv_heads
-    return {
+    ffn_size, default = family.ffn_size
+    return read_experts(fields, family) | {
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden,
-        "ffn_size": fields.integer("intermediate_size"),
+        "ffn_size": fields.integer(ffn_size, default),
         "num_layers": fields.integer("num_hidden_layers"),
         "num_heads": heads,
         "num_kv_heads": fields.integer("num_key_value_heads", kv_heads),
@@ -113,7 +115,7 @@ def model_config(
     """
     fields = _fields(path, values)
     family = _family(fields, tensors)
-    refuse_neutral(fields)
+    refuse_neutral(fields, family)
     refuse_layer_types(fields)
     name = fields.get("_name_or_path")
     try:

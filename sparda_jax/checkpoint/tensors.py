@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
@@ -55,6 +56,31 @@ class StoredTensor:
     def sample(self, indices: np.ndarray) -> np.ndarray:
         """Returns the float32 elements at flat `indices`."""
         return self.view.reshape(-1)[indices].astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class StackedTensor:
+    """Arrays of one shape that a file holds one by one, as one with a leading axis."""
+
+    parts: tuple[TensorLoader, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return (len(self.parts), *self.parts[0].shape)
+
+    def __call__(self) -> np.ndarray:
+        """Returns the array."""
+        return np.stack([part() for part in self.parts])
+
+    def sample(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the float32 elements at flat `indices`."""
+        part, inner = np.divmod(indices, math.prod(self.parts[0].shape))
+        out = np.empty(len(indices), np.float32)
+        for number in np.unique(part):
+            here = part == number
+            out[here] = self.parts[number].sample(inner[here])
+        return out
 
 
 def _sample_indices(size: int) -> np.ndarray:

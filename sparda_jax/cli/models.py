@@ -10,7 +10,11 @@ from sparda_jax.cli.options import add_option
 from sparda_jax.loading import open_model
 from sparda_jax.models.families.family import variant_of
 from sparda_jax.models.presets import PRESETS
-from sparda_jax.models.spec import num_forecast_parameters, num_parameters
+from sparda_jax.models.spec import (
+    num_active_parameters,
+    num_forecast_parameters,
+    num_parameters,
+)
 from sparda_jax.sparse.selectors import get_selector, selector_names
 
 
@@ -53,6 +57,10 @@ def _describe(name: str) -> None:
         "parameters": f"{num_parameters(config):,}",
         "context": f"{config.max_context:,} tokens",
         "layers": f"{config.num_layers} of {config.hidden_size} x {config.ffn_size}",
+        "experts": "none"
+        if config.dense_mlp
+        else f"{config.experts_per_token} of {config.num_experts} a token, "
+        f"{num_active_parameters(config):,} parameters in use",
         "heads": f"{config.num_heads} query, {config.num_kv_heads} key-value, of "
         f"{config.head_dim}",
         "features": ", ".join(variant) or "none",

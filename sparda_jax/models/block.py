@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from sparda_jax.config import ModelConfig
 from sparda_jax.models.decoder import DecoderLayer
+from sparda_jax.models.experts import route, routed_mlp
 from sparda_jax.models.layers import matmul, rms_norm, swiglu
 from sparda_jax.models.rope import RopeCosSin, apply_rope
 
@@ -79,4 +80,27 @@ def after_attention(
         out = out + layer.out_bias[...].astype(out.dtype)
     h = h + scale * out
     x = rms_norm(h, layer.mlp_norm[...], config.rms_norm_eps)
-    return h + scale * swiglu(x, layer.gate_up[...], layer.down[...])
+    return h + scale * _mlp(layer, config, x)
+
+
+def _mlp(
+    layer: DecoderLayer, config: ModelConfig, x: Float[Array, "*rows D"]
+) -> Float[Array, "*rows D"]:
+    """The gated MLP: one for all tokens, or each token's experts and the shared one."""
+    if layer.router is None:
+        assert layer.gate_up is not None and layer.down is not None
+        return swiglu(x, layer.gate_up[...], layer.down[...])
+    assert layer.expert_gate_up is not None and layer.expert_down is not None
+    rows = x.reshape(-1, x.shape[-1])
+    routes = route(
+        rows,
+        layer.router[...],
+        config.experts_per_token,
+        normalize=config.normalize_router,
+    )
+    out = routed_mlp(rows, routes, layer.expert_gate_up[...], layer.expert_down[...])
+    if layer.shared_gate is not None:
+        assert layer.shared_gate_up is not None and layer.shared_down is not None
+        shared = swiglu(rows, layer.shared_gate_up[...], layer.shared_down[...])
+        out = out + jax.nn.sigmoid(matmul(rows, layer.shared_gate[...])) * shared
+    return out.reshape(x.shape)

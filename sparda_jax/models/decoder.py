@@ -30,7 +30,8 @@ Storage = Literal["stacked", "per_layer"]
 class DecoderLayer(nnx.Module):
     """Weights of one decoder layer, or of all of them with a leading axis L.
 
-    Linear weights are [in, out]; Q|K|V and gate|up are fused.
+    Linear weights are [in, out], those of experts [E, in, out]; Q|K|V and gate|up are
+    fused. A layer has one MLP, or a router and experts.
     """
 
     def __init__(self, weights: dict[str, Array]):
@@ -39,8 +40,14 @@ class DecoderLayer(nnx.Module):
         self.qkv = nnx.Param(weights["qkv"])
         self.out = nnx.Param(weights["out"])
         self.mlp_norm = nnx.Param(weights["mlp_norm"])
-        self.gate_up = nnx.Param(weights["gate_up"])
-        self.down = nnx.Param(weights["down"])
+        self.gate_up = _optional(weights, "gate_up")
+        self.down = _optional(weights, "down")
+        self.router = _optional(weights, "router")
+        self.expert_gate_up = _optional(weights, "expert_gate_up")
+        self.expert_down = _optional(weights, "expert_down")
+        self.shared_gate_up = _optional(weights, "shared_gate_up")
+        self.shared_down = _optional(weights, "shared_down")
+        self.shared_gate = _optional(weights, "shared_gate")
         self.qkv_bias = _optional(weights, "qkv_bias")
         self.out_bias = _optional(weights, "out_bias")
         self.q_norm = _optional(weights, "q_norm")

@@ -113,6 +113,8 @@ _LLAMA31 = ModelConfig(
     eos_ids=(128001, 128008, 128009),
 )
 
+_LLAMA31_70B = _sized(_LLAMA31, "llama-3.1-70b", 8192, 28672, 80, 64)
+
 _MISTRAL = dataclasses.replace(
     _LLAMA31,
     name="mistral-7b-v0.3",
@@ -121,6 +123,14 @@ _MISTRAL = dataclasses.replace(
     rope=RopeConfig(theta=1e6),
     bos_id=1,
     eos_ids=(2,),
+)
+
+_MIXTRAL = dataclasses.replace(
+    _MISTRAL,
+    name="mixtral-8x7b",
+    vocab_size=32000,
+    num_experts=8,
+    experts_per_token=2,
 )
 
 _QWEN25 = ModelConfig(
@@ -158,6 +168,16 @@ _QWEN3 = _sized(
     qk_norm=True,
 )
 
+_QWEN3_MOE = _sized(
+    _QWEN3,
+    "qwen3-30b-a3b",
+    *(2048, 768, 48, 32),
+    num_kv_heads=4,
+    tie_embeddings=False,
+    num_experts=128,
+    experts_per_token=8,
+)
+
 _TINY = ModelConfig(
     name="tiny",
     vocab_size=128,
@@ -183,7 +203,9 @@ _ALL = (
     Preset(_MINICPM41, _MINICPM, "MiniCPM4.1-8B, sparse pretrained"),
     Preset(_NOSA_8B, _NOSA, "NOSA-8B, sparse pretrained with key bias"),
     Preset(_LLAMA31, _DENSE_8B, "Llama 3.1 8B Instruct, dense pretrained"),
+    Preset(_LLAMA31_70B, _DENSE_8B, "Llama 3.1 70B Instruct, dense pretrained"),
     Preset(_MISTRAL, _DENSE_8B, "Mistral 7B v0.3, dense pretrained"),
+    Preset(_MIXTRAL, _DENSE_8B, "Mixtral 8x7B, 2 of 8 experts a token"),
     Preset(_QWEN25, _DENSE_8B, "Qwen2.5 Instruct, dense pretrained"),
     Preset(
         _QWEN25_CODER,
@@ -213,7 +235,15 @@ _ALL = (
             _sized(_QWEN3, "qwen3-32b", 5120, 25600, 64, 64, tie_embeddings=False),
         )
     ),
+    Preset(_QWEN3_MOE, _DENSE_8B, "Qwen3 30B-A3B, 8 of 128 experts a token"),
     Preset(_TINY, _TINY_SPARSE, "random weights, for tests"),
+    Preset(
+        dataclasses.replace(
+            _TINY, name="tiny-moe", ffn_size=32, num_experts=8, experts_per_token=2
+        ),
+        _TINY_SPARSE,
+        "random weights with experts, for tests",
+    ),
     Preset(
         dataclasses.replace(_TINY, name="tiny-nosa", key_bias=True),
         _TINY_SPARSE,
@@ -243,7 +273,7 @@ def default_sparse(config: ModelConfig) -> SparseConfig:
     for preset in PRESETS.values():
         same = all(
             getattr(preset.model, field) == getattr(config, field)
-            for field in (*shape, "num_kv_heads", "key_bias")
+            for field in (*shape, "num_kv_heads", "key_bias", "num_experts")
         )
         if same:
             return preset.sparse

@@ -24,10 +24,12 @@ class Parameter:
     Attributes:
       array: The decoder's array (`DecoderLayer`, `Decoder`). Tensors of one array stand
         one after the other in the table and are joined along their outputs.
-      shape: As stored, outputs before inputs; letters of `sizes`.
+      shape: As stored, outputs before inputs; letters of `sizes`. Experts' tensors
+        are one, with the experts first, however a file holds them.
       hf: Name in a safetensors file, for a layer's after `model.layers.{l}.`.
       gguf: Name in a GGUF file, for a layer's after `blk.{l}.`; None: it has none.
-      flag: The flag of `ModelConfig` by which a model has it; None: every model has it.
+      flag: The attribute of `ModelConfig` by which a model has it; None: every model
+        has it.
       shard: Which axis devices divide: a linear's inputs or outputs.
       rotary: Its rows are those of heads that RoPE turns.
     """
@@ -43,7 +45,12 @@ class Parameter:
     @property
     def is_linear(self) -> bool:
         """Whether it is stored [out, in] and used [in, out]."""
-        return len(self.shape) == 2 and "V" not in self.shape
+        return len(self.shape) >= 2 and "V" not in self.shape
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether every expert has its own."""
+        return len(self.shape) == 3
 
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -59,10 +66,10 @@ MODEL = (
 
 def _linear(
     array: str,
-    shape: tuple[str, str],
+    shape: tuple[str, ...],
     hf: str,
-    gguf: str | None,
-    shard: Literal["inputs", "outputs"],
+    gguf: str | None = None,
+    shard: Literal["inputs", "outputs"] | None = None,
     *,
     rotary: bool = False,
     flag: str | None = None,
@@ -86,6 +93,12 @@ def _vector(
 _Q, _K, _V = (f"self_attn.{part}_proj" for part in "qkv")
 _OUT = "self_attn.o_proj"
 
+_EXPERTS, _SHARED, _IN = "mlp.experts", "mlp.shared_expert", ("E", "F", "D")
+
+_dense = functools.partial(_linear, flag="dense_mlp")
+_expert = functools.partial(_linear, flag="num_experts")
+_shared = functools.partial(_linear, flag="shared_ffn_size")
+
 # The order is that of files we write and of the seeds of random weights.
 LAYER = (
     _vector("attention_norm", "D", "input_layernorm.weight", "attn_norm.weight"),
@@ -94,9 +107,23 @@ LAYER = (
     _linear("qkv", ("KH", "D"), _V, "attn_v", "outputs"),
     _linear("out", ("D", "NH"), _OUT, "attn_output", "inputs"),
     _vector("mlp_norm", "D", "post_attention_layernorm.weight", "ffn_norm.weight"),
-    _linear("gate_up", ("F", "D"), "mlp.gate_proj", "ffn_gate", "outputs"),
-    _linear("gate_up", ("F", "D"), "mlp.up_proj", "ffn_up", "outputs"),
-    _linear("down", ("D", "F"), "mlp.down_proj", "ffn_down", "inputs"),
+    _dense("gate_up", ("F", "D"), "mlp.gate_proj", "ffn_gate", "outputs"),
+    _dense("gate_up", ("F", "D"), "mlp.up_proj", "ffn_up", "outputs"),
+    _dense("down", ("D", "F"), "mlp.down_proj", "ffn_down", "inputs"),
+    _expert("router", ("E", "D"), "mlp.gate", "ffn_gate_inp", "outputs"),
+    _expert("expert_gate_up", _IN, f"{_EXPERTS}.gate_proj", "ffn_gate_exps", "outputs"),
+    _expert("expert_gate_up", _IN, f"{_EXPERTS}.up_proj", "ffn_up_exps", "outputs"),
+    _expert(
+        "expert_down",
+        ("E", "D", "F"),
+        f"{_EXPERTS}.down_proj",
+        "ffn_down_exps",
+        "inputs",
+    ),
+    _shared("shared_gate_up", ("S", "D"), f"{_SHARED}.gate_proj", shard="outputs"),
+    _shared("shared_gate_up", ("S", "D"), f"{_SHARED}.up_proj", shard="outputs"),
+    _shared("shared_down", ("D", "S"), f"{_SHARED}.down_proj", shard="inputs"),
+    _shared("shared_gate", ("1", "D"), "mlp.shared_expert_gate", shard="inputs"),
     _vector(
         "qkv_bias", "NH", f"{_Q}.bias", "attn_q.bias", "attention_bias", rotary=True
     ),
@@ -120,7 +147,10 @@ LAYER = (
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
-    """The letters of the table: V vocabulary, D hidden, F ffn, N·H, K·H, H, K."""
+    """The letters of the table.
+
+    V vocabulary, D hidden, F ffn, N·H, K·H, H, K, E experts, S ffn of the shared one.
+    """
     return {
         "V": config.vocab_size,
         "D": config.hidden_size,
@@ -129,6 +159,9 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         "KH": config.num_kv_heads * config.head_dim,
         "H": config.head_dim,
         "K": config.num_kv_heads,
+        "E": config.num_experts,
+        "S": config.shared_ffn_size,
+        "1": 1,
     }
 
 
@@ -177,8 +210,10 @@ def joined(
 
 def _joined_shape(parts: list[Parameter], config: ModelConfig) -> Shape:
     shapes = [stored_shape(part, config) for part in parts]
-    whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-    return whole[::-1] if parts[0].is_linear else whole
+    if not parts[0].is_linear:
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    *experts, _, inputs = shapes[0]
+    return (*experts, inputs, sum(shape[-2] for shape in shapes))
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -208,6 +243,25 @@ def num_parameters(config: ModelConfig) -> int:
     return outside + config.num_layers * a_layer
 
 
+def num_active_parameters(config: ModelConfig, experts: float | None = None) -> int:
+    """Parameters of the base model that tokens use.
+
+    Args:
+      config: The model.
+      experts: Experts of a layer that are in use; None for those of one token.
+    """
+    if config.dense_mlp:
+        return num_parameters(config)
+    used = config.experts_per_token if experts is None else experts
+    held = sum(
+        math.prod(stored_shape(part, config))
+        for part in layer_parameters(config)
+        if part.of_experts
+    )
+    idle = 1 - used / config.num_experts
+    return num_parameters(config) - round(config.num_layers * held * idle)
+
+
 def num_forecast_parameters(config: ModelConfig) -> int:
     """Parameters of the Forecast heads, one a layer."""
     return config.num_layers * math.prod(forecast_shape(config))
@@ -218,4 +272,6 @@ def shard_axes(array: str) -> tuple[int, ...]:
     shard = next(p.shard for p in LAYER if p.array == array)
     if shard is None:
         return ()
+    if any(p.of_experts for p in LAYER if p.array == array):
+        return (0, 1, 2) if shard == "inputs" else (0, 2, 1)
     return (0, 1) if shard == "inputs" else (1, 0)

@@ -38,8 +38,11 @@ def _layer_weights(
     arrays = {}
     for array, parts in joined(layer_parameters(config)):
         stored = [load(layer_name(index, part.hf)) for part in parts]
-        whole = stored[0] if len(stored) == 1 else np.concatenate(stored)
-        arrays[array] = whole.T if parts[0].is_linear else whole
+        if parts[0].is_linear:
+            whole = stored[0] if len(stored) == 1 else np.concatenate(stored, axis=-2)
+            arrays[array] = whole.swapaxes(-1, -2)
+        else:
+            arrays[array] = stored[0] if len(stored) == 1 else np.concatenate(stored)
     return {name: jnp.asarray(array, dtype) for name, array in arrays.items()}
 
 

@@ -286,11 +286,26 @@ def _tile_scratch(
         choose = hidden + q + kv + forecast
         choose += _choice_scratch(settings, batch, tile, windows, blocks, size)
 
-    # The MLP: its input, gate and up, and their product.
-    mlp = 2 * hidden + 3 * rows * config.ffn_size * size
+    mlp = _mlp_scratch(config, rows, size)
     room = shapes.capacity
     end = batch * settings.selector.prompt_end_bytes(config, sparse, room)
     return max(attend, choose, mlp, end)
+
+
+def _mlp_scratch(config: ModelConfig, rows: int, size: int) -> int:
+    """The MLP: its input and output, gate and up, and their product.
+
+    With experts the inputs and outputs of every pick, and where they are fewer than the
+    experts a copy of the experts that are gathered.
+    """
+    hidden, ffn = config.hidden_size, config.ffn_size
+    if config.dense_mlp:
+        return rows * (2 * hidden + 3 * ffn) * size
+    picks = rows * config.experts_per_token
+    needed = 2 * rows * hidden + 3 * rows * config.shared_ffn_size
+    if picks < config.num_experts:
+        return (needed + picks * (3 * hidden * ffn + 3 * ffn + hidden)) * size
+    return (needed + picks * (2 * hidden + 3 * ffn)) * size
 
 
 def _choice_scratch(
@@ -357,7 +372,7 @@ def _decode_scratch(
         if lists
         else 0
     )
-    mlp = batch * (3 * config.ffn_size + 2 * config.hidden_size) * size
+    mlp = _mlp_scratch(config, batch, size)
     # Float32 logits, once as the head gives them and once as sampling sorts them.
     head = 4 * batch * config.vocab_size * 4
     ahead = 0

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sparda_jax.cache.settings import LayerSettings
-from sparda_jax.config import CacheConfig
+from sparda_jax.config import CacheConfig, ModelConfig
 from sparda_jax.models.spec import (
     model_shapes,
+    num_active_parameters,
     num_forecast_parameters,
-    num_parameters,
 )
 from sparda_jax.planning.rates import Rates
 
@@ -53,6 +53,14 @@ class StepTime:
             "fetch": self.fetch,
         }
         return max(costs, key=lambda name: costs[name])
+
+
+def _experts_in_use(config: ModelConfig, batch: int) -> float:
+    """Experts of a layer that a step reads, if all are chosen equally often."""
+    if config.dense_mlp:
+        return 0.0
+    idle = 1 - config.experts_per_token / config.num_experts
+    return config.num_experts * (1 - idle**batch)
 
 
 def step_time(
@@ -91,13 +99,14 @@ def step_time(
     heads = batch * config.num_kv_heads * config.num_layers
     block_bytes = block * 2 * config.head_dim * size
 
-    parameters = num_parameters(config)
+    outside = 0
     if not config.tie_embeddings:  # A step reads a few rows of the embedding.
-        parameters -= math.prod(model_shapes(config)["embedding"])
+        outside -= math.prod(model_shapes(config)["embedding"])
     if selector.needs_forecast:
-        parameters += num_forecast_parameters(config)
-    moved = parameters * size + heads * attended * block_bytes
-    flops = 2 * parameters * batch
+        outside += num_forecast_parameters(config)
+    read = num_active_parameters(config, _experts_in_use(config, batch)) + outside
+    moved = read * size + heads * attended * block_bytes
+    flops = 2 * (num_active_parameters(config) + outside) * batch
     per_key = 4 * config.group_size * config.head_dim
     flops += heads * attended * block * per_key
     if lists:

@@ -239,6 +239,13 @@ ROWS = {
             ("rms_norm_eps", "embed_scale", "residual_scale", "logits_divisor"),
             (*NUMBER, 0.0),
         ),
+        **dict.fromkeys(
+            (
+                *("num_experts", "experts_per_token", "shared_ffn_size"),
+                "forecast_queries",
+            ),
+            (*INTEGER, -1),
+        ),
         "bos_id": (*maybe(INTEGER), 10**6),
         "eos_ids": (*IDS, [10**6]),
     },

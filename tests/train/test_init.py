@@ -52,9 +52,10 @@ def test_predictors_solve_least_squares():
     np.testing.assert_allclose(mean[0], guesses[0, :, 0].mean(1), rtol=1e-6)
 
 
-def test_layer_0_finds_its_own_query_heads(random_model):
+@pytest.mark.parametrize("name", ["tiny", "tiny-moe"])
+def test_layer_0_finds_its_own_query_heads(random_model, name):
     """Layer 0 is forecast from its own input, of which its queries are linear."""
-    model = random_model()
+    model = random_model(name)
     config = model.config
     settings = Settings(config, SPARSE, LOSS, masked_attention=True)
     heads = initial_heads(model, "from_query", 0)

@@ -10,15 +10,27 @@ from sparda_jax.config import ModelConfig
 from sparda_jax.models.families.family import Family, variant_of
 from sparda_jax.models.families.llama import LLAMA
 from sparda_jax.models.families.minicpm import MINICPM
-from sparda_jax.models.families.mistral import MISTRAL
+from sparda_jax.models.families.mistral import MISTRAL, MIXTRAL
 from sparda_jax.models.families.nosa import NOSA
-from sparda_jax.models.families.qwen import QWEN2, QWEN3
+from sparda_jax.models.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 
-FAMILIES = (LLAMA, QWEN2, QWEN3, MINICPM, MISTRAL, NOSA)
+FAMILIES = (
+    LLAMA,
+    QWEN2,
+    QWEN3,
+    MINICPM,
+    MISTRAL,
+    NOSA,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+)
 
 MODEL_TYPES = tuple(dict.fromkeys(family.model_type for family in FAMILIES))
 ARCHITECTURES = tuple(
-    family.architecture for family in FAMILIES if family.architecture is not None
+    dict.fromkeys(
+        family.architecture for family in FAMILIES if family.architecture is not None
+    )
 )
 
 
@@ -53,12 +65,23 @@ def marked_family(tensors: Collection[str]) -> Family | None:
     return None
 
 
-def family_of_gguf(architecture: object) -> Family | None:
-    """The family of a GGUF file's `general.architecture`, None if there is none."""
-    for family in FAMILIES:
-        if family.architecture is not None and family.architecture == architecture:
-            return family
-    return None
+def family_of_gguf(architecture: object, *, experts: bool) -> Family | None:
+    """The family of a GGUF file, None if there is none.
+
+    Args:
+      architecture: Its `general.architecture`.
+      experts: Whether it has experts: families with and without share a name.
+    """
+    found = [
+        family
+        for family in FAMILIES
+        if family.architecture is not None and family.architecture == architecture
+    ]
+    return max(
+        found,
+        key=lambda family: (family.experts is not None) == experts,
+        default=None,
+    )
 
 
 def family_of_model(config: ModelConfig) -> Family | None:

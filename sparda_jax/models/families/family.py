@@ -11,6 +11,10 @@ from sparda_jax.models.families.fields import Fields
 FLAGS = ("attention_bias", "output_bias", "qk_norm", "key_bias")
 BIASES = frozenset({"attention_bias", "output_bias"})
 SCALED = "scaled"  # muP scales, which are no flag of their own.
+# Of models with experts: that they have them, and one that all tokens share; router
+# probabilities that are left as they are.
+EXPERT_COUNTS = ("num_experts", "num_local_experts")  # Two names of one setting.
+EXPERTS, SHARED, UNNORMALIZED = "experts", "shared_expert", "unnormalized"
 
 # Settings that would change the arithmetic, with the values that change nothing.
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
@@ -21,6 +25,8 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "quantization_config": (),
     "num_experts": (0, 1),
     "num_local_experts": (0, 1),
+    "n_shared_experts": (0,),
+    "moe_layer_freq": (1,),
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
     "query_pre_attn_scalar": (),
@@ -73,6 +79,12 @@ class Family:
       permuted: GGUF files store the rows of q and k as neighbouring pairs.
       fixed: Flags that every GGUF file of this family has set.
       optional: Flags that a GGUF file shows by its tensors.
+      ffn_size: Key of config.json with the inner width of an MLP, and its default, None
+        for one that must be there.
+      experts: Experts and those of one token where config.json does not say; None for
+        a family without experts.
+      stored_names: Name in the family's safetensors files by the table's name, after
+        `model.layers.{l}.`, where they differ; `{expert}` stands for a number.
     """
 
     name: str
@@ -87,13 +99,38 @@ class Family:
     permuted: bool = False
     fixed: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    ffn_size: tuple[str, int | None] = ("intermediate_size", None)
+    experts: tuple[int, int] | None = None
+    stored_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def variant_of(config: ModelConfig) -> frozenset[str]:
     """Which flags a model has set, and whether it has scales."""
     scales = (config.embed_scale, config.residual_scale, config.logits_divisor)
     flags = {flag for flag in FLAGS if getattr(config, flag)}
-    return frozenset(flags | ({SCALED} if scales != (1.0, 1.0, 1.0) else set()))
+    more = {
+        SCALED: scales != (1.0, 1.0, 1.0),
+        EXPERTS: config.num_experts > 0,
+        SHARED: config.shared_ffn_size > 0,
+        UNNORMALIZED: not config.normalize_router,
+    }
+    return frozenset(flags | {name for name, has in more.items() if has})
+
+
+def read_experts(fields: Fields, family: Family) -> dict[str, int]:
+    """How many experts a layer has, and a token."""
+    if family.experts is None:
+        return {}
+    held, used = family.experts
+    counts = [fields.integer(key) for key in EXPERT_COUNTS if fields.has(key)]
+    if counts[1:] and counts[0] != counts[1]:
+        raise fields.fail(
+            EXPERT_COUNTS[1], counts[1], f"{EXPERT_COUNTS[0]}, {counts[0]}"
+        )
+    return {
+        "num_experts": counts[0] if counts else held,
+        "experts_per_token": fields.integer("num_experts_per_tok", used),
+    }
 
 
 def read_biases(fields: Fields) -> dict[str, Any]:
@@ -101,10 +138,11 @@ def read_biases(fields: Fields) -> dict[str, Any]:
     return dict.fromkeys(BIASES, fields.flag("attention_bias", False))
 
 
-def refuse_neutral(fields: Fields) -> None:
+def refuse_neutral(fields: Fields, family: Family) -> None:
     """Refuses settings of other families that would change the arithmetic."""
+    own = () if family.experts is None else EXPERT_COUNTS
     for key, neutral in _NEUTRAL.items():
-        value = fields.get(key)
+        value = None if key in own else fields.get(key)
         # 1 == True in Python, not in JSON.
         same = [type(value) is type(x) or isinstance(value, float) for x in neutral]
         ok = any(value == x for x, fits in zip(neutral, same, strict=True) if fits)

@@ -62,6 +62,9 @@ def test_mistral_as_safetensors(kit):
         ("llama", {"tie_embeddings": False}),
         ("llama", BIASES),
         ("qwen3", {"qk_norm": True, "head_dim": 16}),
+        # Mixtral's, too.
+        ("llama", {"num_experts": 4, "experts_per_token": 2}),
+        ("qwen3moe", {"qk_norm": True, "num_experts": 8, "experts_per_token": 3}),
     ],
 )
 def test_gguf(kit, arch, features):
@@ -69,6 +72,12 @@ def test_gguf(kit, arch, features):
     metadata = kit.metadata(config, arch)
     metadata[f"{arch}.attention.key_length"] = config.head_dim
     metadata[f"{arch}.attention.value_length"] = config.head_dim
+    if config.num_experts:
+        metadata[f"{arch}.expert_count"] = config.num_experts
+        metadata[f"{arch}.expert_used_count"] = config.experts_per_token
+    if arch == "qwen3moe":
+        metadata[f"{arch}.feed_forward_length"] = 9999
+        metadata[f"{arch}.expert_feed_forward_length"] = config.ffn_size
     tensors = _weights(kit, config)
     stored = kit.gguf_tensors(config, tensors, permute=arch == "llama")
     _check(kit.write_gguf(metadata, stored, arch=arch), config, tensors)

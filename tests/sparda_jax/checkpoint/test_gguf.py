@@ -103,7 +103,12 @@ def test_rope_divisors(kit):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"llama.expert_count": 8}, "expert_count = 8"),
+        ({"llama.expert_count": 8}, "expert_used_count = None"),
+        (
+            {"llama.expert_count": 8, "llama.expert_used_count": 9},
+            "experts_per_token=9",
+        ),
+        ({"llama.expert_shared_count": 1}, "expert_shared_count = 1"),
         ({"llama.attention.sliding_window": 64}, "sliding_window = 64"),
         ({"llama.attention.key_length": 16}, "attn_q.weight|shape"),
         ({"llama.rope.dimension_count": 4}, "rope.dimension_count = 4"),
@@ -142,7 +147,7 @@ def test_refused_metadata(kit, changes, message):
     [
         ({"blk.1.attn_k.weight": None}, r"layers.1.self_attn.k_proj.weight of shape"),
         ({"token_embd.weight": None}, "token_embd.weight is missing"),
-        ({"blk.0.ffn_gate_exps.weight": np.ones(4, np.float32)}, "ffn_gate_exps"),
+        ({"blk.0.ffn_gate_exps.weight": np.ones(4, np.float32)}, "experts.gate_proj"),
         (
             {"blk.0.attn_output.bias": np.ones(32, np.float32)},
             "1.self_attn.o_proj.bias",

@@ -149,3 +149,17 @@ def test_old_names_of_routes_warn(old, new, without_type_checks):
     with pytest.warns(FutureWarning, match=f"route='{old}' is called '{new}' now"):
         cache = CacheConfig(kind="offload", route=old)
     assert cache.route == new
+
+
+def test_experts_change_nothing(prompts):
+    """A model with experts: offloaded and resident give the same tokens."""
+    lm = sj.load(
+        "tiny-moe", attention="sparda", forecast="from_query", storage="stacked"
+    )
+    cache = CacheConfig(kind="offload", route="dynamic_slice")
+    settings = {"max_new_tokens": 40, "ignore_eos": True}
+    tokens = [
+        sj.generate(model, prompts[:1], **settings).tokens
+        for model in (lm, sj.with_attention(lm, "sparda", cache=cache))
+    ]
+    assert tokens[0] == tokens[1]

@@ -16,7 +16,8 @@ from sparda_jax.models.weights import abstract_decoder, build_decoder, random_te
 
 TINY = dataclasses.replace(PRESETS["tiny"].model, num_layers=2)
 ALL = dict.fromkeys(FLAGS, True) | {"tie_embeddings": False}
-EVERYTHING = dataclasses.replace(TINY, **ALL)
+EXPERTS = {"num_experts": 4, "experts_per_token": 2, "shared_ffn_size": 24}
+EVERYTHING = dataclasses.replace(TINY, **ALL, **EXPERTS)
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "all"])
@@ -35,11 +36,23 @@ def test_abstract_weights_have_as_many_parameters(name):
     )
 
 
+def test_active_parameters_are_those_of_the_experts_in_use():
+    config = PRESETS["qwen3-30b-a3b"].model
+    assert round(spec.num_parameters(config) / 1e9, 1) == 30.5
+    assert round(spec.num_active_parameters(config) / 1e9, 2) == 3.35
+    assert spec.num_active_parameters(config, 128.0) == spec.num_parameters(config)
+    mixtral = PRESETS["mixtral-8x7b"].model
+    assert round(spec.num_parameters(mixtral) / 1e9, 1) == 46.7
+    assert round(spec.num_active_parameters(mixtral) / 1e9, 1) == 12.9
+    dense = PRESETS["tiny"].model
+    assert spec.num_active_parameters(dense) == spec.num_parameters(dense)
+
+
 def _shapes(model: Decoder) -> list[tuple[int, ...]]:
     return [x.shape for x in jax.tree.leaves(model)]
 
 
-@pytest.mark.parametrize("flags", [{}, ALL])
+@pytest.mark.parametrize("flags", [{}, ALL, ALL | EXPERTS])
 def test_built_and_abstract_decoders_have_the_same_shapes(flags):
     config = dataclasses.replace(TINY, **flags)
     tensors = random_tensors(config, seed=0)
@@ -62,9 +75,12 @@ def test_names_stand_once():
 def test_flags_of_the_table_are_those_of_the_configuration_and_the_families():
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
     used = {row.flag for row in spec.LAYER if row.flag is not None}
-    assert used == set(FLAGS) <= fields
+    experts = {"dense_mlp", "num_experts", "shared_ffn_size"}
+    assert used == set(FLAGS) | experts
+    assert used - {"dense_mlp"} <= fields
     for family in FAMILIES:
         assert {*family.fixed, *family.optional} <= used
+        assert {*family.stored_names} <= {row.hf for row in spec.LAYER}
 
 
 @pytest.mark.parametrize("array", spec.layer_shapes(EVERYTHING))
