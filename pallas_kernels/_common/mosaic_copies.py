@@ -18,7 +18,7 @@ AHEAD = 4  # list entries that are read together
 
 
 @dataclass(frozen=True)
-class CopyConfig:
+class WalkConfig:
     """Settings of such a kernel.
 
     Attributes:

@@ -27,7 +27,7 @@ from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels._common.devices import require_cuda
 from pallas_kernels._common.mosaic_copies import (
-    CopyConfig,
+    WalkConfig,
     checked_part_size,
     walk_listed,
 )
@@ -36,7 +36,7 @@ from pallas_kernels.dispatch import tuned_config
 
 
 @dataclass(frozen=True)
-class Config(CopyConfig):
+class Config(WalkConfig):
     """Settings of the kernel, with this operation's default."""
 
     programs: int = 16
