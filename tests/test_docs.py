@@ -352,3 +352,16 @@ def test_the_site_builds_without_warnings(tmp_path):
     assert "--block-budget" in page and "sparda soak" in page
     errors = (tmp_path / "troubleshooting.html").read_text(encoding="utf-8")
     assert "Forecast" in errors and "is not allowed" in errors
+
+
+def test_results_are_what_their_files_say():
+    place = ROOT / "scripts" / "results_page.py"
+    spec = importlib.util.spec_from_file_location("results_page", place)
+    assert spec is not None and spec.loader is not None
+    page_maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page_maker)
+    page = _text("docs/results.md")
+    assert page.count("<!-- results: ") == 2
+    assert page_maker.filled(page) == page
+    # Another number in the page is seen.
+    assert page_maker.filled(page.replace("| dense | 100 ", "| dense | 99 ")) == page

@@ -19,6 +19,7 @@ from sparda_jax.evaluation.answers import Record
 from sparda_jax.evaluation.plots import Point
 from sparda_jax.evaluation.run_files import Cell, RunFiles
 from sparda_jax.evaluation.statistics import paired_difference
+from sparda_jax.evaluation.sweep_tables import against_table, task_sweep_tables
 from sparda_jax.evaluation.tables import (
     Scores,
     Table,
@@ -138,15 +139,24 @@ def read_report(folder: str | os.PathLike) -> Report:
     if not cells:
         raise ConfigError(f"{files.folder} holds no results yet")
     scores = Scores(cells, settings)
-    tables = [
-        table
-        for length in scores.lengths()
-        for make in _TABLES
-        if (table := make(scores, length)) is not None
-    ]
     failed = failures(scores, cells)
-    tables += [counts_table(scores, cells), *([failed] if failed else [])]
+    tables = [*tables_of(scores), counts_table(scores, cells)]
+    tables += [failed] if failed else []
     return Report(files.folder, settings, cells, tuple(tables))
+
+
+def tables_of(scores: Scores) -> list[Table]:
+    """The tables of scores, length by length."""
+    return [
+        made
+        for length in scores.lengths()
+        for made in (
+            *(make(scores, length) for make in _TABLES),
+            *task_sweep_tables(scores, length),
+            against_table(scores, length),
+        )
+        if made is not None
+    ]
 
 
 type _Series = Mapping[str, Sequence[Point]]

@@ -73,7 +73,7 @@ class Scores:
     def __init__(
         self, cells: Mapping[Cell, list[Record]], settings: Mapping[str, Any]
     ) -> None:
-        self._cells = cells
+        self.cells = cells
         self.settings = settings
         order = list(settings.get("attention", []))
         self._order = {name: n for n, name in enumerate(order)}
@@ -86,29 +86,33 @@ class Scores:
         name = self.settings.get("labels", {}).get(variant.attention, variant.attention)
         return f"{name}, {variant.budget} blocks" if variant.budget else name
 
+    def place(self, attention: str) -> int:
+        """Where a selector stands in the order in which they were named."""
+        return self._order.get(attention, len(self._order))
+
     def records(self, task: str, length: int, variant: Variant) -> list[Record] | None:
         """The records of a cell, None if it is not done."""
-        return self._cells.get(Cell(task, length, *variant))
+        return self.cells.get(Cell(task, length, *variant))
 
     def lengths(self) -> list[int]:
         """All lengths."""
-        return sorted({cell.length for cell in self._cells})
+        return sorted({cell.length for cell in self.cells})
 
     def variants(self, length: int) -> list[Variant]:
         """Selectors and budgets of a length: dense first, then as they were named."""
         found = {
-            Variant(c.attention, c.budget) for c in self._cells if c.length == length
+            Variant(c.attention, c.budget) for c in self.cells if c.length == length
         }
         return sorted(
             found,
-            key=lambda v: (v.budget > 0, v.budget, self._order.get(v.attention, 99)),
+            key=lambda v: (v.budget > 0, v.budget, self.place(v.attention)),
         )
 
     def tasks(self, length: int, field: str) -> list[str]:
         """Tasks of a length whose records have a field, as they were named."""
         found = {
             cell.task
-            for cell, records in self._cells.items()
+            for cell, records in self.cells.items()
             if cell.length == length and any(field in record for record in records)
         }
         return sorted(found, key=lambda t: (self._task_order.get(t, 99), t))

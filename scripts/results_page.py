@@ -1,0 +1,238 @@
+"""Keeps the results of evaluations in docs/results/, and makes the tables of the page.
+
+    python scripts/results_page.py take docs/results/NAME.json OUT [OUT …]
+    python scripts/results_page.py write
+    python scripts/results_page.py check
+
+`take` reads directories of `sparda eval` (parts of one evaluation, run apart) and keeps
+what tables need: settings, and of every sample its score, its tokens and the blocks
+read. `write` fills the parts of docs/results.md between `<!-- results: NAME -->` and
+`<!-- end of NAME -->` with the tables that `sparda report` makes, and draws the plots.
+`check` says whether the page holds what the files say.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sparda_jax.checkpoint.atomic import write_text
+from sparda_jax.checkpoint.files import read_json
+from sparda_jax.checks import ConfigError
+from sparda_jax.cli.ending import run_command
+from sparda_jax.evaluation import plots
+from sparda_jax.evaluation.answers import DENSE, Record
+from sparda_jax.evaluation.report import Report, read_report, tables_of
+from sparda_jax.evaluation.run_files import Cell
+from sparda_jax.evaluation.tables import Scores, sweep_series
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "results.md"
+DATA = ROOT / "docs" / "results"
+_PART = re.compile(r"<!-- results: (\S+) -->\n.*?<!-- end of \1 -->", re.S)
+# Lists of settings that parts of one evaluation may have more or less of.
+_JOINED = ("attention", "tasks", "lengths", "devices", "commits")
+# What these say stands in the sweeps of single tasks.
+_LEFT_OUT = ("Scores at", "Budget sweep")
+_FEWEST = 3  # Ways to attend that are worth a plot.
+_FACTS = (
+    "model",
+    "weights",
+    "Forecast heads",
+    "type",
+    "selection",
+    "samples a task",
+    "seed",
+    "device",
+    "JAX",
+    "commit",
+    "date",
+)
+
+
+def _joined(reports: Sequence[Report]) -> tuple[dict[str, Any], dict]:
+    """Settings and cells of parts of one evaluation.
+
+    Raises:
+      ConfigError: If they do not belong together.
+    """
+    settings = dict(reports[0].settings)
+    cells: dict[Cell, list[Record]] = {}
+    for report in reports:
+        for name in ("weights", "forecast", "geometry", "samples", "seed", "dtype"):
+            if report.settings.get(name) != settings.get(name):
+                raise ConfigError(
+                    f"{report.folder} has {name}={report.settings.get(name)!r}, and "
+                    f"{reports[0].folder} {settings.get(name)!r}: they are no parts of "
+                    "one evaluation"
+                )
+        for name in _JOINED:
+            known = settings.get(name, [])
+            more = [x for x in report.settings.get(name, []) if x not in known]
+            settings[name] = [*known, *more]
+        settings["labels"] = report.settings["labels"] | settings["labels"]
+        cells |= report.cells
+    return settings, cells
+
+
+def take(file: pathlib.Path, folders: Sequence[str]) -> None:
+    """Keeps what directories of `sparda eval` hold in one file."""
+    settings, cells = _joined([read_report(folder) for folder in folders])
+    kept = []
+    for cell, records in sorted(cells.items()):
+        failed = [record["index"] for record in records if "failed" in record]
+        if failed:
+            raise ConfigError(f"{cell.name}: samples {failed} failed: run them again")
+        kept.append(
+            {
+                "task": cell.task,
+                "length": cell.length,
+                "attention": cell.attention,
+                "budget": cell.budget,
+                "prompts": [record["prompt"] for record in records],
+                "score": [record["score"] for record in records],
+                "tokens": [record["tokens"] for record in records],
+                "read": [record["read"] for record in records],
+            }
+        )
+    # A line a cell, so that a change of one is seen as such.
+    lines = ",\n".join(json.dumps(cell) for cell in _without_copies(kept))
+    write_text(
+        file, f'{{"settings": {json.dumps(settings)},\n"cells": [\n{lines}\n]}}\n'
+    )
+
+
+def _without_copies(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cells, with prompts told by the first cell of a task alone."""
+    first: dict[tuple[str, int], list[str]] = {}
+    for cell in cells:
+        key = cell["task"], cell["length"]
+        if first.setdefault(key, cell["prompts"]) is not cell["prompts"]:
+            if cell["prompts"] != first[key]:
+                raise ConfigError(f"{cell['task']}: prompts differ between selectors")
+            cell["prompts"] = []
+    return cells
+
+
+def read(file: pathlib.Path) -> Scores:
+    """What `take` has kept."""
+    held: Any = read_json(file)
+    if held is None:
+        raise ConfigError(f"{file} is missing: `take` makes it")
+    cells = {}
+    for cell in held["cells"]:
+        key = Cell(*(cell[name] for name in ("task", "length", "attention", "budget")))
+        rows = zip(cell["score"], cell["tokens"], cell["read"], strict=True)
+        cells[key] = [
+            {"index": n, "score": score, "tokens": tokens, "read": share}
+            for n, (score, tokens, share) in enumerate(rows)
+        ]
+    return Scores(cells, held["settings"])
+
+
+def part(name: str) -> str:
+    """The tables of one file, as they stand in the page."""
+    every = read(DATA / f"{name}.json")
+    scores, alone = _with_others(every)
+    tables = [t for t in tables_of(scores) if not t.title.startswith(_LEFT_OUT)]
+    report = Report(DATA, scores.settings, {}, tuple(tables))
+    facts = [f"* {key}: {value}" for key, value in report.facts() if key in _FACTS]
+    if alone:
+        facts.append(f"* dense alone was run on: {', '.join(alone)}")
+    parts = ["\n".join(facts) + "\n"]
+    for table in tables:
+        parts.append(table.markdown())
+        for task, length in _swept(scores):
+            if table.title.startswith(f"{task} at {length:,} tokens"):
+                file = _picture(name, task, length)
+                parts.append(f"![{task}, {length:,} tokens](results/{file.name})\n")
+    return "\n".join(parts)
+
+
+def _with_others(scores: Scores) -> tuple[Scores, list[str]]:
+    """Scores of tasks that selectors were run on; and dense's on all others."""
+    cells = scores.cells
+    known = {(c.task, c.length) for c in cells if c.attention != DENSE}
+    kept = {c: records for c, records in cells.items() if (c.task, c.length) in known}
+    alone = [
+        f"{task} at {length:,} tokens ({scores.dense_score(task, length):.0f})"
+        for length in scores.lengths()
+        for task in scores.scored(length)
+        if (task, length) not in known
+    ]
+    return Scores(kept, scores.settings), alone
+
+
+def _swept(scores: Scores) -> list[tuple[str, int]]:
+    """Tasks and lengths with a budget sweep that is worth a plot."""
+    found = []
+    for length in scores.lengths():
+        for task in scores.scored(length):
+            cells = [c for c in scores.cells if (c.task, c.length) == (task, length)]
+            budgets = {cell.budget for cell in cells if cell.budget}
+            if len(budgets) > 1 and len({c.attention for c in cells}) >= _FEWEST:
+                found.append((task, length))
+    return found
+
+
+def _picture(name: str, task: str, length: int) -> pathlib.Path:
+    return DATA / f"{name}-{task}-{length}.png"
+
+
+def draw(name: str) -> None:
+    """Draws the sweeps of a file."""
+    scores, _ = _with_others(read(DATA / f"{name}.json"))
+    for task, length in _swept(scores):
+        cells = {c: r for c, r in scores.cells.items() if c.task == task}
+        lines: Callable = functools.partial(
+            plots.lines,
+            series=sweep_series(Scores(cells, scores.settings), length),
+            xlabel="blocks that decode reads, %",
+            ylabel="score",
+            title=f"{task}, {length:,} tokens, {scores.settings['model']}",
+            log_x=True,
+        )
+        picture = plots.png(lines, size=(8.0, 5.0))
+        _picture(name, task, length).write_bytes(picture)
+
+
+def filled(page: str) -> str:
+    """The page with all its parts made anew."""
+
+    def fill(mark: re.Match) -> str:
+        name = mark[1]
+        return f"<!-- results: {name} -->\n{part(name)}<!-- end of {name} -->"
+
+    return _PART.sub(fill, page)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.what == "take":
+        file, *folders = arguments.files
+        take(pathlib.Path(file), folders)
+        return
+    page = PAGE.read_text(encoding="utf-8")
+    if arguments.what == "write":
+        for name in _PART.findall(page):
+            draw(name)
+        write_text(PAGE, filled(page))
+    elif filled(page) != page:
+        raise ConfigError(f"{PAGE} is not what its files say: run `write`")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("take", "write", "check"))
+    parser.add_argument("files", nargs="*", help="of take: the file, then directories")
+    arguments = parser.parse_args(words)
+    return run_command(lambda: _run(arguments))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

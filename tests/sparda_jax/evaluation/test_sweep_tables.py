@@ -1,0 +1,68 @@
+"""Tables of a budget sweep: what stands in which cell, and what is not compared."""
+
+import pytest
+
+from sparda_jax.evaluation.run_files import Cell
+from sparda_jax.evaluation.sweep_tables import against_table, task_sweep_tables
+from sparda_jax.evaluation.tables import MISSING, Scores
+
+SETTINGS = {
+    "attention": ["dense", "sparda", "quest", "magicpig_tokens"],
+    "labels": {"quest": "Quest-style", "magicpig_tokens": "MagicPIG"},
+    "tasks": ["passkey", "vt"],
+    "floor": 50,
+}
+
+
+def _scores(*found):
+    """Scores of cells (task, attention, budget, scores), all at 100 tokens."""
+    return Scores(
+        {
+            Cell(task, 100, attention, budget): [
+                {"index": n, "score": score, "tokens": 3, "read": budget / 32 or 1.0}
+                for n, score in enumerate(scores)
+            ]
+            for task, attention, budget, scores in found
+        },
+        SETTINGS,
+    )
+
+
+@pytest.fixture
+def scores():
+    return _scores(
+        ("passkey", "dense", 0, [100, 100]),
+        ("passkey", "magicpig_tokens", 0, [100, 100]),
+        ("passkey", "sparda", 4, [100, 0]),
+        ("passkey", "sparda", 8, [100, 100]),
+        ("passkey", "quest", 8, [0, 0]),
+        ("vt", "dense", 0, [40, 40]),  # under the floor
+        ("vt", "sparda", 8, [100, 100]),
+    )
+
+
+def test_a_task_s_sweep(scores):
+    (table,) = task_sweep_tables(scores, 100)  # vt is not measured
+    assert table.title == "passkey at 100 tokens by budget"
+    assert table.head == (
+        "attention",
+        "4 blocks, 12.5 % read",
+        "8 blocks, 25.0 % read",
+    )
+    assert table.rows == (
+        ("dense", "100 [100, 100]", "100 [100, 100]"),
+        ("MagicPIG", "100 [100, 100]", "100 [100, 100]"),
+        ("sparda", "50 [0, 100]", "100 [100, 100]"),
+        ("Quest-style", MISSING, "0 [0, 0]"),
+    )
+    assert task_sweep_tables(_scores(("passkey", "dense", 0, [100])), 100) == []
+
+
+def test_differences_are_of_measured_tasks_that_both_have_run(scores):
+    table = against_table(scores, 100)
+    assert table is not None and table.head == ("attention", "4 blocks", "8 blocks")
+    assert table.rows == (
+        ("dense", "-50.0 [-100.0, +0.0] (1)", "+0.0 [+0.0, +0.0] (1)"),
+        ("Quest-style", MISSING, "+100.0 [+100.0, +100.0] (1)"),
+    )
+    assert against_table(_scores(("passkey", "dense", 0, [100])), 100) is None
