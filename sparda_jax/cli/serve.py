@@ -46,6 +46,12 @@ _SETTINGS = (
     ),
     ("max_waiting", "N", "outputs that may wait for a row; more are refused (503)"),
     ("top_logprobs", "N", "most likeliest tokens that a request can ask for"),
+    (
+        "prefix_bytes",
+        "N",
+        "host memory for beginnings of prompts that other prompts share, in whole "
+        "pieces of --prefill-chunk tokens; 0 is none",
+    ),
     ("request_timeout", "S", "seconds after which a request is ended (never)"),
     ("client_timeout", "S", "seconds that a client may take to send a request"),
     ("max_body_bytes", "N", "largest body of a request"),

@@ -7,7 +7,7 @@ from typing import Unpack
 import jax
 import numpy as np
 
-from sparda_jax.checks import ConfigError, integer, optional, require
+from sparda_jax.checks import LARGEST_BYTES, ConfigError, integer, optional, require
 from sparda_jax.engine.batch import Batch
 from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.engine.generate_config import (
@@ -17,6 +17,7 @@ from sparda_jax.engine.generate_config import (
 )
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.placement import Placement, Sizes, place
+from sparda_jax.engine.prefix_store import Piece, PrefixStore
 from sparda_jax.engine.requests import (
     LANGUAGE_MODEL,
     PromptLike,
@@ -28,9 +29,13 @@ from sparda_jax.engine.results import TokenLogprobs
 from sparda_jax.engine.row_outputs import token_logprobs
 from sparda_jax.engine.row_request import RowOutput, RowRequest
 from sparda_jax.inference.generate import pad_rows
+from sparda_jax.inference.prefixes import end_prefix, put_prefix_blocks, take_prefix
 from sparda_jax.inference.rows import prefill_row_and_score, reset_row
 from sparda_jax.inference.sampling import MOST_SEED
 from sparda_jax.models.rope import model_rope
+
+# Pieces of a prompt that one call takes from the store: the others wait for them.
+_MOST_PIECES = 16
 
 
 class Session(Batch):
@@ -61,6 +66,7 @@ class Session(Batch):
         max_context: int,
         piece: int,
         top_logprobs: int | None,
+        prefix_bytes: int,
     ):
         rope = model_rope(lm.config, max_context)
         super().__init__(lm, placement, rope, top_logprobs=top_logprobs)
@@ -68,6 +74,11 @@ class Session(Batch):
         self._prompts: dict[int, list[int]] = {}
         self._prompt_logs: dict[int, list[TokenLogprobs]] = {}
         self._open_rows, self._max_context, self._piece = rows, max_context, piece
+        self._store = PrefixStore(piece, prefix_bytes) if prefix_bytes else None
+        # Whole prompts of the rows that may use the store, and where in it they stand.
+        self._whole: dict[int, list[int]] = {}
+        self._nodes: dict[int, Piece] = {}
+        self._cached: dict[int, int] = {}
 
     @staticmethod
     def open(
@@ -78,6 +89,7 @@ class Session(Batch):
         max_new_tokens: int = 512,
         prefill_chunk: int | None = 1024,
         top_logprobs: int | None = None,
+        prefix_bytes: int = 0,
     ) -> "Session":
         """A session of empty rows; allocates its cache.
 
@@ -91,6 +103,8 @@ class Session(Batch):
             pause that a long prompt makes for the other rows; None is all of them.
           top_logprobs: Likeliest tokens that requests can ask the log-probabilities of,
             beside those of their own; None for no log-probabilities.
+          prefix_bytes: Host memory for beginnings of prompts that further prompts may
+            share (`engine.prefix_store`); 0 keeps none.
 
         Raises:
           ConfigError: If an argument is not allowed, or such a session cannot fit.
@@ -100,9 +114,18 @@ class Session(Batch):
         new = integer(1)("max_new_tokens", max_new_tokens)
         context = optional(integer(1))("max_context", max_context)
         top = optional(integer(0, 1024))("top_logprobs", top_logprobs)
+        prefix = integer(0, LARGEST_BYTES)("prefix_bytes", prefix_bytes)
         context = check_max_context(lm, context or lm.config.max_context, new + 1)
         # A prompt may be as long as the context but for one token of output.
         piece = prefill_piece(lm, context - 1, prefill_chunk)
+        if piece >= context - 1:
+            prefix = 0  # every prompt is one piece: there is no beginning of whole ones
+        require(
+            not prefix or piece % lm.sparse.block_size == 0,
+            "prefill_chunk",
+            piece,
+            f"a multiple of {lm.sparse.block_size} tokens, a block, with prefix_bytes",
+        )
         sizes = Sizes(
             batch=rows,
             chunk=piece,
@@ -118,6 +141,7 @@ class Session(Batch):
             max_context=context,
             piece=piece,
             top_logprobs=top,
+            prefix_bytes=prefix,
         )
         _ = session.state
         return session
@@ -219,12 +243,15 @@ class Session(Batch):
         )
         self.ask(row, dataclasses.replace(asked, logprobs=logprobs))
         self._prompts[row] = tokens
+        self._cached[row] = 0
         if score_prompt:
             self._prompt_logs[row] = []
+        elif self._store is not None:
+            self._whole[row], self._nodes[row] = tokens, self._store.root
         return row
 
     def prefill(self, row: int) -> bool:
-        """Runs the next piece of a row's prompt.
+        """Runs the next piece of a row's prompt, or takes some from the prefix store.
 
         Returns:
           Whether that was the last one: the row has its first token, and takes part in
@@ -233,15 +260,76 @@ class Session(Batch):
         left = self._prompts.get(row)
         require(bool(left), "row", row, "a row whose prompt has not all run")
         assert left
+        if self._take_pieces(row, left):
+            return False
         piece, rest = left[: self._piece], left[self._piece :]
         if row in self._prompt_logs:
             self._score_piece(row, piece, rest)
         else:
             self.prefill_row(row, piece, last=not rest)
         self._prompts[row] = rest
-        if not rest:
+        if rest:
+            self._keep_piece(row, piece)
+        else:
             self.end_matched_rows()
         return not rest
+
+    def _take_pieces(self, row: int, left: list[int]) -> bool:
+        """Takes what the store has of the rest of a prompt; returns whether it had."""
+        node, store = self._nodes.get(row), self._store
+        if node is None or store is None or not store.holds(node):
+            return False
+        found = store.follow(node, left, _MOST_PIECES)
+        if not found:
+            return False
+        whole = self._whole[row]
+        at, begin = jax.device_put(np.int32(row)), len(whole) - len(left)
+        for number, piece in enumerate(found):
+            first = (begin + number * self._piece) // self.lm.sparse.block_size
+            place = jax.device_put(np.int32(first))
+            arguments = (self.state, jax.device_put(piece.blocks), at, place)
+            program = self._program(put_prefix_blocks, arguments, donate=(0,))
+            self._state = program(*arguments)
+        length = begin + len(found) * self._piece
+        seen = np.zeros(self.lm.config.vocab_size, bool)
+        seen[whole[:length]] = True
+        arguments = (
+            self.state,
+            jax.device_put(found[-1].index),
+            at,
+            jax.device_put(np.int32(length)),
+            jax.device_put(seen),
+        )
+        program = self._program(end_prefix, arguments, donate=(0,))
+        self._state = program(*arguments)
+        self._prompts[row] = whole[length:]
+        self._nodes[row] = found[-1]
+        self._cached[row] += len(found) * self._piece
+        return True
+
+    def _keep_piece(self, row: int, piece: list[int]) -> None:
+        """Lets the store have a piece that has just run, if it goes on from there."""
+        node, store = self._nodes.pop(row, None), self._store
+        if node is None or store is None or not store.holds(node):
+            return
+        block = self.lm.sparse.block_size
+        behind = len(self._whole[row]) - len(self._prompts[row])
+        first = (behind - self._piece) // block
+        arguments = (
+            self.state,
+            jax.device_put(np.int32(row)),
+            jax.device_put(np.int32(first)),
+        )
+        program = self._program(
+            take_prefix, arguments, donate=(), count=self._piece // block
+        )
+        kept = store.add(node, piece, *program(*arguments))
+        if kept is not None:
+            self._nodes[row] = kept
+
+    def cached_tokens(self, row: int) -> int:
+        """Tokens of a row's prompt that came from the prefix store."""
+        return self._cached.get(row, 0)
 
     def _score_piece(self, row: int, piece: list[int], rest: list[int]) -> None:
         """`prefill_row`, with the log-probabilities of the tokens behind its own."""
@@ -273,7 +361,8 @@ class Session(Batch):
         self._state = program(self.state, at)
         self.ask(row, RowRequest())
         del self._prompts[row]
-        self._prompt_logs.pop(row, None)
+        for kept in (self._prompt_logs, self._whole, self._nodes, self._cached):
+            kept.pop(row, None)
         return output
 
     def warm_up(self) -> int:
@@ -295,7 +384,24 @@ class Session(Batch):
             self.prefill(row)
             self.decode(1)
             self.leave(row)
+        if self._store is not None:
+            self._warm_up_store(self._store)
         return PROGRAMS.compiled - before
+
+    def _warm_up_store(self, store: PrefixStore) -> None:
+        """Puts a piece into the store and takes it out again."""
+        for _ in range(2):
+            row = self.join([0] * (self._piece + 1), max_new_tokens=1)
+            while not self.prefill(row):
+                pass
+            self.leave(row)
+        require(
+            len(store) > 0,
+            "prefix_bytes",
+            store.most_bytes,
+            "0, or enough for a piece of prefill_chunk tokens with its index",
+        )
+        store.clear()
 
     def prompt_logprobs(self, row: int) -> list[TokenLogprobs]:
         """Log-probabilities of a row's prompt but for its first token, as far as run.

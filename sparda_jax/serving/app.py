@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sparda_jax import __version__
 from sparda_jax.checkpoint.errors import CheckpointError
-from sparda_jax.checks import ConfigError, several, text
+from sparda_jax.checks import ConfigError, flag, several, text
 from sparda_jax.checks import integer as integer_check
 from sparda_jax.engine.requests import encode_prompt
 from sparda_jax.engine.session import Session
@@ -226,12 +226,11 @@ class Server:
         deliveries: asyncio.Queue,
         arrived: float,
     ) -> list[Job]:
-        """A job an output; those of one prompt follow the first."""
+        """A job an output."""
         loop = asyncio.get_running_loop()
         timeout = self._settings.request_timeout
         jobs: list[Job] = []
         for prompt in asked.prompts:
-            leader = None
             for config in asked.configs:
                 index = len(jobs)
                 job = Job(
@@ -242,10 +241,8 @@ class Server:
                     logprobs=asked.logprobs is not None,
                     score_prompt=asked.echo and asked.logprobs is not None,
                     deadline=None if timeout is None else arrived + timeout,
-                    leader=leader,
                     times={"arrived": arrived},
                 )
-                leader = leader or job
                 jobs.append(job)
         return jobs
 
@@ -384,10 +381,18 @@ class Server:
 
     def _tokenized(self, body: object) -> dict[str, Any]:
         lm = self._session.lm
-        fields = {"model": text, "prompt": text, "messages": parse_messages}
+        fields = {
+            "model": text,
+            "prompt": text,
+            "messages": parse_messages,
+            "add_special_tokens": flag,
+        }
         values = known_fields(body, fields)
         if "messages" in values and lm.tokenizer is not None:
             ids = lm.tokenizer.encode_chat(values["messages"])
+        elif not values.get("add_special_tokens", True) and lm.tokenizer is not None:
+            # As lm-eval asks: no BOS, and names of special tokens are those tokens.
+            ids = lm.tokenizer.encode(values.get("prompt", ""), special=True)
         else:
             ids = encode_prompt(lm, values.get("prompt", ""), "prompt")
         limit = self._session.max_context

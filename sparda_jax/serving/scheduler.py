@@ -5,8 +5,9 @@ The rules, all of them:
   admission   first come, first served. A job that can be served at all fits any row:
               every row has its whole context on the device and in host memory from the
               start, so a free row is free host blocks as well.
-  prefill     one piece of one prompt a round; of several rows that still read their
-              prompts, each has its turn.
+  prefill     one piece of one prompt a round, or some from the prefix store; of several
+              rows that still read their prompts, each has its turn. Outputs of one
+              prompt, and prompts that begin alike, run each whole piece once.
   decode      `decode_steps` tokens of all other rows in the same round.
   preemption  none: a job that has a row keeps it until it ends.
   the end     when it has its tokens, is cancelled, or its time is up; the row is free
@@ -68,7 +69,6 @@ class Job:
       deliver: Takes what comes, in the engine's thread.
       logprobs, score_prompt: As `Session.join` takes them.
       deadline: `time.monotonic()` after which it is ended.
-      leader: A job with the same prompt, behind whose prefill this one begins.
       times: When it arrived, was submitted, joined, had its first and its last
         token, and ended.
       row: Its row, while it has one.
@@ -87,7 +87,6 @@ class Job:
     logprobs: bool = False
     score_prompt: bool = False
     deadline: float | None = None
-    leader: "Job | None" = None
     times: dict[str, float] = dataclasses.field(default_factory=dict)
     row: int | None = None
     filling: bool = False
@@ -96,12 +95,6 @@ class Job:
     ended: bool = False
     cached: int = 0
     count: int = 0
-
-    @property
-    def ready(self) -> bool:
-        """Whether its leader, if it has one, has read the prompt."""
-        leader = self.leader
-        return leader is None or leader.ended or "first" in leader.times
 
 
 class Scheduler:
@@ -267,10 +260,9 @@ class Scheduler:
         """Gives free rows to those who wait."""
         while self._session.free:
             with self._wake:
-                job = next((job for job in self._waiting if job.ready), None)
-                if job is None:
+                if not self._waiting:
                     return
-                self._waiting.remove(job)
+                job = self._waiting.popleft()
             try:
                 row = self._session.join(
                     job.prompt,
@@ -293,6 +285,7 @@ class Scheduler:
             return False
         row = self._filling.popleft()
         last = self._session.prefill(row)
+        self._running[row].cached = self._session.cached_tokens(row)
         if last:
             self._running[row].filling = False
         else:

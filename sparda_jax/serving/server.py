@@ -106,6 +106,7 @@ class Serving:
             max_new_tokens=min(settings.max_new_tokens, max(context - 1, 1)),
             prefill_chunk=settings.prefill_chunk,
             top_logprobs=settings.top_logprobs,
+            prefix_bytes=settings.prefix_bytes,
         )
         self.settings = settings
         self._metrics = Metrics(settings.model_name, self.session)

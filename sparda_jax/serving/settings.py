@@ -26,6 +26,7 @@ SETTING_CHECKS: Mapping[str, Check[Any]] = {
     "decode_steps": integer(1, 1024),
     "max_waiting": integer(0, 2**20),
     "top_logprobs": integer(0, 100),
+    "prefix_bytes": integer(0, LARGEST_BYTES),
     "request_timeout": optional(number(above=0, most=1e7)),
     "client_timeout": number(above=0, most=1e5),
     "max_body_bytes": integer(1024, LARGEST_BYTES),
@@ -50,6 +51,7 @@ class ServeSettings:
         again: a request that is cancelled frees its row within that many.
       max_waiting: Outputs that may wait for a row; more are refused (503).
       top_logprobs: Most likeliest tokens that a request can ask for.
+      prefix_bytes: Host memory for beginnings of prompts that others share; 0 is none.
       request_timeout: Seconds after which a request is ended; None is never.
       client_timeout: Seconds that a client may take to send its headers or body.
       max_body_bytes: Of a request.
@@ -69,6 +71,7 @@ class ServeSettings:
     decode_steps: int = 1
     max_waiting: int = 1024
     top_logprobs: int = 20
+    prefix_bytes: int = 2**30
     request_timeout: float | None = None
     client_timeout: float = 30.0
     max_body_bytes: int = 32 * 2**20

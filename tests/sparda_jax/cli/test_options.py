@@ -150,6 +150,7 @@ ROWS = {
         "--decode-steps": (*INTEGER, "0"),
         "--max-waiting": INTEGER,
         "--top-logprobs": INTEGER,
+        "--prefix-bytes": INTEGER,
         "--request-timeout": (*NUMBER, "0"),
         "--client-timeout": (*NUMBER, "0"),
         "--max-body-bytes": (*INTEGER, "1023"),

@@ -1,6 +1,8 @@
 """Real clients of OpenAI's API get what `generate` gives."""
 
 import dataclasses
+import json
+import urllib.request
 
 import jax
 import numpy as np
@@ -174,6 +176,8 @@ def test_what_else_clients_ask_for(server):
     assert tokens["count"] == len(tokens["tokens"]) and tokens["max_model_len"] == 640
     _, text = post(server, "/detokenize", {"tokens": [0, *tokens["tokens"]]})
     assert text == {"prompt": "<|endoftext|>ab the"}
+    named = {"prompt": "a<|im_end|>", "add_special_tokens": False}
+    assert post(server, "/tokenize", named)[1]["tokens"][-1] == 2
     _, info = post(server, "/tokenizer_info", None)
     assert info["eos_token"] == "<|im_end|>" and "im_start" in info["chat_template"]
     assert post(server, "/v1/models/tiny-served", None)[1]["max_model_len"] == 640
@@ -190,3 +194,45 @@ def test_the_sdk_understands_refusals(server, client):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="b") as stranger:
         with pytest.raises(openai.AuthenticationError):
             stranger.models.list()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        # vLLM's `bench serve`
+        {"repetition_penalty": 1.0, "logprobs": None, "ignore_eos": True},
+        # guidellm
+        {
+            "stop": None,
+            "ignore_eos": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        },
+        # aiperf
+        {"ignore_eos": True, "min_tokens": 5},
+    ],
+)
+def test_bodies_of_load_generators(server, more):
+    body = {
+        "model": "tiny-served",
+        "prompt": "ab the in",
+        "max_tokens": 5,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **more,
+    }
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Authorization": f"Bearer {KEY}", "x-request-id": "bench-1"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert answer.headers["x-request-id"] == "bench-1"
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        events = answer.read().decode().split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    *chunks, last = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 5
+    told = [chunk for chunk in chunks if chunk["choices"][0]["finish_reason"] is None]
+    assert len(told) >= 5  # text may come behind its last token
+    if "continuous_usage_stats" in body["stream_options"]:
+        assert chunks[0]["usage"]["completion_tokens"] == 1

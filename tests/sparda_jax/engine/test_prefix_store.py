@@ -1,0 +1,114 @@
+"""Beginnings of prompts that rows share: nothing of an answer changes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import sparda_jax as sj
+from sparda_jax.checks import ConfigError
+from sparda_jax.engine.compile_cache import PROGRAMS
+from sparda_jax.engine.prefix_store import PrefixStore
+from sparda_jax.engine.session import Session
+
+OFFLOAD = sj.CacheConfig(kind="offload", route="dynamic_slice", device_blocks=8)
+
+
+def test_a_tree_of_pieces():
+    store = PrefixStore(piece=2, most_bytes=100)
+    blocks, index = np.zeros(40, np.int8), np.zeros(8, np.int8)
+    first = store.add(store.root, [1, 2], blocks, index)
+    assert first is not None and store.nbytes == 48
+    second = store.add(first, [3, 4], blocks, index)
+    assert store.follow(store.root, [1, 2, 3, 4, 5], 9) == [first, second]
+    # A token is left over, and no more pieces than asked for.
+    assert store.follow(store.root, [1, 2, 3, 4], 9) == [first]
+    assert store.follow(store.root, [1, 2, 3, 4, 5], 1) == [first]
+    assert store.follow(store.root, [2, 1, 3], 9) == []
+    assert store.add(store.root, [1, 2], blocks, index) is first
+    # The end that was used longest ago goes; a beginning stays while something follows.
+    other = store.add(store.root, [7, 7], blocks, index)
+    assert other is not None and len(store) == 2 and not store.holds(second)
+    third = store.add(other, [8, 8], blocks, index)
+    assert third is not None and not store.holds(first) and store.holds(other)
+    assert store.add(third, [9, 9], np.zeros(90, np.int8), index) is None
+    store.clear()
+    assert len(store) == store.nbytes == 0 and not store.holds(other)
+
+
+def _answers(session: Session, prompts, options) -> tuple[list, list[int]]:
+    """Tokens with their logs, and cached tokens, of prompts one after the other."""
+    answers, cached = [], []
+    for number, prompt in enumerate(prompts):
+        row = session.join(prompt, logprobs=True, seed=number, **options)
+        while not session.prefill(row):
+            pass
+        while row in session.running:
+            session.decode(3)
+        events = list(session.take_events())
+        answers.append([(e.token, e.logs.logprob) for e in events if e.token >= 0])
+        cached.append(session.cached_tokens(row))
+        session.leave(row)
+    return answers, cached
+
+
+def _check(lm, token_ids, cache, prompts, expected_cached):
+    placed = dataclasses.replace(lm, cache=cache)
+    sizes = {"rows": 2, "max_context": 640, "max_new_tokens": 64, "prefill_chunk": 128}
+    options = {"max_new_tokens": 12, "temperature": 0.8, "ignore_eos": True}
+    plain = Session.open(placed, top_logprobs=1, **sizes)
+    plain.warm_up()
+    expected, none = _answers(plain, prompts, options)
+    assert set(none) == {0}
+    session = Session.open(placed, top_logprobs=1, prefix_bytes=2**28, **sizes)
+    session.warm_up()
+    before = PROGRAMS.compiled
+    found, cached = _answers(session, prompts, options)
+    assert found == expected  # log-probabilities bit for bit
+    assert cached == expected_cached
+    assert PROGRAMS.compiled == before
+
+
+def _prompts(token_ids) -> tuple[list[list[int]], list[int]]:
+    """Prompts that begin alike, and how much of each has been run before."""
+    long = token_ids(400)
+    return [
+        long,
+        long,
+        [*long[:300], *token_ids(90, seed=1)],
+        [*long[:384], 5],
+        token_ids(130, seed=2),
+        long[:128],
+    ], [0, 384, 256, 384, 0, 0]
+
+
+def test_hits_change_no_answer(lm, token_ids):
+    """With the index of a forecast and blocks of 8 bits in host memory."""
+    int8 = dataclasses.replace(OFFLOAD, codec="int8")
+    _check(lm, token_ids, int8, *_prompts(token_ids))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", sj.selector_names())
+def test_hits_change_no_answer_of_any_selector(lm, token_ids, attention):
+    placed = sj.with_attention(lm, attention)
+    prompts, cached = _prompts(token_ids)
+    for cache in (sj.CacheConfig(), OFFLOAD):
+        _check(placed, token_ids, cache, prompts, cached)
+
+
+def test_rows_that_read_at_once_share_their_pieces(lm, token_ids):
+    """Each piece is run by one of them; what does not fit is refused."""
+    placed = dataclasses.replace(lm, cache=OFFLOAD)
+    sizes = {"rows": 2, "max_context": 640, "max_new_tokens": 64, "prefill_chunk": 128}
+    session = Session.open(placed, prefix_bytes=2**28, top_logprobs=1, **sizes)
+    rows = [session.join(token_ids(400), max_new_tokens=2) for _ in range(2)]
+    left = set(rows)
+    while left:
+        left -= {row for row in sorted(left) if session.prefill(row)}
+    assert sum(session.cached_tokens(row) for row in rows) == 384
+    with pytest.raises(ConfigError, match="prefill_chunk=100"):
+        Session.open(placed, prefix_bytes=1, **{**sizes, "prefill_chunk": 100})
+    small = Session.open(placed, prefix_bytes=1, top_logprobs=1, **sizes)
+    with pytest.raises(ConfigError, match="prefix_bytes=1"):
+        small.warm_up()
