@@ -1,0 +1,298 @@
+"""What 8-bit host blocks cost in exactness, on a real model and a real text.
+
+    python -m benchmarks.codec_error --model smollm2-135m --context 4096
+    python -m benchmarks.codec_error --model qwen.gguf --context 30720 --passkeys 20
+
+The text is prefilled with `codec="exact"` and with `codec="int8"`, its last tokens are
+decoded one by one as they stand in it, and passkeys are asked for. Printed are the
+error of stored K and V by layer (root mean square over that of the values), the
+perplexity of the decoded tokens, how often both caches have the same likeliest token,
+the divergence of their distributions, the share of the scored blocks that both choose,
+and passkeys found. Layer 0 is offloaded as well, so that it is counted.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from benchmarks.trace import read_document
+from sparda_jax.checkpoint.atomic import write_json
+from sparda_jax.checks import ConfigError, integer
+from sparda_jax.cli.ending import run_command
+from sparda_jax.config import CacheConfig
+
+if TYPE_CHECKING:
+    import sparda_jax as sj
+    from sparda_jax.cache.host_store import HostStore
+
+EXACT = CacheConfig(kind="offload", layer0="offload")
+INT8 = dataclasses.replace(EXACT, codec="int8")
+
+
+class Run(NamedTuple):
+    """What a text gave with one codec.
+
+    Attributes:
+      store: The host blocks behind prefill.
+      logs: Log-probabilities before each decoded token.
+      lists: Block lists of each decoded token, −1 padded.
+    """
+
+    store: "HostStore"
+    logs: Float[np.ndarray, "T V"]
+    lists: Int[np.ndarray, "T L K P"]
+
+
+def run_text(
+    lm: "sj.LanguageModel", ids: list[int], decode: int, cache: CacheConfig
+) -> Run:
+    """Prefills a text but for its last tokens, and decodes those as they stand.
+
+    Args:
+      lm: A loaded model.
+      ids: The text.
+      decode: Tokens that are decoded.
+      cache: An offloaded one.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from sparda_jax.inference.decode import decode_step
+    from sparda_jax.inference.generate import new_state, pad_rows
+    from sparda_jax.inference.prefill import prefill
+    from sparda_jax.inference.shapes import plan_shapes
+    from sparda_jax.models.decoder import logits
+    from sparda_jax.models.rope import model_rope
+    from sparda_jax.planning.auto import offload_settings
+
+    offload = offload_settings(cache, lm.selector)
+    settings = dataclasses.replace(lm.settings, offload=offload)
+    prompt = len(ids) - decode
+    shapes = plan_shapes(
+        prompt,
+        farthest_start=0,
+        longest=prompt,
+        max_new=decode,
+        tile_size=lm.tile_size,
+        block_size=lm.sparse.block_size,
+    )
+    rope = model_rope(lm.config, len(ids))
+    state = new_state(lm.model, settings, 1, shapes, cache)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def of_prompt(model, kept, tokens, count):
+        start = jnp.zeros_like(count)
+        how = (rope, settings)
+        done = prefill(model, kept, tokens, start, count, *how, tile_size=shapes.tile)
+        return done.cache
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def of_steps(model, kept, tokens):
+        def step(kept, at):
+            token, position = at
+            active = jnp.ones((1,), bool)
+            done = decode_step(
+                *(model, kept, token[None], position[None], active),
+                *(rope, settings),
+                capture=True,
+            )
+            assert done.blocks is not None
+            scores = logits(model, done.hidden[:, 0])[0].astype(jnp.float32)
+            return done.cache, (jax.nn.log_softmax(scores), done.blocks[:, 0, :, 0])
+
+        return jax.lax.scan(step, kept, (tokens, prompt + jnp.arange(decode)))
+
+    padded = pad_rows([ids[:prompt]], shapes.prompt)
+    kept = of_prompt(lm.model, state.cache, padded.tokens, padded.count)
+    store = kept.store.with_numpy(kept.store.to_numpy())
+    _, (logs, lists) = of_steps(lm.model, kept, jnp.asarray(ids[prompt:], jnp.int32))
+    return Run(store, np.asarray(logs), np.asarray(lists))
+
+
+def error_by_layer(
+    exact: "HostStore", rounded: "HostStore", blocks: int
+) -> Float[np.ndarray, "L two"]:
+    """Root mean square error of K and V over their root mean square, by layer.
+
+    Args:
+      exact: Blocks as they are.
+      rounded: The same, rounded once.
+      blocks: How many of them are full.
+    """
+    import jax.numpy as jnp
+
+    found = []
+    for layer in range(exact.lead[0]):
+        before, after = (
+            np.asarray(store.read(layer, 0, blocks).astype(jnp.float32), np.float64)
+            for store in (exact, rounded)
+        )
+        axes = (0, 1, 2, 3, 4, 6)
+        found.append(np.sqrt(((after - before) ** 2).sum(axes) / (before**2).sum(axes)))
+    return np.stack(found)
+
+
+def passkeys(lm: "sj.LanguageModel", context: int, count: int) -> dict[str, int]:
+    """Passkeys found with either codec, and how often both said the same."""
+    import sparda_jax as sj
+    from sparda_jax.evaluation.passkey import passkey_task
+
+    assert lm.tokenizer is not None
+    found = {"exact": 0, "int8": 0, "same_tokens": 0, "asked": count}
+    for number in range(count):
+        depth = number / max(1, count - 1)
+        task = passkey_task(lm.tokenizer, tokens=context, depth=depth, seed=number)
+        said = []
+        for cache in (EXACT, INT8):
+            how = dataclasses.replace(lm, cache=cache)
+            out = sj.generate(how, [list(task.ids)], max_new_tokens=12)
+            said.append(out.tokens[0])
+            found[cache.codec] += task.solved_by(out.texts[0])
+        found["same_tokens"] += said[0] == said[1]
+    return found
+
+
+def compare(
+    exact: Run, rounded: Run, ids: list[int], lm: "sj.LanguageModel"
+) -> dict[str, Any]:
+    """What the two runs differ by."""
+    sparse = lm.sparse
+    steps = exact.logs.shape[0]
+    errors = error_by_layer(
+        exact.store, rounded.store, (len(ids) - steps) // sparse.block_size
+    )
+    # A token's scores are for the next one, which the text names.
+    asked = np.asarray(ids[-steps + 1 :])
+    at = np.arange(steps - 1)
+    first, second = (run.logs.astype(np.float64) for run in (exact, rounded))
+    divergence = (np.exp(first) * (first - second)).sum(-1)
+    own = (len(ids) - steps + np.arange(steps)) // sparse.block_size
+    scored = (exact.lists >= sparse.init_blocks) & (
+        exact.lists < own[:, None, None, None] - sparse.local_blocks
+    )
+    both = (exact.lists[..., :, None] == rounded.lists[..., None, :]).any(-1)
+    return {
+        "k_error": errors[:, 0].tolist(),
+        "v_error": errors[:, 1].tolist(),
+        "perplexity": {
+            "exact": float(np.exp(-first[at, asked].mean())),
+            "int8": float(np.exp(-second[at, asked].mean())),
+        },
+        "same_likeliest": float((first.argmax(-1) == second.argmax(-1)).mean()),
+        "divergence": {
+            "mean": float(divergence.mean()),
+            "most": float(divergence.max()),
+        },
+        "same_blocks": float((both & scored).sum() / max(1, scored.sum())),
+        "tokens": steps,
+    }
+
+
+def report(figures: dict[str, Any]) -> str:
+    """The figures as a page of Markdown."""
+    k, v = (np.asarray(figures[name]) for name in ("k_error", "v_error"))
+    exact, rounded = (figures["perplexity"][name] for name in ("exact", "int8"))
+    keys = figures["passkeys"]
+    rows = [
+        ("K, error by layer: least, mean, most", _spread(k)),
+        ("V, error by layer: least, mean, most", _spread(v)),
+        ("perplexity, exact / int8", f"{exact:.4f} / {rounded:.4f}"),
+        ("same likeliest token", f"{figures['same_likeliest']:.2%}"),
+        (
+            "divergence, mean / most",
+            f"{figures['divergence']['mean']:.1e} / {figures['divergence']['most']:.1e}"
+            " nats",
+        ),
+        ("scored blocks that both choose", f"{figures['same_blocks']:.2%}"),
+        (
+            "passkeys, exact / int8, same answer",
+            f"{keys['exact']} / {keys['int8']}, {keys['same_tokens']} of "
+            f"{keys['asked']}",
+        ),
+    ]
+    head = (
+        f"{figures['model']}, {figures['text']}, {figures['context']:,} tokens, the "
+        f"last {figures['tokens']} decoded, {figures['attention']}, "
+        f"{figures['dtype']}, {figures['device']}, JAX {figures['jax']}"
+    )
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    by_layer = "\n".join(
+        f"| {layer} | {a:.3%} | {b:.3%} |"
+        for layer, (a, b) in enumerate(zip(k, v, strict=True))
+    )
+    return (
+        f"{head}\n\n| | |\n|---|---|\n{table}\n\n| layer | K | V |\n|---|---|---|\n"
+        f"{by_layer}"
+    )
+
+
+def _spread(errors: Float[np.ndarray, " L"]) -> str:
+    return f"{errors.min():.3%}, {errors.mean():.3%}, {errors.max():.3%}"
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    import jax
+
+    import sparda_jax as sj
+
+    for name in ("context", "passkeys"):
+        integer(0)(f"--{name}", getattr(arguments, name))
+    integer(2)("--decode", arguments.decode)
+    lm = sj.load(arguments.model, attention=arguments.attention)
+    if lm.tokenizer is None:
+        raise ConfigError(f"--model={arguments.model!r}: {lm.no_tokenizer}")
+    document = read_document(arguments.text)[: 8 * arguments.context]
+    ids = list(lm.tokenizer.encode(document))[: arguments.context]
+    least = lm.sparse.largest_budget * lm.sparse.block_size + arguments.decode
+    if len(ids) < arguments.context or len(ids) <= least:
+        raise ConfigError(
+            f"--context={arguments.context} is not allowed: --text={arguments.text} "
+            f"gives {len(ids)} tokens, and more than {least} are needed"
+        )
+    exact, rounded = (
+        run_text(lm, ids, arguments.decode, cache) for cache in (EXACT, INT8)
+    )
+    figures = {
+        "model": lm.config.name,
+        "text": pathlib.Path(arguments.text).name,
+        "context": len(ids),
+        "attention": lm.selector.name,
+        "dtype": str(lm.model.embedding[...].dtype),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        **compare(exact, rounded, ids, lm),
+        "passkeys": passkeys(lm, arguments.context, arguments.passkeys),
+    }
+    if arguments.json is not None:
+        write_json(arguments.json, figures)
+    print(report(figures))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--attention", default="sparda")
+    parser.add_argument("--text", default="code", help="prose, code or a text file")
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--decode", type=int, default=256)
+    parser.add_argument("--passkeys", type=int, default=10)
+    parser.add_argument("--json", type=pathlib.Path, help="also write figures here")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compares the codecs."""
+    arguments = _parser().parse_args(argv)
+    return run_command(lambda: _run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
