@@ -210,7 +210,7 @@ _SMALL = {
 }
 # What is tested by itself, fetches, or is no more than a name; the commands of the
 # results took hours.
-_NOT_HERE = ("bench", "completion", "demo", "fetch", "train", "tune")
+_NOT_HERE = ("adapt", "bench", "completion", "demo", "fetch", "serve", "train", "tune")
 _SHOWN = (
     "README.md",
     *(f"docs/{n}.md" for n in ("index", "adapt", "budget", "offload")),
