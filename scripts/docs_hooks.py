@@ -123,9 +123,13 @@ def option_tables() -> str:
     """A table a command, from its parser."""
     from benchmarks import bench
     from sparda_jax.cli.main import build_parser
-    from train import options
+    from train import adapt_command, options
 
-    above = {"bench": bench.build_parser, "train": options.build_parser}
+    above = {
+        "adapt": adapt_command.build_parser,
+        "bench": bench.build_parser,
+        "train": options.build_parser,
+    }
     parts = []
     for action in build_parser()._actions:
         if not isinstance(action, argparse._SubParsersAction):

@@ -28,7 +28,8 @@ takes the heads with their windows and budget.
 """
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The command's parser."""
     parser = Parser(
         prog="sparda adapt",
         description="Makes Forecast heads for a model.",
@@ -93,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of `sparda adapt`."""
     return run_command(
-        lambda: _run(_parser().parse_args(arguments)),
+        lambda: _run(build_parser().parse_args(arguments)),
         interrupted=": the same command continues",
     )
 
