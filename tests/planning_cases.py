@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sparda_jax.cache.settings import LayerSettings
-from sparda_jax.config import CacheConfig
+from sparda_jax.config import CacheConfig, HostCodec
 from sparda_jax.inference.generate import (
     Prompt,
     Request,
@@ -41,6 +41,7 @@ class Case:
     slots: int | str | None = None
     layer0: str = "resident"
     prefetch: str | None = None
+    codec: HostCodec = "exact"
     tile: int = 256
     max_new: int = 100
     dtype: str = "float32"
@@ -52,6 +53,7 @@ class Case:
             device_blocks=self.slots,
             layer0=self.layer0,
             prefetch=self.prefetch,
+            codec=self.codec,
         )
 
     @property

@@ -47,7 +47,19 @@ COMPILED = [
             Case(kind="offload", prefetch="none"),
             Case(kind="offload", prompt=10),
             Case(kind="offload", slots=10_000),
+            Case(kind="offload", slots=14, codec="int8"),
         )
+    ),
+    pytest.param(
+        Case(kind="offload", slots=10_000, codec="int8", storage="per_layer"),
+        marks=[
+            pytest.mark.slow,
+            pytest.mark.xfail(
+                strict=True,
+                reason="a decode step holds one layer's slots once more than planned: "
+                "blocks that fill up are rounded in their slots",
+            ),
+        ],
     ),
 ]
 
@@ -115,6 +127,26 @@ def test_8b_figures_equal_the_compiled_analysis(kind, prompt):
     assert found.decode_peak + found.host == pytest.approx(_peak(decode), rel=0.02)
     scratch = found.prefill_peak - found.persistent
     assert scratch == pytest.approx(prefill.temp_size_in_bytes, rel=0.15)
+
+
+@pytest.mark.slow
+def test_8b_with_many_rows_fits_80_gb():
+    """64 rows of 128k, 8 bits a number in host memory, three lists' worth of slots."""
+    many = dataclasses.replace(
+        _8b("offload", 130816, "bfloat16"),
+        batch=64,
+        chunk=8192,
+        codec="int8",
+        slots=288,
+        storage="per_layer",
+    )
+    assert many.plan().device < 80e9
+    assert many.plan().host < 150 * 2**30
+    wide = dataclasses.replace(many, dtype="float32", storage="stacked")
+    found = wide.plan()
+    prefill, decode = wide.compiled()
+    assert found.prefill_peak + found.host == pytest.approx(_peak(prefill), rel=0.05)
+    assert found.decode_peak + found.host == pytest.approx(_peak(decode), rel=0.05)
 
 
 @pytest.mark.parametrize(
