@@ -369,9 +369,10 @@ class CacheConfig:
     Attributes:
       kind: `resident`: all KV on the device. `offload`: all KV in host memory, the
         blocks in use in device slots. `auto`: resident if it fits, else offload.
-      device_blocks: C, slots per layer, row and kv head (`offload`); None is the
-        length of a block list, more are a larger cache with least-recently-used reuse.
-        `auto`: as many as the device has room for beside all else, up to all blocks.
+      device_blocks: C, slots per layer, row and kv head (`offload`); more than a block
+        list is long are a larger cache with least-recently-used reuse. `auto`: as many
+        as the device has room for beside all else, up to all blocks. None is `auto`
+        with kind='auto', and with kind='offload' the length of a block list.
       prefetch: `lookahead`: layer l's Forecast starts the fetch for layer l + 1, while
         layer l computes. `none`: a layer selects and fetches for itself, and waits.
         `auto`: decided by measurement (`planning.auto`). None is `lookahead` where

@@ -113,6 +113,9 @@ def place(
     if cache.kind == "offload" and cache.device_blocks == "auto":
         cache, reason = _decide_slots(lm, cache, settings, rows, close, state)
         notes.append(reason)
+    elif cache.kind == "offload" and cache.device_blocks is None and state is not None:
+        # The conversation may have begun with more, by kind='auto'.
+        cache, _ = _decide_slots(lm, cache, settings, rows, close, state)
     return Placement(*shared, cache, settings, tuple(notes))
 
 
@@ -192,15 +195,18 @@ def _decide_kind(
     cache = lm.cache
     if cache.kind != "auto":
         return cache, None
+    slots = "auto" if cache.device_blocks is None else cache.device_blocks
+    offload = dataclasses.replace(cache, kind="offload", device_blocks=slots)
     if state is not None:
-        kind = "offload" if isinstance(state.cache, OffloadCache) else "resident"
-        decided = dataclasses.replace(cache, kind=kind)
-        return decided, f"{kind}: as the conversation began"
+        if isinstance(state.cache, OffloadCache):
+            return offload, "offload: as the conversation began"
+        decided = dataclasses.replace(cache, kind="resident")
+        return decided, "resident: as the conversation began"
     resident = dataclasses.replace(cache, kind="resident")
     reason = why_not(lm.settings, resident, rows, shapes, **_weights(lm))
     if reason is None:
         return resident, "resident: it fits, and needs no transfers"
-    return dataclasses.replace(cache, kind="offload"), f"offload: {reason}"
+    return offload, f"offload: {reason}"
 
 
 def _decide_slots(

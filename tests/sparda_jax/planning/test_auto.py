@@ -82,7 +82,18 @@ def test_resident_where_it_fits_and_offload_where_not(lm, token_ids):
     moved = sj.generate(chosen, prompt, **settings)
     assert moved.tokens == fits.tokens
     assert moved.stats.policy.startswith("offload: ")
+    assert "fit the device" in moved.stats.policy
     assert moved.stats.offload is not None
+    slots = moved.conversation.state.cache.num_slots
+    assert slots > lm.sparse.largest_budget
+    # Whoever goes on finds as many, however it asks.
+    for kind in ("auto", "offload"):
+        cache = dataclasses.replace(small, kind=kind)
+        chosen = sj.with_attention(lm, "sparda", cache=cache)
+        more = sj.generate(
+            chosen, [[5]], conversation=moved.conversation.fork(), **settings
+        )
+        assert more.conversation.state.cache.num_slots == slots
 
 
 def _limit_between(lm, prompt) -> int:
