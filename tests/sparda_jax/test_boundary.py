@@ -21,7 +21,7 @@ from evaluation_cases import character_tokenizer
 import sparda_jax as sj
 from sparda_jax.checkpoint.errors import CheckpointError
 from sparda_jax.checks import shown
-from sparda_jax.engine import session
+from sparda_jax.engine import batch
 from sparda_jax.engine.generate_config import GenerateOptions
 from sparda_jax.inference.sampling import SamplingConfig
 from sparda_jax.planning import measure
@@ -349,7 +349,7 @@ def no_work(monkeypatch):
         raise AssertionError("a bad value must be refused before this")
 
     monkeypatch.setattr(sj.loading, "build_decoder", never)
-    monkeypatch.setattr(session, "new_state", never)
+    monkeypatch.setattr(batch, "new_state", never)
     monkeypatch.setattr(measure, "_pinned_store", never)
 
 

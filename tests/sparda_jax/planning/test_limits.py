@@ -12,7 +12,7 @@ from planning_cases import Case
 
 import sparda_jax as sj
 from sparda_jax.config import CacheConfig, ConfigError
-from sparda_jax.engine import call, session
+from sparda_jax.engine import batch, call
 from sparda_jax.machine import Limit
 from sparda_jax.planning import limits
 from sparda_jax.planning.limits import (
@@ -45,7 +45,7 @@ def no_allocation(monkeypatch):
     def never(*arguments, **named):
         raise AssertionError("a refused request must not allocate")
 
-    monkeypatch.setattr(session, "new_state", never)
+    monkeypatch.setattr(batch, "new_state", never)
     monkeypatch.setattr(call, "next_turn", never)
 
 
