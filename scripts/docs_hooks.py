@@ -2,9 +2,9 @@
 
 `<!-- options -->` in a page becomes the option tables of all commands,
 `<!-- errors -->` the errors that the code raises, `<!-- file: NAME -->` the contents
-of a file, `<!-- notebook: NAME -->` a notebook with what its cells gave: on a GPU where
-`notebooks/outputs` has it, else here where `make notebooks` has left it in
-build/notebooks. A cell that has changed since shows nothing.
+of a file, `<!-- notebook: NAME -->` a notebook with what its cells gave: as
+`notebooks/outputs` has it, else where `make notebooks` has left it in build/notebooks.
+A cell that has changed since shows nothing.
 
 With a `repo_url` of GitHub in mkdocs.yml a notebook's page has a badge that opens it in
 Colab; without one it says how to upload it.

@@ -36,6 +36,16 @@ def test_a_notebook_installs_says_the_machine_and_keeps_no_outputs(path):
     assert re.search(r"[Ss]kipped|decides nothing", words)
 
 
+@pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
+def test_kept_outputs_say_when_and_of_which_cells(path):
+    run = json.loads((path.parent / "outputs" / f"{path.stem}.json").read_text("utf-8"))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", run["date"])
+    assert re.fullmatch(r"[0-9a-f]{7,40}", run["commit"])
+    # A cell that has changed shows nothing: the first one, with the device, must.
+    assert run["cells"][0]["source"] == _source(_cells(path, "code")[0])
+    assert "JAX" in run["cells"][0]["outputs"][0]["text"]
+
+
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
     """`told(name)` is what a notebook printed, and how many pictures it drew."""
