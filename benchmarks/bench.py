@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import datetime
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ examples:
       dense, own query and forecast, resident and offloaded
   sparda bench --random minicpm4.1-8b --context 131072 --batch best --hbm 80
       best against best: each way with as many rows as fit
+  sparda bench serve --model smollm2-135m --concurrency 4
+      requests against a server: sparda bench serve --help
   sparda bench --json a.json; sparda bench --compare a.json b.json
       two runs, cell by cell
 """
@@ -156,6 +159,11 @@ def _several(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; also behind `sparda bench`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["serve"]:
+        from benchmarks.load import main as serve
+
+        return run_command(lambda: serve(argv[1:]), prefix="sparda: ")
     return run_command(lambda: _bench(argv), prefix="sparda: ")
 
 
@@ -195,7 +203,7 @@ def _check_plot(file: str) -> None:
         raise ConfigError("--plot needs matplotlib: pip install 'sparda-jax[eval]'")
 
 
-def _language_model(arguments: argparse.Namespace):
+def language_model(arguments: argparse.Namespace):
     """The model, with Forecast heads."""
     import sparda_jax as sj
     from sparda_jax.engine.model import LanguageModel
@@ -250,7 +258,7 @@ def _run(
     from benchmarks.figures import Figures, plot, table
     from sparda_jax.checkpoint.atomic import write_json
 
-    lm = _language_model(arguments)
+    lm = language_model(arguments)
     note("bench: measuring this machine's rates (seconds)")
     dtype = str(lm.model.embedding[...].dtype)
     rates = sj.measure_rates(

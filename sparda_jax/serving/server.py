@@ -6,6 +6,7 @@ import sys
 from typing import Any, cast
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sparda_jax.engine.model import LanguageModel
@@ -122,6 +123,11 @@ class Serving:
         self.session.warm_up()
         return self.session.programs
 
+    def app(self) -> ASGIApp:
+        """The ASGI application, for other servers; `scheduler.start` comes first."""
+        endpoints = Server(self.session, self.scheduler, self._metrics, self.settings)
+        return endpoints.app()
+
     def uvicorn(self, host: str, port: int) -> uvicorn.Server:
         """The HTTP server, which is not running yet; `scheduler.start` comes first.
 
@@ -129,13 +135,12 @@ class Serving:
           host, port: Where to listen; port 0 takes a free one.
         """
         settings = self.settings
-        app = Server(self.session, self.scheduler, self._metrics, settings).app()
         limits = {
             "client_timeout": settings.client_timeout,
             "max_connections": settings.max_connections,
         }
         config = uvicorn.Config(
-            cast(Any, app),
+            cast(Any, self.app()),
             host=host,
             port=port,
             http=cast(Any, type("Impatient", (_Impatient,), limits)),
