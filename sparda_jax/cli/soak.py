@@ -22,13 +22,15 @@ from sparda_jax.evaluation.soak import SoakReport, sizes_of, soak
 from sparda_jax.machine import size_text
 from sparda_jax.models.decoder import Storage
 
-_NEW = 24
 _EXAMPLES = """\
 examples:
   sparda soak --minutes 10
       the default model, with its KV in host memory
   sparda soak --model tiny --forecast from_query --attention sparda --minutes 1
       a tiny random model, where no file is needed
+  sparda soak --model tiny --forecast from_query --attention sparda --new 400 \\
+      --tokens 100000 --minutes 60
+      a hundred thousand tokens decoded, most of them in long outputs
   sparda soak --minutes 10 --seed 3 --only 41
       one request of that run again, checked
 
@@ -61,6 +63,17 @@ def add_soak_parser(commands: Any) -> None:
     )
     add_option(
         parser, "--requests", integer(1), metavar="N", help="most requests as well"
+    )
+    add_option(
+        parser, "--tokens", integer(1), metavar="N", help="most output tokens as well"
+    )
+    add_option(
+        parser,
+        "--new",
+        integer(4),
+        metavar="N",
+        default=24,
+        help="output tokens of a row and turn",
     )
     add_option(
         parser,
@@ -111,7 +124,7 @@ def add_soak_parser(commands: Any) -> None:
 
 def _soak(arguments: argparse.Namespace) -> None:
     lm = load_model(arguments, arguments.attention, arguments.storage)
-    most = lm.config.max_context - 2 * _NEW - 64
+    most = lm.config.max_context - 2 * arguments.new - 64
     if arguments.context > most:
         raise ConfigError(
             f"--context={arguments.context} is not allowed: it must be at most {most} "
@@ -133,10 +146,11 @@ def _soak(arguments: argparse.Namespace) -> None:
         report = soak(
             dataclasses.replace(lm, cache=cache),
             dataclasses.replace(lm, cache=CacheConfig()),
-            sizes_of(lm, arguments.context, _NEW),
+            sizes_of(lm, arguments.context, arguments.new),
             seed=arguments.seed,
             seconds=float(arguments.minutes * 60),
             requests=arguments.requests,
+            tokens=arguments.tokens,
             only=arguments.only,
             check_every=arguments.check_every,
             on_request=lambda report: line.show(_live(report)) if line.due() else None,

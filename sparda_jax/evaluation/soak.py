@@ -195,6 +195,7 @@ def soak(
     seed: int,
     seconds: float,
     requests: int | None = None,
+    tokens: int | None = None,
     only: int | None = None,
     check_every: int = 5,
     run: Callable[[LanguageModel, SoakRequest], Tokens] = run_request,
@@ -208,6 +209,7 @@ def soak(
       seed: Of all requests.
       seconds: How long to go on after the warm-up.
       requests: Most requests after the warm-up; None for any number.
+      tokens: Output tokens after the warm-up that are enough; None for any number.
       only: Run the request of this number alone, checked, without a warm-up.
       check_every: Compare every n-th with the resident cache.
       run: Runs one request.
@@ -220,9 +222,9 @@ def soak(
     vocab = offload.config.vocab_size
     if only is not None:
         request = draw(only, seed, sizes, vocab)
-        tokens = run(offload, request)
-        _take(report, request, tokens)
-        _compare(report, request, tokens, run(resident, request))
+        output = run(offload, request)
+        _take(report, request, output)
+        _compare(report, request, output, run(resident, request))
         return report
     for request in _warm_up(seed, sizes, vocab):
         for lm in (offload, resident):
@@ -234,11 +236,13 @@ def soak(
     for number in itertools.count():
         if time.monotonic() - begun >= seconds or number == requests:
             break
+        if tokens is not None and report.tokens >= tokens:
+            break
         request = draw(number, seed, sizes, vocab)
-        tokens = run(offload, request)
-        _take(report, request, tokens)
+        output = run(offload, request)
+        _take(report, request, output)
         if number % check_every == 0:
-            _compare(report, request, tokens, run(resident, request))
+            _compare(report, request, output, run(resident, request))
         if number == _LEAST_FOR_RSS // 2:
             rss = _rss()  # The allocators have settled.
         highest = _rss()

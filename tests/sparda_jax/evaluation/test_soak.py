@@ -57,6 +57,13 @@ def test_what_holds_is_reported(lms, sizes):
     assert report.live_bytes[0] == report.live_bytes[1] > 0
 
 
+def test_enough_tokens_end_the_run(lms, sizes):
+    whole = _soak(lms, sizes, _answer, requests=20)
+    enough = _soak(lms, sizes, _answer, requests=20, tokens=whole.tokens // 2)
+    assert 0 < enough.requests < whole.requests
+    assert whole.tokens // 2 <= enough.tokens < whole.tokens
+
+
 def test_a_difference_ends_the_run_and_comes_back_alone(lms, sizes):
     def wrong(lm, request):
         tokens = _answer(lm, request)
