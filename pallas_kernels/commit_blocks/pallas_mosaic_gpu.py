@@ -4,8 +4,12 @@ Algorithm: that of ``pallas_triton.py``. The slots are a mutable operand; persis
 thread blocks walk over (entry, part of a block) pairs and copy the parts of entries
 that are not skipped through registers.
 
-Limits: blocks of a multiple of 1,024 bytes; compute capability 9.0 and newer. Not
-measured yet, and in no record: only a call that names it takes it.
+Measured on one H200 (jax 0.11.2, 3,072 entries of 32 KiB): 13.5 us with 10 % of them
+committed and 60.9 us with all, Triton 13.9 and 60.6.
+
+Limits: blocks of a multiple of 1,024 bytes; compute capability 9.0 and newer. Inside
+``compute_on`` it cannot run (no state discharge rule): the writes of a prefill to host
+memory are Triton's.
 """
 
 from __future__ import annotations

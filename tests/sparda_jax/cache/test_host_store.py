@@ -93,14 +93,14 @@ class Writing(FetchRoute):
 ROWS = [(0, [0, 3, 69], [70, 3, 70]), (1, [5, 0], [17, 66]), (2, [2], [40])]
 
 
-def _written(store, blocks, first, end, row, route):
+def _written(store, blocks, first, end, row, route, layer):
     rows = slice(row, row + len(first))
     kv = blocks[:1, rows] + 1
     store = store.put_new(
         kv,
         jnp.asarray(first),
         jnp.asarray(end),
-        layer=jnp.int32(1),
+        layer=layer,
         row=jnp.int32(row),
         route=route,
     )
@@ -119,7 +119,8 @@ def _check_written(store, kv, before, first, end, row):
 def test_new_blocks_of_rows_and_no_others(row, first, end, route, blocks):
     store = HostStore.empty(LEAD, BLOCK, jnp.float32, BlockCodec()).write(blocks)
     before = store.to_numpy()
-    store, kv = _written(store, blocks, first, end, row, route)
+    layer = jnp.int32(1) if route is None else 1
+    store, kv = _written(store, blocks, first, end, row, route, layer)
     _check_written(store, kv, before, first, end, row)
 
 
@@ -128,7 +129,8 @@ def test_new_blocks_of_rows_and_no_others(row, first, end, route, blocks):
 def test_native_new_blocks_by_a_kernel(layers):
     """In place, in a loop; 40 layers have more than 2**31 numbers."""
     lead, shape = (layers, 1, 2, 1700), (64, 2, 128)
-    route = dataclasses.replace(named_route("mosaic"), writes=True)
+    route = named_route("mosaic")
+    assert route.writes
     store = HostStore.empty(lead, shape, jnp.bfloat16, BlockCodec())
     kv = jax.random.normal(jax.random.key(0), (1, *lead[1:], *shape), jnp.bfloat16)
 
