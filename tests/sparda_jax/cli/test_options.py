@@ -134,6 +134,7 @@ ROWS = {
         "--out": PATH,
     },
     "train": {},
+    "adapt": {},  # tests/train/test_adapt.py
     "serve": {
         **_MODEL,
         **_SLOTS,
