@@ -74,6 +74,9 @@ def _joined(reports: Sequence[Report]) -> tuple[dict[str, Any], dict]:
             more = [x for x in report.settings.get(name, []) if x not in known]
             settings[name] = [*known, *more]
         settings["labels"] = report.settings["labels"] | settings["labels"]
+        for name in ("jax", "python"):
+            known = f"{settings.get(name, '')}, {report.settings.get(name, '')}"
+            settings[name] = ", ".join(dict.fromkeys(known.split(", ")))
         cells |= report.cells
     return settings, cells
 
