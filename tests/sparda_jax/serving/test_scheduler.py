@@ -163,5 +163,6 @@ def test_random_requests_get_what_generate_gives(server):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_ten_thousand_random_requests(server):
     _fuzz(server, count=10_000, seed=2, distinct=300)
