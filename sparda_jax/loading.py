@@ -2,8 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
-from typing import get_args
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from sparda_jax.checks import (
 from sparda_jax.config import CacheConfig, ConfigError, ModelConfig, SparseConfig
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.requests import LANGUAGE_MODEL
+from sparda_jax.evaluation.base_check import check_other_base
 from sparda_jax.forecasts import published_forecast
 from sparda_jax.models.decoder import Decoder, Storage
 from sparda_jax.models.presets import PRESETS, default_sparse, get_preset
@@ -43,6 +44,7 @@ from sparda_jax.models.weights import (
 )
 from sparda_jax.sparse.selectors import Selector, get_selector
 
+ForecastBase = Literal["exact", "same-architecture"]
 _RANDOM = ("tiny", "tiny-moe", "tiny-nosa")
 
 
@@ -80,28 +82,36 @@ def _install_forecast(
     source: CheckpointSource | None,
     forecast: str | os.PathLike | None,
     dtype: DTypeLike,
-) -> SparseConfig | None:
-    """Gives the model its heads; returns what they were trained for, if it is known."""
+    base: ForecastBase,
+) -> tuple[SparseConfig | None, Mapping[str, Any] | None]:
+    """Gives the model its heads.
+
+    Returns:
+      What they were trained for, if it is known; and what their file says, if it is of
+      another base model, which was allowed.
+    """
     if forecast == "from_query":
         model.set_forecast(from_query_heads(model))
     elif forecast is not None:
         fingerprint = None if source is None else source.fingerprint
+        exact = fingerprint if base == "exact" else None
         weights = load_forecast(
             forecast,
             config=config,
-            fingerprint=fingerprint,
+            fingerprint=exact,
             sparse=sparse,
             model=model,
         )
         heads = forecast_heads(config, weights.future, weights.current, dtype)
         model.set_forecast(heads)
-        return weights.sparse
+        other = base != "exact" and weights.base_fingerprint != fingerprint
+        return weights.sparse, weights.info if other else None
     elif source is not None:
         own = _own_heads(source)
         if own is not None:
             model.set_forecast(forecast_heads(config, *own, dtype))
-            return source.sparse
-    return None
+            return source.sparse, None
+    return None, None
 
 
 def load(
@@ -114,6 +124,7 @@ def load(
     storage: Storage = "per_layer",
     implementation: Implementation | None = None,
     cache: CacheConfig | None = None,
+    forecast_base: ForecastBase = "exact",
     on_layer: Callable[[], None] | None = None,
 ) -> LanguageModel:
     """Loads a model.
@@ -133,6 +144,10 @@ def load(
       implementation: Kernels of attention and of prefill's block scores: "xla",
         "triton", "mosaic_gpu"; None takes the fastest one recorded for the device.
       cache: Where generation keeps its KV; None is resident.
+      forecast_base: Which models a named Forecast file serves: "exact", the weights
+        that it was trained for; or "same-architecture", any of its shape, such as
+        another quantisation, if a measurement on a text, of a minute or less, finds
+        that its recall holds (`evaluation.base_check`).
       on_layer: Called after each layer is loaded (progress).
 
     Returns:
@@ -157,6 +172,7 @@ def load(
         "implementation", implementation
     )
     cache = optional(instance(CacheConfig))("cache", cache)
+    forecast_base = choice(*get_args(ForecastBase))("forecast_base", forecast_base)
     on_layer = optional(function)("on_layer", on_layer)
     if sparse is None and forecast not in (None, "from_query") and is_file(forecast):
         sparse = forecast_sparse(forecast)
@@ -174,8 +190,10 @@ def load(
     decoder = build_decoder(
         config, tensors, dtype=dtype, storage=storage, on_layer=on_layer
     )
-    trained = _install_forecast(decoder, config, sparse, source, forecast, dtype)
-    return LanguageModel(
+    trained, other = _install_forecast(
+        decoder, config, sparse, source, forecast, dtype, forecast_base
+    )
+    lm = LanguageModel(
         model=decoder,
         config=decoder.config,
         sparse=sparse,
@@ -187,6 +205,9 @@ def load(
         cache=cache or CacheConfig(),
         forecast_sparse=trained,
     )
+    if other is not None:
+        check_other_base(with_attention(lm, "sparda"), other)
+    return lm
 
 
 def _default_forecast(

@@ -30,6 +30,8 @@ from sparda_jax.models.low_rank import LowRankHeads
 from sparda_jax.models.weights import from_query_heads
 
 FORMAT = "sparda-forecast"
+# What other libraries write; `checkpoint.export` does so for other engines.
+_PLAIN = "pt"
 # The second version says how many queries a kv head has, and may hold low-rank changes
 # of the model's query weights (`models.low_rank`). Whole matrices of one query a kv
 # head are still written as the first, which older programs read.
@@ -189,10 +191,14 @@ class _Held:
 
 def _from_safetensors(path: pathlib.Path) -> _Held:
     tensors, metadata = read_safetensors(path)
-    if metadata.get("format") != FORMAT:
+    kind = metadata.get("format")
+    if kind == _PLAIN and tensors and all(map(layout.parse_forecast_name, tensors)):
+        # The reference's names and nothing else: like its own files it tells no base.
+        return _Held(tensors, None, None, {"base_name": None})
+    if kind != FORMAT:
         raise CheckpointError(
-            f"{path}: metadata format = {show(metadata.get('format'))}, allowed: "
-            f"{FORMAT!r}"
+            f"{path}: metadata format = {show(kind)}, allowed: {FORMAT!r}, or "
+            f"{_PLAIN!r} with Forecast tensors alone"
         )
     version = metadata.get("version")
     if version not in VERSIONS:

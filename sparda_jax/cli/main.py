@@ -13,6 +13,7 @@ from sparda_jax.cli.demo import add_demo_parser
 from sparda_jax.cli.doctor import add_doctor_parser, add_tune_parser
 from sparda_jax.cli.ending import run_command
 from sparda_jax.cli.eval import add_eval_parser, add_report_parser
+from sparda_jax.cli.export import add_export_parsers
 from sparda_jax.cli.fetch import add_fetch_parser
 from sparda_jax.cli.forecast_report import add_forecast_report_parser
 from sparda_jax.cli.generate import EXAMPLES, add_generate_parser
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_models_parser(commands)
     add_fetch_parser(commands)
     add_forecast_report_parser(commands)
+    add_export_parsers(commands)
     # Only listed here: `main` hands their arguments over as they are.
     for name, (about, _) in _ABOVE.items():
         commands.add_parser(name, add_help=False, help=about)

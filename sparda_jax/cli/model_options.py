@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 from tqdm import tqdm
 
@@ -12,6 +12,7 @@ from sparda_jax.cli.console import advance, note
 from sparda_jax.cli.options import add_option
 from sparda_jax.config import SparseConfig
 from sparda_jax.engine.model import LanguageModel
+from sparda_jax.loading import ForecastBase
 from sparda_jax.models.decoder import Storage
 from sparda_jax.models.presets import PRESETS
 from sparda_jax.sparse.selectors import selector_names
@@ -41,6 +42,16 @@ def add_model_options(
         metavar="F",
         help="Forecast weights for sparda: a file, or 'from_query' (training-free); "
         "those of smollm2-135m and qwen2.5-coder-0.5b are built in",
+    )
+    bases = get_args(ForecastBase)
+    add_option(
+        group,
+        "--forecast-base",
+        choice(*bases),
+        words=bases,
+        default="exact",
+        help="models that a named file of heads serves: its own weights, or any of its "
+        "shape on which a measurement finds that its recall holds",
     )
     add_block_options(group)
     add_option(
@@ -125,6 +136,7 @@ def load_model(
             arguments.model,
             attention=attention,
             forecast=arguments.forecast,
+            forecast_base=arguments.forecast_base,
             dtype=arguments.dtype,
             storage=storage,
             on_layer=lambda: advance(bar, 1),

@@ -130,6 +130,7 @@ ROWS = {
         "model": (*PATH, "no/such/model.gguf", "no-such-preset"),
         **_CHOSEN,
         "forecast": (*maybe(PATH), "no/such/file.safetensors"),
+        "forecast_base": WORD,
         "dtype": DTYPE,
         "storage": WORD,
         "implementation": maybe(WORD),

@@ -176,7 +176,7 @@ def test_damaged_tensors(kit, saved, name, array, message):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"format": "pt"}, "metadata format = 'pt', allowed: 'sparda-forecast'"),
+        ({"format": "tf"}, "metadata format = 'tf', allowed: 'sparda-forecast'"),
         ({"version": "3"}, "metadata version = '3', allowed: '1' and '2'"),
         ({"version": "2"}, "metadata queries = None, allowed: a number"),
         ({"sparse_config": "{"}, "metadata sparse_config is no JSON"),
