@@ -51,7 +51,15 @@ class _Pickle:
             word = {None: pickle.NONE, True: pickle.NEWTRUE, False: pickle.NEWFALSE}
             self.out.write(word[value])
         else:
-            self.out.write(pickle.INT + f"{int(value)}\n".encode())
+            self._integer(int(value))
+
+    def _integer(self, value: int) -> None:
+        """In the two forms that torch's own careful reader takes."""
+        if -(2**31) <= value < 2**31:
+            self.out.write(pickle.BININT + struct.pack("<i", value))
+            return
+        data = pickle.encode_long(value)
+        self.out.write(pickle.LONG1 + bytes([len(data)]) + data)
 
     def name(self, module: str, name: str) -> None:
         """Writes a name, which whoever reads it looks up."""
