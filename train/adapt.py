@@ -403,7 +403,7 @@ def _training(
             seed=asked.seed,
         ),
         eval=EvalConfig(every=_MANY, batches=2 if on_cpu else 6),
-        checkpoint=CheckpointConfig(every=20, keep_last=1, keep_best=0),
+        checkpoint=CheckpointConfig(every=5, keep_last=1, keep_best=0),
     )
 
 
