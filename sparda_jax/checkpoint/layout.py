@@ -124,7 +124,8 @@ def check_forecast(
         allowed = config.num_layers if kind.startswith("q_future_proj") else 1
         if layer >= allowed:
             raise CheckpointError(
-                f"{path}: tensor {show(name)} is of layer {layer}, allowed for {kind}: "
+                f"{path}: tensor {show(name)} is of layer {layer}, allowed for "
+                f"{kind.partition('.')[0]}: "
                 f"layers 0 to {allowed - 1}"
             )
         canonical = layer_name(layer, f"self_attn.{kind}")
