@@ -26,6 +26,7 @@ FLAG = ()
 _MODEL = {
     "--model": PATH,
     "--forecast": PATH,
+    "--forecast-base": WORD,
     "--block-budget": (*INTEGER, "0"),
     "--local-blocks": (*INTEGER, "0"),
     "--init-blocks": INTEGER,
@@ -133,6 +134,19 @@ ROWS = {
         "--layer-budgets": PATH,
         "--out": PATH,
     },
+    "export-forecast": {
+        "--model": PATH,
+        "--forecast": PATH,
+        "--format": WORD,
+        "--out": PATH,
+    },
+    "export": {
+        "--model": PATH,
+        "--forecast": PATH,
+        "--format": WORD,
+        "--dtype": WORD,
+        "--out": PATH,
+    },
     "train": {},
     "adapt": {},  # tests/train/test_adapt.py
     "serve": {
@@ -189,6 +203,8 @@ BESIDE = {
     "soak": {"--model": "tiny"},
     "serve": {"--model": "tiny"},
     "models": {},
+    "export": {"--model": "tiny", "--out": "x"},
+    "export-forecast": {"--model": "tiny", "--out": "x.pt"},
     "fetch": {},
     "eval": {"--model": "tiny", "--out": "x"},
     "forecast-report": {"--model": "tiny", "--text": "pydoc", "--out": "x"},
