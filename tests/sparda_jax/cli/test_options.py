@@ -180,6 +180,8 @@ ROWS = {
         "--prefetch": (*WORD, "auto"),
         "--minutes": _SIZE,
         "--requests": (*INTEGER, "0"),
+        "--tokens": (*INTEGER, "0"),
+        "--new": (*INTEGER, "3"),
         "--context": (*INTEGER, "63"),
         "--check-every": (*INTEGER, "0"),
         "--seed": (*INTEGER, str(2**32)),
