@@ -206,7 +206,7 @@ _SMALL = {
     "eval": ["--samples", "1", "--attention", "infllm_v2,sparda"],
     "forecast-report": ["--tokens", "640", "--rows", "1"],
     "generate": ["--max-new-tokens", "4"],
-    "soak": ["--requests", "2", "--context", "128"],
+    "soak": ["--requests", "2", "--context", "128", "--new", "24"],
 }
 # What is tested by itself, fetches, or is no more than a name; the commands of the
 # results took hours.
