@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sparda_jax.evaluation.report import Report, read_report
     from sparda_jax.evaluation.run import evaluate
     from sparda_jax.loading import load, with_attention
+    from sparda_jax.mesh import MeshConfig
     from sparda_jax.models.forecast import Forecast
     from sparda_jax.models.presets import PRESETS
     from sparda_jax.planning.measure import measure_rates
@@ -52,6 +53,7 @@ __all__ = [
     "GenerateStats",
     "LanguageModel",
     "MachineReport",
+    "MeshConfig",
     "ModelConfig",
     "PRESETS",
     "OffloadStats",
@@ -97,6 +99,7 @@ _HOMES = {
     "GenerateStats": "sparda_jax.engine.results",
     "LanguageModel": "sparda_jax.engine.model",
     "MachineReport": "sparda_jax.doctor",
+    "MeshConfig": "sparda_jax.mesh",
     "ModelConfig": "sparda_jax.config",
     "PRESETS": "sparda_jax.models.presets",
     "OffloadStats": "sparda_jax.engine.offload_stats",

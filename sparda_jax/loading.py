@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from pallas_kernels.dispatch import IMPLEMENTATIONS, Implementation
 from sparda_jax.checkpoint.fetch import (
@@ -30,12 +31,14 @@ from sparda_jax.checks import (
     shown,
 )
 from sparda_jax.config import CacheConfig, ConfigError, ModelConfig, SparseConfig
-from sparda_jax.engine.model import LanguageModel
+from sparda_jax.engine.model import LanguageModel, check_mesh
 from sparda_jax.engine.requests import LANGUAGE_MODEL
 from sparda_jax.evaluation.base_check import check_other_base
 from sparda_jax.forecasts import published_forecast
+from sparda_jax.mesh import MeshConfig
 from sparda_jax.models.decoder import Decoder, Storage
 from sparda_jax.models.presets import PRESETS, default_sparse, get_preset
+from sparda_jax.models.sharding import place_decoder, placer, query_heads
 from sparda_jax.models.weights import (
     build_decoder,
     forecast_heads,
@@ -83,6 +86,7 @@ def _install_forecast(
     forecast: str | os.PathLike | None,
     dtype: DTypeLike,
     base: ForecastBase,
+    mesh: MeshConfig | None,
 ) -> tuple[SparseConfig | None, Mapping[str, Any] | None]:
     """Gives the model its heads.
 
@@ -91,7 +95,7 @@ def _install_forecast(
       another base model, which was allowed.
     """
     if forecast == "from_query":
-        model.set_forecast(from_query_heads(model))
+        model.set_forecast(_query_heads(model, config, mesh))
     elif forecast is not None:
         fingerprint = None if source is None else source.fingerprint
         exact = fingerprint if base == "exact" else None
@@ -100,7 +104,8 @@ def _install_forecast(
             config=config,
             fingerprint=exact,
             sparse=sparse,
-            model=model,
+            # Query weights of a mesh stand in the devices' order.
+            model=model if mesh is None or mesh.model == 1 else None,
         )
         heads = forecast_heads(config, weights.future, weights.current, dtype)
         model.set_forecast(heads)
@@ -114,6 +119,13 @@ def _install_forecast(
     return None, None
 
 
+def _query_heads(
+    model: Decoder, config: ModelConfig, mesh: MeshConfig | None
+) -> list[Array]:
+    """Training-free heads of a model on one device or on several."""
+    return from_query_heads(model) if mesh is None else query_heads(model, config, mesh)
+
+
 def load(
     model: str | os.PathLike,
     *,
@@ -125,6 +137,7 @@ def load(
     implementation: Implementation | None = None,
     cache: CacheConfig | None = None,
     forecast_base: ForecastBase = "exact",
+    mesh: MeshConfig | None = None,
     on_layer: Callable[[], None] | None = None,
 ) -> LanguageModel:
     """Loads a model.
@@ -148,6 +161,7 @@ def load(
         that it was trained for; or "same-architecture", any of its shape, such as
         another quantisation, if a measurement on a text, of a minute or less, finds
         that its recall holds (`evaluation.base_check`).
+      mesh: Devices that share rows and layers; None is the default device.
       on_layer: Called after each layer is loaded (progress).
 
     Returns:
@@ -173,6 +187,12 @@ def load(
     )
     cache = optional(instance(CacheConfig))("cache", cache)
     forecast_base = choice(*get_args(ForecastBase))("forecast_base", forecast_base)
+    mesh = optional(instance(MeshConfig))("mesh", mesh)
+    if mesh is not None and forecast_base != "exact":
+        raise ConfigError(
+            f"forecast_base={forecast_base!r} is not allowed with mesh={mesh.text}: "
+            "the measurement that it asks for takes one device"
+        )
     on_layer = optional(function)("on_layer", on_layer)
     if sparse is None and forecast not in (None, "from_query") and is_file(forecast):
         sparse = forecast_sparse(forecast)
@@ -187,12 +207,18 @@ def load(
         tensors = source.tensors
     forecast = _default_forecast(selector, sparse, source, forecast)
     _check_early(selector, config, source, forecast)
+    put = None
+    if mesh is not None:
+        check_mesh(mesh, config, selector)
+        put = placer(config, mesh, dtype)
     decoder = build_decoder(
-        config, tensors, dtype=dtype, storage=storage, on_layer=on_layer
+        config, tensors, dtype=dtype, storage=storage, on_layer=on_layer, put=put
     )
     trained, other = _install_forecast(
-        decoder, config, sparse, source, forecast, dtype, forecast_base
+        decoder, config, sparse, source, forecast, dtype, forecast_base, mesh
     )
+    if mesh is not None:
+        decoder = place_decoder(decoder, config, mesh)
     lm = LanguageModel(
         model=decoder,
         config=decoder.config,
@@ -204,6 +230,7 @@ def load(
         implementation=implementation,
         cache=cache or CacheConfig(),
         forecast_sparse=trained,
+        mesh=mesh,
     )
     if other is not None:
         check_other_base(with_attention(lm, "sparda"), other)
@@ -309,7 +336,10 @@ def with_attention(
     cache = optional(instance(CacheConfig))("cache", cache)
     model, trained = lm.model, lm.forecast_sparse
     if forecast == "from_query":
-        model, trained = model.with_forecast(from_query_heads(model)), None
+        model, trained = (
+            model.with_forecast(_query_heads(model, lm.config, lm.mesh)),
+            None,
+        )
     return dataclasses.replace(
         lm,
         model=model,

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import (
     AxisType,
+    Mesh,
     NamedSharding,
     PartitionSpec,
+    Sharding,
     SingleDeviceSharding,
 )
 from jax.typing import DTypeLike
@@ -55,14 +57,31 @@ def host_sharding() -> SingleDeviceSharding:
     return SingleDeviceSharding(device, memory_kind=HOST_KIND)
 
 
-def host_zeros(shape: tuple[int, ...], dtype: DTypeLike) -> Shaped[Array, "..."]:
+def host_zeros(
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    *,
+    mesh: Mesh | None = None,
+    spec: PartitionSpec | None = None,
+) -> Shaped[Array, "..."]:
     """Zeros in host memory, without a copy of them in device memory.
+
+    Args:
+      shape: Of the array.
+      dtype: Its type.
+      mesh: Devices that divide it, each with its part in the memory that it can read;
+        None for the default device.
+      spec: How they do.
 
     Raises:
       ConfigError: If the device has no host memory kind.
     """
     # NumPy's zeros are untouched pages, so that only the pinned array takes memory.
-    return jax.device_put(np.zeros(shape, jnp.dtype(dtype)), host_sharding())
+    sharding: Sharding = host_sharding()
+    if mesh is not None:
+        spec = spec or PartitionSpec()
+        sharding = NamedSharding(mesh, spec, memory_kind=HOST_KIND)
+    return jax.device_put(np.zeros(shape, jnp.dtype(dtype)), sharding)
 
 
 def host_shape(shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:

@@ -10,6 +10,7 @@ from pallas_kernels.dispatch import Implementation
 from sparda_jax.cache.codecs import BlockCodec
 from sparda_jax.cache.routes import FetchRoute
 from sparda_jax.config import ModelConfig, SparseConfig
+from sparda_jax.mesh import MODEL
 from sparda_jax.models.rope import RopeCosSin
 from sparda_jax.sparse.index import IndexState, Indices
 from sparda_jax.sparse.selection import SelectionTile
@@ -51,6 +52,7 @@ class LayerSettings:
       implementation: Kernels of attention and of prefill's block scores: None takes
         what is recorded as fastest for the device, a name is never replaced.
       offload: How an offloaded cache is decoded; None for a resident one.
+      parts: Devices that divide every layer; `config` is then that of one of them.
     """
 
     config: ModelConfig
@@ -58,6 +60,12 @@ class LayerSettings:
     selector: Selector
     implementation: Implementation | None = None
     offload: OffloadSettings | None = None
+    parts: int = 1
+
+    @property
+    def axis(self) -> str | None:
+        """The mesh's axis over which a layer's sums are completed; None for none."""
+        return MODEL if self.parts > 1 else None
 
     @property
     def indices(self) -> Indices:

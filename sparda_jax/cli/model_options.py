@@ -13,6 +13,7 @@ from sparda_jax.cli.options import add_option
 from sparda_jax.config import SparseConfig
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.loading import ForecastBase
+from sparda_jax.mesh import MeshConfig
 from sparda_jax.models.decoder import Storage
 from sparda_jax.models.presets import PRESETS
 from sparda_jax.sparse.selectors import selector_names
@@ -61,10 +62,23 @@ def add_model_options(
         words=FLOAT_DTYPES,
         help="of weights and cache (float32 on a CPU, bfloat16 elsewhere)",
     )
+    add_mesh_option(group)
     group.add_argument(
         "--no-compilation-cache",
         action="store_true",
         help="do not keep compiled code for the next start",
+    )
+
+
+def add_mesh_option(group: Any) -> None:
+    """Adds --mesh."""
+    add_option(
+        group,
+        "--mesh",
+        MeshConfig.parse,
+        metavar="data=A,model=B",
+        help="share rows over A groups of B devices, which share every layer: kv heads "
+        "with their host memory, the MLP and the vocabulary (one device)",
     )
 
 
@@ -139,6 +153,7 @@ def load_model(
             forecast_base=arguments.forecast_base,
             dtype=arguments.dtype,
             storage=storage,
+            mesh=getattr(arguments, "mesh", None),
             on_layer=lambda: advance(bar, 1),
         )
     return dataclasses.replace(lm, sparse=with_blocks(lm.sparse, arguments))

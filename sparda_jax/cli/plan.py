@@ -25,6 +25,7 @@ from sparda_jax.cli.cache_options import (
 from sparda_jax.cli.model_options import (
     add_attention_option,
     add_block_options,
+    add_mesh_option,
     with_blocks,
 )
 from sparda_jax.cli.options import HelpFormatter, add_option
@@ -171,6 +172,7 @@ def _add_machine_options(group: Any) -> None:
         "--measure", action="store_true", help="measure this machine's rates"
     )
     add_route_option(group, "how blocks are fetched, for --measure")
+    add_mesh_option(group)
     add_option(
         group,
         "--device-kind",
@@ -268,6 +270,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         max_new_tokens=arguments.max_new_tokens,
         prefill_chunk=arguments.prefill_chunk or None,
+        mesh=arguments.mesh,
     )
     print(plan_text(result))
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.engine.model import LanguageModel
+from sparda_jax.engine.on_mesh import new_mesh_state, on_devices, state_layout
 from sparda_jax.engine.placement import Placement
 from sparda_jax.engine.results import StreamEvent
 from sparda_jax.engine.row_outputs import RowOutputs, row_tokens
@@ -67,6 +68,7 @@ class Batch:
         self.cache, self.settings = placement.cache, placement.settings
         self.compile_seconds = 0.0
         self._state = state
+        self._layout = state_layout(lm, placement)
         self._programs: dict[tuple[Callable, Hashable], Callable] = {}
         self._given = RowOutputs(lm.tokenizer, self.rows)
         self._top_logprobs = top_logprobs
@@ -81,14 +83,17 @@ class Batch:
     def state(self) -> GenerateState:
         """Where generation stands."""
         if self._state is None:
-            state = new_state(
-                self.lm.model,
-                self.settings,
-                self.rows,
-                self.shapes,
-                self.cache,
-                top_logprobs=self._top_logprobs,
-            )
+            if self._layout is not None:
+                state = new_mesh_state(self._layout)
+            else:
+                state = new_state(
+                    self.lm.model,
+                    self.settings,
+                    self.rows,
+                    self.shapes,
+                    self.cache,
+                    top_logprobs=self._top_logprobs,
+                )
             # Pinning host memory takes its time, which is no part of a prefill.
             self._state = jax.block_until_ready(state)
         return self._state
@@ -142,7 +147,12 @@ class Batch:
         # In one session the types of all arguments are the same in every call.
         program = self._programs.get((function, settings))
         if program is None:
-            program, seconds = PROGRAMS.get(function, arguments, static, donate=donate)
+            program, seconds = PROGRAMS.get(
+                on_devices(self.lm, function, self._layout),
+                arguments,
+                static,
+                donate=donate,
+            )
             self._programs[function, settings] = program
             self.compile_seconds += seconds
         return program

@@ -202,6 +202,11 @@ class Conversation:
           (2, True)
         """
         lengths = self.lengths
+        if len(self.state.lengths.sharding.device_set) > 1:
+            raise ConfigError(
+                "fork() is not allowed on a mesh: begin another conversation with the "
+                "same prompt"
+            )
         chosen = list(range(self.state.lengths.shape[0]))
         if rows is not None:
             chosen = [0] * integer(1, _MOST_ROWS)("rows", rows)

@@ -11,7 +11,9 @@ from sparda_jax.checkpoint.tokenizer import Tokenizer
 from sparda_jax.checks import choice, instance, optional, require, settle, text
 from sparda_jax.config import CacheConfig, ConfigError, ModelConfig, SparseConfig
 from sparda_jax.inference.shapes import tile_tokens
+from sparda_jax.mesh import MeshConfig
 from sparda_jax.models.decoder import Decoder
+from sparda_jax.models.sharding import config_of_device
 from sparda_jax.sparse.selectors import Selector
 
 
@@ -25,6 +27,17 @@ def check_same_geometry(trained: SparseConfig, asked: SparseConfig) -> None:
                 f"trained for {field}={made}; or take forecast='from_query', the "
                 "training-free heads, which fit any"
             )
+
+
+def check_mesh(mesh: MeshConfig, config: ModelConfig, selector: Selector) -> None:
+    """Raises ConfigError unless the devices are there and can divide the model."""
+    _ = mesh.devices
+    config_of_device(config, mesh.model)
+    if mesh.model > 1 and not selector.divides_heads:
+        raise ConfigError(
+            f"mesh model={mesh.model} is not allowed with attention={selector.name!r}: "
+            f"what it chooses depends on the head's number; use data={mesh.model}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,6 +59,7 @@ class LanguageModel:
       forecast_sparse: The selection that the Forecast heads were trained for; None
         without heads, and with heads that fit any (training-free) or do not tell.
       tokenizer_error: Why there is no tokenizer although the checkpoint has one.
+      mesh: Devices that share it; None for one.
 
     Raises:
       ConfigError: If the model cannot attend in this way, or its heads were trained
@@ -62,6 +76,7 @@ class LanguageModel:
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
     forecast_sparse: SparseConfig | None = None
     tokenizer_error: str | None = None
+    mesh: MeshConfig | None = None
 
     def __post_init__(self) -> None:
         settle(
@@ -76,6 +91,7 @@ class LanguageModel:
             cache=instance(CacheConfig),
             forecast_sparse=optional(instance(SparseConfig)),
             tokenizer_error=optional(text),
+            mesh=optional(instance(MeshConfig)),
         )
         queries = self.model.config.forecast_queries
         require(
@@ -84,6 +100,8 @@ class LanguageModel:
             self.config.forecast_queries,
             f"{queries}, as the model's Forecast heads make",
         )
+        if self.mesh is not None:
+            check_mesh(self.mesh, self.config, self.selector)
         has_forecast = self.model.forecast is not None
         self.selector.check(self.config, has_forecast=has_forecast)
         self.sparse.check_layers(self.config)
@@ -105,10 +123,19 @@ class LanguageModel:
 
     @property
     def settings(self) -> LayerSettings:
-        """The trace-time constants."""
+        """The trace-time constants, of one device."""
         return LayerSettings(
-            self.config, self.sparse, self.selector, self.implementation
+            config_of_device(self.config, self.parts),
+            self.sparse,
+            self.selector,
+            self.implementation,
+            parts=self.parts,
         )
+
+    @property
+    def parts(self) -> int:
+        """Devices that divide every layer."""
+        return 1 if self.mesh is None else self.mesh.model
 
     @property
     def tile_size(self) -> int:

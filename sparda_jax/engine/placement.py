@@ -89,28 +89,38 @@ def place(
         configuration asks for, or the request cannot fit.
     """
     state = None if conversation is None else conversation.state
+    groups = 1 if lm.mesh is None else lm.mesh.data
+    if groups > 1:
+        # A program of one row would leave all other groups of devices idle.
+        by_row = False
     close = plan_shapes(**_tokens(lm, sizes), batch=sizes.batch, by_row=by_row)
     close = _at_least(state, close)
     _check_cache(lm, close)
     rows = sizes.batch if state is None else state.lengths.shape[0]
-    cache, reason = _decide_kind(lm, rows, close, state)
+    rows = -(-rows // groups) * groups
+    cache, reason = _decide_kind(lm, rows // groups, close, state)
     notes = [] if reason is None else [reason]
     notes += _without_effect(lm, cache)
     settings = _settings(lm, cache)
+    if lm.mesh is not None:
+        refuse_on_mesh(settings, state, close)
     refuse = functools.partial(
         refuse_what_cannot_fit, settings, cache, **_weights(lm), held=state
     )
     shares = cache.kind == "resident" and not by_row
     shared = _shared(lm, sizes, state) if shares else None
+    if shared is not None and shared[0] % groups:
+        shared = None
     if shared is not None:
         try:
-            refuse(*shared)
+            refuse(shared[0] // groups, shared[1])
         except ConfigError:
             shared = None  # what is rounded up is too much: the close sizes may fit
     if shared is None:
-        refuse(rows, close)
+        refuse(rows // groups, close)
         shared = rows, close
     if cache.kind == "offload" and cache.device_blocks == "auto":
+        rows //= groups
         cache, reason = _decide_slots(lm, cache, settings, rows, close, state)
         notes.append(reason)
     elif cache.kind == "offload" and cache.device_blocks is None and state is not None:
@@ -226,7 +236,7 @@ def _decide_slots(
         count = max(state.cache.num_slots, min(width, blocks))
         decided = dataclasses.replace(cache, device_blocks=count)
     else:
-        ours = tree_bytes(lm.model)
+        ours = tree_bytes(lm.model) // lm.parts
         decided, _ = fill_slots(
             settings,
             cache,
@@ -238,6 +248,26 @@ def _decide_slots(
         )
     count = decided.slots(blocks, 1)
     return decided, f"device_blocks: {count} of {blocks} fit the device"
+
+
+def refuse_on_mesh(
+    settings: LayerSettings, state: GenerateState | None, shapes: Shapes
+) -> None:
+    """Raises ConfigError for what several devices cannot do together."""
+    offload = settings.offload
+    if offload is None:
+        return
+    if not offload.route.in_program:
+        raise ConfigError(
+            f"CacheConfig.route={offload.route.name!r} is not allowed on a mesh: a "
+            "layer is one call there; take another route"
+        )
+    if state is not None and state.cache.capacity < shapes.capacity:
+        raise ConfigError(
+            f"this turn needs room for {shapes.capacity} tokens, and the conversation "
+            f"was begun with {state.cache.capacity}: an offloaded cache on a mesh does "
+            "not grow; begin with a larger max_new_tokens, or with kind='resident'"
+        )
 
 
 def _without_effect(lm: LanguageModel, cache: CacheConfig) -> list[str]:

@@ -5,16 +5,28 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from sparda_jax.checks import ConfigError, instance, integer, several, shown
+from sparda_jax.checks import ConfigError, instance, integer, require, several, shown
 from sparda_jax.checks import text as checked_text
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.inference.sampling import MOST_SEED, seed_list
 
 PromptLike = str | Sequence[int] | np.ndarray | jax.Array
 LANGUAGE_MODEL = instance(LanguageModel, ", as `load` returns it")
+
 # Of one call.
 _MOST_ROWS = 2**16
 Prompts = Sequence[PromptLike] | np.ndarray | jax.Array
+
+
+def model_on_one_device(field: str, value: object) -> LanguageModel:
+    """A check of a model that is not shared by several devices.
+
+    Raises:
+      ConfigError: If it is none.
+    """
+    lm = LANGUAGE_MODEL(field, value)
+    require(lm.mesh is None, f"{field}.mesh", lm.mesh, "None: it takes one device")
+    return lm
 
 
 def prompt_rows(prompts: Prompts) -> Sequence[PromptLike]:

@@ -115,6 +115,13 @@ class Session(Batch):
         context = optional(integer(1))("max_context", max_context)
         top = optional(integer(0, 1024))("top_logprobs", top_logprobs)
         prefix = integer(0, LARGEST_BYTES)("prefix_bytes", prefix_bytes)
+        if lm.mesh is not None:
+            require(
+                lm.mesh.data == 1 and top is None and prefix == 0,
+                "mesh",
+                lm.mesh.text,
+                "data=1 in a session, without top_logprobs and prefix_bytes",
+            )
         context = check_max_context(lm, context or lm.config.max_context, new + 1)
         # A prompt may be as long as the context but for one token of output.
         piece = prefill_piece(lm, context - 1, prefill_chunk)

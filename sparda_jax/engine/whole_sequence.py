@@ -5,6 +5,7 @@ from typing import Any
 
 from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.engine.model import LanguageModel
+from sparda_jax.engine.on_mesh import on_devices
 from sparda_jax.engine.requests import check_length
 from sparda_jax.inference.generate import pad_rows
 from sparda_jax.inference.shapes import plan_shapes
@@ -38,5 +39,5 @@ def run_whole(function: Callable[..., Any], lm: LanguageModel, ids: list[int]) -
     prompt = pad_rows([ids], shapes.prompt)
     arguments = (lm.model, prompt, model_rope(lm.config, len(ids)))
     static = {"settings": lm.settings, "shapes": shapes}
-    program, _ = PROGRAMS.get(function, arguments, static)
+    program, _ = PROGRAMS.get(on_devices(lm, function, None), arguments, static)
     return program(*arguments)

@@ -113,7 +113,7 @@ def layer_after_fetch(
     view, lookahead = view.commit(q, lookahead, tile, settings)
     attended = view.attend(q, tile, settings)
     flat = attended.reshape(*h.shape[:2], -1)
-    h = after_attention(block.weights, settings.config, h, flat)
+    h = after_attention(block.weights, settings.config, h, flat, axis=settings.axis)
     return LayerOutput(h, next_forecast, view, lookahead)
 
 

@@ -72,15 +72,30 @@ def after_attention(
     config: ModelConfig,
     h: Float[Array, "*rows D"],
     attended: Float[Array, "*rows NH"],
+    *,
+    axis: str | None = None,
 ) -> Float[Array, "*rows D"]:
-    """Output projection and MLP, each added to its input (specification §1)."""
+    """Output projection and MLP, each added to its input (specification §1).
+
+    Args:
+      layer: Its weights.
+      config: The model.
+      h: The layer's input.
+      attended: What its attention gave.
+      axis: Of a mesh whose devices divide heads and MLP: the two sums are completed
+        over it. None for a device that has all.
+    """
+
+    def whole(part: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        return part if axis is None else jax.lax.psum(part, axis)
+
     scale = jnp.asarray(config.residual_scale, h.dtype)
-    out = matmul(attended, layer.out[...])
+    out = whole(matmul(attended, layer.out[...]))
     if layer.out_bias is not None:
         out = out + layer.out_bias[...].astype(out.dtype)
     h = h + scale * out
     x = rms_norm(h, layer.mlp_norm[...], config.rms_norm_eps)
-    return h + scale * _mlp(layer, config, x)
+    return h + scale * whole(_mlp(layer, config, x))
 
 
 def _mlp(

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sparda_jax.config import ModelConfig
+from sparda_jax.mesh import MODEL
 from sparda_jax.models.forecast import Forecast
 from sparda_jax.models.layers import rms_norm
 
@@ -197,7 +198,14 @@ def embed(
     model: Decoder, tokens: Int[Array, "B T"], dtype: DTypeLike
 ) -> Float[Array, "B T D"]:
     """Token embeddings times `embed_scale` (specification §1.1, h0)."""
-    rows = jnp.take(model.embedding[...], tokens, axis=0).astype(dtype)
+    table = model.embedding[...]
+    if table.shape[0] == model.config.vocab_size:
+        rows = jnp.take(table, tokens, axis=0).astype(dtype)
+    else:  # A device of a mesh has a part of the vocabulary.
+        own = tokens - jax.lax.axis_index(MODEL) * table.shape[0]
+        here = (own >= 0) & (own < table.shape[0])
+        rows = jnp.take(table, jnp.where(here, own, 0), axis=0).astype(dtype)
+        rows = jax.lax.psum(jnp.where(here[..., None], rows, 0), MODEL)
     return rows * jnp.asarray(model.config.embed_scale, dtype)
 
 
@@ -209,9 +217,12 @@ def logits(model: Decoder, h: Float[Array, "rows D"]) -> Float[Array, "rows V"]:
     head = model.embedding[...] if model.head is None else model.head[...]
     # The head is read as it is stored, [V, D], from the left: the transposed product
     # is three times slower for one row on a CPU.
-    return jax.lax.dot_general(
+    scores = jax.lax.dot_general(
         head.astype(x.dtype),
         x,
         (((1,), (1,)), ((), ())),
         preferred_element_type=jnp.float32,
-    ).T
+    )
+    if head.shape[0] != config.vocab_size:  # A device's part of the vocabulary.
+        scores = jax.lax.all_gather(scores, MODEL, tiled=True)
+    return scores.T

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from sparda_jax.config import ModelConfig
+from sparda_jax.mesh import MODEL as MODEL_AXIS
 
 Shape = tuple[int, ...]
 
@@ -265,6 +266,46 @@ def num_active_parameters(config: ModelConfig, experts: float | None = None) -> 
 def num_forecast_parameters(config: ModelConfig) -> int:
     """Parameters of the Forecast heads, one a layer."""
     return config.num_layers * math.prod(forecast_shape(config))
+
+
+# The axis of a mesh over which devices divide a dimension (`models.sharding`).
+MESH_AXES = {
+    "V": MODEL_AXIS,
+    "D": None,
+    "F": MODEL_AXIS,
+    "NH": MODEL_AXIS,
+    "KH": MODEL_AXIS,
+    "H": None,
+    "K": MODEL_AXIS,
+    "E": None,
+    "S": MODEL_AXIS,
+    "1": None,
+}
+
+
+def _parts_of(array: str) -> list[Parameter]:
+    return [p for p in (*MODEL, *LAYER) if p.array == array]
+
+
+def split_axis(array: str) -> int | None:
+    """The axis of a decoder's array that devices of a mesh divide, None for none."""
+    parts = _parts_of(array)
+    if not parts:
+        return None
+    letters = list(parts[0].shape)
+    if parts[0].is_linear:
+        letters[-2:] = letters[:-3:-1]
+    divided = [axis for axis, x in enumerate(letters) if MESH_AXES[x] is not None]
+    return divided[0] if divided else None
+
+
+def split_parts(array: str, config: ModelConfig) -> list[int]:
+    """Widths of the tensors that are joined along an array's divided axis."""
+    parts = _parts_of(array)
+    if len(parts) == 1:
+        return [0]
+    outputs = -2 if parts[0].is_linear else 0
+    return [stored_shape(part, config)[outputs] for part in parts]
 
 
 def shard_axes(array: str) -> tuple[int, ...]:

@@ -30,10 +30,11 @@ from sparda_jax.models.spec import (
 )
 
 Load = Callable[[str], np.ndarray]
+Put = Callable[[str, np.ndarray], Array]
 
 
 def _layer_weights(
-    config: ModelConfig, index: int, load: Load, dtype: DTypeLike
+    config: ModelConfig, index: int, load: Load, put: Put
 ) -> dict[str, Array]:
     arrays = {}
     for array, parts in joined(layer_parameters(config)):
@@ -43,7 +44,7 @@ def _layer_weights(
             arrays[array] = whole.swapaxes(-1, -2)
         else:
             arrays[array] = stored[0] if len(stored) == 1 else np.concatenate(stored)
-    return {name: jnp.asarray(array, dtype) for name, array in arrays.items()}
+    return {name: put(name, array) for name, array in arrays.items()}
 
 
 def build_decoder(
@@ -53,6 +54,7 @@ def build_decoder(
     dtype: DTypeLike,
     storage: Storage = "per_layer",
     on_layer: Callable[[], None] | None = None,
+    put: Put | None = None,
 ) -> Decoder:
     """A decoder from checkpoint tensors, without Forecast heads.
 
@@ -62,11 +64,14 @@ def build_decoder(
       dtype: Type of the weights.
       storage: One array per layer, or stacked ones.
       on_layer: Called after each layer (progress).
+      put: Puts an array, by the decoder's name of it, on its devices; None for the
+        default one.
 
     Raises:
       ConfigError: If a tensor is missing or has another shape; names both shapes.
     """
     shapes = dict(base_shapes(config))
+    place = put or (lambda _, array: jnp.asarray(array, dtype))
 
     def load(name: str) -> np.ndarray:
         if name not in tensors:
@@ -80,7 +85,7 @@ def build_decoder(
         return array
 
     def layer(index: int) -> DecoderLayer:
-        return DecoderLayer(_layer_weights(config, index, load, dtype))
+        return DecoderLayer(_layer_weights(config, index, load, place))
 
     # Dequantising and transposing are NumPy's work, which leaves Python's lock.
     layers = []
@@ -91,12 +96,12 @@ def build_decoder(
                 on_layer()
     head = None
     if not config.tie_embeddings:
-        head = jnp.asarray(load(HEAD), dtype)
+        head = place("head", load(HEAD))
     return Decoder(
         config,
-        embedding=jnp.asarray(load(EMBEDDING), dtype),
+        embedding=place("embedding", load(EMBEDDING)),
         layers=layers,
-        final_norm=jnp.asarray(load(FINAL_NORM), dtype),
+        final_norm=place("final_norm", load(FINAL_NORM)),
         head=head,
         storage=storage,
     )

@@ -243,6 +243,14 @@ def _weight_bytes(config: ModelConfig, dtype: str) -> tuple[int, int, int]:
     return tree_bytes(model) - heads, heads, layers // config.num_layers
 
 
+def _vocabulary_elsewhere(settings: LayerSettings, size: int) -> int:
+    """Bytes of embedding and head that the other devices of a mesh hold."""
+    config = settings.config
+    tables = 1 if config.tie_embeddings else 2
+    whole = tables * config.vocab_size * config.hidden_size * size
+    return whole - whole // settings.parts
+
+
 def _tile_scratch(
     settings: LayerSettings, batch: int, shapes: Shapes, width: int, size: int
 ) -> int:
@@ -412,6 +420,7 @@ def memory_plan(
     size = jnp.dtype(dtype).itemsize
     state = _affine(settings, cache, batch, shapes, name)
     base, heads, layer = _weight_bytes(config, name)
+    base -= _vocabulary_elsewhere(settings, size)
     if forecast is None:
         forecast = settings.selector.needs_forecast
     blocks = shapes.capacity // sparse.block_size

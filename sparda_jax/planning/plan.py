@@ -23,6 +23,8 @@ from sparda_jax.checks import (
 )
 from sparda_jax.config import CacheConfig, ModelConfig, SparseConfig
 from sparda_jax.inference.shapes import Shapes, plan_shapes, tile_tokens
+from sparda_jax.mesh import MeshConfig
+from sparda_jax.models.sharding import config_of_device
 from sparda_jax.planning.limits import (
     Limit,
     MemoryLimits,
@@ -183,6 +185,7 @@ class _Planner:
     dtype: str
     max_new: int
     chunk: int | None
+    mesh: MeshConfig
 
     def settings(self, kind: str, *, lookahead: bool = True) -> LayerSettings:
         offload = None
@@ -191,7 +194,13 @@ class _Planner:
             route = named_route(self.rates.route)
             codec = named_codec(self.cache.codec)
             offload = OffloadSettings(route, ahead and lookahead, codec=codec)
-        return LayerSettings(self.config, self.sparse, self.selector, offload=offload)
+        return LayerSettings(
+            config_of_device(self.config, self.mesh.model),
+            self.sparse,
+            self.selector,
+            offload=offload,
+            parts=self.mesh.model,
+        )
 
     @property
     def miss_source(self) -> str:
@@ -315,6 +324,7 @@ def plan(
     dtype: DTypeLike = "bfloat16",
     max_new_tokens: int = 256,
     prefill_chunk: int | None = 8192,
+    mesh: MeshConfig | None = None,
 ) -> Plan:
     """What fits in a machine's memory, how fast decode can be, whether offload pays.
 
@@ -342,6 +352,9 @@ def plan(
       max_new_tokens: Output tokens of each sequence.
       prefill_chunk: Tokens of one prefill call, as `stream` takes it; None is the
         whole prompt at once, as `generate` does it.
+      mesh: Devices that share rows and layers. Bytes are then those of one device, of
+        `hbm_gib` each and an equal share of `host_gib`; batches and tokens a second
+        those of one of the `data` groups.
 
     Raises:
       ConfigError: If an argument is not allowed.
@@ -365,6 +378,8 @@ def plan(
     miss = optional(number(least=0, most=1))("miss", miss)
     trace = optional(path)("trace", trace)
     dtype = float_dtype("dtype", dtype)
+    mesh = optional(instance(MeshConfig))("mesh", mesh) or MeshConfig()
+    host_gib /= mesh.size
     sparse = optional(instance(SparseConfig))("sparse", sparse)
     cache = optional(instance(CacheConfig))("cache", cache) or CacheConfig()
     if isinstance(model, ModelConfig):
@@ -374,6 +389,7 @@ def plan(
     sparse = own if sparse is None else sparse
     selector.check(config, has_forecast=True)
     sparse.check_layers(config)
+    config_of_device(config, mesh.model)
     if cache.prefetch == "lookahead" and not selector.looks_ahead:
         raise ConfigError(
             f"CacheConfig.prefetch='lookahead' is not allowed with "
@@ -395,6 +411,7 @@ def plan(
         max_new=max_new_tokens,
         # Rows that switch to dense attention by length cannot be cut into pieces.
         chunk=prefill_chunk if sparse.dense_len <= 0 else None,
+        mesh=mesh,
     )
     best = planner.largest("offload", context)
     alone = None
@@ -428,7 +445,13 @@ def plan(
 
 
 def _notes(planner: _Planner, context: int) -> tuple[str, ...]:
-    config, notes = planner.config, []
+    config, notes, mesh = planner.config, [], planner.mesh
+    if mesh.size > 1:
+        notes.append(
+            f"mesh {mesh.text}: bytes are those of one device and its share of the "
+            "host's, batches and tokens/s those of one group of "
+            f"{mesh.model} ({mesh.data} in all); sums between devices are not counted"
+        )
     if context > config.max_context:
         notes.append(
             f"{context:,} tokens are more than the {config.max_context:,} that model "

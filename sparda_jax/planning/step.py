@@ -99,9 +99,11 @@ def step_time(
     heads = batch * config.num_kv_heads * config.num_layers
     block_bytes = block * 2 * config.head_dim * size
 
-    outside = 0
-    if not config.tie_embeddings:  # A step reads a few rows of the embedding.
-        outside -= math.prod(model_shapes(config)["embedding"])
+    table = math.prod(model_shapes(config)["embedding"])
+    # A step reads a few rows of the embedding, and a device's part of the head.
+    outside = table // settings.parts - table
+    if not config.tie_embeddings:
+        outside -= table
     if selector.needs_forecast:
         outside += num_forecast_parameters(config)
     read = num_active_parameters(config, _experts_in_use(config, batch)) + outside

@@ -48,6 +48,8 @@ class Selector:
       needs_forecast: The model must have Forecast heads.
       scores_all_windows: Prefill holds the scores of all windows of a tile; else they
         go through `pallas_kernels.block_scores` (for the planner).
+      divides_heads: What a kv head chooses does not depend on its number or on other
+        heads, so that devices may divide them.
     """
 
     name: ClassVar[str]
@@ -60,6 +62,7 @@ class Selector:
     attends_tokens: ClassVar[bool] = False
     needs_forecast: ClassVar[bool] = False
     scores_all_windows: ClassVar[bool] = True
+    divides_heads: ClassVar[bool] = True
 
     @property
     def label(self) -> str:

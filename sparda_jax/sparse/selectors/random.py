@@ -26,6 +26,7 @@ class Random(Selector):
     summary = "blocks at random beside the forced ones (seeded)"
     looks_ahead = True
     scores_all_windows = False
+    divides_heads = False
 
     def __post_init__(self) -> None:
         settle(self, seed=integer(0, 2**32 - 1))

@@ -31,6 +31,7 @@ _MODEL = {
     "--local-blocks": (*INTEGER, "0"),
     "--init-blocks": INTEGER,
     "--dtype": WORD,
+    "--mesh": (*WORD, "model=0", "2", "model=2,model=2"),
     "--no-compilation-cache": FLAG,
 }
 _SLOTS = {
@@ -87,6 +88,7 @@ ROWS = {
         "--miss": (*NUMBER, "1.5"),
         "--trace": PATH,
         "--measure": FLAG,
+        "--mesh": (*WORD, "model=0"),
         "--device-kind": (LONE,),
         "--link": _SIZE,
         "--bandwidth": _SIZE,

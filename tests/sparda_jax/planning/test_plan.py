@@ -8,6 +8,7 @@ import pytest
 
 from sparda_jax.config import CacheConfig, ConfigError, SparseConfig
 from sparda_jax.machine import Limit
+from sparda_jax.mesh import MeshConfig
 from sparda_jax.models.presets import PRESETS
 from sparda_jax.models.spec import num_parameters
 from sparda_jax.planning.limits import (
@@ -129,3 +130,35 @@ def test_plan_takes_a_shape_of_ones_own():
         dtype=jnp.float32,
     )
     assert found.resident.memory.weights == 4 * num_parameters(TINY.model)
+
+
+def test_a_mesh_is_planned_by_the_device():
+    """Of two devices each holds half of the layers, the KV and the vocabulary."""
+    rates = recorded_rates("H100")
+    plans = [
+        plan(
+            "llama-3.1-70b",
+            context=131072,
+            hbm_gib=80.0,
+            host_gib=2048.0,
+            rates=rates,
+            miss=0.05,
+            mesh=mesh,
+        )
+        for mesh in (None, MeshConfig(model=4))
+    ]
+    one, four = (one.offload.memory for one in plans)
+    assert one.weights * 0.249 < four.weights < one.weights * 0.251
+    assert four.host == one.host // 4
+    assert plans[0].offload_best is None
+    assert plans[1].offload_best is not None
+    assert any("mesh data=1,model=4" in note for note in plans[1].notes)
+    with pytest.raises(ConfigError, match="model=3 cannot divide num_kv_heads=8"):
+        plan(
+            "llama-3.1-70b",
+            context=4096,
+            hbm_gib=80.0,
+            host_gib=1.0,
+            rates=rates,
+            mesh=MeshConfig(model=3),
+        )

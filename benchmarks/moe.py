@@ -1,0 +1,114 @@
+"""A layer of experts beside one MLP of the same active size, in one run.
+
+    python -m benchmarks.moe --model qwen3-30b-a3b
+    XLA_FLAGS=--xla_gpu_experimental_use_ragged_dot_grouped_gemm=true \\
+        python -m benchmarks.moe --model qwen3-30b-a3b
+
+Random weights, inputs whose experts are spread evenly. Times are medians of calls that
+run the layer several times in a loop; bytes are those of the experts in use.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from sparda_jax.loading import default_dtype
+from sparda_jax.models import experts as moe
+from sparda_jax.models.layers import swiglu
+from sparda_jax.models.presets import get_preset
+
+_CALLS = 7
+
+
+def _seconds(layer, x: Array, *weights: Array, repeats: int) -> dict[str, float]:
+    """Median and largest seconds of one application of the layer."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(layer, x, *weights):
+        def again(_, x):
+            y = layer(x, *weights)
+            return (x + y * jnp.asarray(1e-3, y.dtype)).astype(x.dtype)
+
+        return jax.lax.fori_loop(0, repeats, again, x)
+
+    jax.block_until_ready(run(layer, x, *weights))
+    times = []
+    for _ in range(_CALLS):
+        begun = time.perf_counter()
+        jax.block_until_ready(run(layer, x, *weights))
+        times.append((time.perf_counter() - begun) / repeats)
+    return {"median_s": statistics.median(times), "most_s": max(times)}
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.moe",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", default="qwen3-30b-a3b", help="preset with experts")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 1024])
+    parser.add_argument("--repeats", type=int, default=20)
+    arguments = parser.parse_args()
+    config, dtype = get_preset(arguments.model).model, default_dtype()
+    hidden, ffn, used = config.hidden_size, config.ffn_size, config.experts_per_token
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+
+    def draw(*shape: int) -> Array:
+        return (0.02 * jax.random.normal(next(keys), shape)).astype(dtype)
+
+    router = draw(hidden, config.num_experts) * 50
+    gate_up = draw(config.num_experts, hidden, 2 * ffn)
+    down = draw(config.num_experts, ffn, hidden)
+    wide_in, wide_out = draw(hidden, 2 * ffn * used), draw(ffn * used, hidden)
+
+    def experts(form, x, router, gate_up, down):
+        routes = moe.route(x, router, used, normalize=config.normalize_router)
+        return form(x, routes, gate_up, down)
+
+    for tokens in arguments.tokens:
+        x = jax.random.normal(jax.random.key(tokens), (tokens, hidden))
+        x = x.astype(dtype)
+        routes = moe.route(x, router, used, normalize=True)
+        in_use = int(jnp.unique(routes.experts).size)
+        forms = {"tiled": moe.tiled_mlp, "ragged_dot": moe.grouped_mlp}
+        if tokens * used < config.num_experts:
+            forms["chosen"] = moe.chosen_mlp
+        found = {
+            name: _seconds(
+                functools.partial(experts, form),
+                *(x, router, gate_up, down),
+                repeats=arguments.repeats,
+            )
+            for name, form in forms.items()
+        }
+        found["dense of the active size"] = _seconds(
+            swiglu, x, wide_in, wide_out, repeats=arguments.repeats
+        )
+        size = 3 * hidden * ffn * jnp.dtype(dtype).itemsize
+        print(
+            json.dumps(
+                {
+                    "device": jax.devices()[0].device_kind,
+                    "jax": jax.__version__,
+                    "model": arguments.model,
+                    "tokens": tokens,
+                    "experts_in_use": in_use,
+                    "bytes_in_use": in_use * size,
+                    "dense_bytes": used * size,
+                    **found,
+                }
+            ),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

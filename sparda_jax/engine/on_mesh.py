@@ -1,0 +1,325 @@
+"""Programs over a mesh: what a session runs, on every device's part of the arrays.
+
+A program is the function of one device under `jax.shard_map`: rows and kv heads are
+divided, so nothing of the KV ever leaves its device. What is summed over devices is
+written down where it is made: after `out` and `down` (`models.block`), of the embedding
+and the logits (`models.decoder`), and here of the counters.
+
+How the arrays of a state are divided is not written down at all: it is what differs
+between the state of one device and that of all.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from sparda_jax.cache.counters import WideCount
+from sparda_jax.cache.host_store import HostStore
+from sparda_jax.cache.memory import host_zeros
+from sparda_jax.cache.offload import OffloadCache
+from sparda_jax.cache.settings import LayerSettings
+from sparda_jax.config import CacheConfig, ModelConfig
+from sparda_jax.engine.model import LanguageModel
+from sparda_jax.engine.placement import Placement
+from sparda_jax.inference.generate import (
+    WITHOUT_ROWS,
+    GenerateState,
+    Prompt,
+    Request,
+    new_state,
+)
+from sparda_jax.inference.shapes import Shapes
+from sparda_jax.mesh import DATA, MODEL, MeshConfig
+from sparda_jax.models.decoder import Decoder, DecoderLayer, Storage
+from sparda_jax.models.sharding import model_specs, on_device
+from sparda_jax.models.spec import layer_shapes
+
+_WHOLE, _ROWS = PartitionSpec(), PartitionSpec(DATA)
+
+
+@dataclasses.dataclass(frozen=True)
+class StateLayout:
+    """What the arrays of a session's state depend on.
+
+    Attributes:
+      config: The whole model.
+      settings: Of one device.
+      mesh: The devices.
+      rows: Rows of all devices.
+      shapes: Sizes.
+      cache: Where the KV lives.
+      dtype, storage: The model's.
+    """
+
+    config: ModelConfig
+    settings: LayerSettings
+    mesh: MeshConfig
+    rows: int
+    shapes: Shapes
+    cache: CacheConfig
+    dtype: Any
+    storage: Storage
+
+    def abstract(self, *, data: int = 1, model: int = 1) -> GenerateState:
+        """The state of that many groups and of that many devices of a layer."""
+        config = self.settings.config
+        if model > 1:
+            config = self.config
+        settings = dataclasses.replace(self.settings, config=config)
+        rows = self.rows // self.mesh.data * data
+        stores: list[HostStore] = []
+        like = _decoder_like(self.config, self.dtype, self.storage)
+
+        def make() -> GenerateState:
+            state = new_state(
+                like,
+                settings,
+                rows,
+                self.shapes,
+                self.cache,
+                abstract=True,
+            )
+            if isinstance(state.cache, OffloadCache):
+                # The store is of types, which no traced function can give.
+                stores.append(state.cache.store)
+                state = _without_store(state)
+            return state
+
+        state = jax.eval_shape(make)
+        if not stores:
+            return state
+        assert isinstance(state.cache, OffloadCache)
+        return state._replace(cache=state.cache._replace(store=stores[0]))
+
+    def specs(self) -> GenerateState:
+        """Partition of every array: an axis that grows with the devices is divided."""
+        return _specs(self)
+
+
+@functools.lru_cache(64)
+def _specs(layout: StateLayout) -> GenerateState:
+    """Partition of every array: an axis that grows with the devices is divided."""
+    one = layout.abstract()
+    by_model = layout.abstract(model=layout.mesh.model)
+    by_data = layout.abstract(data=layout.mesh.data)
+
+    def spec(x: Any, more_heads: Any, more_rows: Any) -> PartitionSpec:
+        triples = zip(x.shape, more_heads.shape, more_rows.shape, strict=True)
+        axes = [
+            tuple(name for name, wide in ((DATA, rows), (MODEL, heads)) if wide != size)
+            for size, heads, rows in triples
+        ]
+        return PartitionSpec(*(axis or None for axis in axes))
+
+    return jax.tree.map(spec, one, by_model, by_data)
+
+
+@functools.lru_cache(16)
+def _decoder_like(config: ModelConfig, dtype: Any, storage: Storage) -> Decoder:
+    """A decoder of that type and storage, with next to nothing in it."""
+    # It may be asked for while a program is traced, of which it is no part.
+    with jax.ensure_compile_time_eval():
+        empty = jnp.zeros((1, 1), dtype)
+        layer = DecoderLayer(dict.fromkeys(layer_shapes(config), empty))
+        return Decoder(
+            config,
+            embedding=empty,
+            layers=layer if storage == "stacked" else [layer],
+            final_norm=empty[0],
+            head=None,
+            storage=storage,
+        )
+
+
+def _without_store(state: GenerateState) -> GenerateState:
+    kept = state.cache._replace(store=None)  # pyrefly: ignore
+    return state._replace(cache=kept)
+
+
+def new_mesh_state(layout: StateLayout) -> GenerateState:
+    """An empty state, every part made where it stays.
+
+    Raises:
+      ConfigError: As `new_state`.
+    """
+    specs, mesh = layout.specs(), layout.mesh
+    rows = layout.rows // mesh.data
+    like = _decoder_like(layout.config, layout.dtype, layout.storage)
+
+    def make() -> GenerateState:
+        state = new_state(
+            like,
+            layout.settings,
+            rows,
+            layout.shapes,
+            layout.cache,
+            abstract=True,
+        )
+        return _without_store(state) if layout.settings.offload else state
+
+    out = specs
+    if layout.settings.offload:
+        out = _without_store(specs)
+    made = jax.jit(
+        jax.shard_map(
+            make, mesh=mesh.devices, in_specs=(), out_specs=out, check_vma=False
+        )
+    )()
+    if not layout.settings.offload:
+        return made
+    whole = layout.abstract(data=mesh.data, model=mesh.model)
+    assert isinstance(whole.cache, OffloadCache)
+    assert isinstance(specs.cache, OffloadCache)
+    store = whole.cache.store
+    parts = tuple(
+        host_zeros(part.shape, part.dtype, mesh=mesh.devices, spec=spec)
+        for part, spec in zip(store.parts, specs.cache.store.parts, strict=True)
+    )
+    store = dataclasses.replace(store, parts=parts)
+    return made._replace(cache=made.cache._replace(store=store))
+
+
+def _sum_of_devices(count: WideCount) -> WideCount:
+    """The sum of every device's 64-bit counts."""
+    high, low = (jax.lax.all_gather(word, (DATA, MODEL)) for word in count)
+    total = WideCount(high[0], low[0])
+    for device in range(1, high.shape[0]):
+        total = total.plus(WideCount(high[device], low[device]))
+    return total
+
+
+def _is_count(x: Any) -> bool:
+    return isinstance(x, WideCount)
+
+
+def _map_counts(function: Callable[..., WideCount], *trees: Any) -> Any:
+    return jax.tree.map(function, *trees, is_leaf=_is_count)
+
+
+def _count_apart(
+    function: Callable[..., GenerateState], arguments: list
+) -> GenerateState:
+    """Runs on a state whose counters are those of all devices, and leaves such ones."""
+    before: dict[str, Any] = {}
+    for place, argument in enumerate(arguments):
+        if isinstance(argument, GenerateState):
+            before = {name: getattr(argument, name) for name in WITHOUT_ROWS}
+            zeros = {
+                name: jax.tree.map(jnp.zeros_like, x) for name, x in before.items()
+            }
+            arguments[place] = argument._replace(**zeros)
+    state = function(*arguments)
+    for name in WITHOUT_ROWS:
+        total = _map_counts(_sum_of_devices, getattr(state, name))
+        if before:
+            total = _map_counts(WideCount.plus, before[name], total)
+        state = state._replace(**{name: total})
+    return state
+
+
+@dataclasses.dataclass(frozen=True)
+class OnMesh:
+    """A function of (model, …) as a program over a mesh.
+
+    Attributes:
+      function: Of one device.
+      layout: Of its state; None where its result is whole on every device.
+      config: The whole model.
+      own: The model of one device.
+      mesh: The devices.
+    """
+
+    function: Callable
+    layout: StateLayout | None
+    config: ModelConfig
+    own: ModelConfig
+    mesh: MeshConfig
+
+    def __call__(self, *arguments: Any, **static: Hashable) -> Any:
+        """Traces the program."""
+
+        def local(*arguments: Any) -> Any:
+            given = [
+                on_device(x, self.own) if isinstance(x, Decoder) else x
+                for x in arguments
+            ]
+
+            def run(*arguments: Any) -> Any:
+                return self.function(*arguments, **static)
+
+            return run(*given) if self.layout is None else _count_apart(run, given)
+
+        out = _WHOLE if self.layout is None else self.layout.specs()
+        return jax.shard_map(
+            local,
+            mesh=self.mesh.devices,
+            in_specs=tuple(map(self._spec, arguments)),
+            out_specs=out,
+            check_vma=False,
+        )(*arguments)
+
+    def _spec(self, argument: Any) -> Any:
+        if isinstance(argument, Decoder):
+            return model_specs(argument, self.config)
+        if isinstance(argument, GenerateState):
+            assert self.layout is not None
+            return self.layout.specs()
+        # Of a single row, or of a sequence with a cache of its own, devices have all.
+        rows = 1 if self.layout is None else self.layout.rows
+        if isinstance(argument, Prompt):
+            return _ROWS if argument.count.shape[0] == rows else _WHOLE
+        if isinstance(argument, Request):
+            return _request_specs(argument, rows)
+        return _WHOLE
+
+
+def state_layout(lm: LanguageModel, placement: Placement) -> StateLayout | None:
+    """The layout of a session's state; None for a model on one device."""
+    if lm.mesh is None:
+        return None
+    return StateLayout(
+        config=lm.config,
+        settings=placement.settings,
+        mesh=lm.mesh,
+        rows=placement.rows,
+        shapes=placement.shapes,
+        cache=placement.cache,
+        dtype=lm.model.embedding[...].dtype,
+        storage=lm.model.storage,
+    )
+
+
+def on_devices(
+    lm: LanguageModel, function: Callable, layout: StateLayout | None
+) -> Callable:
+    """The function as it runs on the devices of a model.
+
+    Args:
+      lm: The model.
+      function: Of (model, ...); of one device.
+      layout: Of the state that it gives; None where what it gives is whole.
+    """
+    if lm.mesh is None:
+        return function
+    own = lm.settings.config
+    return OnMesh(function, layout, lm.config, own, lm.mesh)
+
+
+def _request_specs(request: Request, rows: int) -> Request:
+    def spec(x: Array) -> PartitionSpec:
+        divided = x.ndim > 0 and x.shape[0] == rows
+        return _ROWS if divided else _WHOLE
+
+    whole = jax.tree.map(lambda _: _WHOLE, request)
+    of_rows = {
+        name: jax.tree.map(spec, getattr(request, name))
+        for name in ("sampling", "max_new", "min_new", "logged")
+    }
+    stops = spec(request.stops) if request.stops.ndim > 1 else _WHOLE
+    return whole._replace(stops=stops, **of_rows)

@@ -1,0 +1,83 @@
+"""Several devices: a mesh of two axes, rows over `data`, kv heads over `model`."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from sparda_jax.checks import ConfigError, integer, require, settle, shown
+
+DATA, MODEL = "data", "model"
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices share the rows, and how many every layer.
+
+    Attributes:
+      data: Groups of devices that each have rows of their own.
+      model: Devices that divide every layer: kv heads with their queries, slots,
+        indices and host blocks, the MLP's inner width and the vocabulary.
+    """
+
+    data: int = 1
+    model: int = 1
+
+    def __post_init__(self) -> None:
+        settle(self, data=integer(1, 2**16), model=integer(1, 2**16))
+
+    @staticmethod
+    def parse(field: str, value: object) -> "MeshConfig":
+        """A mesh from `data=1,model=2`; an axis that is left out has one device.
+
+        Raises:
+          ConfigError: If the text is none.
+        """
+        found = [
+            re.fullmatch(r"(data|model)=([1-9]\d{0,4})", part)
+            for part in (value.split(",") if isinstance(value, str) else [""])
+        ]
+        sizes = {match[1]: int(match[2]) for match in found if match is not None}
+        if len(sizes) != len(found):
+            raise ConfigError(
+                f"{field}={shown(value)} is not allowed: it must be like data=1,model=2"
+            )
+        return MeshConfig(**sizes)
+
+    @property
+    def size(self) -> int:
+        """Devices in all."""
+        return self.data * self.model
+
+    @property
+    def text(self) -> str:
+        """As `parse` takes it."""
+        return f"data={self.data},model={self.model}"
+
+    @property
+    def devices(self) -> Mesh:
+        """The mesh over the first devices.
+
+        Raises:
+          ConfigError: If there are fewer of them.
+        """
+        return _mesh(self)
+
+
+@functools.lru_cache(16)
+def _mesh(config: MeshConfig) -> Mesh:
+    found = jax.devices()
+    require(
+        config.size <= len(found),
+        "mesh",
+        config.text,
+        f"at most {len(found)} devices, which is what is here",
+    )
+    return jax.make_mesh(
+        (config.data, config.model),
+        (DATA, MODEL),
+        (AxisType.Auto, AxisType.Auto),
+        devices=found[: config.size],
+    )

@@ -1,0 +1,224 @@
+"""Several devices give what one gives, and no KV ever leaves its own."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import sparda_jax as sj
+from sparda_jax.config import ConfigError
+from sparda_jax.mesh import MeshConfig
+from sparda_jax.models.presets import PRESETS
+from sparda_jax.models.sharding import config_of_device
+from sparda_jax.models.spec import LAYER, MESH_AXES, MODEL
+
+ROOT = pathlib.Path(__file__).parents[3]
+DEVICES = """
+    import json
+    import jax, numpy as np
+    from jax.sharding import PartitionSpec
+    import sparda_jax as sj
+    from sparda_jax.config import CacheConfig
+    from sparda_jax.engine.call import Call
+    from sparda_jax.engine.compile_cache import PROGRAMS
+    from sparda_jax.inference.generate import new_state, pad_rows
+    from sparda_jax.inference.prefill import prefill
+    from sparda_jax.inference.shapes import plan_shapes
+    from sparda_jax.mesh import MeshConfig
+    from sparda_jax.models.rope import model_rope
+    from sparda_jax.models.sharding import model_specs, on_device
+
+    assert len(jax.devices()) == 4
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 128, n).tolist() for n in (600, 3, 130)]
+    asked = dict(max_new_tokens=70, ignore_eos=True, temperature=1.5)
+    sparse = sj.SparseConfig(local_blocks=2, block_budget=6)
+    how = dict(attention="sparda", forecast="from_query", storage="stacked")
+    here, there = CacheConfig(), CacheConfig(kind="offload", route="dynamic_slice")
+    found = {}
+
+    def load(model, mesh, cache=here):
+        return sj.load(model, mesh=mesh, cache=cache, sparse=sparse, **how)
+
+    def outcome(lm, conversation=None, texts=prompts):
+        out = sj.generate(lm, texts, conversation=conversation, **asked)
+        stats, fetches = out.stats, None
+        if stats.offload is not None:
+            fetches = [stats.offload.hits, stats.offload.misses]
+            fetches.append(stats.offload.fetched_bytes)
+        blocks = [stats.prefill_blocks, stats.decode_blocks]
+        return [out.tokens, blocks, fetches], out
+
+    def lists(lm):
+        shapes = plan_shapes(600, farthest_start=0, longest=600, max_new=0,
+                             tile_size=lm.tile_size, block_size=64)
+        prompt, rope = pad_rows([prompts[0]], shapes.prompt), model_rope(lm.config, 600)
+        def run(model):
+            model = on_device(model, lm.settings.config)
+            state = new_state(model, lm.settings, 1, shapes, here)
+            start = np.zeros(1, np.int32)
+            return prefill(model, state.cache, prompt.tokens, start, prompt.count, rope,
+                           lm.settings, tile_size=shapes.tile, capture=True).blocks
+        if lm.mesh is not None:
+            heads = PartitionSpec(None, None, "model")
+            specs = model_specs(lm.model, lm.config)
+            run = jax.shard_map(run, mesh=lm.mesh.devices, in_specs=(specs,),
+                                out_specs=heads, check_vma=False)
+        return np.sort(np.asarray(jax.jit(run)(lm.model))[:, :, :, :600], axis=-1)
+
+    one, two = load("tiny", None), load("tiny", MeshConfig(model=2))
+    logits = [sj.forward(lm, prompts[0]) for lm in (one, two)]
+    found["logits"] = float(np.abs(logits[0] - logits[1]).max())
+    found["lists"] = bool(np.array_equal(lists(one), lists(two)))
+    expected, first = outcome(one)
+    again, _ = outcome(one, first.conversation)
+    resident, out = outcome(two)
+    found["resident"] = resident == expected
+    found["turn"] = outcome(two, out.conversation)[0] == again
+
+    alone, _ = outcome(sj.with_attention(one, "sparda", cache=there))
+    compiled = []
+    get = PROGRAMS.get
+    def watch(function, arguments, static, *, donate=()):
+        program, seconds = get(function, arguments, static, donate=donate)
+        compiled.append(program.as_text())
+        return program, seconds
+    PROGRAMS.get = watch
+    split, out = outcome(sj.with_attention(two, "sparda", cache=there))
+    PROGRAMS.get = get
+    found["offload"] = split == alone and split[2][1] > 0
+    found["offload tokens"] = split[0] == expected[0]
+    store = out.conversation.state.cache.store.parts[0]
+    found["host kinds"] = [store.sharding.memory_kind]
+    found["host shards"] = [part.data.nbytes / store.nbytes
+                            for part in store.addressable_shards]
+    found["programs"] = compiled
+    both = load("tiny", MeshConfig(data=2, model=2), there)
+    found["rows"] = outcome(both)[0][:2] == split[:2]
+    rows = load("tiny-nosa", MeshConfig(data=2))
+    found["only rows"] = outcome(rows)[0] == outcome(load("tiny-nosa", None))[0]
+    few = dict(texts=prompts[2:])
+    moe = [outcome(load("tiny-moe", mesh), **few)[0]
+           for mesh in (None, MeshConfig(model=2))]
+    found["experts"] = moe[0] == moe[1]
+    print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What four devices gave, in a process of their own."""
+    environment = dict(
+        os.environ,
+        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+        JAX_PLATFORMS="cpu",
+        PYTHONPATH=str(ROOT),
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(DEVICES)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_logits_and_block_lists_are_those_of_one_device(found):
+    assert found["logits"] < 1e-5
+    assert found["lists"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how",
+    ["resident", "turn", "offload", "offload tokens", "rows", "only rows", "experts"],
+)
+def test_tokens_blocks_and_fetches_are_those_of_one_device(found, how):
+    assert found[how]
+
+
+@pytest.mark.slow
+def test_every_device_has_its_own_part_of_the_host_store(found):
+    assert found["host kinds"] == ["pinned_host"]
+    assert found["host shards"] == [0.5, 0.5]
+
+
+@pytest.mark.slow
+def test_no_kv_is_exchanged(found):
+    """Devices exchange sums of hidden states, logits and counters alone."""
+    exchanged = []
+    for program in found["programs"]:
+        for line in program.splitlines():
+            match = re.search(r"= (.*?) (all-[a-z-]+|collective[a-z-]*)\(", line)
+            if match is None:
+                continue
+            exchanged.append(match[2].removesuffix("-start"))
+            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
+            # Hidden states end in D = 64, logits begin with V = 128; KV has 16 a head.
+            for shape in shapes:
+                sizes = [int(size) for size in shape.split(",") if size]
+                assert sizes == [] or len(sizes) <= 2 or sizes[-1] == 64, line
+    assert set(exchanged) == {"all-reduce", "all-gather"}
+
+
+def test_a_mesh_of_one_device_changes_nothing(token_ids):
+    """The same programs under `shard_map`: resident, then offloaded."""
+    cache = sj.CacheConfig(kind="offload", route="dynamic_slice")
+    outcomes = []
+    for mesh in (None, MeshConfig()):
+        lm = sj.load(
+            "tiny",
+            attention="sparda",
+            forecast="from_query",
+            sparse=sj.SparseConfig(local_blocks=2, block_budget=6),
+            storage="stacked",
+            cache=cache,
+            mesh=mesh,
+        )
+        out = sj.generate(lm, [token_ids(600)], max_new_tokens=20, ignore_eos=True)
+        offload = out.stats.offload
+        outcomes.append((out.tokens, out.stats.decode_blocks, offload.misses))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_the_axis_of_every_dimension_is_in_the_table():
+    letters = {letter for row in (*LAYER, *MODEL) for letter in row.shape}
+    assert letters == set(MESH_AXES)
+
+
+@pytest.mark.parametrize(
+    ("model", "parts", "message"),
+    [
+        ("tiny", 3, "num_kv_heads=2 .* use model=2, or data=3"),
+        ("llama-3.1-8b", 16, "num_kv_heads=8 .* use model=8, or data=16"),
+        ("tiny-nosa", 2, "key bias"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(model, parts, message):
+    with pytest.raises(ConfigError, match=message):
+        config_of_device(PRESETS[model].model, parts)
+
+
+def test_a_mesh_needs_its_devices():
+    with pytest.raises(ConfigError, match=r"mesh='data=64,model=2' .* at most"):
+        sj.load("tiny", mesh=MeshConfig(data=64, model=2))
+
+
+@pytest.mark.parametrize("text", ["2", "model", "model=0", "model=2,model=2", "x=2"])
+def test_text_that_is_no_mesh_is_refused(text):
+    with pytest.raises(ConfigError, match=r"mesh|model"):
+        MeshConfig.parse("--mesh", text)
+
+
+def test_text_of_a_mesh():
+    assert MeshConfig.parse("--mesh", "model=2") == MeshConfig(model=2)
+    assert MeshConfig.parse("--mesh", "data=3,model=2").text == "data=3,model=2"
