@@ -82,6 +82,26 @@ class Guard:
         return same and kind.lower() == b"bearer"
 
 
+class _Events(StreamingResponse):
+    """Server-sent events; forgotten as well if the client goes before the first."""
+
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        forget: Callable[[], None],
+        headers: dict[str, str],
+    ):
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._forget = forget
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._forget()
+
+
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
@@ -206,10 +226,9 @@ class Server:
         answer = Answer(asked, request_id, self._settings.model_name, tokenizer)
         headers = {"x-request-id": request_id}
         if asked.stream:
-            events = self._events(asked, answer, request_id, deliveries)
-            return StreamingResponse(
-                events, media_type="text/event-stream", headers=headers
-            )
+            events = self._events(asked, answer, deliveries)
+            forget = functools.partial(self._forget, request_id)
+            return _Events(events, forget, headers)
         return await self._whole(request, answer, request_id, deliveries, headers)
 
     def _request_id(self, request: Request, *, chat: bool) -> str:
@@ -283,28 +302,24 @@ class Server:
         self,
         asked: ApiRequest,
         answer: Answer,
-        request_id: str,
         deliveries: asyncio.Queue,
     ) -> AsyncIterator[bytes]:
-        """The answer as events; ends the jobs if the client goes."""
-        try:
-            while not answer.complete:
-                index, what = await deliveries.get()
-                if not isinstance(what, Ended):
-                    for chunk in answer.chunks(index, what):
-                        yield _event(chunk)
-                    continue
-                error = error_of_end(what)
-                if error is not None:
-                    yield _event(error.body())
-                    break
-                for chunk in answer.last_chunk(index, what):
+        """The answer as events; who sends them ends the jobs if the client goes."""
+        while not answer.complete:
+            index, what = await deliveries.get()
+            if not isinstance(what, Ended):
+                for chunk in answer.chunks(index, what):
                     yield _event(chunk)
-            if answer.complete and asked.usage:
-                yield _event(answer.usage_chunk())
-            yield b"data: [DONE]\n\n"
-        finally:
-            self._forget(request_id)
+                continue
+            error = error_of_end(what)
+            if error is not None:
+                yield _event(error.body())
+                break
+            for chunk in answer.last_chunk(index, what):
+                yield _event(chunk)
+        if answer.complete and asked.usage:
+            yield _event(answer.usage_chunk())
+        yield b"data: [DONE]\n\n"
 
     def _forget(self, request_id: str) -> None:
         """Nobody waits for a request any more."""

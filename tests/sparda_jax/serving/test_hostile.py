@@ -1,5 +1,6 @@
 """Bad input, bad clients, and what is left behind of them: nothing."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -7,6 +8,9 @@ import time
 
 import pytest
 from serving_client import KEY, connect, post
+from starlette.requests import ClientDisconnect
+
+from sparda_jax.serving.scheduler import Job
 
 BODY = {"prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0}
 
@@ -158,6 +162,34 @@ def test_whoever_goes_frees_the_row(server):
     assert len(session.free) == 3
     # It may have ended by itself before.
     assert (status, answers[0][0]) in ((200, 499), (404, 200))
+
+
+def test_a_client_that_goes_before_the_first_event_is_known_to_be_gone(
+    server, monkeypatch
+):
+    """No event is ever asked for then: the answer's own end would never come."""
+    submitted: list[Job] = []
+    monkeypatch.setattr(server.serving.scheduler, "submit", submitted.extend)
+    body = json.dumps({**BODY, "stream": True, "n": 2}).encode()
+    scope = {
+        "type": "http",
+        "asgi": {"spec_version": "2.4"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "headers": [(b"authorization", f"Bearer {KEY}".encode())],
+    }
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(_: dict) -> None:
+        raise OSError("the socket is closed")
+
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(server.serving.app()(scope, receive, send))
+    assert len(submitted) == 2 and all(job.cancelled for job in submitted)
 
 
 def test_nothing_is_left_behind(server):
