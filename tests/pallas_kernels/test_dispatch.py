@@ -21,6 +21,7 @@ from pallas_kernels.block_sparse_attention import pallas_triton as sparse_triton
 from pallas_kernels.block_sparse_attention import unions
 from pallas_kernels.block_sparse_attention.unions import tile_unions
 from pallas_kernels.choose_blocks import pallas_triton as choose_triton
+from pallas_kernels.commit_blocks import pallas_mosaic_gpu as commit_mosaic
 from pallas_kernels.commit_blocks import pallas_triton as commit_triton
 from pallas_kernels.compress_keys import pallas_mosaic_gpu as compress_mosaic
 from pallas_kernels.device import current_platform, require_cuda
@@ -41,6 +42,7 @@ CONFIGS = {
     ("host_gather", "triton"): gather_triton.Config,
     ("block_scores", "triton"): ScoresConfig,
     ("choose_blocks", "triton"): choose_triton.Config,
+    ("commit_blocks", "mosaic_gpu"): commit_mosaic.Config,
     ("commit_blocks", "triton"): commit_triton.Config,
     ("compress_keys", "mosaic_gpu"): compress_mosaic.Config,
     ("plan_slots", "triton"): plan_triton.Config,
