@@ -40,6 +40,7 @@ from sparda_jax.models.decoder import Decoder, Storage
 from sparda_jax.models.presets import PRESETS, default_sparse, get_preset
 from sparda_jax.models.sharding import place_decoder, placer, query_heads
 from sparda_jax.models.weights import (
+    add_int8,
     build_decoder,
     forecast_heads,
     from_query_heads,
@@ -133,6 +134,7 @@ def load(
     sparse: SparseConfig | None = None,
     forecast: str | os.PathLike | None = None,
     dtype: DTypeLike | None = None,
+    weights: Literal["int8"] | None = None,
     storage: Storage = "per_layer",
     implementation: Implementation | None = None,
     cache: CacheConfig | None = None,
@@ -153,6 +155,10 @@ def load(
         those that this package publishes for exactly these base weights
         (`sparda_jax.forecasts`).
       dtype: Type of weights and cache; None is float32 on a CPU, bfloat16 elsewhere.
+      weights: "int8" gives linear weights and the head copies in 8-bit integers, a
+        scale an output, which decode reads in their place: on a CPU a step is shorter,
+        and its logits change a little (docs/performance.md). It takes a quarter more
+        memory, and is for CPUs and `storage="per_layer"` alone. None reads the weights.
       storage: "per_layer" (fast decode) or "stacked" (constant compile time).
       implementation: Kernels of attention and of prefill's block scores: "xla",
         "triton", "mosaic_gpu"; None takes the fastest one recorded for the device.
@@ -188,11 +194,8 @@ def load(
     cache = optional(instance(CacheConfig))("cache", cache)
     forecast_base = choice(*get_args(ForecastBase))("forecast_base", forecast_base)
     mesh = optional(instance(MeshConfig))("mesh", mesh)
-    if mesh is not None and forecast_base != "exact":
-        raise ConfigError(
-            f"forecast_base={forecast_base!r} is not allowed with mesh={mesh.text}: "
-            "the measurement that it asks for takes one device"
-        )
+    _check_base(forecast_base, mesh)
+    _check_weights(weights, storage, mesh)
     on_layer = optional(function)("on_layer", on_layer)
     if sparse is None and forecast not in (None, "from_query") and is_file(forecast):
         sparse = forecast_sparse(forecast)
@@ -219,6 +222,8 @@ def load(
     )
     if mesh is not None:
         decoder = place_decoder(decoder, config, mesh)
+    if weights is not None:
+        add_int8(decoder)
     lm = LanguageModel(
         model=decoder,
         config=decoder.config,
@@ -235,6 +240,39 @@ def load(
     if other is not None:
         check_other_base(with_attention(lm, "sparda"), other)
     return lm
+
+
+def _check_base(forecast_base: ForecastBase, mesh: MeshConfig | None) -> None:
+    """Refuses a measurement where it cannot be made."""
+    if mesh is not None and forecast_base != "exact":
+        raise ConfigError(
+            f"forecast_base={forecast_base!r} is not allowed with mesh={mesh.text}: "
+            "the measurement that it asks for takes one device"
+        )
+
+
+def _check_weights(
+    weights: str | None, storage: Storage, mesh: MeshConfig | None
+) -> None:
+    """Refuses other types, and integers where they are not served."""
+    if optional(choice("int8"))("weights", weights) is None:
+        return
+    platform = jax.default_backend()
+    if platform != "cpu":
+        raise ConfigError(
+            f"weights='int8' is not allowed on {platform!r}: it is for CPUs, on which "
+            "alone it was measured"
+        )
+    if storage != "per_layer":
+        raise ConfigError(
+            f"weights='int8' is not allowed with storage={storage!r}: it must be "
+            "'per_layer'"
+        )
+    if mesh is not None:
+        raise ConfigError(
+            f"weights='int8' is not allowed with mesh={mesh.text}: the copies are not "
+            "divided between devices"
+        )
 
 
 def _default_forecast(

@@ -70,7 +70,7 @@ def stats_lines(stats: GenerateStats, lm: LanguageModel) -> list[str]:
     """What `--stats` says."""
     device = jax.devices()[0].device_kind
     lines = [
-        f"attention {lm.selector.name}, {lm.model.embedding[...].dtype}, {device}, "
+        f"attention {lm.selector.name}, {lm.model.numbers}, {device}, "
         f"JAX {jax.__version__}"
     ]
     rows = (

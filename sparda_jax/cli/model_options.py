@@ -63,6 +63,13 @@ def add_model_options(
         help="of weights and cache (float32 on a CPU, bfloat16 elsewhere)",
     )
     add_mesh_option(group)
+    add_option(
+        group,
+        "--weights",
+        choice("int8"),
+        words=("int8",),
+        help="decode with copies of the weights in 8-bit integers: faster on a CPU",
+    )
     group.add_argument(
         "--no-compilation-cache",
         action="store_true",
@@ -152,6 +159,7 @@ def load_model(
             forecast=arguments.forecast,
             forecast_base=arguments.forecast_base,
             dtype=arguments.dtype,
+            weights=arguments.weights,
             storage=storage,
             mesh=getattr(arguments, "mesh", None),
             on_layer=lambda: advance(bar, 1),

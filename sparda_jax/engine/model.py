@@ -111,7 +111,7 @@ class LanguageModel:
     def __repr__(self) -> str:
         return (
             f"LanguageModel({self.config.name!r}, attention={self.selector.name!r}, "
-            f"{self.model.embedding[...].dtype}, storage={self.model.storage!r}, "
+            f"{self.model.numbers}, storage={self.model.storage!r}, "
             f"cache={self.cache.kind!r})"
         )
 

@@ -185,7 +185,7 @@ def forecast_report(
         "fingerprint": lm.fingerprint,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "dtype": str(lm.model.embedding[...].dtype),
+        "dtype": lm.model.numbers,
         "sparse": dataclasses.asdict(lm.sparse),
         **about,
         "domains": {},

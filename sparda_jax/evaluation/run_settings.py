@@ -78,7 +78,7 @@ def run_settings(
         "forecast_trained": lm.forecast_sparse is not None,
         "tokenizer": f"{lm.config.name}, {lm.tokenizer.vocab_size} tokens, {tokenizer}",
         "prompts": prompts.form,
-        "dtype": str(lm.model.embedding[...].dtype),
+        "dtype": lm.model.numbers,
         "storage": lm.model.storage,
         "cache": lm.cache.kind,
         "geometry": geometry,

@@ -12,7 +12,7 @@ step is bound by memory, as in decode.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from sparda_jax.config import ModelConfig
 from sparda_jax.mesh import MODEL
 from sparda_jax.models.forecast import Forecast
+from sparda_jax.models.int8_weight import Int8Weight, as_array
 from sparda_jax.models.layers import rms_norm
 
 Storage = Literal["stacked", "per_layer"]
@@ -86,7 +87,7 @@ class Decoder(nnx.Module):
         self.config = nnx.static(config)
         self.embedding = nnx.Param(embedding)
         self.final_norm = nnx.Param(final_norm)
-        self.head = None if head is None else nnx.Param(head)
+        self.head: Any = None if head is None else nnx.Param(head)
         if isinstance(layers, DecoderLayer):
             assert storage == "stacked", "one layer is a stack of all"
             self.layers: DecoderLayer | nnx.List[DecoderLayer] = layers
@@ -102,9 +103,16 @@ class Decoder(nnx.Module):
         config = self.config
         return (
             f"Decoder({config.name!r}, {config.num_layers} layers, "
-            f"{self.embedding[...].dtype}, storage={self.storage!r}, "
+            f"{self.numbers}, storage={self.storage!r}, "
             f"forecast={'yes' if self.forecast is not None else 'no'})"
         )
+
+    @property
+    def numbers(self) -> str:
+        """The type of the weights, and that of copies that decode reads instead."""
+        dtype = str(self.embedding[...].dtype)
+        copied = self.head is not None and isinstance(self.head[...], Int8Weight)
+        return f"{dtype}, decoding in int8" if copied else dtype
 
     @property
     def storage(self) -> Storage:
@@ -145,7 +153,7 @@ class Decoder(nnx.Module):
         """W_q of every layer."""
         width = self.config.num_heads * self.config.head_dim
         if isinstance(self.layers, nnx.List):
-            return [layer.qkv[..., :width] for layer in self.layers]
+            return [as_array(layer.qkv[..., :width]) for layer in self.layers]
         return list(self.layers.qkv[..., :width])
 
     def first_attention_norm(self) -> Float[Array, " D"]:
@@ -215,6 +223,8 @@ def logits(model: Decoder, h: Float[Array, "rows D"]) -> Float[Array, "rows V"]:
     x = rms_norm(h, model.final_norm[...], config.rms_norm_eps)
     x = x / jnp.asarray(config.logits_divisor, x.dtype)
     head = model.embedding[...] if model.head is None else model.head[...]
+    if isinstance(head, Int8Weight):
+        return head.product(x).astype(jnp.float32)
     # The head is read as it is stored, [V, D], from the left: the transposed product
     # is three times slower for one row on a CPU.
     scores = jax.lax.dot_general(

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sparda_jax.models.int8_weight import Int8Weight
+
 
 def rms_norm(
     x: Float[Array, "*rows D"], weight: Float[Array, "*heads D"], eps: float
@@ -20,17 +22,21 @@ def rms_norm(
 
 
 def matmul(
-    x: Float[Array, "*rows D"], weight: Float[Array, "D E"]
+    x: Float[Array, "*rows D"], weight: Float[Array, "D E"] | Int8Weight
 ) -> Float[Array, "*rows E"]:
     """x · weight in x's dtype; rows are flattened so that one GEMM runs."""
     rows = x.reshape(-1, x.shape[-1])
-    return (rows @ weight.astype(x.dtype)).reshape(*x.shape[:-1], weight.shape[-1])
+    if isinstance(weight, Int8Weight):
+        product = weight.product(rows)
+    else:
+        product = rows @ weight.astype(x.dtype)
+    return product.reshape(*x.shape[:-1], -1)
 
 
 def swiglu(
     x: Float[Array, "*rows D"],
-    gate_up: Float[Array, "D F2"],
-    down: Float[Array, "F D"],
+    gate_up: Float[Array, "D F2"] | Int8Weight,
+    down: Float[Array, "F D"] | Int8Weight,
 ) -> Float[Array, "*rows D"]:
     """down(silu(gate(x)) · up(x)); `gate_up` holds gate and up side by side."""
     gate, up = jnp.split(matmul(x, gate_up), 2, axis=-1)

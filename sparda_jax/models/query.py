@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparda_jax.models.decoder import Decoder
+from sparda_jax.models.int8_weight import Int8Weight
 from sparda_jax.models.layers import matmul, rms_norm
 from sparda_jax.models.rope import RopeCosSin, apply_rope
 
@@ -17,13 +18,13 @@ class QueryProjection:
     """What makes a layer's queries of a normalised input.
 
     Attributes:
-      weight: [D, N·H].
+      weight: [D, N·H], or as integers.
       bias: [N·H], or None.
       norm: RMSNorm of every query head [H], or None.
       eps: Its epsilon.
     """
 
-    weight: Float[Array, "D NH"]
+    weight: Float[Array, "D NH"] | Int8Weight
     bias: Float[Array, " NH"] | None
     norm: Float[Array, " H"] | None
     eps: float = dataclasses.field(metadata={"static": True})

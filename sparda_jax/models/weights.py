@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from sparda_jax.config import ConfigError, ModelConfig
 from sparda_jax.models.decoder import Decoder, DecoderLayer, Storage
 from sparda_jax.models.forecast import heads_from_query
+from sparda_jax.models.int8_weight import Int8Weight, int8_weight, rounded
 from sparda_jax.models.spec import (
     EMBEDDING,
     FINAL_NORM,
@@ -28,6 +30,9 @@ from sparda_jax.models.spec import (
     layer_shapes,
     model_shapes,
 )
+
+# Arrays of a layer that `matmul` reads: nearly all of its numbers.
+_LINEARS = ("qkv", "out", "gate_up", "down")
 
 Load = Callable[[str], np.ndarray]
 Put = Callable[[str, np.ndarray], Array]
@@ -105,6 +110,25 @@ def build_decoder(
         head=head,
         storage=storage,
     )
+
+
+def add_int8(model: Decoder) -> None:
+    """Gives the linear weights of a decoder's layers, and its head, copies in integers.
+
+    Decode reads them in place of the weights (`models.int8_weight`). Norms, biases,
+    Forecast heads and the weights of experts have none.
+
+    Args:
+      model: A decoder with an array a layer; it is changed.
+    """
+    assert isinstance(model.layers, nnx.List)
+    for layer in model.layers:
+        for name in _LINEARS:
+            weight = getattr(layer, name)
+            if weight is not None:
+                setattr(layer, name, nnx.Param(int8_weight(weight[...])))
+    head = model.embedding if model.head is None else model.head
+    model.head = nnx.data(nnx.Param(Int8Weight(None, *rounded(head[...]))))
 
 
 def forecast_heads(

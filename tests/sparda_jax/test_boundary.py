@@ -132,6 +132,7 @@ ROWS = {
         "forecast": (*maybe(PATH), "no/such/file.safetensors"),
         "forecast_base": WORD,
         "dtype": DTYPE,
+        "weights": maybe(WORD),
         "storage": WORD,
         "implementation": maybe(WORD),
         "mesh": maybe(CONFIG),

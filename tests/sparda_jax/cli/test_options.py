@@ -32,6 +32,7 @@ _MODEL = {
     "--init-blocks": INTEGER,
     "--dtype": WORD,
     "--mesh": (*WORD, "model=0", "2", "model=2,model=2"),
+    "--weights": WORD,
     "--no-compilation-cache": FLAG,
 }
 _SLOTS = {
