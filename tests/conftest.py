@@ -1,6 +1,7 @@
 """Shared fixtures. Shapes and types of our functions are checked while tests run."""
 
 import functools
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -58,6 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
     Modules drop what they compiled (see below), and the same small programs would be
     compiled in each of them. A directory that the user has named is kept.
     """
+    _compile_quickly(config)
     if os.environ.get("JAX_COMPILATION_CACHE_DIR") or not hasattr(config, "cache"):
         return
     folder = config.cache.mkdir("jax")
@@ -72,6 +74,20 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update(name, value)
         # For xdist's workers, which start later, and the processes that tests start.
         os.environ[name.upper()] = str(value)
+
+
+def _compile_quickly(config: pytest.Config) -> None:
+    """The default tests on a CPU leave out most of LLVM's optimisation.
+
+    Thousands of small programs are compiled there and run once or twice; it takes a
+    fifth of the time. Slow tests, and those on accelerators, compile as users do. A
+    choice of the user's own is kept.
+    """
+    accelerators = importlib.metadata.entry_points(group="jax_plugins")
+    if config.getoption("--runslow") or config.option.markexpr or accelerators:
+        return
+    chosen = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    jax.config.update("jax_disable_most_optimizations", chosen not in ("0", "false"))
 
 
 def pytest_collection_modifyitems(

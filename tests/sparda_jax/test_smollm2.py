@@ -40,6 +40,7 @@ def test_logits(dense, expected, prompt):
     np.testing.assert_allclose(best, expected[f"{prompt}_top16_logits"], atol=ATOL)
 
 
+@pytest.mark.slow
 def test_greedy_continuations(dense, expected):
     """Both at once, as a ragged batch; the shorter golden ends at 30 tokens."""
     prompts = [expected["short_ids"], expected["chat_ids"]]

@@ -200,6 +200,7 @@ def test_resumed_run_equals_uninterrupted_run(finished, shards, tmp_path, monkey
         assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_other_runs_are_refused_and_nothing_is_damaged(finished, shards):
     out, _ = finished
 
@@ -243,6 +244,7 @@ def test_a_time_limit_ends_a_run_that_can_go_on(finished, shards, tmp_path):
     np.testing.assert_array_equal(second.state.heads, finished[1].state.heads)
 
 
+@pytest.mark.slow
 def test_training_stops_when_nothing_is_finite(shards, tmp_path, monkeypatch):
     def broken(config, seed):
         tensors = random_tensors(config, seed)

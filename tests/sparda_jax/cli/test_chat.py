@@ -65,6 +65,7 @@ def test_fork_back_and_reset(talk):
     assert "attention dense" in err
 
 
+@pytest.mark.slow
 def test_attention_and_cache_read_all_again(talk, text_lm):
     lines = ["one", "/attention window", "two", "/cache auto", "/fork", "three"]
     status, records, err = talk(lines)

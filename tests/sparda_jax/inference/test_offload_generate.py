@@ -151,6 +151,7 @@ def test_old_names_of_routes_warn(old, new, without_type_checks):
     assert cache.route == new
 
 
+@pytest.mark.slow
 def test_experts_change_nothing(prompts):
     """A model with experts: offloaded and resident give the same tokens."""
     lm = sj.load(

@@ -76,6 +76,7 @@ def test_the_sdk_chats(server, client):
     assert chunks[-1].choices[0].finish_reason == choice.finish_reason
 
 
+@pytest.mark.slow
 def test_lists_and_several_outputs(server, client):
     """n outputs have the seeds s, s + 1, …, as those of `generate`."""
     prompts = [[5, 6, 7], [9] * 200]

@@ -158,6 +158,7 @@ def _fuzz(server, count: int, seed: int, distinct: int) -> None:
     assert server.serving.session.held_tokens() == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_random_requests_get_what_generate_gives(server):
     _fuzz(server, count=60, seed=1, distinct=12)
 
