@@ -170,6 +170,7 @@ def test_no_kv_is_exchanged(found):
     assert set(exchanged) == {"all-reduce", "all-gather"}
 
 
+@pytest.mark.slow
 def test_a_mesh_of_one_device_changes_nothing(token_ids):
     """The same programs under `shard_map`: resident, then offloaded."""
     cache = sj.CacheConfig(kind="offload", route="dynamic_slice")

@@ -97,6 +97,7 @@ def test_hits_change_no_answer_of_any_selector(lm, token_ids, attention):
         _check(placed, token_ids, cache, prompts, cached)
 
 
+@pytest.mark.slow
 def test_rows_that_read_at_once_share_their_pieces(lm, token_ids):
     """Each piece is run by one of them; what does not fit is refused."""
     placed = dataclasses.replace(lm, cache=OFFLOAD)
