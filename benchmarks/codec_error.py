@@ -13,7 +13,6 @@ and passkeys found. Layer 0 is offloaded as well, so that it is counted.
 
 import argparse
 import dataclasses
-import functools
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from benchmarks.fed_text import feed_text
 from benchmarks.trace import read_document
 from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checks import ConfigError, integer
@@ -63,56 +63,22 @@ def run_text(
     import jax
     import jax.numpy as jnp
 
-    from sparda_jax.inference.decode import decode_step
-    from sparda_jax.inference.generate import new_state, pad_rows
-    from sparda_jax.inference.prefill import prefill
-    from sparda_jax.inference.shapes import plan_shapes
     from sparda_jax.models.decoder import logits
-    from sparda_jax.models.rope import model_rope
-    from sparda_jax.planning.auto import offload_settings
 
-    offload = offload_settings(cache, lm.selector)
-    settings = dataclasses.replace(lm.settings, offload=offload)
-    prompt = len(ids) - decode
-    shapes = plan_shapes(
-        prompt,
-        farthest_start=0,
-        longest=prompt,
-        max_new=decode,
-        tile_size=lm.tile_size,
-        block_size=lm.sparse.block_size,
+    def of_step(model, carry):
+        scores = logits(model, carry.hidden[:, 0])[0].astype(jnp.float32)
+        return jax.nn.log_softmax(scores), carry.blocks[:, 0, :, 0]
+
+    stores: list[HostStore] = []
+    _, (logs, lists) = feed_text(
+        *(lm, ids, decode, cache),
+        of_prompt=None,
+        of_step=of_step,
+        between=lambda kept: stores.append(
+            kept.store.with_numpy(kept.store.to_numpy())
+        ),
     )
-    rope = model_rope(lm.config, len(ids))
-    state = new_state(lm.model, settings, 1, shapes, cache)
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def of_prompt(model, kept, tokens, count):
-        start = jnp.zeros_like(count)
-        how = (rope, settings)
-        done = prefill(model, kept, tokens, start, count, *how, tile_size=shapes.tile)
-        return done.cache
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def of_steps(model, kept, tokens):
-        def step(kept, at):
-            token, position = at
-            active = jnp.ones((1,), bool)
-            done = decode_step(
-                *(model, kept, token[None], position[None], active),
-                *(rope, settings),
-                capture=True,
-            )
-            assert done.blocks is not None
-            scores = logits(model, done.hidden[:, 0])[0].astype(jnp.float32)
-            return done.cache, (jax.nn.log_softmax(scores), done.blocks[:, 0, :, 0])
-
-        return jax.lax.scan(step, kept, (tokens, prompt + jnp.arange(decode)))
-
-    padded = pad_rows([ids[:prompt]], shapes.prompt)
-    kept = of_prompt(lm.model, state.cache, padded.tokens, padded.count)
-    store = kept.store.with_numpy(kept.store.to_numpy())
-    _, (logs, lists) = of_steps(lm.model, kept, jnp.asarray(ids[prompt:], jnp.int32))
-    return Run(store, np.asarray(logs), np.asarray(lists))
+    return Run(stores[0], np.asarray(logs), np.asarray(lists))
 
 
 def error_by_layer(

@@ -20,7 +20,6 @@ per scored block, and how many blocks neighbouring tokens list together, in list
 
 import argparse
 import dataclasses
-import functools
 import math
 import pathlib
 import sys
@@ -29,11 +28,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from benchmarks.fed_text import feed_text
 from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checkpoint.files import read_text
 from sparda_jax.checks import ConfigError, integer
 from sparda_jax.cli.ending import run_command
 from sparda_jax.cli.options import Parser
+from sparda_jax.config import CacheConfig
 from sparda_jax.planning.misses import curve_of
 from sparda_jax.planning.traces import BlockTrace, read_trace, write_trace
 
@@ -86,64 +87,14 @@ def record(
       decode: Tokens to decode.
     """
     import jax
-    import jax.numpy as jnp
 
-    from sparda_jax.config import CacheConfig
-    from sparda_jax.inference.decode import decode_step
-    from sparda_jax.inference.generate import new_state, pad_rows
-    from sparda_jax.inference.prefill import prefill as run_prefill
-    from sparda_jax.inference.shapes import plan_shapes
-    from sparda_jax.models.decoder import Decoder
-    from sparda_jax.models.rope import model_rope
-
-    settings, sparse = lm.settings, lm.sparse
     prompt = len(ids) - decode
-    shapes = plan_shapes(
-        prompt,
-        farthest_start=0,
-        longest=prompt,
-        max_new=decode,
-        tile_size=lm.tile_size,
-        block_size=sparse.block_size,
+    before, steps = feed_text(
+        *(lm, ids, decode, CacheConfig()),
+        of_prompt=lambda _, carry: carry.blocks[:, 0, :, prompt - prefill : prompt],
+        of_step=lambda _, carry: carry.blocks[:, 0, :, 0],
     )
-    rope = model_rope(lm.config, len(ids))
-    state = new_state(lm.model, settings, 1, shapes, CacheConfig())
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def of_prompt(model: Decoder, cache, tokens, count):
-        start = jnp.zeros_like(count)
-        carry = run_prefill(
-            model,
-            cache,
-            tokens,
-            start,
-            count,
-            rope,
-            settings,
-            tile_size=shapes.tile,
-            capture=True,
-        )
-        assert carry.blocks is not None
-        return carry.cache, carry.blocks[:, 0, :, prompt - prefill : prompt]
-
-    @jax.jit
-    def of_steps(model: Decoder, cache, tokens):
-        def step(cache, at):
-            token, position = at
-            active = jnp.ones((1,), bool)
-            carry = decode_step(
-                *(model, cache, token[None], position[None], active),
-                *(rope, settings),
-                capture=True,
-            )
-            assert carry.blocks is not None
-            return carry.cache, carry.blocks[:, 0, :, 0]
-
-        return jax.lax.scan(step, cache, (tokens, prompt + jnp.arange(decode)))[1]
-
-    padded = pad_rows([ids[:prompt]], shapes.prompt)
-    cache, before = of_prompt(lm.model, state.cache, padded.tokens, padded.count)
-    steps = of_steps(lm.model, cache, jnp.asarray(ids[prompt:], jnp.int32))
+    sparse = lm.sparse
     lists = np.concatenate([before, np.moveaxis(np.asarray(steps), 0, 2)], axis=2)
     blocks = (len(ids) - 1) // sparse.block_size + 1
     listed = np.zeros((*lists.shape[:3], blocks + 1), bool)
