@@ -6,8 +6,8 @@ from typing import Any
 
 from sparda_jax.checkpoint.tokenizer import Tokenizer
 from sparda_jax.engine.results import StreamEvent, TokenLogprobs
+from sparda_jax.serving.jobs import Ended
 from sparda_jax.serving.protocol import ApiRequest
-from sparda_jax.serving.scheduler import Ended
 
 _REASONS = {"stop": "stop", "length": "length"}
 

@@ -31,6 +31,7 @@ from sparda_jax.checks import integer as integer_check
 from sparda_jax.engine.requests import encode_prompt
 from sparda_jax.engine.session import Session
 from sparda_jax.serving.answers import Answer, ApiError, error_of_end
+from sparda_jax.serving.jobs import Ended, Job, Refused
 from sparda_jax.serving.metrics import Metrics
 from sparda_jax.serving.protocol import (
     ApiRequest,
@@ -40,7 +41,7 @@ from sparda_jax.serving.protocol import (
     parse_completion,
     parse_messages,
 )
-from sparda_jax.serving.scheduler import Ended, Job, Refused, Scheduler
+from sparda_jax.serving.scheduler import Scheduler
 from sparda_jax.serving.settings import ServeSettings
 
 # Of a client: what else stands in a log line, or in a path, is ours.

@@ -16,9 +16,9 @@ import prometheus_client as prometheus
 from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.engine.offload_stats import OffloadStats, offload_stats
 from sparda_jax.engine.session import Session
+from sparda_jax.serving.jobs import Job
 from sparda_jax.serving.observer import Observer
 from sparda_jax.serving.protocol import ApiRequest
-from sparda_jax.serving.scheduler import Job
 
 LOGGER = logging.getLogger("sparda_jax.serving")
 

@@ -10,7 +10,7 @@ import pytest
 from serving_client import KEY, connect, post
 from starlette.requests import ClientDisconnect
 
-from sparda_jax.serving.scheduler import Job
+from sparda_jax.serving.jobs import Job
 
 BODY = {"prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0}
 

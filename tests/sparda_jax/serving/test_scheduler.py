@@ -7,8 +7,9 @@ import pytest
 
 import sparda_jax as sj
 from sparda_jax.engine.compile_cache import PROGRAMS
+from sparda_jax.serving.jobs import Ended, Job, Refused
 from sparda_jax.serving.observer import Observer
-from sparda_jax.serving.scheduler import Ended, Job, Refused, Scheduler
+from sparda_jax.serving.scheduler import Scheduler
 
 
 class _Client:
