@@ -10,10 +10,105 @@ link), a gather on the host array (which XLA computes on the host), NumPy and
 """
 
 import argparse
+import dataclasses
 import pathlib
 import statistics
 import time
 import warnings
+from collections.abc import Callable, Iterator
+
+BLOCK_BYTES = 2 * 64 * 2 * 128
+
+
+@dataclasses.dataclass(frozen=True)
+class RouteTime:
+    """How long one way of fetching took.
+
+    Attributes:
+      name: Of the way.
+      seconds: Of each timed call; empty if it was refused.
+      rate: Bytes a second, by the median; 0 if it was refused.
+      right: Whether the blocks that came are the listed ones.
+      refusal: Why it cannot run here; "" if it can.
+    """
+
+    name: str
+    seconds: tuple[float, ...] = ()
+    rate: float = 0.0
+    right: bool = False
+    refusal: str = ""
+
+    def __str__(self) -> str:
+        if self.refusal:
+            return f"{self.name:28} refused: {self.refusal[:120]}"
+        least, middle, most = (
+            1e3 * f(self.seconds) for f in (min, statistics.median, max)
+        )
+        return (
+            f"{self.name:28} {self.rate / 1e9:7.2f} GB/s  {middle:8.2f} ms "
+            f"({least:.2f} … {most:.2f})  {'checked' if self.right else 'WRONG RESULT'}"
+        )
+
+
+def time_routes(gib: float, blocks: int, repeats: int) -> Iterator[RouteTime]:
+    """Times every way to fetch, one after the other.
+
+    Args:
+      gib: Size of the array in host memory.
+      blocks: Random blocks that a call fetches; at most as many as the array has.
+      repeats: Timed calls of each, after one that is checked.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from sparda_jax.cache.memory import host_sharding
+
+    rows = max(2, int(gib * 2**30) // BLOCK_BYTES)
+    listed = min(blocks, rows)
+    numbers = np.arange(rows, dtype=np.float32)[:, None, None, None] % 251
+    held = np.broadcast_to(numbers, (rows, 64, 2, 128)).astype(jnp.bfloat16)
+    store = jax.device_put(held, host_sharding())
+    chosen = np.random.default_rng(0).choice(rows, listed, replace=False)
+    for name, call in _calls(store, chosen).items():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # XLA's notes on host computation
+                got = np.asarray(jax.block_until_ready(call())[:, 0, 0, 0])
+                seconds = []
+                for _ in range(repeats):
+                    begun = time.perf_counter()
+                    jax.block_until_ready(call())
+                    seconds.append(time.perf_counter() - begun)
+        except Exception as error:  # a route's refusal must not hide the others
+            yield RouteTime(name, refusal=" ".join(str(error).split()))
+            continue
+        expected = np.arange(listed) if name.startswith("one") else chosen
+        right = np.array_equal(got.astype(np.float32), expected % 251)
+        rate = listed * BLOCK_BYTES / statistics.median(seconds)
+        yield RouteTime(name, tuple(seconds), rate, bool(right))
+
+
+def _calls(store, chosen) -> dict[str, Callable]:
+    """A call a way: the link first, the routes, XLA's own gather."""
+    import jax
+    import jax.numpy as jnp
+
+    from sparda_jax.cache.memory import to_device, to_host
+    from sparda_jax.cache.routes import named_route, route_names
+
+    wanted = jnp.asarray(chosen, jnp.int32)
+
+    def gather(store, wanted):
+        return to_device(store.at[to_host(wanted)].get(mode="promise_in_bounds"))
+
+    gathered = jax.jit(gather)
+    copied = jax.jit(lambda store: to_device(store[: len(chosen)]))
+    return {
+        "one contiguous copy": lambda: copied(store),
+        **{name: named_route(name).repeatable(store, chosen) for name in route_names()},
+        "gather on the host array": lambda: gathered(store, wanted),
+    }
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,64 +126,23 @@ def main() -> None:
     """Runs the benchmark."""
     arguments = _parser().parse_args()
     import jax
-    import jax.numpy as jnp
-    import numpy as np
 
-    from sparda_jax.cache.memory import host_sharding, to_device, to_host
-    from sparda_jax.cache.routes import named_route, route_names
     from sparda_jax.checkpoint.atomic import write_json
     from sparda_jax.runtime import configure_offload
 
     configure_offload()
-    shape = (64, 2, 128)
-    block_bytes = 2 * 64 * 2 * 128
-    rows = max(2, int(arguments.gib * 2**30) // block_bytes)
-    listed = min(arguments.blocks, rows)
-    numbers = np.arange(rows, dtype=np.float32)[:, None, None, None] % 251
-    held = np.broadcast_to(numbers, (rows, *shape)).astype(jnp.bfloat16)
-    store = jax.device_put(held, host_sharding())
-    chosen = np.random.default_rng(0).choice(rows, listed, replace=False)
-    wanted = jnp.asarray(chosen, jnp.int32)
-
-    def gather(store, wanted):
-        return to_device(store.at[to_host(wanted)].get(mode="promise_in_bounds"))
-
-    gathered = jax.jit(gather)
-    copied = jax.jit(lambda store: to_device(store[:listed]))
-    calls = {
-        "one contiguous copy": lambda: copied(store),
-        **{name: named_route(name).repeatable(store, chosen) for name in route_names()},
-        "gather on the host array": lambda: gathered(store, wanted),
-    }
     device = jax.devices()[0].device_kind
-    print(
-        f"{listed} blocks of {block_bytes >> 10} KiB, {device}, JAX {jax.__version__}"
-    )
+    size = BLOCK_BYTES >> 10
+    print(f"{arguments.blocks} blocks of {size} KiB, {device}, JAX {jax.__version__}")
     figures = {}
-    for name, call in calls.items():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # XLA's notes on host computation
-                got = np.asarray(jax.block_until_ready(call())[:, 0, 0, 0])
-                seconds = []
-                for _ in range(arguments.repeats):
-                    begun = time.perf_counter()
-                    jax.block_until_ready(call())
-                    seconds.append(time.perf_counter() - begun)
-        except Exception as error:  # a route's refusal must not hide the others
-            print(f"{name:28} refused: {str(error)[:120]}", flush=True)
-            continue
-        expected = np.arange(listed) if name.startswith("one") else chosen
-        right = np.array_equal(got.astype(np.float32), expected % 251)
-        median = statistics.median(seconds)
-        rate = listed * block_bytes / median / 1e9
-        figures[name] = {"gb_per_s": rate, "ms": median * 1e3, "right": bool(right)}
-        print(
-            f"{name:28} {rate:7.2f} GB/s  {median * 1e3:8.2f} ms "
-            f"({min(seconds) * 1e3:.2f} … {max(seconds) * 1e3:.2f})  "
-            f"{'checked' if right else 'WRONG RESULT'}",
-            flush=True,
-        )
+    for found in time_routes(arguments.gib, arguments.blocks, arguments.repeats):
+        print(found, flush=True)
+        if not found.refusal:
+            figures[found.name] = {
+                "gb_per_s": found.rate / 1e9,
+                "ms": statistics.median(found.seconds) * 1e3,
+                "right": found.right,
+            }
     if arguments.json:
         record = {"device": device, "jax": jax.__version__, "routes": figures}
         write_json(arguments.json, record)

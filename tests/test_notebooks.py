@@ -1,15 +1,20 @@
 """Notebooks: nothing of a run in git; executed whole, they show what they promise."""
 
+import functools
 import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import types
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import sparda_jax as sj
+from pallas_kernels.lowering import cuda_lowering_text
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -44,6 +49,24 @@ def test_kept_outputs_say_when_and_of_which_cells(path):
     # A cell that has changed shows nothing: the first one, with the device, must.
     assert run["cells"][0]["source"] == _source(_cells(path, "code")[0])
     assert "JAX" in run["cells"][0]["outputs"][0]["text"]
+
+
+def test_the_kernel_of_a_contributor_lowers_for_a_gpu():
+    """On a GPU it is compiled, which no CPU shows."""
+    (cell,) = [
+        c
+        for c in map(_source, _cells(ROOT / "notebooks/extend.ipynb", "code"))
+        if "def compress_keys_own" in c
+    ]
+    definition = cell.partition("keys = jax.random")[0]
+    card = types.SimpleNamespace(compute_capability="9.0")
+    space = {"jax": jax, "jnp": jnp, "GPU": True, "device": card}
+    exec(compile(definition, "extend", "exec"), space)
+    keys = jax.ShapeDtypeStruct((2, 2, 200, 64), jnp.float32)
+    call = functools.partial(
+        space["compress_keys_own"], kernel_size=32, kernel_stride=16
+    )
+    assert "triton" in cuda_lowering_text(call, keys)
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +136,17 @@ def test_extend(told):
     assert "'every_third'" in text
     assert "offloaded tokens are the resident ones: True" in text
     assert "looked ahead: True" in text
-    assert "agrees: True" in text
+    assert "ran by: Pallas's interpreter" in text and "agrees: True" in text
+    assert 0 < float(re.search(r"from the reference: (\S+)", text)[1]) < 1e-5
 
 
 @pytest.mark.slow
 @pytest.mark.network
 def test_distil(told):
-    text, _ = told("distil")
-    assert "it rose: True" in text
+    text, pictures = told("distil")
+    recall = [float(x) for x in re.findall(r"held-out recall ([\d.]+)", text)]
+    assert len(recall) == 4 and 0.6 < recall[0] < recall[-1] < 1
+    assert "it rose: True" in text and pictures == 1
     assert re.search(r"the forecast found \d+% of the own queries' blocks", text)
 
 
@@ -148,6 +174,9 @@ def test_inside(told):
 def test_link(told):
     text, pictures = told("link")
     assert float(re.search(r"link ([\d.]+) GB/s", text)[1]) > 0
+    routes = dict(re.findall(r"^(\w+) +(?:refused|([\d.]+) GB/s).*$", text, re.M))
+    assert float(routes["dynamic_slice"]) > 0 and float(routes["host_loop"]) > 0
+    assert routes["mosaic"] == routes["triton"] == "" and "WRONG" not in text
     assert len(re.findall(r"^sparda (?:resident|offload) .* … ", text, re.M)) == 6
     assert "best against best" in text
     operations = int(re.search(r"^(\d+) operations on \d+ threads", text, re.M)[1])
