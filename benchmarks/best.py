@@ -8,8 +8,8 @@ by host memory and, with `device_blocks="auto"`, by what is left of the device's
 slots. Of those that fit, the ones are run for which the plan's step time (bandwidths
 measured in the same run, misses of the trace's curve at that number of slots) promises
 most; what was planned stands beside what was measured. Then come smaller batches, for
-the curve. Cells are run in descending worth until the minutes are over, and the file is
-written after each.
+the curve. Cells are run in rounds, of a round the largest host store first, until the
+minutes are over, and the file is written after each.
 
 Lists are a real model's (`benchmarks.traced`), weights and KV bytes arbitrary, and
 nothing is prefilled: memory for it is left free as if it were. Cells:
@@ -62,7 +62,7 @@ class Cell:
       codec: Of host blocks.
       batch: Rows.
       slots: C; 0 for a resident cache.
-      planned_ms: The least step time by the plan.
+      planned_ms: The step time by the plan.
       host_gib: Of the host store.
     """
 
@@ -184,7 +184,11 @@ class Planner:
 
 
 def cells_by_worth(planner: Planner, most: int) -> Iterator[Cell]:
-    """First the best of every way, then smaller batches."""
+    """First the best of every way, then smaller batches.
+
+    Of each round the largest host store comes first: pinned memory is not given back,
+    and a store fits in what one before it took, but not beside it.
+    """
     ways = [
         planner.best(mode, codec, most)
         for mode, codec in (
@@ -195,7 +199,8 @@ def cells_by_worth(planner: Planner, most: int) -> Iterator[Cell]:
         )
     ]
     for number in range(max(map(len, ways), default=0)):
-        yield from (way[number] for way in ways if number < len(way))
+        round_ = [way[number] for way in ways if number < len(way)]
+        yield from sorted(round_, key=lambda cell: -cell.host_gib)
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
@@ -225,7 +230,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
             f"best against best: {mine['name']}, batch {mine['batch']}, "
             f"{mine['tokens_per_second']:.0f} tokens/s against resident, batch "
             f"{other['batch']}, {other['tokens_per_second']:.0f}: {ratio:.2f}x (the "
-            f"plan's bounds: {planned:.2f}x)"
+            f"plan: {planned:.2f}x)"
         )
     return lines
 

@@ -170,7 +170,7 @@ def _with_figures(
     if offload is not None and offload.hit_rate is not None:
         miss = 1 - offload.hit_rate
     plan = planned(lm, way, limits, cell.context, cell.batch, new, miss)
-    limit = option_of(plan, way).step.seconds
+    limit = option_of(plan, way).step.bound
     memory = jax.devices()[0].memory_stats() or {}
     return dataclasses.replace(
         cell,

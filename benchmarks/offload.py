@@ -19,7 +19,7 @@ layer's own queries have the last word; both choose the imposed list, so that it
 what verifying costs, not what it repairs). Every figure is the median over
 timed chunks of steps, with the least and the most. `bound` is the least step time that
 the bandwidths measured in the same run allow (`planning.step.step_time`), `reached`
-the bound over the median.
+the bound over the median; the file also has what the planner expects of a step.
 """
 
 import argparse
@@ -338,9 +338,10 @@ def _row(mode, cache, settings, seconds, fetched, capacity, rates, arguments, ba
         "fetched_mb": fetched * stored / 1e6,
         "fetched_share": fetched / listed,
         "attended_gb": listed * block_bytes / 1e9,
-        "bound_ms": bound.seconds * 1e3,
+        "bound_ms": bound.bound * 1e3,
         "bound_by": bound.bound_by,
-        "bound_share": bound.seconds / median,
+        "bound_share": bound.bound / median,
+        "planned_ms": bound.seconds * 1e3,
     }
 
 

@@ -50,10 +50,12 @@ examples:
 how to read it:
   Bytes are by part, for --batch and for the largest batch that fits, resident beside
   offloaded. GiB are 2^30 bytes; rates are GB/s, 10^9 bytes a second. A step's time is
-  a bound: device bytes over --bandwidth, FLOPs over --peak, fetched bytes over --link,
-  the slowest of them with look-ahead, the fetch on top without. --miss is the share of
-  listed blocks that is fetched; it depends on model, text and slots, and decides.
-  Without it a curve of a real model over a real text gives it for --device-blocks.
+  device bytes over --bandwidth, FLOPs over --peak, fetched bytes over --link, the
+  slowest of them with look-ahead, the fetch on top without, and what a layer was
+  recorded to take beside them; on a device without that record, a bound. --miss is
+  the share of listed blocks that is fetched; it depends on model, text and slots, and
+  decides. Without it a curve of a real model over a real text gives it for
+  --device-blocks.
 """
 
 

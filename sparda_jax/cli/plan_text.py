@@ -37,20 +37,25 @@ def plan_text(result: Plan) -> str:
     ):
         if best is not None and best.batch != result.batch:
             columns.append((f"{name}, most", best))
-    lines += _table(columns)
+    # Where a layer's own time is not known, step times are bounds.
+    about = "about" if rates.layer else "at best"
+    lines += _table(columns, about)
     alone = result.offload_alone
     if result.lookahead and alone is not None:
         lines += [
             "",
-            f"without look-ahead, batch {alone.batch} offloaded takes at best "
+            f"without look-ahead, batch {alone.batch} offloaded takes {about} "
             f"{alone.step.seconds * 1e3:.1f} ms a step ({alone.tokens_per_second:,.0f} "
             "tokens/s)",
         ]
     lines += ["", f"verdict: {result.verdict}"]
     if result.resident_best is not None and result.offload_best is not None:
+        own = f"{rates.layer * 1e6:.0f} us a layer (docs/offload.md)"
         lines.append(
-            "both rates are bounds; resident batches reach a smaller share of theirs "
-            "(docs/offload.md)"
+            f"both are estimates: the bandwidths' bounds and {own}"
+            if rates.layer
+            else "both rates are bounds; resident batches reach a smaller share of "
+            "theirs (docs/offload.md)"
         )
     if result.break_even is None:
         lines.append("at this context offload is ahead at no miss share")
@@ -77,7 +82,7 @@ def _limit(result: Plan) -> str:
     return ", ".join(found)
 
 
-def _table(columns: list[tuple[str, Option]]) -> list[str]:
+def _table(columns: list[tuple[str, Option]], about: str) -> list[str]:
     width = 16
     names: list[str] = []
     # The widest points of two columns may differ: a part takes its first place.
@@ -109,9 +114,13 @@ def _table(columns: list[tuple[str, Option]]) -> list[str]:
         ),
         row("fits", ["yes" if o.fits else "no" for o in options]),
         row(
-            "decode step, at best", [f"{o.step.seconds * 1e3:.1f} ms" for o in options]
+            f"decode step, {about}",
+            [f"{o.step.seconds * 1e3:.1f} ms" for o in options],
         ),
         row("  waits for", [o.step.bound_by for o in options]),
-        row("tokens/s, at most", [f"{o.tokens_per_second:,.0f}" for o in options]),
+        row(
+            f"tokens/s, {about.replace('best', 'most')}",
+            [f"{o.tokens_per_second:,.0f}" for o in options],
+        ),
     ]
     return lines

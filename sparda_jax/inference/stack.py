@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from sparda_jax.cache.counters import BlockCounts, FetchCounters, WideCount
@@ -341,8 +342,13 @@ def end_stack(
         cache = cache._replace(staging=pool.areas)
     block, offset = divmod(start, settings.sparse.block_size)
     full = (active > 0) & (offset == settings.sparse.block_size - 1)
+    # Behind the last layer's attention: XLA would keep a copy of its slots else, where
+    # full blocks are rounded in theirs.
+    activations = carry.activations
+    hidden, full = lax.optimization_barrier((activations.hidden, full))
     cache = write_back_full_blocks(cache, full, block)
-    return carry._replace(cache=cache, fetch=None)
+    activations = activations._replace(hidden=hidden)
+    return carry._replace(activations=activations, cache=cache, fetch=None)
 
 
 def block_counts(

@@ -444,6 +444,12 @@ def plan(
     )
 
 
+def _step_source(rates: Rates) -> str:
+    if not rates.layer:
+        return "bounds from bandwidths"
+    return f"from bandwidths and {rates.layer * 1e6:.0f} us a layer beside them"
+
+
 def _notes(planner: _Planner, context: int) -> tuple[str, ...]:
     config, notes, mesh = planner.config, [], planner.mesh
     if mesh.size > 1:
@@ -470,8 +476,8 @@ def _notes(planner: _Planner, context: int) -> tuple[str, ...]:
         "--stats"
     )
     notes.append(
-        "step times are bounds from bandwidths, for sequences at full length; no "
-        "measurement"
+        f"step times are {_step_source(planner.rates)}, for sequences at full length; "
+        "no measurement"
     )
     if planner.rates.peak is None:
         notes.append("compute is left out of the bounds: the peak is not known")

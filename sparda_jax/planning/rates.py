@@ -19,6 +19,8 @@ class Rates:
       fetch: Bytes a second of blocks fetched from host memory by `route`.
       link: Bytes a second of one large copy to the device; None if not known.
       peak: FLOP/s of a matrix product; None leaves compute out of the bound.
+      layer: Seconds that a layer of a decode step takes beside what these rates say;
+        0 where it is not known: step times are then bounds.
       route: How blocks are fetched.
       source: Where the figures come from.
 
@@ -31,6 +33,7 @@ class Rates:
     fetch: float
     link: float | None = None
     peak: float | None = None
+    layer: float = 0.0
     route: str = "dynamic_slice"
     source: str = "given"
 
@@ -42,6 +45,7 @@ class Rates:
             fetch=rate,
             link=optional(rate),
             peak=optional(rate),
+            layer=number(least=0),
             route=choice(*route_names()),
             source=text,
         )
@@ -83,6 +87,11 @@ def recorded_rates(device_kind: str) -> Rates | None:
     return _record(named[0]) if named else None
 
 
+def recorded_layer(device_kind: str) -> float:
+    """`Rates.layer` of a device kind; 0 where whole steps were not recorded."""
+    return recorded_routes().get(device_kind, {}).get("layer_us", 0) / 1e6
+
+
 def _record(device_kind: str) -> Rates | None:
     routes = recorded_routes().get(device_kind, {})
     copy = tuned_record("paged_decode_attention", device_kind)
@@ -97,6 +106,7 @@ def _record(device_kind: str) -> Rates | None:
         fetch=fetch * 1e9,
         link=None if link is None else link * 1e9,
         peak=peak,
+        layer=recorded_layer(device_kind),
         route=routes["route"],
         source=f"recorded for {device_kind}, JAX {routes['jax']}",
     )

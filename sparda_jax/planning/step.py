@@ -1,9 +1,12 @@
-"""The least time of a decode step: a bound from a machine's rates, no measurement.
+"""The time of a decode step from a machine's rates: an estimate, no measurement.
 
 A step moves its device bytes at the device's bandwidth, computes at its peak, and
 fetches its misses at the rate of the fetch route. With look-ahead it takes as long as
-the slowest of the three; without, the fetch comes on top. How many listed blocks are
-not in a slot is an input: it depends on model and text.
+the slowest of the three; without, the fetch comes on top. That is a bound. Beside it
+every layer takes a time that hardly depends on anything: starts of kernels, and small
+ones that neither fill the device nor its memory's bus. It is recorded from whole steps;
+where it is not known, the bound stands alone. How many listed blocks are not in a slot
+is an input: it depends on model and text.
 """
 
 import dataclasses
@@ -24,23 +27,30 @@ from sparda_jax.planning.rates import Rates
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """The bound of one decode step, in seconds.
+    """The time of one decode step, in seconds.
 
     Attributes:
       memory: Device bytes over bandwidth.
       compute: FLOPs over peak; 0 where the peak is not known.
       fetch: Missed bytes over the route's rate; 0 for a resident cache.
       hidden: The part of `fetch` that can run beside the rest.
+      overhead: What all layers take beside these; 0 where it is not known.
     """
 
     memory: float
     compute: float
     fetch: float
     hidden: float
+    overhead: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """The whole step."""
+        """The whole step: the bound, and what layers take beside it."""
+        return self.bound + self.overhead
+
+    @property
+    def bound(self) -> float:
+        """The least time that the rates allow."""
         device = max(self.memory, self.compute)
         return max(device, self.hidden) + self.fetch - self.hidden
 
@@ -74,7 +84,7 @@ def step_time(
     dtype: DTypeLike,
     miss: float,
 ) -> StepTime:
-    """The bound of a decode step whose rows hold `context` tokens.
+    """The time of a decode step whose rows hold `context` tokens.
 
     Args:
       settings: How the request runs.
@@ -142,4 +152,5 @@ def step_time(
         compute=0.0 if rates.peak is None else flops / rates.peak,
         fetch=fetch,
         hidden=hidden,
+        overhead=config.num_layers * rates.layer,
     )

@@ -37,11 +37,11 @@ ROWS = [
 def test_the_best_of_each_are_compared():
     last = summary(ROWS)[-1]
     assert "sparda int8, batch 64, 4000 tokens/s" in last
-    assert "resident, batch 13, 1300: 3.08x (the plan's bounds: 2.87x)" in last
+    assert "resident, batch 13, 1300: 3.08x (the plan: 2.87x)" in last
     assert len(summary(ROWS[:1])) == 2
 
 
-def test_what_promises_most_is_run_first():
+def test_the_best_of_every_way_is_run_first():
     preset = get_preset("tiny")
     config = dataclasses.replace(preset.model, max_context=16384)
     rates = Rates(memory=1e12, fetch=1e9)
@@ -49,7 +49,10 @@ def test_what_promises_most_is_run_first():
     planner = Planner(config, preset.sparse, 8192, rates, misses)
     cells = list(cells_by_worth(planner, 8))
     names = [cell.name for cell in cells]
-    assert names[:4] == ["sparda int8", "resident", "sparda", "own query"]
+    assert set(names[:4]) == {"sparda int8", "resident", "sparda", "own query"}
+    # Pinned memory that one store took serves the next, smaller one.
+    sizes = [cell.host_gib for cell in cells[:4]]
+    assert sizes == sorted(sizes, reverse=True) and names[3] == "resident"
     for name in set(names):
         own = [cell for cell in cells if cell.name == name]
         assert own[0].promise == max(cell.promise for cell in own)
@@ -57,7 +60,7 @@ def test_what_promises_most_is_run_first():
             (cell.batch for cell in own), reverse=True
         )
     assert all((cell.slots == 0) == (cell.mode == "resident") for cell in cells)
-    assert isinstance(cells[0], Cell) and cells[0].host_gib < cells[2].host_gib
+    assert isinstance(cells[0], Cell)
 
 
 def test_figures_are_drawn(tmp_path):

@@ -47,7 +47,8 @@ def test_table(capsys):
     assert rows["fits"] == ["yes"] * 4
     for word in (
         "verdict: ",
-        "both rates are bounds",
+        "both are estimates: the bandwidths' bounds and 59 us a layer",
+        "decode step, about",
         "offload starts to pay at ",
         "are fetched (qwen2.5-coder-0.5b-instruct, prose, sparda, 30720 tokens)",
         "recorded for NVIDIA H200",
@@ -63,6 +64,7 @@ def test_rates_that_are_given(capsys):
     status, out, _ = _run(capsys, *MODEL, *MACHINE, *given)
     assert status == 0
     assert "memory 1,500 GB/s, fetch 25.0 GB/s; given" in out
+    assert "both rates are bounds" in out and "decode step, at best" in out
     status, out, _ = _run(capsys, *MODEL, *MACHINE, *H200, "--link", "25")
     assert "fetch 25.0 GB/s" in out
     assert "with what was given" in out

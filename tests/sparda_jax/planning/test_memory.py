@@ -48,18 +48,8 @@ COMPILED = [
             Case(kind="offload", prompt=10),
             Case(kind="offload", slots=10_000),
             Case(kind="offload", slots=14, codec="int8"),
+            Case(kind="offload", slots=10_000, codec="int8", storage="per_layer"),
         )
-    ),
-    pytest.param(
-        Case(kind="offload", slots=10_000, codec="int8", storage="per_layer"),
-        marks=[
-            pytest.mark.slow,
-            pytest.mark.xfail(
-                strict=True,
-                reason="a decode step holds one layer's slots once more than planned: "
-                "blocks that fill up are rounded in their slots",
-            ),
-        ],
     ),
 ]
 

@@ -65,3 +65,40 @@ def test_lookahead_hides_and_waiting_adds():
     assert _step(miss=0.0).seconds == pytest.approx(_step(kind="resident").seconds)
     slow = _step(rates=dataclasses.replace(RATES, peak=1e10))
     assert slow.seconds == slow.compute
+
+
+MEASURED = Rates(memory=2.69e12, fetch=4.67e10, peak=7e14, layer=61e-6)
+
+
+@pytest.mark.parametrize(
+    ("attention", "prefetch", "context", "batch", "miss", "milliseconds"),
+    [
+        ("infllm_v2", None, 131072, 10, None, 9.25),
+        ("infllm_v2", None, 33792, 16, None, 8.96),
+        ("infllm_v2", "none", 33792, 16, 0.17, 21.15),
+        ("sparda", "none", 33792, 16, 0.17, 20.89),
+        ("sparda", None, 33792, 16, 0.17, 13.10),
+    ],
+)
+def test_what_an_h100_took_is_expected(
+    attention, prefetch, context, batch, miss, milliseconds
+):
+    """Medians of whole steps, benchmarks.best and benchmarks.offload, JAX 0.11.2."""
+    offload = None
+    if miss is not None:
+        offload = OffloadSettings(named_route("mosaic"), prefetch != "none")
+    settings = LayerSettings(
+        MINICPM.model, MINICPM.sparse, get_selector(attention), offload=offload
+    )
+    found = step_time(
+        settings,
+        CacheConfig(kind="offload"),
+        MEASURED,
+        batch=batch,
+        capacity=context,
+        context=context,
+        dtype="bfloat16",
+        miss=miss or 0.0,
+    )
+    assert found.seconds * 1e3 == pytest.approx(milliseconds, rel=0.05)
+    assert found.seconds == found.bound + 32 * 61e-6
