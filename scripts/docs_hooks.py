@@ -7,7 +7,8 @@ of a file, `<!-- notebook: NAME -->` a notebook with what its cells gave: as
 A cell that has changed since shows nothing.
 
 With a `repo_url` of GitHub in mkdocs.yml a notebook's page has a badge that opens it in
-Colab; without one it says how to upload it.
+Colab; without one it links the notebook, which is a file of the site, and the page of
+Colab that takes it.
 """
 
 import argparse
@@ -20,6 +21,16 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 _MARK = re.compile(r"<!-- (options|errors|file: (\S+)|notebook: (\S+)) -->")
+
+
+def on_files(files: Any, *, config: Any) -> Any:
+    """Adds the notebooks to the site, so that pages can link them."""
+    from mkdocs.structure.files import File
+
+    for book in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        name = f"notebooks/{book.name}"
+        files.append(File.generated(config, name, abs_src_path=str(book)))
+    return files
 
 
 def on_page_markdown(
@@ -58,7 +69,8 @@ def notebook(name: str, address: str = "") -> str:
     for cell in cells:
         text = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(re.sub(r"\A# .*\n", "", text))
+            lines = re.sub(r"\A# .*\n", "", text).splitlines()
+            parts.append("\n".join(line for line in lines if not is_badge(line)))
             continue
         parts.append(f"```python\n{text}\n```")
         parts += map(_shown, given.get(text, []))
@@ -66,18 +78,34 @@ def notebook(name: str, address: str = "") -> str:
 
 
 _GITHUB = re.compile(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?")
+_COLAB = "https://colab.research.google.com"
+_BADGE = f"[![Open in Colab]({_COLAB}/assets/colab-badge.svg)]"
+
+
+def colab_badge(address: str, file: str) -> str | None:
+    """A badge that opens a notebook in Colab; None if `address` is not GitHub's."""
+    place = _GITHUB.fullmatch(address)
+    if place is None:
+        return None
+    return f"{_BADGE}({_COLAB}/github/{place[1]}/blob/main/notebooks/{file})"
+
+
+def is_badge(line: str) -> bool:
+    """Whether a line of a notebook is a badge of `colab_badge`."""
+    return line.startswith(_BADGE)
 
 
 def _opened(file: str, address: str) -> str:
     """A badge that opens a notebook in Colab, or how to open it there."""
-    place = _GITHUB.fullmatch(address)
-    if place is None:
-        return (
-            f"`notebooks/{file}`; [how to open it in Colab](../notebooks.md#in-colab)"
-        )
-    colab = "https://colab.research.google.com"
-    badge = f"[![Open in Colab]({colab}/assets/colab-badge.svg)]"
-    return f"{badge}({colab}/github/{place[1]}/blob/main/notebooks/{file})"
+    badge = colab_badge(address, file)
+    if badge is not None:
+        return f"{badge} [`notebooks/{file}`]({file})"
+    button = "{ .md-button }"
+    return (
+        f"[Download {file}]({file}){button} "
+        f"[Colab, to upload it to]({_COLAB}/#upload=true){button}\n\n"
+        "Colab also needs the package: [how](../notebooks.md#in-colab)."
+    )
 
 
 def _outputs(name: str) -> tuple[str, dict[str, list[dict[str, str]]]]:

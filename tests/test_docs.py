@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -298,8 +299,11 @@ def test_every_command_has_its_options_in_the_reference(hooks):
 @pytest.fixture
 def hooks():
     """`scripts/docs_hooks.py` as a module of its own."""
-    place = ROOT / "scripts" / "docs_hooks.py"
-    spec = importlib.util.spec_from_file_location("docs_hooks", place)
+    return _script("docs_hooks")
+
+
+def _script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -322,7 +326,7 @@ def test_a_notebook_page_has_what_its_cells_gave(hooks, tmp_path, monkeypatch):
     write("notebooks/x.ipynb", {"cells": [words, cell("a()"), cell("new()")]})
     page = hooks.notebook("x")
     assert "Without outputs" in page and "Words" in page and "# Title" not in page
-    assert "how to open it in Colab" in page
+    assert "[Download x.ipynb](x.ipynb)" in page and "/#upload=true)" in page
     stream = {"name": "stdout", "text": ["here\n", "too\n"]}
     error = {"name": "stderr", "text": ["not this"]}
     ran = {"cells": [words, cell("a()", stream, error)]}
@@ -342,6 +346,35 @@ def test_a_notebook_page_has_what_its_cells_gave(hooks, tmp_path, monkeypatch):
     assert "/github/some/where/blob/main/notebooks/x.ipynb)" in page
 
 
+def test_an_address_is_said_once(hooks, tmp_path, monkeypatch):
+    """Badges in all notebooks and pages, what Colab installs, and outputs stay."""
+    monkeypatch.setitem(sys.modules, "docs_hooks", hooks)
+    setter = _script("set_address")
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    with pytest.raises(sj.ConfigError, match="OWNER/NAME"):
+        setter.set_address(tmp_path, "https://example.org/a/b")
+    for address in ("https://github.com/first/one.git", "https://github.com/some/fork"):
+        setter.set_address(tmp_path, address)
+    settings = (tmp_path / "mkdocs.yml").read_text("utf-8")
+    assert re.findall("^repo_url: (.*)$", settings, re.M) == [address]
+    books = sorted((tmp_path / "notebooks").glob("*.ipynb"))
+    assert len(books) == 6
+    for book in books:
+        link = f"/github/some/fork/blob/main/notebooks/{book.name})"
+        before = json.loads((ROOT / "notebooks" / book.name).read_text("utf-8"))
+        cells = json.loads(book.read_text("utf-8"))["cells"]
+        title, first = ("".join(cell["source"]) for cell in cells[:2])
+        assert title.count("colab-badge.svg") == title.count(link) == 1
+        assert title.startswith("".join(before["cells"][0]["source"]).splitlines()[0])
+        assert f'"git+{address}"' in first and first.count("SOURCE = ") == 1
+        assert cells[2:] == before["cells"][2:]
+        page = hooks.notebook(book.stem, address)
+        assert page.count("colab-badge.svg") == page.count(link) == 1
+        assert page.count("```text") == hooks.notebook(book.stem).count("```text") > 0
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_warnings(tmp_path):
     build = pytest.importorskip("mkdocs.commands.build")
@@ -352,14 +385,13 @@ def test_the_site_builds_without_warnings(tmp_path):
     assert "--block-budget" in page and "sparda soak" in page
     errors = (tmp_path / "troubleshooting.html").read_text(encoding="utf-8")
     assert "Forecast" in errors and "is not allowed" in errors
+    link = (tmp_path / "notebooks/link.html").read_text(encoding="utf-8")
+    assert 'href="link.ipynb"' in link and "sparda_jax" in link
+    assert json.loads((tmp_path / "notebooks/link.ipynb").read_text("utf-8"))["cells"]
 
 
 def test_results_are_what_their_files_say():
-    place = ROOT / "scripts" / "results_page.py"
-    spec = importlib.util.spec_from_file_location("results_page", place)
-    assert spec is not None and spec.loader is not None
-    page_maker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(page_maker)
+    page_maker = _script("results_page")
     page = _text("docs/results.md")
     assert page.count("<!-- results: ") == 2
     assert page_maker.filled(page) == page

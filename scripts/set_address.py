@@ -1,0 +1,92 @@
+"""Writes the repository's public address where it is needed; a fork runs it once.
+
+    python scripts/set_address.py https://github.com/OWNER/NAME
+
+mkdocs.yml gets it as `repo_url`, which gives the pages of the notebooks their badges;
+every notebook gets a badge under its title that opens it in Colab, and SOURCE in its
+first cell, which is what is installed there. Another address replaces the first.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+from typing import Any
+
+from docs_hooks import ROOT, colab_badge, is_badge
+
+from sparda_jax.checkpoint.atomic import write_text
+from sparda_jax.checks import ConfigError
+from sparda_jax.cli.ending import run_command
+
+# The value alone; the comment behind it stays.
+_SOURCE = re.compile(r'(^SOURCE = \(?\s*)"[^"\n]*"', re.M)
+
+
+def set_address(root: pathlib.Path, address: str) -> None:
+    """Puts an address into mkdocs.yml, the notebooks and their kept outputs.
+
+    Args:
+      root: Of the repository.
+      address: Such as https://github.com/OWNER/NAME.
+
+    Raises:
+      ConfigError: If it is no address of a repository on GitHub, which Colab opens.
+    """
+    if colab_badge(address, "x.ipynb") is None:
+        raise ConfigError(
+            f"ADDRESS={address!r} is not allowed: it must be like "
+            "https://github.com/OWNER/NAME"
+        )
+    address = address.rstrip("/").removesuffix(".git")
+    settings = root / "mkdocs.yml"
+    text = re.sub(r"^repo_url: .*\n", "", settings.read_text("utf-8"), flags=re.M)
+    line = f"\\g<0>repo_url: {address}\n"
+    write_text(settings, re.sub(r"^site_name: .*\n", line, text, flags=re.M))
+    for place in sorted((root / "notebooks").glob("*.ipynb")):
+        book = json.loads(place.read_text("utf-8"))
+        cells = book["cells"]
+        title, *words = _source(cells[0]).splitlines()
+        words = "\n".join(line for line in words if not is_badge(line)).strip("\n")
+        badge = colab_badge(address, place.name)
+        _change(cells[0], f"{title}\n\n{badge}\n\n{words}")
+        first = next(cell for cell in cells if cell["cell_type"] == "code")
+        _change(first, _with_source(_source(first), address))
+        _write_json(place, book)
+        kept = root / "notebooks" / "outputs" / f"{place.stem}.json"
+        if kept.is_file():
+            run = json.loads(kept.read_text("utf-8"))
+            first = run["cells"][0]
+            first["source"] = _with_source(first["source"], address)
+            _write_json(kept, run)
+
+
+def _source(cell: dict[str, Any]) -> str:
+    return "".join(cell["source"])
+
+
+def _change(cell: dict[str, Any], text: str) -> None:
+    """Sets a cell's text, as lines or in one as it was."""
+    lines = isinstance(cell["source"], list)
+    cell["source"] = text.splitlines(keepends=True) if lines else text
+
+
+def _with_source(cell: str, address: str) -> str:
+    return _SOURCE.sub(rf'\g<1>"git+{address}"', cell, count=1)
+
+
+def _write_json(place: pathlib.Path, value: Any) -> None:
+    write_text(place, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("address", help="such as https://github.com/OWNER/NAME")
+    set_address(ROOT, parser.parse_args().address)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
