@@ -19,8 +19,11 @@ from sparda_jax.checkpoint.atomic import write_text
 from sparda_jax.checks import ConfigError
 from sparda_jax.cli.ending import run_command
 
-# The value alone; the comment behind it stays.
-_SOURCE = re.compile(r'(^SOURCE = \(?\s*)"[^"\n]*"', re.M)
+# With its comment behind it, in brackets; or with the comment above it, which a
+# formatter leaves as it is, whatever the length of the address.
+_SOURCE = re.compile(
+    r'^SOURCE = (?:\(\n    "[^"\n]*"  (?P<comment># .*)\n\)|"[^"\n]*")$', re.M
+)
 
 
 def set_address(root: pathlib.Path, address: str) -> None:
@@ -72,7 +75,11 @@ def _change(cell: dict[str, Any], text: str) -> None:
 
 
 def _with_source(cell: str, address: str) -> str:
-    return _SOURCE.sub(rf'\g<1>"git+{address}"', cell, count=1)
+    def written(found: re.Match) -> str:
+        above = f"{found['comment']}\n" if found["comment"] else ""
+        return f'{above}SOURCE = "git+{address}"'
+
+    return _SOURCE.sub(written, cell, count=1)
 
 
 def _write_json(place: pathlib.Path, value: Any) -> None:

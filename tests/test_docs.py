@@ -368,7 +368,8 @@ def test_an_address_is_said_once(hooks, tmp_path, monkeypatch):
         title, first = ("".join(cell["source"]) for cell in cells[:2])
         assert title.count("colab-badge.svg") == title.count(link) == 1
         assert title.startswith("".join(before["cells"][0]["source"]).splitlines()[0])
-        assert f'"git+{address}"' in first and first.count("SOURCE = ") == 1
+        assert f'\nSOURCE = "git+{address}"\n' in first
+        assert first.count("SOURCE = ") == first.count("# A wheel, a folder") == 1
         assert cells[2:] == before["cells"][2:]
         page = hooks.notebook(book.stem, address)
         assert page.count("colab-badge.svg") == page.count(link) == 1
