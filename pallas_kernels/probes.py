@@ -90,6 +90,10 @@ def _decode() -> dict[str, Any]:
     return spec.make(DTYPE)
 
 
+def _commit(int8: bool) -> dict[str, Any]:
+    return CommitSpec("", 24, (64, 2, 128), 9, int8=int8).make(DTYPE)
+
+
 PROBES: Mapping[str, tuple[Probe, ...]] = {
     "block_scores": tuple(
         probe
@@ -112,8 +116,9 @@ PROBES: Mapping[str, tuple[Probe, ...]] = {
     "choose_blocks": (
         Probe(choose_blocks, lambda: ChooseSpec("", (4, 2), 200, 24).make(), lists=0.0),
     ),
-    "commit_blocks": (
-        Probe(commit_blocks, lambda: CommitSpec("", 24, (64, 2, 128), 9).make(DTYPE)),
+    "commit_blocks": tuple(
+        Probe(commit_blocks, lambda int8=int8: _commit(int8), {"int8": int8})
+        for int8 in (False, True)
     ),
     "compress_keys": (
         Probe(compress_keys, lambda: CompressSpec("", 1, 2, 150, 128).make(DTYPE)),

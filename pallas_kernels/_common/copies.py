@@ -62,6 +62,7 @@ def copy_listed(
     out: jax.ShapeDtypeStruct,
     config: CopyConfig,
     name: str,
+    beside: Sequence[Array] = (),
     in_place: bool = False,
     staggered: bool = False,
     num_stages: int = 1,
@@ -71,12 +72,13 @@ def copy_listed(
 
     Args:
       move: copies one part; sees blocks as rows of their elements.
-      operands: arrays of blocks, all of one shape and dtype.
+      operands: arrays of blocks, all of one shape.
       indices: the list.
       count: entries that are looked at; all if None.
       out: shape and dtype of the result.
       config: settings.
       name: of the kernel, in profiles and messages.
+      beside: further arrays, which ``move`` sees behind the operands, as they are.
       in_place: the result is the first operand, updated.
       staggered: a program has another place in every turn. Where each so-and-so-many-th
         entry belongs to one row, no program then has all of that row's.
@@ -131,5 +133,5 @@ def copy_listed(
         ),
         interpret=interpret,
         name=name,
-    )(*(x.reshape(-1, elements) for x in operands), indices, count.reshape(1))
+    )(*(x.reshape(-1, elements) for x in operands), *beside, indices, count.reshape(1))
     return result.reshape(out.shape[0], *shape)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -15,9 +13,10 @@ OP = "commit_blocks"
 
 def commit_blocks(
     slots: Float[Array, " R *E"],
-    staged: Float[Array, " J *E"],
+    staged: Shaped[Array, " J *E"],
     indices: Int[Array, " J"],
     *,
+    scales: Float[Array, "J S"] | None = None,
     count: Int[Array, ""] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, " R *E"]:
@@ -31,8 +30,11 @@ def commit_blocks(
     Args:
       slots: rows of any shape. Donate it (or carry it through a loop): the Pallas form
         updates it in place.
-      staged: as many blocks as there are entries, in the dtype of ``slots``.
+      staged: as many blocks as there are entries, in the dtype of ``slots``; with
+        ``scales`` in int8.
       indices: int32 row of each staged block, no row twice; negative ones are skipped.
+      scales: float32 scales of blocks [block, 2, H] in 8 bits, which are decoded on the
+        way (``int8.py``): of K's H channels, of V's tokens, then any padding.
       count: int32 scalar: only the first so many entries are looked at.
       implementation: "mosaic_gpu", "triton" or "xla"; None for the recorded choice
         of this device kind. A named implementation never falls back.
@@ -50,7 +52,10 @@ def commit_blocks(
     validation.require_integer("indices", indices)
     expected = (indices.shape[0], *slots.shape[1:])
     validation.require_shape("staged", staged, expected, "J, then as slots")
-    validation.require_dtype("staged", staged, slots.dtype)
+    if scales is None:
+        validation.require_dtype("staged", staged, slots.dtype)
+    else:
+        _require_int8(slots, staged, scales)
     indices = indices.astype(jnp.int32)
     if count is not None:
         validation.require_shape("count", count, (), "")
@@ -61,6 +66,8 @@ def commit_blocks(
 
     def run(name: str) -> Float[Array, " R *E"]:
         if name == "mosaic_gpu":
+            if scales is not None:
+                raise NotImplementedError("mosaic_gpu has no commit of blocks in int8")
             from pallas_kernels.commit_blocks import pallas_mosaic_gpu
 
             return pallas_mosaic_gpu.commit_blocks_mosaic_gpu(
@@ -69,52 +76,36 @@ def commit_blocks(
         if name == "triton":
             from pallas_kernels.commit_blocks import pallas_triton
 
-            return pallas_triton.commit_blocks_triton(slots, staged, indices, count)
+            return pallas_triton.commit_blocks_triton(
+                slots, staged, indices, count, scales=scales
+            )
         from pallas_kernels.commit_blocks.xla import commit_blocks_xla
 
         listed = indices
         if count is not None:
             entry = jnp.arange(indices.shape[0], dtype=jnp.int32)
             listed = jnp.where(entry < count, indices, -1)
-        return commit_blocks_xla(slots, staged, listed)
+        return commit_blocks_xla(slots, staged, listed, scales)
 
-    return dispatch(OP, implementation, run)
+    return dispatch(OP, implementation, run, {"int8": scales is not None})
 
 
-def commit_stored_blocks(
+def _require_int8(
     slots: Float[Array, " R *E"],
-    staged: tuple[Shaped[Array, "J ..."], ...],
-    indices: Int[Array, " J"],
-    decode: Callable[[tuple[Array, ...]], Array],
-    *,
-    count: Int[Array, ""] | None = None,
-) -> Float[Array, " R *E"]:
-    """``commit_blocks`` of blocks that are decoded on their way into the slots.
-
-    XLA alone: a loop over the entries that count on a CPU, and on a GPU a scatter that
-    takes the decoding in, so that it computes skipped entries as well.
-
-    Args:
-      slots, indices, count: as those of ``commit_blocks``.
-      staged: what each block is stored as, as many of each array as there are entries.
-      decode: makes blocks [n, *E] in the dtype of ``slots`` of n entries of ``staged``.
-
-    Raises:
-      ValueError: on shapes or dtypes other than the above.
-    """
-    from pallas_kernels.commit_blocks.xla import commit_stored_blocks_xla
-
-    validation.require_rows("slots", slots, "[R, ...]")
-    validation.require_float("slots", slots)
-    validation.require_shape("indices", indices, (None,), "J")
-    validation.require_integer("indices", indices)
-    for part in staged:
-        expected = (indices.shape[0], *part.shape[1:])
-        validation.require_shape("staged", part, expected, "J, then any")
-    listed = indices.astype(jnp.int32)
-    if count is not None:
-        entry = jnp.arange(indices.shape[0], dtype=jnp.int32)
-        listed = jnp.where(entry < count, listed, -1)
-    if indices.shape[0] == 0:
-        return slots
-    return commit_stored_blocks_xla(slots, staged, listed, decode)
+    staged: Shaped[Array, " J *E"],
+    scales: Float[Array, "J S"],
+) -> None:
+    """Raises ValueError for blocks that cannot be decoded."""
+    if slots.ndim != 4 or slots.shape[2] != 2:
+        raise ValueError(
+            f"slots has shape {slots.shape}; with scales it must be [R, block, 2, H]"
+        )
+    validation.require_dtype("staged", staged, jnp.int8)
+    validation.require_dtype("scales", scales, jnp.float32)
+    validation.require_shape("scales", scales, (staged.shape[0], None), "J S")
+    least = slots.shape[1] + slots.shape[3]
+    if scales.shape[1] < least:
+        raise ValueError(
+            f"scales has shape {scales.shape}; it must have at least {least} for a "
+            "block: K's channels and V's tokens"
+        )

@@ -2,7 +2,9 @@
 
 Algorithm: the slots are an aliased operand; persistent programs walk over (entry, part
 of a block) pairs and copy the parts of entries that are not skipped. Nothing of a
-skipped entry is read or written, so the time follows the misses.
+skipped entry is read or written, so the time follows the misses. Blocks in 8 bits are
+decoded in registers on the way: a part's integers are read as they lie, and the scale
+of each from the entry's list of them.
 
 Measured on one H200 (jax 0.11.2, 3,072 entries of 32 KiB): 13.7 us with 10 % of them
 committed and 60.6 us with all (3,321 GB/s read and written); XLA's scatter 68.6 and
@@ -19,8 +21,10 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels._common.copies import CopyConfig, copy_listed
 from pallas_kernels._common.devices import require_cuda
@@ -40,10 +44,11 @@ class Config(CopyConfig):
 @in_32_bit
 def commit_blocks_triton(
     slots: Float[Array, " R *E"],
-    staged: Float[Array, " J *E"],
+    staged: Shaped[Array, " J *E"],
     indices: Int[Array, " J"],
     count: Int[Array, ""] | None = None,
     *,
+    scales: Float[Array, "J S"] | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> Float[Array, " R *E"]:
@@ -51,9 +56,10 @@ def commit_blocks_triton(
 
     Args:
       slots: rows to write to.
-      staged: blocks to write.
+      staged: blocks to write, in the dtype of ``slots`` or with ``scales`` as int8.
       indices: row of each block, negative for none.
       count: entries that are looked at; all if None.
+      scales: of staged blocks in 8 bits (``int8.py``).
       config: settings; recorded or default ones if None.
       interpret: run in Pallas's interpreter, on any device.
 
@@ -67,16 +73,26 @@ def commit_blocks_triton(
         require_cuda("triton", 8.0)
     rows = slots.shape[0]
     config = config or Config(
-        **tuned_config("commit_blocks", "triton", {"elements": slots.size // rows})
+        **tuned_config(
+            "commit_blocks",
+            "triton",
+            {"elements": slots.size // rows, "int8": scales is not None},
+        )
     )
 
     def move(operands, slots_ref, j, row, columns):
-        _, staged_ref = operands
+        _, staged_ref, *scales_ref = operands
 
         @pl.when(row >= 0)
         def _():
-            slots_ref[jnp.minimum(row, rows - 1), columns] = staged_ref[j, columns]
+            part = staged_ref[j, columns]
+            if scales_ref:
+                element = columns.start + jnp.arange(columns.size)
+                scale = plt.load(scales_ref[0].at[j, _place_of_scale(element, dim)])
+                part = (part.astype(jnp.float32) * scale).astype(slots.dtype)
+            slots_ref[jnp.minimum(row, rows - 1), columns] = part
 
+    dim = slots.shape[-1]
     return copy_listed(
         move,
         (slots, staged),
@@ -85,6 +101,14 @@ def commit_blocks_triton(
         out=jax.ShapeDtypeStruct(slots.shape, slots.dtype),
         config=config,
         name="commit_blocks_triton",
+        beside=() if scales is None else (scales,),
         in_place=True,
         interpret=interpret,
     )
+
+
+def _place_of_scale(element: Int[Array, " n"], dim: int) -> Int[Array, " n"]:
+    """Where the scale of an element of a block [block, 2, H] stands."""
+    row, channel = lax.div(element, jnp.int32(dim)), lax.rem(element, jnp.int32(dim))
+    token, is_value = lax.div(row, jnp.int32(2)), lax.rem(row, jnp.int32(2))
+    return jnp.where(is_value == 1, dim + token, channel)

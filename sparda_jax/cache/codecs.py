@@ -15,7 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
+
+from pallas_kernels.commit_blocks.api import commit_blocks
+from pallas_kernels.commit_blocks.int8 import decoded, scale_of_each
 
 # Float32 scales are stored by so many.
 _SCALES = 256
@@ -52,6 +55,24 @@ class BlockCodec:
     ) -> Float[Array, "*lead block two H"]:
         """Stored blocks in the model's type; runs on the device."""
         return parts[0].astype(dtype)
+
+    def commit(
+        self,
+        slots: Float[Array, "R block two H"],
+        staged: Parts,
+        targets: Int[Array, " J"],
+        bound: Int[Array, ""] | None,
+    ) -> Float[Array, "R block two H"]:
+        """Staged blocks in their slots, in place; decoded on the way.
+
+        Args:
+          slots: All slots.
+          staged: Fetched blocks as they are stored.
+          targets: Slot of each, -1 for none.
+          bound: Entries behind which all are -1.
+        """
+        (blocks,) = staged
+        return commit_blocks(slots, blocks.astype(slots.dtype), targets, count=bound)
 
     def stored(
         self, blocks: Float[Array, "*lead block two H"]
@@ -103,7 +124,7 @@ class Int8Codec(BlockCodec):
         # A product: compilers make one of a division by a constant, but not always.
         k_scale = jnp.max(size[..., 0, :], axis=-2) * _STEP
         v_scale = jnp.max(size[..., 1, :], axis=-1) * _STEP
-        scale = _by_number(k_scale, v_scale)
+        scale = scale_of_each(k_scale, v_scale)
         # A scale is 0 where all that share it are, and so is the quotient then.
         quotient = values / jnp.where(scale > 0, scale, 1)
         whole = jnp.clip(jnp.round(quotient), -127, 127).astype(jnp.int8)
@@ -115,17 +136,18 @@ class Int8Codec(BlockCodec):
     ) -> Float[Array, "*lead block two H"]:
         """As `BlockCodec.decode`."""
         whole, scales = parts
-        *_, block, _, dim = whole.shape
-        scale = _by_number(scales[..., :dim], scales[..., dim : dim + block])
-        return (whole.astype(jnp.float32) * scale).astype(dtype)
+        return decoded(whole, scales, dtype)
 
-
-def _by_number(
-    k_scale: Float[Array, "*lead H"], v_scale: Float[Array, "*lead block"]
-) -> Float[Array, "*lead block two H"]:
-    """The scale of every number of a block."""
-    both = jnp.broadcast_arrays(k_scale[..., None, :], v_scale[..., :, None])
-    return jnp.stack(both, axis=-2)
+    def commit(
+        self,
+        slots: Float[Array, "R block two H"],
+        staged: Parts,
+        targets: Int[Array, " J"],
+        bound: Int[Array, ""] | None,
+    ) -> Float[Array, "R block two H"]:
+        """As `BlockCodec.commit`."""
+        whole, scales = staged
+        return commit_blocks(slots, whole, targets, scales=scales, count=bound)
 
 
 _CODECS = types.MappingProxyType({"exact": BlockCodec(), "int8": Int8Codec()})

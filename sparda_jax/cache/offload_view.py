@@ -5,14 +5,12 @@ its fetch started by the layer before, or it is chosen here and its fetch is wai
 either way `commit` puts the staged blocks, and then the step's token, into their slots.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.commit_blocks.api import commit_blocks, commit_stored_blocks
 from sparda_jax.cache.attention import attended_bias, decode_attention
 from sparda_jax.cache.counters import FetchCounters
 from sparda_jax.cache.offload import OffloadLayer
@@ -217,14 +215,7 @@ class OffloadView(NamedTuple):
         flat = slots.reshape(-1, *slots.shape[4:])
         plan = fetch.plan
         codec = settings.offload.codec
-        decode = functools.partial(codec.decode, dtype=slots.dtype)
-        if codec.exact:
-            staged = decode(fetch.staged)
-            flat = commit_blocks(flat, staged, plan.targets, count=plan.bound)
-        else:
-            flat = commit_stored_blocks(
-                flat, fetch.staged, plan.targets, decode, count=plan.bound
-            )
+        flat = codec.commit(flat, fetch.staged, plan.targets, plan.bound)
         pool = lookahead.pool.release(fetch.staged, settings.offload)
         view = self._replace(
             layer_cache=self.layer_cache._replace(slots=flat.reshape(slots.shape)),

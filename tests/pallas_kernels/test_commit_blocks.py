@@ -14,6 +14,7 @@ from pallas_kernels.commit_blocks.reference import commit_blocks_reference
 from pallas_kernels.lowering import cuda_lowering_text
 
 CI_SPECS = [s for s in ARG_SPECS if "ci" in s.tags]
+INT8 = {"staged": jnp.zeros((10, 64, 2, 128), jnp.int8)}
 specs = pytest.mark.parametrize("spec", CI_SPECS, ids=lambda s: s.name)
 
 
@@ -40,11 +41,34 @@ def test_triton_in_the_interpreter(spec, programs):
     _same(got, commit_blocks_reference(**args))
 
 
+def test_int8_is_numpys():
+    """Number by number, rounded once."""
+    [spec] = [s for s in CI_SPECS if s.name == "int8_odd_heads"]
+    args = spec.make("bfloat16")
+    whole, scales = np.asarray(args["staged"]), np.asarray(args["scales"])
+    tokens, _, dim = spec.block
+    want = np.asarray(args["slots"], np.float32)
+    for entry, row in enumerate(np.asarray(args["indices"])):
+        if row >= 0:
+            for token in range(tokens):
+                k = whole[entry, token, 0].astype(np.float32) * scales[entry, :dim]
+                v = (
+                    whole[entry, token, 1].astype(np.float32)
+                    * scales[entry, dim + token]
+                )
+                want[row, token] = np.asarray(jnp.asarray((k, v), jnp.bfloat16))
+    _same(commit_blocks_reference(**args), jnp.asarray(want))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton", "xla"])
 @specs
 def test_native(spec, implementation):
     args = spec.make("bfloat16")
+    if spec.int8 and implementation == "mosaic_gpu":
+        with pytest.raises(NotImplementedError, match="int8"):
+            commit_blocks(**args, implementation=implementation)
+        return
     got = jax.jit(lambda a: commit_blocks(**a, implementation=implementation))(args)
     _same(got, commit_blocks_reference(**args))
 
@@ -88,6 +112,15 @@ def test_mosaic_is_in_place():
         ({"staged": jnp.zeros((3, 4))}, "staged has shape"),
         ({"staged": jnp.zeros((10, 64, 2, 128), jnp.bfloat16)}, "staged has dtype"),
         ({"indices": jnp.zeros((10,))}, "indices has dtype"),
+        ({"scales": jnp.zeros((10, 256))}, "staged has dtype"),
+        (INT8 | {"scales": jnp.zeros((10, 100))}, "scales has shape (10, 100)"),
+        (INT8 | {"scales": jnp.zeros((9, 256))}, "scales has shape (9, 256)"),
+        (INT8 | {"scales": jnp.zeros((10, 256), jnp.int8)}, "scales has dtype int8"),
+        (
+            {"slots": jnp.zeros((24, 9)), "staged": jnp.zeros((10, 9), jnp.int8)}
+            | {"scales": jnp.zeros((10, 256))},
+            "with scales it must be [R, block, 2, H]",
+        ),
     ],
 )
 def test_bad_arguments(change, message, without_type_checks):

@@ -49,7 +49,7 @@ OPS = {
     ),
     "commit_blocks": Op(
         pallas_kernels.commit_blocks,
-        quick=("skips", "one"),
+        quick=("skips", "int8"),
         extra={"count": jnp.int32(3)},
     ),
     "compress_keys": Op(
@@ -95,6 +95,8 @@ def _served(op, spec, implementation):
     if (op, implementation) == ("paged_decode_attention", "mosaic_gpu"):
         # Blocks of 64 and 128 tokens.
         return spec.block >= 64
+    if (op, implementation) == ("commit_blocks", "mosaic_gpu"):
+        return not spec.int8
     return True
 
 

@@ -1,7 +1,6 @@
 """Blocks in 8 bits: against NumPy, rounded once, the same by every route and C."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 
 import sparda_jax as sj
-from pallas_kernels.commit_blocks.api import commit_stored_blocks
 from sparda_jax.cache.codecs import BlockCodec, Int8Codec, named_codec
 from sparda_jax.cache.host_store import HostStore
 from sparda_jax.cache.routes import resolve_route
@@ -110,8 +108,7 @@ def test_a_fetch_and_its_commit_are_the_oracles(route):
             )
             for part in parts
         )
-        decode = functools.partial(codec.decode, dtype=slots.dtype)
-        return commit_stored_blocks(slots, staged, targets, decode, count=count)
+        return codec.commit(slots, staged, targets, count)
 
     got = np.asarray(step(store.parts, slots), np.float32)
     scale = np.stack(
