@@ -16,6 +16,7 @@ import numpy as np
 
 import sparda_jax as sj
 from sparda_jax.engine.model import LanguageModel
+from sparda_jax.loading import default_dtype
 from sparda_jax.mesh import MeshConfig
 from sparda_jax.models.presets import get_preset
 from sparda_jax.models.sharding import place_decoder
@@ -25,7 +26,7 @@ from sparda_jax.sparse.selectors import get_selector
 
 def _model(arguments: argparse.Namespace, mesh: MeshConfig | None) -> LanguageModel:
     preset = get_preset(arguments.model)
-    dtype = sj.loading.default_dtype()
+    dtype = default_dtype()
     model = random_decoder(preset.model, dtype, forecast=True)
     if mesh is not None:
         model = place_decoder(model, preset.model, mesh)
