@@ -36,6 +36,7 @@ from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checkpoint.files import read_json
 from sparda_jax.checks import ConfigError
 from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import Parser
 
 if TYPE_CHECKING:
     from sparda_jax.config import ModelConfig, SparseConfig
@@ -379,7 +380,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("figures", nargs="?", type=pathlib.Path, help="for --plot")
@@ -389,7 +390,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
     parser.add_argument("--most", type=int, default=96, help="largest batch to look at")
     parser.add_argument("--minutes", type=float, default=math.inf)
-    parser.add_argument("--steps", type=int, default=96, help="timed steps of a cell")
+    offload.add_steps_option(parser)
     parser.add_argument("--route", default="auto")
     parser.add_argument("--trace", type=pathlib.Path, default=DEFAULT_TRACE)
     parser.add_argument("--json", type=pathlib.Path, help="write figures here")
@@ -398,8 +399,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark, or draws what it found."""
-    arguments = _parser().parse_args(argv)
-    return run_command(lambda: _run(arguments))
+    return run_command(lambda: _run(_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

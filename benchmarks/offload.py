@@ -40,15 +40,21 @@ from benchmarks.traced import (
     map_trace,
     traced_selector,
 )
-from sparda_jax.checks import ConfigError
+from sparda_jax.checks import ConfigError, integer
 from sparda_jax.cli.ending import run_command
-from sparda_jax.cli.options import Parser
+from sparda_jax.cli.options import Parser, add_option
 
 CHUNK = 8
 
 
 def _budgets(value: str) -> float:
     return math.inf if value == "all" else float(value)
+
+
+def add_steps_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--steps`: at least a chunk of them, or there is no time of any."""
+    steps = integer(CHUNK)
+    add_option(parser, "--steps", steps, metavar="N", default=96, help="timed steps")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--codec", default="exact", choices=["exact", "int8"], help="of host blocks"
     )
-    parser.add_argument("--steps", type=int, default=96, help="timed steps")
+    add_steps_option(parser)
     parser.add_argument("--route", default="auto")
     parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
     parser.add_argument("--limit", type=float, default=80, help="GB of device memory")

@@ -6,38 +6,22 @@ import importlib.util
 import inspect
 import json
 import os
-import pathlib
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 
 import pytest
+from doc_pages import BLOCK, NAMES, ROOT, all_options, blocks, page_text
 from text_model import text_lm, text_tokenizer
 
 import sparda_jax as sj
-from sparda_jax.cli.main import build_parser, main
 
 __all__ = ["text_lm", "text_tokenizer"]
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 _ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-PAGES = sorted(
-    [*ROOT.glob("docs/**/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-)
-NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
-
-
-def _text(name: str) -> str:
-    return (ROOT / name).read_text(encoding="utf-8")
-
-
-def _blocks(name: str, *kinds: str) -> list[str]:
-    return [body for kind, body in _BLOCK.findall(_text(name)) if kind in kinds]
 
 
 def _slug(heading: str) -> str:
@@ -48,7 +32,7 @@ def _slug(heading: str) -> str:
 @pytest.mark.parametrize("name", NAMES)
 def test_links_and_pictures_are_there(name):
     page = ROOT / name
-    for target in _LINK.findall(_BLOCK.sub("", page.read_text(encoding="utf-8"))):
+    for target in _LINK.findall(BLOCK.sub("", page.read_text(encoding="utf-8"))):
         if target.startswith("https://"):
             continue
         assert not target.startswith("http:"), target
@@ -60,76 +44,17 @@ def test_links_and_pictures_are_there(name):
             assert anchor in map(_slug, headings), f"{name}: {target}"
 
 
-def _commands(name: str) -> list[list[str]]:
-    found = []
-    for body in _blocks(name, "sh", ""):
-        for line in body.replace("\\\n", " ").splitlines():
-            if line.startswith("git "):
-                line = line.split("| ", 1)[-1]
-            if line.startswith(("sparda ", "make ", "python ")):
-                found.append(shlex.split(line, comments=True))
-    return found + [shlex.split(text) for text in _SPANS.findall(_text(name))]
-
-
-_SPANS = re.compile(r"`((?:sparda [a-z]+|python -m [a-z]|python scripts/)[^`…]*)`")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_commands_are_known(name):
-    """Every `sparda` line is parsed, and modules, scripts and targets exist."""
-    targets = re.findall(r"^([a-z-]+):", _text("Makefile"), re.M)
-    options = _all_options()
-    for words in _commands(name):
-        if words[0] == "make":
-            assert words[1] in targets, words
-        elif words[:2] == ["python", "-m"]:
-            module = words[2].removesuffix(".<op>")
-            assert importlib.util.find_spec(module) is not None, words
-        elif words[0] == "python":
-            assert (ROOT / words[1]).is_file(), words
-        else:
-            assert words[1] in options, words
-            for word in (
-                words[2:] if words[1] not in ("train", "bench", "adapt") else []
-            ):
-                if word.startswith("--"):
-                    known = word.partition("=")[0] in options[words[1]]
-                    assert known, f"{name}: {words}"
-
-
-def _all_options() -> dict[str, set[str]]:
-    for action in build_parser()._actions:
-        if hasattr(action, "choices") and isinstance(action.choices, dict):
-            return {
-                command: {o for a in parser._actions for o in a.option_strings}
-                for command, parser in action.choices.items()
-            }
-    raise AssertionError("no commands")
-
-
-def test_whole_commands_are_taken():
-    """Those of the first page, with all that an option needs."""
-    taken = 0
-    for name in ("README.md", "docs/index.md", "docs/offload.md", "docs/budget.md"):
-        for words in _commands(name):
-            if words[0] == "sparda" and len(words) > 3 and "…" not in words:
-                if not any(word.startswith(("<", ">", "|")) for word in words):
-                    build_parser().parse_args(words[1:])
-                    taken += 1
-    assert taken >= 6
-
-
 def test_the_readme_is_one_screen_and_its_commands_are_those_of_ci():
-    text = _text("README.md")
+    text = page_text("README.md")
     assert text.count("\n") < 70
     assert "make demo " in text and "make test " in text
-    assert re.search(r"^make test$", _text(".ci/run"), re.M)
+    assert re.search(r"^make test$", page_text(".ci/run"), re.M)
 
 
 def test_pictures_are_seen_on_dark_pages_and_have_names():
     pictures = sorted((ROOT / "docs/figures").glob("*.svg"))
     assert len(pictures) >= 3
-    shown = "".join(_text(name) for name in NAMES)
+    shown = "".join(page_text(name) for name in NAMES)
     for picture in pictures:
         tree = ET.parse(picture)
         assert tree.find("{http://www.w3.org/2000/svg}title") is not None
@@ -138,7 +63,7 @@ def test_pictures_are_seen_on_dark_pages_and_have_names():
 
 
 def test_every_page_is_in_the_menu():
-    listed = re.findall(r": ([\w/-]+\.md)$", _text("mkdocs.yml"), re.M)
+    listed = re.findall(r": ([\w/-]+\.md)$", page_text("mkdocs.yml"), re.M)
     pages = (ROOT / "docs").rglob("*.md")
     there = {path.relative_to(ROOT / "docs").as_posix() for path in pages}
     assert sorted(listed) == sorted(there)
@@ -150,7 +75,7 @@ def test_the_figures_are_those_that_the_script_draws(tmp_path):
     drawn = sorted(tmp_path.glob("*.svg"))
     assert [path.name for path in drawn] == ["lists.svg", "misses.svg", "recall.svg"]
     for path in drawn:
-        assert path.read_text() == _text(f"docs/figures/{path.name}")
+        assert path.read_text() == page_text(f"docs/figures/{path.name}")
 
 
 @pytest.mark.slow
@@ -164,16 +89,16 @@ def test_the_script_of_determinism_ends_well():
 
 
 def test_every_public_name_is_in_the_reference():
-    listed = set(re.findall(r"^::: sparda_jax\.(\w+)$", _text("docs/api.md"), re.M))
+    listed = set(re.findall(r"^::: sparda_jax\.(\w+)$", page_text("docs/api.md"), re.M))
     assert listed == set(sj.__all__) - {"__version__", "PRESETS"}
 
 
-EXAMPLES = [name for name in NAMES if _blocks(name, "python")]
+EXAMPLES = [name for name in NAMES if blocks(name, "python")]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_are_python_with_names_that_exist(name):
-    for body in _blocks(name, "python"):
+    for body in blocks(name, "python"):
         code = compile(body, name, "exec")
         used = re.findall(r"\bsj\.(\w+)", body)
         assert code is not None
@@ -196,69 +121,10 @@ def test_examples_run(name, text_lm, monkeypatch, tmp_path):
     monkeypatch.setattr(sj, "configure_offload", lambda: None)
     monkeypatch.chdir(tmp_path)
     space: dict = {}
-    for body in _blocks(name, "python"):
+    for body in blocks(name, "python"):
         exec(compile(body, name, "exec"), space)
     assert os.listdir(tmp_path) == []
     assert "sj" in space
-
-
-# Sizes that a test has time for, put behind what a page's command says.
-_SMALL = {
-    "eval": ["--samples", "1", "--attention", "infllm_v2,sparda"],
-    "forecast-report": ["--tokens", "640", "--rows", "1"],
-    "generate": ["--max-new-tokens", "4"],
-    "soak": ["--requests", "2", "--context", "128", "--new", "24"],
-}
-# What is tested by itself, fetches, or is no more than a name; the commands of the
-# results took hours.
-_NOT_HERE = ("adapt", "bench", "completion", "demo", "fetch", "serve", "train", "tune")
-_SHOWN = (
-    "README.md",
-    *(f"docs/{n}.md" for n in ("index", "adapt", "budget", "offload")),
-)
-
-
-def _shown_commands() -> list[list[str]]:
-    found = []
-    for name in (*_SHOWN, "docs/evaluation.md"):
-        for words in _commands(name):
-            if words[0] != "sparda":
-                continue
-            words = ["out" if word == "other" else word for word in words[1:]]
-            bare = len(words) == 1 and words[0] not in ("models", "doctor")
-            left_out = words[0] in _NOT_HERE or {"--help", "./my-model"} & set(words)
-            left_out = left_out or bare
-            if not left_out and words not in found:
-                found.append(words)
-    return found
-
-
-@pytest.mark.slow
-def test_commands_run(text_lm, monkeypatch, tmp_path, capsys):
-    """Those of the pages that guide, on a tiny model in the place of theirs."""
-
-    def load(model, *, attention="dense", **_):
-        return sj.with_attention(text_lm, attention, forecast="from_query")
-
-    monkeypatch.setattr(sj, "load", load)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "typed.txt").write_text("Who speaks?\n/exit\n")
-    (tmp_path / "book.txt").write_text("stop an operation in the engine\n" * 60)
-    ran = []
-    for words in _shown_commands():
-        command = words[0]
-        typed = open("typed.txt", encoding="utf-8")
-        monkeypatch.setattr("sys.stdin", typed)
-        extra = list(_SMALL.get(command, []))
-        if "--no-compilation-cache" in _all_options()[command]:
-            extra.append("--no-compilation-cache")
-        with typed:
-            status = main([*words, *extra])
-        captured = capsys.readouterr()
-        assert status == 0, (words, captured.err)
-        assert captured.out
-        ran.append(command)
-    assert {"generate", "chat", "models", "plan", "soak", "eval", "report"} <= set(ran)
 
 
 @pytest.mark.slow
@@ -290,7 +156,7 @@ def test_every_command_has_its_options_in_the_reference(hooks):
     parts = dict(
         re.findall(r"^## sparda ([\w-]+)\n(.*?)(?=^## |\Z)", tables, re.M | re.S)
     )
-    assert parts.keys() == _all_options().keys()
+    assert parts.keys() == all_options().keys()
     assert "`--compare`" in parts["bench"] and "`--config`" in parts["train"]
     assert "`--minutes`" in parts["soak"]
     assert "None" not in tables and "==SUPPRESS==" not in tables
@@ -393,7 +259,7 @@ def test_the_site_builds_without_warnings(tmp_path):
 
 def test_results_are_what_their_files_say():
     page_maker = _script("results_page")
-    page = _text("docs/results.md")
+    page = page_text("docs/results.md")
     assert page.count("<!-- results: ") == 2
     assert page_maker.filled(page) == page
     # Another number in the page is seen.

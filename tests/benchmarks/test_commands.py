@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import all as every
-from benchmarks import offload, trace
+from benchmarks import best, offload, trace
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,9 @@ from benchmarks import offload, trace
         (trace.main, ["record", "--out", "x", "--context", "0"], "--context=0"),
         (trace.main, ["show"], "required: traces"),
         (offload.main, ["--batch", "few"], "--batch: invalid int value: 'few'"),
+        (offload.main, ["--steps", "4"], "--steps=4 is not allowed: it must be"),
+        (best.main, ["--steps", "4"], "--steps=4 is not allowed: it must be"),
+        (best.main, ["--most", "few"], "--most: invalid int value: 'few'"),
         (every.main, [], "--card, --tables or both"),
         (every.main, ["--minutes", "few"], "--minutes: invalid float value: 'few'"),
     ],

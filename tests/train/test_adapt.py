@@ -5,30 +5,21 @@ import json
 
 import numpy as np
 import pytest
+from tiny_directory import TINY, tiny_directory
 
 import sparda_jax as sj
-from sparda_jax.checkpoint.hf import save_hf
 from sparda_jax.machine import Limit
 from sparda_jax.models.presets import get_preset
-from sparda_jax.models.weights import random_tensors
 from sparda_jax.planning.limits import MemoryLimits
 from train import adapt as adapt_module
 from train.adapt import adapt
 from train.adapt_command import main
 from train.memory import refuse_too_little_memory, training_memory
 
-TINY = dataclasses.replace(get_preset("tiny").model, num_layers=2, eos_ids=(2,))
-
-
-def _directory(path, tokenizer, config=TINY):
-    tensors = random_tensors(config, seed=0, scale=0.2)
-    save_hf(path, config, {k: load() for k, load in tensors.items()}, tokenizer)
-    return path
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, text_tokenizer):
-    return _directory(tmp_path_factory.mktemp("model") / "m", text_tokenizer)
+    return tiny_directory(tmp_path_factory.mktemp("model") / "m", text_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +85,11 @@ def test_from_a_directory_to_heads(model, text, tmp_path, monkeypatch):
 def test_refusals_come_before_the_work(model, text, tmp_path, text_tokenizer):
     out = str(tmp_path / "heads.safetensors")
     config = dataclasses.replace(TINY, num_heads=2)
-    alone = _directory(tmp_path / "mha", text_tokenizer, config)
+    alone = tiny_directory(tmp_path / "mha", text_tokenizer, config)
     with pytest.raises(sj.ConfigError, match="must have groups of query heads"):
         adapt(str(alone), out=out)
     with pytest.raises(sj.ConfigError, match="has no tokenizer"):
-        adapt(str(_directory(tmp_path / "bare", None)), out=out)
+        adapt(str(tiny_directory(tmp_path / "bare", None)), out=out)
     for option, value, told in (
         ("seq_len", 500, "a multiple of 64"),
         ("seq_len", 2**20, "max_context"),
