@@ -213,6 +213,7 @@ ROWS = {
     "Rates": {
         **dict.fromkeys(("memory", "fetch"), (*NUMBER, 0.0)),
         **dict.fromkeys(("link", "peak"), (*maybe(NUMBER), 0.0)),
+        "layer": NUMBER,
         "route": WORD,
         "source": TEXT,
     },
