@@ -14,7 +14,8 @@ back to what it has left.
 
 Modes, all in one run: `resident` (own-query selection, KV on the device), `sparse` (own
 query, offloaded, each layer waits), `sparda-none` (Forecast, offloaded, each layer
-waits), `sparda` (Forecast, looking one layer ahead), `sparda-verify` (the same, but the
+waits), `sparda` (Forecast, looking one layer ahead), `sparda-2` (two layers ahead: its
+fetches have the time of two layers), `sparda-verify` (the same, but the
 layer's own queries have the last word; both choose the imposed list, so that it shows
 what verifying costs, not what it repairs). Every figure is the median over
 timed chunks of steps, with the least and the most. `bound` is the least step time that
@@ -45,6 +46,8 @@ from sparda_jax.cli.ending import run_command
 from sparda_jax.cli.options import Parser, add_option
 
 CHUNK = 8
+# Modes whose fetches run beside compute.
+_AHEAD = ("sparda", "sparda-2", "sparda-verify")
 
 
 def _budgets(value: str) -> float:
@@ -72,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         default=["resident", "sparse", "sparda-none", "sparda"],
         choices=[
             *("resident", "resident-sparda", "sparse"),
-            *("sparda-none", "sparda", "sparda-verify"),
+            *("sparda-none", "sparda", "sparda-2", "sparda-verify"),
         ],
     )
     parser.add_argument(
@@ -202,7 +205,8 @@ def _settings(config, sparse, mode: str, choice: Choice, slots: float, arguments
     cache = CacheConfig(
         device_blocks=round(min(slots * sparse.largest_budget, every)),
         kind="resident" if mode.startswith("resident") else "offload",
-        prefetch="lookahead" if mode in ("sparda", "sparda-verify") else "none",
+        prefetch="lookahead" if mode in _AHEAD else "none",
+        layers_ahead=2 if mode == "sparda-2" else 1,
         exactness="verify" if mode == "sparda-verify" else "forecast",
         route=arguments.route,
         codec=arguments.codec,

@@ -377,6 +377,10 @@ class CacheConfig:
         layer l computes. `none`: a layer selects and fetches for itself, and waits.
         `auto`: decided by measurement (`planning.auto`). None is `lookahead` where
         the attention forecasts, else `none`.
+      layers_ahead: How many layers ahead of its use a list is made in decode, and its
+        fetch started: with 2, layer l's hidden state chooses for layer l + 2, whose
+        blocks have two layers' time to arrive, by a Forecast head that was trained on
+        layer l + 1's. It changes what is chosen, with every `prefetch`.
       layer0: Where layer 0's KV lives, for which nothing can look ahead.
       route: How blocks are fetched (`cache.routes`); `auto` takes the recorded one.
       exactness: `forecast`: the forecast list is what is attended. `verify`: the
@@ -403,6 +407,7 @@ class CacheConfig:
     kind: CacheKind = "resident"
     device_blocks: int | Literal["auto"] | None = None
     prefetch: Prefetch | None = None
+    layers_ahead: int = 1
     layer0: Literal["resident", "offload"] = "resident"
     route: Route = "auto"
     exactness: Literal["forecast", "verify"] = "forecast"
@@ -418,6 +423,7 @@ class CacheConfig:
             kind=choice(*get_args(CacheKind)),
             device_blocks=optional(device_blocks),
             prefetch=optional(choice(*get_args(Prefetch))),
+            layers_ahead=integer(1, 8),
             layer0=choice("resident", "offload"),
             route=route_name,
             exactness=choice("forecast", "verify"),
@@ -425,6 +431,13 @@ class CacheConfig:
             recall_every=integer(0),
             device_limit=size,
             host_limit=size,
+        )
+        require(
+            self.layers_ahead == 1 or self.kind == "offload",
+            "CacheConfig.layers_ahead",
+            self.layers_ahead,
+            f"1 with kind={self.kind!r}: only what is fetched is worth choosing so far "
+            "ahead; use kind='offload'",
         )
 
     def slots(self, num_blocks: int, width: int) -> int:

@@ -110,19 +110,21 @@ class StagingPool(NamedTuple):
 
 
 class NextLayer(NamedTuple):
-    """The cache of the next layer, to choose its blocks and plan their fetch.
+    """The cache of a later layer, mostly the next, to choose its blocks for it.
 
     Attributes:
       layer_cache: The `OffloadLayer` that holds it, as of the step before.
       layer_in_stack: Where in it.
       layer_in_store: Where in the host store.
       exists: False behind the last layer: nothing is listed or fetched.
+      distance: How many layers behind the running one it is.
     """
 
     layer_cache: OffloadLayer
     layer_in_stack: int | Int[Array, ""]
     layer_in_store: int | Int[Array, ""]
     exists: bool | Bool[Array, ""]
+    distance: int = 1
 
     def plan(
         self,
@@ -130,14 +132,14 @@ class NextLayer(NamedTuple):
         tile: TileState,
         settings: LayerSettings,
     ) -> BlockFetch:
-        """Chooses the next layer's blocks and finds out which of them are missing.
+        """Chooses the layer's blocks and finds out which of them are missing.
 
-        The next layer's index lacks the token of this step. For key means that is the
+        The layer's index lacks the token of this step. For key means that is the
         window that the step may finish; it lies in forced local blocks, so the choice
         is the same (§4.4).
         """
         layer, place = self.layer_cache, self.layer_in_stack
-        seen = tile.in_layer(tile.layer + 1).selection(
+        seen = tile.in_layer(tile.layer + self.distance).selection(
             layer.index, place, forecast=forecast
         )
         blocks = settings.selector.select(seen, settings.config, settings.sparse)

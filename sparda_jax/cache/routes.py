@@ -68,11 +68,9 @@ class FetchRoute:
     def check(self) -> None:
         """Raises ConfigError if the route cannot run on the default device."""
 
-    def staging_areas(self, *, two_at_once: bool) -> int:
-        """Staging areas that the cache keeps, if two fetches may be under way."""
-        if not self.reuses_staging:
-            return 0
-        return 2 if two_at_once else 1
+    def staging_areas(self, at_once: int) -> int:
+        """Staging areas that the cache keeps for so many fetches under way."""
+        return at_once if self.reuses_staging else 0
 
     def fetch(
         self,

@@ -23,7 +23,8 @@ class OffloadSettings:
 
     Attributes:
       route: How blocks are fetched.
-      lookahead: Layer l starts the fetch for layer l + 1.
+      lookahead: Layer l starts the fetch for layer l + `layers_ahead`.
+      layers_ahead: How many layers before its use a list is made.
       verify: The layer's own queries have the last word.
       recall_every: Steps between comparisons of forecast and own queries; 0 never.
       codec: How blocks are kept in host memory.
@@ -34,6 +35,7 @@ class OffloadSettings:
     verify: bool = False
     recall_every: int = 0
     codec: BlockCodec = dataclasses.field(default_factory=BlockCodec)
+    layers_ahead: int = 1
 
     @property
     def on_side_stream(self) -> bool:
@@ -66,6 +68,12 @@ class LayerSettings:
     def axis(self) -> str | None:
         """The mesh's axis over which a layer's sums are completed; None for none."""
         return MODEL if self.parts > 1 else None
+
+    def layers_ahead(self, *, decoding: bool) -> int:
+        """For which layer behind it a layer makes a forecast: 1 in prefill."""
+        if self.offload is None or not decoding:
+            return 1
+        return self.offload.layers_ahead
 
     @property
     def indices(self) -> Indices:

@@ -39,6 +39,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
         "(lookahead), wait for them (none), or decide by measurement (auto); default: "
         "lookahead for sparda, none otherwise",
     )
+    add_layers_ahead_option(group)
     add_layer0_option(group)
     add_route_option(
         group, "how blocks are fetched; auto takes what is recorded for the device"
@@ -75,6 +76,19 @@ def add_device_blocks_option(group: Any, *, default: str | None = None) -> None:
         default=default,
         help="offload: device slots per layer and kv head, or auto: as many as the "
         f"device has room for, up to all blocks{least}",
+    )
+
+
+def add_layers_ahead_option(group: Any) -> None:
+    """Adds --layers-ahead."""
+    add_option(
+        group,
+        "--layers-ahead",
+        integer(1, 8),
+        metavar="N",
+        default=1,
+        help="offload: how many layers before its use a block list is made, so that "
+        "its fetch has their time; more than 1 changes what is chosen",
     )
 
 
@@ -132,6 +146,7 @@ def cache_config(arguments: argparse.Namespace) -> CacheConfig:
         kind=arguments.cache,
         device_blocks=arguments.device_blocks,
         prefetch=arguments.prefetch,
+        layers_ahead=arguments.layers_ahead,
         layer0=arguments.layer0,
         route=arguments.route,
         exactness=arguments.exactness,

@@ -25,6 +25,7 @@ _FIXED_BY_OFFLOAD = (
     "layer0",
     "route",
     "prefetch",
+    "layers_ahead",
     "exactness",
     "codec",
 )

@@ -23,6 +23,7 @@ from sparda_jax.planning.slots import fill_slots, held_by_others
 _OFFLOAD_ONLY = (
     "device_blocks",
     "prefetch",
+    "layers_ahead",
     "layer0",
     "route",
     "codec",

@@ -379,9 +379,10 @@ def new_state(
             settings.config, settings.sparse, settings.indices, **kind
         )
     else:
-        # Fetches that overlap need two areas; what `auto` decides shall not matter.
-        two = offload.lookahead or cache.prefetch == "auto"
-        areas = offload.route.staging_areas(two_at_once=two)
+        # Fetches that overlap need areas of their own; what `auto` decides shall not
+        # matter.
+        ahead = offload.lookahead or cache.prefetch == "auto"
+        areas = offload.route.staging_areas(1 + offload.layers_ahead * ahead)
         kv = init_offload(
             settings.config,
             settings.sparse,

@@ -124,7 +124,7 @@ def _finish(
     request: Request,
     settings: LayerSettings,
 ) -> GenerateState:
-    carry = StackCarry(activations, state.cache, None, fetches)
+    carry = StackCarry(activations, state.cache, (), fetches)
     scores = logits(model, activations.hidden[:, 0])
     return after_step(state, carry, scores, request, settings)
 

@@ -32,8 +32,10 @@ class LayerActivations(NamedTuple):
 
     Attributes:
       hidden: Hidden states [B, T, D].
-      forecast: What the layer before made for this one's choice: forecasts
+      forecast: What a layer before made for this one's choice: forecasts
         [B, T, K, H] as a rule, or block scores; None for nothing.
+      later: The same for the layers behind this one, as far as it is made already: of
+        none, where every layer makes the next one's.
       attended: KV blocks read so far; stays 0 while all causal blocks are read.
       blocks: Captured block lists [L, B, K, T, P], or None.
     """
@@ -42,6 +44,7 @@ class LayerActivations(NamedTuple):
     forecast: Float[Array, "B T heads F"] | None
     attended: WideCount
     blocks: Int[Array, "L B K T P"] | None
+    later: tuple[Float[Array, "B T heads F"], ...] = ()
 
 
 class StackCarry(NamedTuple):
@@ -50,13 +53,14 @@ class StackCarry(NamedTuple):
     Attributes:
       activations: Hidden states, forecasts and counters.
       cache: The KV cache.
-      fetch: The next layer's blocks, on their way (look-ahead decode), or None.
+      fetches_ahead: The blocks of the next layer, and of more behind it where lists are
+        made so far ahead, on their way (look-ahead decode).
       fetches: Counters of the offloaded cache by layer [L], or None.
     """
 
     activations: LayerActivations
     cache: Cache
-    fetch: BlockFetch | None = None
+    fetches_ahead: tuple[BlockFetch, ...] = ()
     fetches: FetchCounters | None = None
 
     @property
@@ -92,7 +96,56 @@ def start_stack(
     if settings.offload is not None and tile.decoding:
         fetches = FetchCounters.zero(config.num_layers)
     activations = LayerActivations(h, forecast, WideCount.zero(), blocks)
-    return StackCarry(activations, cache, None, fetches)
+    carry = StackCarry(activations, cache, (), fetches)
+    return _choose_for_first_layers(model, carry, tile, settings)
+
+
+def _choose_for_first_layers(
+    model: Decoder, carry: StackCarry, tile: TileState, settings: LayerSettings
+) -> StackCarry:
+    """What no layer makes where lists are made several layers ahead.
+
+    Layer 0 makes that of layer d; those of layers 1 … d − 1 are made here, of layer 0's
+    input, as it would have made the first of them.
+    """
+    config, selector, cache = settings.config, settings.selector, carry.cache
+    most = min(settings.layers_ahead(decoding=tile.decoding), config.num_layers)
+    if most == 1 or not selector.lists_blocks(cache.num_blocks, settings.sparse):
+        return carry
+    assert isinstance(cache, OffloadCache) and settings.offload is not None
+    x = rms_norm(carry.hidden, model.first_attention_norm(), config.rms_norm_eps)
+    later: list[Array] = []
+    fetches: list[BlockFetch] = []
+    pool = StagingPool(cache.staging)
+    for number in range(1, most):
+        weights, forecast = selector.next_query_weights(model, number), None
+        if weights is not None:
+            forecast = selector.next_query(weights, x, tile.rope_cos_sin)
+            later.append(forecast)
+        if settings.offload.lookahead:
+            layer = NextLayer(
+                *cache.place(number - cache.resident_layers),
+                number - cache.resident_layers,
+                True,
+                number,
+            )
+            ahead = Lookahead(layer, store=cache.store, pool=pool)
+            ahead = ahead.plan_next(forecast, tile.in_layer(0), settings)
+            if len(cache.layers) == 1:
+                # As in `OffloadView.behind`.
+                layers, fetch = lax.optimization_barrier((cache.layers, ahead.fetch))
+                cache = cache._replace(layers=layers)
+                ahead = ahead._replace(fetch=fetch)
+            ahead = ahead.start(settings)
+            assert ahead.fetch is not None
+            fetches.append(ahead.fetch)
+            pool = ahead.pool
+    return StackCarry(
+        carry.activations._replace(later=tuple(later)),
+        cache._replace(staging=pool.areas),
+        tuple(fetches),
+        carry.fetches,
+    )
 
 
 def _first_forecast(
@@ -206,14 +259,17 @@ def after_layer(
             lists = _causal_lists(tile, shape, settings.sparse.block_size)
         at = (layer_index, 0, 0, first, 0)
         blocks = jax.lax.dynamic_update_slice(blocks, lists[None], at)
-    forecast = activations.forecast
+    forecast, later = activations.forecast, activations.later
     if forecast is not None:
         forecast = None if out.forecast is None else put(forecast, out.forecast)
+    if later and forecast is not None:
+        forecast, *later = (*later, forecast)
     return LayerActivations(
         hidden=put(activations.hidden, out.hidden),
         forecast=forecast,
         attended=attended,
         blocks=blocks,
+        later=tuple(later),
     )
 
 
@@ -222,9 +278,18 @@ def layer_block(
     layer: DecoderLayer,
     layer_index: int | Int[Array, ""],
     settings: LayerSettings,
+    ahead: int = 1,
 ) -> LayerBlock:
-    """A layer's weights, with those of the query that it makes for the next one."""
-    weights = settings.selector.next_query_weights(model, layer_index + 1)
+    """A layer's weights, with those of the query that it makes for a later one.
+
+    Args:
+      model: The decoder.
+      layer: The layer.
+      layer_index: Its number.
+      settings: How to attend.
+      ahead: How many layers behind it that one is.
+    """
+    weights = settings.selector.next_query_weights(model, layer_index + ahead)
     return LayerBlock(layer, weights, layer_index)
 
 
@@ -243,8 +308,9 @@ def layer_on_tile(
     An offloaded cache is viewed in decode steps only; prefill has its own way.
     """
     view, lookahead = _view(carry, layer_index, settings)
+    ahead = settings.layers_ahead(decoding=tile.decoding)
     activations, view, lookahead = run_tile(
-        layer_block(model, layer, layer_index, settings),
+        layer_block(model, layer, layer_index, settings, ahead),
         carry.activations,
         view,
         lookahead,
@@ -254,7 +320,10 @@ def layer_on_tile(
         tile,
         settings,
     )
-    carry = carry._replace(activations=activations, fetch=lookahead.fetch)
+    started = () if lookahead.fetch is None else (lookahead.fetch,)
+    # Nobody chose for layer 0: what is under way is of the layers behind it.
+    rest = carry.fetches_ahead[0 if is_first(layer_index) else 1 :]
+    carry = carry._replace(activations=activations, fetches_ahead=(*rest, *started))
     return _put_back(carry, view, lookahead.pool, layer_index)
 
 
@@ -274,7 +343,10 @@ def _view(
         return ResidentView(cache.first, 0), lookahead
     index = layer_index - cache.resident_layers
     layer_cache, place = cache.place(index)
-    view = OffloadView(layer_cache, place, index, carry.fetch, FetchCounters.zero())
+    fetch = None
+    if carry.fetches_ahead and not is_first(layer_index):
+        fetch = carry.fetches_ahead[0]
+    view = OffloadView(layer_cache, place, index, fetch, FetchCounters.zero())
     return view, lookahead
 
 
@@ -309,22 +381,23 @@ def is_first(layer_index: int | Int[Array, ""]) -> bool:
 def _next_layer(
     cache: OffloadCache, layer_index: int | Int[Array, ""], settings: LayerSettings
 ) -> NextLayer | None:
-    """The next layer, if this one shall look ahead for it."""
+    """The next layer, or a later one, if this one shall look ahead for it."""
     offload = settings.offload
     lists = settings.selector.lists_blocks(cache.num_blocks, settings.sparse)
     if offload is None or not offload.lookahead or not lists:
         return None
     last = settings.config.num_layers - 1
+    ahead = offload.layers_ahead
     if isinstance(layer_index, int):
-        if layer_index == last:
+        if layer_index + ahead > last:
             return None
-        index, exists = layer_index + 1 - cache.resident_layers, True
+        index, exists = layer_index + ahead - cache.resident_layers, True
     else:
-        # In a scan the last layer looks at itself and lists nothing.
-        exists = layer_index < last
-        index = jnp.minimum(layer_index + 1, last) - cache.resident_layers
+        # In a scan the last layers look at the last one and list nothing.
+        exists = layer_index + ahead <= last
+        index = jnp.minimum(layer_index + ahead, last) - cache.resident_layers
     layer_cache, place = cache.place(index)
-    return NextLayer(layer_cache, place, index, exists)
+    return NextLayer(layer_cache, place, index, exists, ahead)
 
 
 def end_stack(
@@ -336,10 +409,11 @@ def end_stack(
     """Ends an offloaded decode step: tail blocks that are full now go to the host."""
     cache, offload = carry.cache, settings.offload
     assert isinstance(cache, OffloadCache) and offload is not None
-    if carry.fetch is not None and carry.fetch.staged is not None:
-        # The scanned form ends with the fetch of a layer that does not exist.
-        pool = StagingPool(cache.staging).release(carry.fetch.staged, offload)
-        cache = cache._replace(staging=pool.areas)
+    for fetch in carry.fetches_ahead:
+        # The scanned form ends with fetches of layers that do not exist.
+        if fetch.staged is not None:
+            pool = StagingPool(cache.staging).release(fetch.staged, offload)
+            cache = cache._replace(staging=pool.areas)
     block, offset = divmod(start, settings.sparse.block_size)
     full = (active > 0) & (offset == settings.sparse.block_size - 1)
     # Behind the last layer's attention: XLA would keep a copy of its slots else, where
@@ -348,7 +422,7 @@ def end_stack(
     hidden, full = lax.optimization_barrier((activations.hidden, full))
     cache = write_back_full_blocks(cache, full, block)
     activations = activations._replace(hidden=hidden)
-    return carry._replace(activations=activations, cache=cache, fetch=None)
+    return carry._replace(activations=activations, cache=cache, fetches_ahead=())
 
 
 def block_counts(

@@ -65,12 +65,21 @@ def offload_settings(cache: CacheConfig, selector: Selector) -> OffloadSettings 
             f"CacheConfig.route={route.name!r} is not allowed with exactness='verify': "
             "a layer is one program there, and verifying fetches inside of it"
         )
+    if cache.layers_ahead > 1 and (selector.hands_on_scores or not route.in_program):
+        which = f"CacheConfig.route={route.name!r}"
+        if selector.hands_on_scores:
+            which = f"attention={selector.name!r}"
+        raise ConfigError(
+            f"CacheConfig.layers_ahead={cache.layers_ahead} is not allowed with "
+            f"{which}: there a layer looks one layer ahead, or none"
+        )
     settings = OffloadSettings(
         route=route,
         lookahead=forecasts and cache.prefetch != "none",
         verify=cache.exactness == "verify",
         recall_every=cache.recall_every if forecasts else 0,
         codec=named_codec(cache.codec),
+        layers_ahead=cache.layers_ahead,
     )
     if settings.on_side_stream:
         warn_if_serial()

@@ -436,7 +436,7 @@ def memory_plan(
     staging, offload = state.staging, settings.offload
     if offload is not None and not offload.route.reuses_staging:
         # The kernels and NumPy bring their own: what lands, and what is under way.
-        staging = area * (2 if offload.lookahead else 1)
+        staging = area * (1 + offload.layers_ahead * offload.lookahead)
     padded = padded_length(shapes.prompt, shapes.tile)
     together = shapes.prefill_rows(batch)
     rows = together * padded

@@ -54,6 +54,19 @@ class NextQuery(type(get_selector("sparda"))):
 
 
 @dataclasses.dataclass(frozen=True)
+class ByNumber(type(get_selector("sparda"))):
+    """Forecasts that depend on the head that makes them alone, not on hidden states.
+
+    Whichever layer makes them, the choice for a layer is then the same.
+    """
+
+    name = "by_number"
+
+    def next_query(self, weights, x, rope_cos_sin):
+        return super().next_query(weights, jnp.ones_like(x), rope_cos_sin)
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """One way to attend and to keep the cache."""
 
@@ -68,6 +81,7 @@ class Case:
     route: str = "auto"
     sparse: SparseConfig = SPARSE
     codec: BlockCodec = dataclasses.field(default_factory=BlockCodec)
+    layers_ahead: int = 1
 
     @property
     def cache(self) -> CacheConfig:
@@ -75,6 +89,7 @@ class Case:
             kind="offload",
             device_blocks=self.slots,
             prefetch=self.prefetch,
+            layers_ahead=self.layers_ahead,
             layer0=self.layer0,
             exactness=self.exactness,
             recall_every=self.recall_every,
@@ -236,6 +251,13 @@ CASES = (
             Case("reuse", storage="per_layer", layer0="offload", prefetch="none"),
             Case("reuse", exactness="verify"),
             Case("oracle", nosa=True),
+            Case(ByNumber(), layers_ahead=2),
+            Case(ByNumber(), layers_ahead=2, slots=7, storage="per_layer"),
+            Case(ByNumber(), layers_ahead=3, layer0="offload"),
+            Case(ByNumber(), layers_ahead=8, storage="per_layer", layer0="offload"),
+            Case(ByNumber(), layers_ahead=2, prefetch="none"),
+            Case(layers_ahead=2, exactness="verify"),
+            Case("snapkv", layers_ahead=2),
             Case("infinigen", slots=7, recall_every=4),
             Case("infinigen", exactness="verify"),
             Case("infinigen", storage="per_layer", layer0="offload", prefetch="none"),
