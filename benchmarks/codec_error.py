@@ -1,9 +1,11 @@
-"""What 8-bit host blocks cost in exactness, on a real model and a real text.
+"""What 8-bit host blocks, or 8-bit key means, cost on a real model and a real text.
 
     python -m benchmarks.codec_error --model smollm2-135m --context 4096
     python -m benchmarks.codec_error --model qwen.gguf --context 30720 --passkeys 20
+    python -m benchmarks.codec_error --of keys
 
-The text is prefilled with `codec="exact"` and with `codec="int8"`, its last tokens are
+The text is prefilled with `codec="exact"` and with `codec="int8"`, or with
+`compressed_keys` of one and the other; its last tokens are
 decoded one by one as they stand in it, and passkeys are asked for. Printed are the
 error of stored K and V by layer (root mean square over that of the values), the
 perplexity of the decoded tokens, how often both caches have the same likeliest token,
@@ -35,16 +37,20 @@ EXACT = CacheConfig(kind="offload", layer0="offload")
 INT8 = dataclasses.replace(EXACT, codec="int8")
 
 
+# What is compared: models and where their KV is kept.
+type Ways = tuple[tuple["sj.LanguageModel", CacheConfig], ...]
+
+
 class Run(NamedTuple):
     """What a text gave with one codec.
 
     Attributes:
-      store: The host blocks behind prefill.
+      blocks: The full host blocks behind prefill.
       logs: Log-probabilities before each decoded token.
       lists: Block lists of each decoded token, −1 padded.
     """
 
-    store: "HostStore"
+    blocks: Float[np.ndarray, "L K M block 2 H"]
     logs: Float[np.ndarray, "T V"]
     lists: Int[np.ndarray, "T L K P"]
 
@@ -69,57 +75,70 @@ def run_text(
         scores = logits(model, carry.hidden[:, 0])[0].astype(jnp.float32)
         return jax.nn.log_softmax(scores), carry.blocks[:, 0, :, 0]
 
-    stores: list[HostStore] = []
+    found: list[Float[np.ndarray, "L K M block 2 H"]] = []
+    full = (len(ids) - decode) // lm.sparse.block_size
     _, (logs, lists) = feed_text(
         *(lm, ids, decode, cache),
         of_prompt=None,
         of_step=of_step,
-        between=lambda kept: stores.append(
-            kept.store.with_numpy(kept.store.to_numpy())
-        ),
+        between=lambda kept: found.append(stored_blocks(kept.store, full)),
     )
-    return Run(stores[0], np.asarray(logs), np.asarray(lists))
+    return Run(found[0], np.asarray(logs), np.asarray(lists))
+
+
+def stored_blocks(
+    store: "HostStore", blocks: int
+) -> Float[np.ndarray, "L K M block 2 H"]:
+    """The first row's first blocks of every layer, as they are decoded.
+
+    Read by a program: NumPy's view of a pinned array would forbid to donate it.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def read(store: "HostStore", layer: jax.Array) -> jax.Array:
+        return store.read(layer, 0, blocks, row=0)[0, 0].astype(jnp.float32)
+
+    layers = range(store.lead[0])
+    return np.stack([np.asarray(read(store, jnp.int32(layer))) for layer in layers])
 
 
 def error_by_layer(
-    exact: "HostStore", rounded: "HostStore", blocks: int
+    exact: Float[np.ndarray, "L K M block 2 H"],
+    rounded: Float[np.ndarray, "L K M block 2 H"],
 ) -> Float[np.ndarray, "L two"]:
     """Root mean square error of K and V over their root mean square, by layer.
 
     Args:
       exact: Blocks as they are.
       rounded: The same, rounded once.
-      blocks: How many of them are full.
     """
-    import jax.numpy as jnp
-
     found = []
-    for layer in range(exact.lead[0]):
-        before, after = (
-            np.asarray(store.read(layer, 0, blocks).astype(jnp.float32), np.float64)
-            for store in (exact, rounded)
-        )
-        axes = (0, 1, 2, 3, 4, 6)
+    for before, after in zip(exact, rounded, strict=True):
+        before, after = before.astype(np.float64), after.astype(np.float64)
+        axes = (0, 1, 2, 4)
         found.append(np.sqrt(((after - before) ** 2).sum(axes) / (before**2).sum(axes)))
     return np.stack(found)
 
 
-def passkeys(lm: "sj.LanguageModel", context: int, count: int) -> dict[str, int]:
-    """Passkeys found with either codec, and how often both said the same."""
+def passkeys(ways: "Ways", context: int, count: int) -> dict[str, int]:
+    """Passkeys found in either way, and how often both said the same."""
     import sparda_jax as sj
     from sparda_jax.evaluation.passkey import passkey_task
 
-    assert lm.tokenizer is not None
+    tokenizer = ways[0][0].tokenizer
+    assert tokenizer is not None
     found = {"exact": 0, "int8": 0, "same_tokens": 0, "asked": count}
     for number in range(count):
         depth = number / max(1, count - 1)
-        task = passkey_task(lm.tokenizer, tokens=context, depth=depth, seed=number)
+        task = passkey_task(tokenizer, tokens=context, depth=depth, seed=number)
         said = []
-        for cache in (EXACT, INT8):
+        for name, (lm, cache) in zip(("exact", "int8"), ways, strict=True):
             how = dataclasses.replace(lm, cache=cache)
             out = sj.generate(how, [list(task.ids)], max_new_tokens=12)
             said.append(out.tokens[0])
-            found[cache.codec] += task.solved_by(out.texts[0])
+            found[name] += task.solved_by(out.texts[0])
         found["same_tokens"] += said[0] == said[1]
     return found
 
@@ -130,9 +149,7 @@ def compare(
     """What the two runs differ by."""
     sparse = lm.sparse
     steps = exact.logs.shape[0]
-    errors = error_by_layer(
-        exact.store, rounded.store, (len(ids) - steps) // sparse.block_size
-    )
+    errors = error_by_layer(exact.blocks, rounded.blocks)
     # A token's scores are for the next one, which the text names.
     asked = np.asarray(ids[-steps + 1 :])
     at = np.arange(steps - 1)
@@ -203,6 +220,9 @@ def _spread(errors: Float[np.ndarray, " L"]) -> str:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from sparda_jax.runtime import configure_offload
+
+    configure_offload()
     import jax
 
     import sparda_jax as sj
@@ -221,19 +241,24 @@ def _run(arguments: argparse.Namespace) -> None:
             f"--context={arguments.context} is not allowed: --text={arguments.text} "
             f"gives {len(ids)} tokens, and more than {least} are needed"
         )
+    ways: Ways = ((lm, EXACT), (lm, INT8))
+    if arguments.of == "keys":
+        sparse = dataclasses.replace(lm.sparse, compressed_keys="int8")
+        ways = ((lm, EXACT), (dataclasses.replace(lm, sparse=sparse), EXACT))
     exact, rounded = (
-        run_text(lm, ids, arguments.decode, cache) for cache in (EXACT, INT8)
+        run_text(how, ids, arguments.decode, cache) for how, cache in ways
     )
     figures = {
         "model": lm.config.name,
         "text": pathlib.Path(arguments.text).name,
         "context": len(ids),
+        "of": arguments.of,
         "attention": lm.selector.name,
         "dtype": str(lm.model.embedding[...].dtype),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         **compare(exact, rounded, ids, lm),
-        "passkeys": passkeys(lm, arguments.context, arguments.passkeys),
+        "passkeys": passkeys(ways, arguments.context, arguments.passkeys),
     }
     if arguments.json is not None:
         write_json(arguments.json, figures)
@@ -246,6 +271,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--attention", default="sparda")
+    parser.add_argument(
+        "--of", choices=["blocks", "keys"], default="blocks", help="what is rounded"
+    )
     parser.add_argument("--text", default="code", help="prose, code or a text file")
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--decode", type=int, default=256)

@@ -83,6 +83,9 @@ def _ways(ahead: list[int]) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from sparda_jax.runtime import configure_offload
+
+    configure_offload()
     import jax
 
     import sparda_jax as sj

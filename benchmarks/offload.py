@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--codec", default="exact", choices=["exact", "int8"], help="of host blocks"
     )
+    parser.add_argument("--compressed-keys", default="exact", choices=["exact", "int8"])
     add_steps_option(parser)
     parser.add_argument("--route", default="auto")
     parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
@@ -418,6 +419,9 @@ def _run(arguments: argparse.Namespace) -> None:
         num_layers=arguments.layers or preset.model.num_layers,
         max_context=max(preset.model.max_context, arguments.context * 2),
     )
+    sparse = dataclasses.replace(
+        preset.sparse, compressed_keys=arguments.compressed_keys
+    )
     device = jax.devices()[0].device_kind
     trace = None if arguments.miss is not None else read_trace(arguments.trace)
     source = f"synthetic drift of {arguments.miss}"
@@ -425,7 +429,7 @@ def _run(arguments: argparse.Namespace) -> None:
         source = f"lists of {trace.model}, {trace.text}, {trace.attention}"
     print(
         f"{arguments.model}, {config.num_layers} layers, {arguments.context} tokens, "
-        f"budget {preset.sparse.largest_budget}, {source}, {device}, "
+        f"budget {sparse.largest_budget}, {source}, {device}, "
         f"JAX {jax.__version__}",
         flush=True,
     )
@@ -444,6 +448,7 @@ def _run(arguments: argparse.Namespace) -> None:
         "context": arguments.context,
         "miss": arguments.miss,
         "codec": arguments.codec,
+        "compressed_keys": arguments.compressed_keys,
         "trace": None if trace is None else arguments.trace.name,
         "lists": source,
         "rates": dataclasses.asdict(rates),
@@ -469,7 +474,7 @@ def _run(arguments: argparse.Namespace) -> None:
             )
         try:
             measured = measure_batch(
-                model, preset.sparse, batch, modes, arguments, rates, trace
+                model, sparse, batch, modes, arguments, rates, trace
             )
             for row in measured:
                 rows.append(row)

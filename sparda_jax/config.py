@@ -232,6 +232,9 @@ class SparseConfig:
         Forecast for decode only.
       dense_key_bias: NOSA's key bias also applies where attention is dense. The
         reference drops it there (§8.6); False reproduces that.
+      compressed_keys: How key means are kept: `exact`, in the model's type, or `int8`,
+        in 8 bits a number with a scale a window. That halves what scoring reads and
+        what a row takes on the device beside its blocks, and changes a few choices.
 
     Example:
       >>> sparse = sj.SparseConfig(block_size=64, block_budget=96)
@@ -250,6 +253,7 @@ class SparseConfig:
     mask_future_blocks: bool = True
     forecast_decode_only: bool = False
     dense_key_bias: bool = True
+    compressed_keys: HostCodec = "exact"
 
     def __post_init__(self) -> None:
         tokens, blocks = integer(1, _WIDTH), integer(1, _BLOCKS)
@@ -266,6 +270,7 @@ class SparseConfig:
             mask_future_blocks=flag,
             forecast_decode_only=flag,
             dense_key_bias=flag,
+            compressed_keys=choice(*get_args(HostCodec)),
         )
         require(
             self.kernel_size == 2 * self.kernel_stride,

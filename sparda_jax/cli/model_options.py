@@ -102,6 +102,9 @@ def add_attention_option(group: Any, default: str) -> None:
     )
 
 
+_BLOCK_OPTIONS = ("block_budget", "local_blocks", "init_blocks", "compressed_keys")
+
+
 def add_block_options(group: Any) -> None:
     """Adds the options that `with_blocks` reads."""
     add_option(
@@ -119,13 +122,20 @@ def add_block_options(group: Any) -> None:
         help="blocks before a token's own",
     )
     add_option(group, "--init-blocks", integer(0), metavar="I", help="leading blocks")
+    add_option(
+        group,
+        "--compressed-keys",
+        choice("exact", "int8"),
+        words=("exact", "int8"),
+        help="how the key means that blocks are scored by are kept (exact)",
+    )
 
 
 def with_blocks(base: SparseConfig, arguments: argparse.Namespace) -> SparseConfig:
     """The block selection, with what the options change of it."""
     given = {
         name: getattr(arguments, name)
-        for name in ("block_budget", "local_blocks", "init_blocks")
+        for name in _BLOCK_OPTIONS
         if getattr(arguments, name) is not None
     }
     return dataclasses.replace(base, **given)

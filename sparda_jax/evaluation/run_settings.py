@@ -67,6 +67,8 @@ def run_settings(
     tokenizer = hashlib.sha256(lm.tokenizer.to_json().encode()).hexdigest()[:12]
     geometry: dict[str, Any] = dataclasses.asdict(lm.sparse)
     budget = geometry.pop("block_budget")
+    if geometry["compressed_keys"] == "exact":
+        del geometry["compressed_keys"]  # records from before there was a choice
     if not isinstance(budget, int):
         geometry["layer_budgets"] = list(budget)
     commit = commit or _commit()

@@ -125,7 +125,10 @@ def step_time(
         windows = held * selector.scores_per_block(sparse)
         scored = selector.scored_heads(config, sparse, decoding=True)
         if scored:
-            moved += heads * windows * config.head_dim * size
+            window = config.head_dim * size
+            if sparse.compressed_keys == "int8" and "key_means" in settings.indices:
+                window = config.head_dim + 4
+            moved += heads * windows * window
         queries = scored // config.num_kv_heads
         flops += 2 * heads * windows * queries * config.head_dim
 

@@ -4,6 +4,9 @@ A window is the sum of two neighbouring half windows of σ keys, so it is enough
 beside the finished windows, the sum of the last whole half and of the half that is
 growing. One function serves a whole prompt, a further turn and a single decode step.
 
+Finished windows are kept in the keys' type, or as 8-bit integers with a scale a window:
+a window is finished once, so that it is rounded once.
+
 Source: specification §2.2 (first level only: the second is never read by the kernels);
 §8.25 for the half-window sums.
 """
@@ -11,10 +14,14 @@ Source: specification §2.2 (first level only: the second is never read by the k
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 from sparda_jax.config import SparseConfig
+
+# Of 8-bit integers: the largest magnitude that shares a scale is 127 of them.
+_STEP = np.float32(1 / 127)
 
 
 class CompressedKeys(NamedTuple):
@@ -30,6 +37,64 @@ class CompressedKeys(NamedTuple):
     windows: Float[Array, "layers B K W H"]
     halves: Float[Array, "layers B K 2 H"]
 
+    @property
+    def num_windows(self) -> int:
+        """W."""
+        return self.windows.shape[-2]
+
+    def put(self, where: tuple, means: Float[Array, "B K n H"]) -> "CompressedKeys":
+        """With finished windows put at some places; the rest is dropped."""
+        means = means.astype(self.windows.dtype)
+        return self._replace(windows=self.windows.at[where].set(means, mode="drop"))
+
+
+class Int8CompressedKeys(NamedTuple):
+    """The same with windows in 8 bits a number.
+
+    A number x of a window is kept as round(x / s), s being the largest magnitude of its
+    window over 127.
+
+    Attributes:
+      whole: int8 [layers, B, K, W, H].
+      scales: float32 [layers, B, K, W].
+      halves: As those of `CompressedKeys`.
+    """
+
+    whole: Int8[Array, "*lead W H"]
+    scales: Float[Array, "*lead W"]
+    halves: Float[Array, "*lead 2 H"]
+
+    @property
+    def windows(self) -> Float[Array, "*lead W H"]:
+        """The windows in float32."""
+        return self.whole.astype(jnp.float32) * self.scales[..., None]
+
+    def scores(self, query: Float[Array, "B T K H"]) -> Float[Array, "B K T W"]:
+        """Products of few queries with all windows of a layer, float32.
+
+        A sum of products, which compilers make in one pass over the integers; for a
+        matrix product they might first write the windows out.
+        """
+        query = jnp.swapaxes(query, 1, 2)[:, :, :, None].astype(jnp.float32)
+        whole = self.whole[:, :, None].astype(jnp.float32)
+        return jnp.sum(query * whole, axis=-1) * self.scales[:, :, None]
+
+    @property
+    def num_windows(self) -> int:
+        """W."""
+        return self.scales.shape[-1]
+
+    def put(self, where: tuple, means: Float[Array, "B K n H"]) -> "Int8CompressedKeys":
+        """As `CompressedKeys.put`."""
+        # A product: compilers make one of a division by a constant, but not always.
+        scales = jnp.max(jnp.abs(means), axis=-1) * _STEP
+        quotient = means / jnp.where(scales > 0, scales, 1)[..., None]
+        whole = jnp.clip(jnp.round(quotient), -127, 127).astype(jnp.int8)
+        return self._replace(
+            whole=self.whole.at[where].set(whole, mode="drop"),
+            scales=self.scales.at[where].set(scales, mode="drop"),
+        )
+
 
 def empty_windows(
     lead: tuple[int, ...], windows: int, width: int, dtype: DTypeLike
@@ -37,6 +102,17 @@ def empty_windows(
     """No windows yet; `lead` is (layers, B, K)."""
     return CompressedKeys(
         windows=jnp.zeros((*lead, windows, width), dtype),
+        halves=jnp.zeros((*lead, 2, width), jnp.float32),
+    )
+
+
+def empty_int8_windows(
+    lead: tuple[int, ...], windows: int, width: int
+) -> Int8CompressedKeys:
+    """No windows yet, in 8 bits; `lead` is (layers, B, K)."""
+    return Int8CompressedKeys(
+        whole=jnp.zeros((*lead, windows, width), jnp.int8),
+        scales=jnp.zeros((*lead, windows), jnp.float32),
         halves=jnp.zeros((*lead, 2, width), jnp.float32),
     )
 
@@ -72,14 +148,14 @@ def _half_sums(
 
 
 def append_windows(
-    keys: CompressedKeys,
+    keys: CompressedKeys | Int8CompressedKeys,
     layer: int | Int[Array, ""],
     k: Float[Array, "B T K H"],
     *,
     start: Int[Array, " B"],
     count: Int[Array, " B"],
     sparse: SparseConfig,
-) -> CompressedKeys:
+) -> CompressedKeys | Int8CompressedKeys:
     """Extends the windows by `count` tokens of every row.
 
     Args:
@@ -104,13 +180,12 @@ def append_windows(
     index = first[:, None] + jnp.arange(means.shape[1])
     end = start + count
     finished = (index >= 0) & (index * stride + sparse.kernel_size <= end[:, None])
-    out_of_range = keys.windows.shape[3]
+    out_of_range = keys.num_windows
     index = jnp.where(finished, index, out_of_range)
     rows = jnp.arange(k.shape[0])[:, None, None]
     kv_heads = jnp.arange(k.shape[2])[None, :, None]
-    windows = keys.windows.at[layer, rows, kv_heads, index[:, None, :]].set(
-        jnp.swapaxes(means, 1, 2).astype(keys.windows.dtype), mode="drop"
-    )
+    where = (layer, rows, kv_heads, index[:, None, :])
+    keys = keys.put(where, jnp.swapaxes(means, 1, 2))
     # The half that is growing now, and the one before it.
     growing = (end // stride - start // stride)[:, None, None, None]
     padded = jnp.pad(sums, ((0, 0), (0, 1), (0, 0), (0, 0)))
@@ -121,7 +196,4 @@ def append_windows(
         ),
         axis=1,
     )
-    return CompressedKeys(
-        windows=windows,
-        halves=keys.halves.at[layer].set(jnp.swapaxes(halves, 1, 2)),
-    )
+    return keys._replace(halves=keys.halves.at[layer].set(jnp.swapaxes(halves, 1, 2)))

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.choose_blocks.api import choose_blocks
 from pallas_kernels.choose_blocks.forced import Forced
 from sparda_jax.config import SparseConfig
+from sparda_jax.sparse.compression import Int8CompressedKeys
 
 
 @jax.tree_util.register_dataclass
@@ -124,12 +125,16 @@ def forecast_scores(
     assert tile.forecast is not None
     if tile.forecast_is_summed:
         return summed_softmax_scores(tile.forecast, tile, sparse)
-    scores = jnp.einsum(
-        "btkh,bkwh->bktw",
-        tile.forecast,
-        tile.windows.astype(tile.forecast.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    keys = tile.index["key_means"]
+    if tile.decoding and isinstance(keys, Int8CompressedKeys):
+        scores = keys.scores(tile.forecast)
+    else:
+        scores = jnp.einsum(
+            "btkh,bkwh->bktw",
+            tile.forecast,
+            tile.windows.astype(tile.forecast.dtype),
+            preferred_element_type=jnp.float32,
+        )
     by_start = not sparse.mask_future_blocks and not tile.decoding
     return jnp.where(_visible(tile, sparse, by_start=by_start), scores, -jnp.inf)
 

@@ -5,13 +5,20 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.codec_error import Run, compare, error_by_layer, main, report
+from benchmarks.codec_error import (
+    Run,
+    compare,
+    error_by_layer,
+    main,
+    report,
+    stored_blocks,
+)
 from sparda_jax.cache.codecs import BlockCodec, Int8Codec
 from sparda_jax.cache.host_store import HostStore
 from sparda_jax.models.presets import get_preset
 
 
-def _stores():
+def _blocks():
     """A layer of blocks as they are, and rounded."""
     random = np.random.default_rng(0)
     blocks = random.standard_normal((1, 1, 2, 5, 64, 2, 16)).astype(np.float32)
@@ -19,14 +26,16 @@ def _stores():
     for codec in (BlockCodec(), Int8Codec()):
         empty = HostStore.empty((1, 1, 2, 5), (64, 2, 16), jnp.float32, codec)
         parts = codec.encode(jnp.asarray(blocks))
-        stores.append(empty.with_numpy(tuple(map(np.asarray, parts))))
+        store = empty.with_numpy(tuple(map(np.asarray, parts)))
+        stores.append(stored_blocks(store, 4))
+    np.testing.assert_array_equal(stores[0], blocks[:, 0, :, :4])
     return stores
 
 
 def test_normal_numbers_are_off_by_half_a_percent():
-    exact, rounded = _stores()
-    assert (error_by_layer(exact, exact, 4) == 0).all()
-    found = error_by_layer(exact, rounded, 4)
+    exact, rounded = _blocks()
+    assert (error_by_layer(exact, exact) == 0).all()
+    found = error_by_layer(exact, rounded)
     assert found.shape == (1, 2)
     assert ((found > 0.003) & (found < 0.008)).all()
 
@@ -36,7 +45,7 @@ def test_runs_are_compared(tmp_path):
     class Model:
         sparse = get_preset("tiny").sparse
 
-    exact, rounded = _stores()
+    exact, rounded = _blocks()
     random = np.random.default_rng(1)
     scores = random.standard_normal((4, 8))
     logs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
@@ -62,7 +71,8 @@ def test_runs_are_compared(tmp_path):
     assert "| 0 | " in report(other | facts)
 
 
-def test_bad_input(capsys):
+def test_bad_input(capsys, monkeypatch):
+    monkeypatch.setattr("sparda_jax.runtime.configure_offload", lambda: None)
     assert main(["--context", "-1"]) == 2
     assert main(["--model", "tiny", "--context", "100"]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 2

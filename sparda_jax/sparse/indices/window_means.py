@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from sparda_jax.config import SparseConfig
 from sparda_jax.sparse.compression import (
     CompressedKeys,
+    Int8CompressedKeys,
     append_windows,
     empty_windows,
 )
@@ -29,7 +30,9 @@ class WindowMeans(IndexPart):
         """What is averaged of a tile's tokens."""
         raise NotImplementedError
 
-    def init(self, shape: IndexShape, sparse: SparseConfig) -> CompressedKeys:
+    def init(
+        self, shape: IndexShape, sparse: SparseConfig
+    ) -> CompressedKeys | Int8CompressedKeys:
         """As `IndexPart.init`."""
         lead = (shape.layers, shape.batch, shape.kv_heads)
         windows = shape.blocks * sparse.windows_per_block
@@ -37,14 +40,14 @@ class WindowMeans(IndexPart):
 
     def append(
         self,
-        state: CompressedKeys,
+        state: CompressedKeys | Int8CompressedKeys,
         layer: int | Int[Array, ""],
         new: TokenKV,
         *,
         start: Int[Array, " B"],
         count: Int[Array, " B"],
         sparse: SparseConfig,
-    ) -> CompressedKeys:
+    ) -> CompressedKeys | Int8CompressedKeys:
         """As `IndexPart.append`."""
         tokens = self.averaged(new)
         return append_windows(

@@ -30,6 +30,7 @@ _MODEL = {
     "--block-budget": (*INTEGER, "0"),
     "--local-blocks": (*INTEGER, "0"),
     "--init-blocks": INTEGER,
+    "--compressed-keys": WORD,
     "--dtype": WORD,
     "--mesh": (*WORD, "model=0", "2", "model=2,model=2"),
     "--weights": WORD,

@@ -32,6 +32,7 @@ from sparda_jax.sparse.selectors import Selector, get_selector
 SPARSE = SparseConfig(local_blocks=2, block_budget=6, query_blocks=2)
 SMALL = dataclasses.replace(SPARSE, query_blocks=24)
 BY_LAYER = dataclasses.replace(SPARSE, block_budget=(6, 4, 7))
+INT8_KEYS = dataclasses.replace(SPARSE, compressed_keys="int8")
 WIDE = 10_000  # more slots than any cache here has blocks
 
 
@@ -233,10 +234,11 @@ def _check(case: Case, talk: Talk, deeper, resident):
 
 CASES = (
     Case(),
-    Case(exactness="verify"),
+    Case(exactness="verify", layers_ahead=2, sparse=INT8_KEYS),
     *(
         pytest.param(case, marks=pytest.mark.slow)
         for case in (
+            Case(exactness="verify"),
             Case(nosa=True, storage="per_layer", layer0="offload", slots=7),
             Case(layer0="offload", slots=7),
             Case(slots=WIDE, recall_every=4),
@@ -251,12 +253,13 @@ CASES = (
             Case("reuse", storage="per_layer", layer0="offload", prefetch="none"),
             Case("reuse", exactness="verify"),
             Case("oracle", nosa=True),
+            Case(sparse=INT8_KEYS),
+            Case(sparse=INT8_KEYS, storage="per_layer", exactness="verify", slots=12),
             Case(ByNumber(), layers_ahead=2),
             Case(ByNumber(), layers_ahead=2, slots=7, storage="per_layer"),
             Case(ByNumber(), layers_ahead=3, layer0="offload"),
             Case(ByNumber(), layers_ahead=8, storage="per_layer", layer0="offload"),
             Case(ByNumber(), layers_ahead=2, prefetch="none"),
-            Case(layers_ahead=2, exactness="verify"),
             Case("snapkv", layers_ahead=2),
             Case("infinigen", slots=7, recall_every=4),
             Case("infinigen", exactness="verify"),
