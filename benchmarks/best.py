@@ -18,16 +18,18 @@ nothing is prefilled: memory for it is left free as if it were. Cells:
   own query    offloaded, own queries choose, each layer waits
   sparda       offloaded, Forecast, one layer ahead
   sparda int8  the same with host blocks in 8 bits
+  sparda int8 keys  the same with key means in 8 bits as well
 """
 
 import argparse
 import dataclasses
 import functools
 import math
+import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import offload
@@ -47,10 +49,11 @@ _NEW, _PIECE = 256, 8192
 # Tokens/s that the reference published at 128k on an H100, with their batches.
 PUBLISHED = {"published baseline": (4, 189.5), "published SparDA": (64, 1000.0)}
 _NAMES = {
-    ("resident", "exact"): "resident",
-    ("sparse", "exact"): "own query",
-    ("sparda", "exact"): "sparda",
-    ("sparda", "int8"): "sparda int8",
+    ("resident", "exact", "exact"): "resident",
+    ("sparse", "exact", "exact"): "own query",
+    ("sparda", "exact", "exact"): "sparda",
+    ("sparda", "int8", "exact"): "sparda int8",
+    ("sparda", "int8", "int8"): "sparda int8 keys",
 }
 
 
@@ -61,6 +64,7 @@ class Cell:
     Attributes:
       mode: As `benchmarks.offload` names it.
       codec: Of host blocks.
+      keys: Of key means.
       batch: Rows.
       slots: C; 0 for a resident cache.
       planned_ms: The step time by the plan.
@@ -69,6 +73,7 @@ class Cell:
 
     mode: str
     codec: str
+    keys: str
     batch: int
     slots: int
     planned_ms: float
@@ -77,12 +82,18 @@ class Cell:
     @property
     def name(self) -> str:
         """Of its curve."""
-        return _NAMES[self.mode, self.codec]
+        return _NAMES[self.mode, self.codec, self.keys]
 
     @property
     def promise(self) -> float:
         """Tokens a second by the plan."""
         return self.batch / self.planned_ms * 1e3
+
+
+def _with_keys(sparse: "SparseConfig", keys: str) -> "SparseConfig":
+    return dataclasses.replace(
+        sparse, compressed_keys="int8" if keys == "int8" else "exact"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +113,7 @@ class Planner:
     rates: "Rates"
     misses: "MissCurve"
 
-    def cell(self, mode: str, codec: str, batch: int) -> Cell | None:
+    def cell(self, mode: str, codec: str, keys: str, batch: int) -> Cell | None:
         """The cell with as many slots as fit; None if the batch does not."""
         from sparda_jax.cache.settings import LayerSettings
         from sparda_jax.config import CacheConfig
@@ -122,7 +133,7 @@ class Planner:
         )
         how = LayerSettings(
             self.config,
-            self.sparse,
+            _with_keys(self.sparse, keys),
             selector,
             offload=offload_settings(cache, selector),
         )
@@ -163,16 +174,16 @@ class Planner:
             miss=0.0 if resident else self.misses.share(slots, self.sparse),
         )
         host = memory.host / 2**30
-        return Cell(mode, codec, batch, slots, step.seconds * 1e3, host)
+        return Cell(mode, codec, keys, batch, slots, step.seconds * 1e3, host)
 
-    def best(self, mode: str, codec: str, most: int) -> list[Cell]:
+    def best(self, mode: str, codec: str, keys: str, most: int) -> list[Cell]:
         """Cells of a way: what promises most, then smaller batches.
 
         Batches beyond 16 go in steps of 4: a batch is worth no more care.
         """
         from sparda_jax.planning.limits import largest_batch
 
-        of = functools.cache(functools.partial(self.cell, mode, codec))
+        of = functools.cache(functools.partial(self.cell, mode, codec, keys))
         top = min(largest_batch(lambda batch: of(batch) is not None), most)
         sizes = {size for size in range(4, top + 1, 4)} | {1, 2, top}
         cells = [cell for size in sizes if size and (cell := of(size)) is not None]
@@ -184,34 +195,32 @@ class Planner:
         return [first, *smaller]
 
 
-def cells_by_worth(planner: Planner, most: int) -> Iterator[Cell]:
+def cells_by_worth(
+    planner: Planner, most: int, ways: Iterable[str] = tuple(_NAMES.values())
+) -> Iterator[Cell]:
     """First the best of every way, then smaller batches.
 
     Of each round the largest host store comes first: pinned memory is not given back,
     and a store fits in what one before it took, but not beside it.
     """
-    ways = [
-        planner.best(mode, codec, most)
-        for mode, codec in (
-            ("sparda", "int8"),
-            ("resident", "exact"),
-            ("sparda", "exact"),
-            ("sparse", "exact"),
-        )
+    found = [
+        planner.best(mode, codec, keys, most)
+        for (mode, codec, keys), name in _NAMES.items()
+        if name in set(ways)
     ]
-    for number in range(max(map(len, ways), default=0)):
-        round_ = [way[number] for way in ways if number < len(way)]
+    for number in range(max(map(len, found), default=0)):
+        round_ = [way[number] for way in found if number < len(way)]
         yield from sorted(round_, key=lambda cell: -cell.host_gib)
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
     """What the rows say, in lines."""
     lines = [
-        f"{'way':12} {'batch':>5} {'C':>5} {'step, ms':>9} {'tokens/s':>9} "
+        f"{'way':16} {'batch':>5} {'C':>5} {'step, ms':>9} {'tokens/s':>9} "
         f"{'planned':>8} {'of plan':>7} {'missed':>7} {'host, GiB':>9}"
     ]
     lines += [
-        f"{row['name']:12} {row['batch']:5} {row['c'] or '':>5} {row['step_ms']:9.2f} "
+        f"{row['name']:16} {row['batch']:5} {row['c'] or '':>5} {row['step_ms']:9.2f} "
         f"{row['tokens_per_second']:9.1f} {row['planned_ms']:8.2f} "
         f"{row['planned_ms'] / row['step_ms']:7.0%} {row['fetched_share']:7.3f} "
         f"{row['host_gib']:9.1f}"
@@ -274,6 +283,8 @@ def _measured(arguments: argparse.Namespace) -> None:
     from sparda_jax.runtime import configure_offload
 
     configure_offload()
+    # JAX's default is three quarters, which says nothing of what a card can hold.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     import jax
 
     from sparda_jax.models.presets import get_preset
@@ -304,7 +315,7 @@ def _measured(arguments: argparse.Namespace) -> None:
         "rows": rows,
         "not_run": [],
     }
-    cells = list(cells_by_worth(planner, arguments.most))
+    cells = list(cells_by_worth(planner, arguments.most, arguments.ways))
     longest = 0.0
     while cells:
         spent = time.perf_counter() - begun
@@ -317,7 +328,7 @@ def _measured(arguments: argparse.Namespace) -> None:
         less = cell.batch - 1 - cell.batch // 16
         if row is not None:
             rows.append(row)
-        elif less and (smaller := planner.cell(cell.mode, cell.codec, less)):
+        elif less and (smaller := planner.cell(cell.mode, cell.codec, cell.keys, less)):
             cells.insert(0, smaller)  # more was planned than there was room for
         figures["not_run"] = [dataclasses.asdict(rest) for rest in cells]
         if row is not None:
@@ -335,6 +346,7 @@ def _run_cell(
     model, sparse, cell: Cell, arguments, rates, trace
 ) -> dict[str, Any] | None:
     """One cell's figures; None if it failed, which must not hide the others."""
+    sparse = _with_keys(sparse, cell.keys)
     how = argparse.Namespace(
         **{**vars(arguments), "codec": cell.codec, "miss": None, "profile": None},
         slots=[cell.slots / sparse.largest_budget],
@@ -387,6 +399,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plot", type=pathlib.Path, help="a PNG to draw instead")
     parser.add_argument("--model", default="minicpm4.1-8b", help="preset")
     parser.add_argument("--context", type=int, default=131072)
+    names = tuple(_NAMES.values())
+    parser.add_argument("--ways", nargs="+", default=names, choices=names)
     parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
     parser.add_argument("--most", type=int, default=96, help="largest batch to look at")
     parser.add_argument("--minutes", type=float, default=math.inf)

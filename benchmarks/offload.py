@@ -419,9 +419,8 @@ def _run(arguments: argparse.Namespace) -> None:
         num_layers=arguments.layers or preset.model.num_layers,
         max_context=max(preset.model.max_context, arguments.context * 2),
     )
-    sparse = dataclasses.replace(
-        preset.sparse, compressed_keys=arguments.compressed_keys
-    )
+    keys = arguments.compressed_keys
+    sparse = dataclasses.replace(preset.sparse, compressed_keys=keys)
     device = jax.devices()[0].device_kind
     trace = None if arguments.miss is not None else read_trace(arguments.trace)
     source = f"synthetic drift of {arguments.miss}"

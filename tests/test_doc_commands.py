@@ -206,11 +206,12 @@ _MEASURED = {
     "pallas_kernels.benchmarks.plan_slots": "--small",
     "train.benchmark": f"{_TINY} --seq-len 512 --repeats 1",
 }
-# The first takes minutes with real weights, and so does the next; `tuning` and
-# `trace record` have tests of their own, and `all` runs the others on a card.
+# The first three take minutes with real weights; `tuning` and `trace record` have tests
+# of their own, and `all` runs the others on a card.
 _MEASURED_ELSEWHERE = {
     "benchmarks.cpu",
     "benchmarks.codec_error",
+    "benchmarks.layers_ahead",
     "benchmarks.trace record",
     "benchmarks.all",
     "pallas_kernels.tuning",

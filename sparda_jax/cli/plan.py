@@ -48,10 +48,10 @@ examples:
       another machine: 25 GB/s from host memory, 1,500 GB/s on the device
 
 how to read it:
-  Bytes are by part, for --batch and for the largest batch that fits, resident beside
-  offloaded. GiB are 2^30 bytes; rates are GB/s, 10^9 bytes a second. A step's time is
-  device bytes over --bandwidth, FLOPs over --peak, fetched bytes over --link, the
-  slowest of them with look-ahead, the fetch on top without, and what a layer was
+  Bytes are by part, for --batch and for the batch of most tokens/s that fits, resident
+  beside offloaded. GiB are 2^30 bytes; rates are GB/s, 10^9 bytes a second. A step's
+  time is device bytes over --bandwidth, FLOPs over --peak, fetched bytes over --link,
+  the slowest of them with look-ahead, the fetch on top without, and what a layer was
   recorded to take beside them; on a device without that record, a bound. --miss is
   the share of listed blocks that is fetched; it depends on model, text and slots, and
   decides. Without it a curve of a real model over a real text gives it for
@@ -66,7 +66,7 @@ def add_plan_parser(commands: Any) -> None:
         help="what fits in a machine's memory, and whether to offload",
         description=(
             "Plans a deployment without weights and without allocating: device and "
-            "host memory by part, the largest batch, expected decode speed, and "
+            "host memory by part, the best batch, expected decode speed, and "
             "whether offloading the KV cache pays."
         ),
         epilog=_EXAMPLES,
@@ -148,7 +148,7 @@ def _add_size_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_slot_options(group: Any) -> None:
     add_block_options(group)
-    add_device_blocks_option(group)
+    add_device_blocks_option(group, default="auto")
     add_lookahead_option(group)
     add_layer0_option(group)
     add_codec_option(group)

@@ -23,8 +23,8 @@ def plan_text(result: Plan) -> str:
         + (f" (link {_gb(rates.link)})" if rates.link else "")
         + (f", {rates.peak / 1e12:,.3g} TFLOP/s" if rates.peak else "")
         + f"; {rates.source}; JAX {jax.__version__} here",
-        f"assumed: {result.miss:.1%} of listed blocks are fetched "
-        f"({result.miss_source})",
+        f"assumed: {result.miss:.1%} of listed blocks are fetched in the best "
+        f"offloaded batch ({result.miss_source})",
         "",
     ]
     columns: list[tuple[str, Option]] = [
@@ -36,7 +36,7 @@ def plan_text(result: Plan) -> str:
         ("offload", result.offload_best),
     ):
         if best is not None and best.batch != result.batch:
-            columns.append((f"{name}, most", best))
+            columns.append((f"{name}, best", best))
     # Where a layer's own time is not known, step times are bounds.
     about = "about" if rates.layer else "at best"
     lines += _table(columns, about)
@@ -66,12 +66,9 @@ def plan_text(result: Plan) -> str:
             f"at this context offload is ahead up to {result.break_even:.1%} misses"
         )
     if result.pays_from is None:
-        lines.append(f"offload pays at no context (at {result.miss:.1%} misses)")
+        lines.append("offload pays at no context")
     else:
-        lines.append(
-            f"offload starts to pay at {result.pays_from:,} tokens a sequence (at "
-            f"{result.miss:.1%} misses)"
-        )
+        lines.append(f"offload starts to pay at {result.pays_from:,} tokens a sequence")
     lines += [f"note: {note}" for note in result.notes]
     return "\n".join(lines)
 

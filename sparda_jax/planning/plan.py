@@ -40,6 +40,8 @@ from sparda_jax.planning.step import StepTime, step_time
 from sparda_jax.sparse.selectors import Selector, ahead_names, get_selector
 
 _LONGEST = 2**21
+# Offloaded batches that are compared, up to the largest that fits.
+_BATCHES = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +50,15 @@ class Option:
 
     Attributes:
       memory: Bytes by part.
-      step: The bound of a decode step.
+      step: The time of a decode step.
       fits: Whether it fits the limits.
+      miss: Share of listed blocks that its slots miss.
     """
 
     memory: MemoryPlan
     step: StepTime
     fits: bool
+    miss: float = 0.0
 
     @property
     def batch(self) -> int:
@@ -79,12 +83,14 @@ class Plan:
       dtype: Type of weights and cache.
       limits: Device and host memory.
       rates: The machine.
-      miss: Share of listed blocks that is fetched, at this context.
+      miss: Share of listed blocks that is fetched at this context, with the slots of
+        `offload_best`; without it, of `offload`.
       miss_source: Where that is from, in words.
       lookahead: Whether fetches run beside compute.
       batch: The batch that was asked for, or 1.
       resident, offload: That batch in either way.
-      resident_best, offload_best: The largest batch that fits; None if not even one.
+      resident_best, offload_best: The batch of most tokens a second, of those that fit;
+        None if not even one does. More offloaded rows have fewer slots each.
       offload_alone: `offload_best` if every fetch were waited for.
       break_even: Largest miss share at which offload still gives more tokens a second
         at this context; None if it does at none.
@@ -248,6 +254,7 @@ class _Planner:
         self, kind: str, context: int, batch: int, *, lookahead: bool = True
     ) -> Option:
         cache, memory = self.memory(kind, context, batch, lookahead=lookahead)
+        miss = self.miss(memory.capacity, cache)
         step = step_time(
             self.settings(kind, lookahead=lookahead),
             cache,
@@ -256,9 +263,10 @@ class _Planner:
             capacity=memory.capacity,
             context=context,
             dtype=self.dtype,
-            miss=self.miss(memory.capacity, cache),
+            miss=miss,
         )
-        return Option(memory, step, shortfall(memory, self.limits) is None)
+        missed = miss if kind == "offload" else 0.0
+        return Option(memory, step, shortfall(memory, self.limits) is None, missed)
 
     def most(self, kind: str, context: int) -> int:
         """The largest batch that fits; 0 if none does."""
@@ -269,13 +277,22 @@ class _Planner:
 
         return largest_batch(fits)
 
-    def largest(self, kind: str, context: int) -> Option | None:
-        batch = self.most(kind, context)
-        return self.option(kind, context, batch) if batch else None
+    def best(self, kind: str, context: int, most: int | None = None) -> Option | None:
+        """The batch of most tokens a second; `most` of them fit, if that is known."""
+        most = self.most(kind, context) if most is None else most
+        if not most:
+            return None
+        if kind == "resident":
+            return self.option(kind, context, most)
+        # Fewer rows have more slots each. A batch is worth no more care than a step of
+        # a dozenth.
+        sizes = {max(1, most * part // _BATCHES) for part in range(1, _BATCHES + 1)}
+        options = [self.option(kind, context, size) for size in sorted(sizes)]
+        return max(options, key=lambda option: option.tokens_per_second)
 
     def pays(self, context: int) -> bool:
-        resident = self.largest("resident", context)
-        return _pays(resident, self.largest("offload", context))
+        resident = self.best("resident", context)
+        return _pays(resident, self.best("offload", context))
 
     def pays_from(self) -> int | None:
         """The smallest context at which offload is ahead."""
@@ -291,15 +308,13 @@ class _Planner:
     def break_even(self, context: int) -> float | None:
         """The largest miss share at which offload is ahead, to a thousandth."""
 
-        resident = self.largest("resident", context)
-        # Slots, and so the batch, do not depend on what misses.
-        batch = self.most("offload", context)
+        resident = self.best("resident", context)
+        # What fits does not depend on what misses.
+        most = self.most("offload", context)
 
         def ahead(thousandths: int) -> bool:
-            if not batch:
-                return _pays(resident, None)
             there = dataclasses.replace(self, misses=thousandths / 1000)
-            return _pays(resident, there.option("offload", context, batch))
+            return _pays(resident, there.best("offload", context, most))
 
         low, high = -1, 1001
         while high - low > 1:
@@ -413,10 +428,11 @@ def plan(
         chunk=prefill_chunk if sparse.dense_len <= 0 else None,
         mesh=mesh,
     )
-    best = planner.largest("offload", context)
+    best = planner.best("offload", context)
     alone = None
     if best is not None:
         alone = planner.option("offload", context, best.batch, lookahead=False)
+    one = planner.option("offload", context, batch)
     offload = planner.settings("offload").offload
     assert offload is not None
     return Plan(
@@ -429,18 +445,18 @@ def plan(
         dtype=planner.dtype,
         limits=planner.limits,
         rates=rates,
-        miss=planner.miss(planner.shapes(context).capacity),
+        miss=one.miss if best is None else best.miss,
         miss_source=planner.miss_source,
         lookahead=offload.lookahead,
         batch=batch,
         resident=planner.option("resident", context, batch),
-        offload=planner.option("offload", context, batch),
-        resident_best=planner.largest("resident", context),
+        offload=one,
+        resident_best=planner.best("resident", context),
         offload_best=best,
         offload_alone=alone,
         break_even=planner.break_even(context),
         pays_from=planner.pays_from(),
-        notes=_notes(planner, context),
+        notes=_notes(planner, context, one.miss if best is None else best.miss),
     )
 
 
@@ -450,7 +466,7 @@ def _step_source(rates: Rates) -> str:
     return f"from bandwidths and {rates.layer * 1e6:.0f} us a layer beside them"
 
 
-def _notes(planner: _Planner, context: int) -> tuple[str, ...]:
+def _notes(planner: _Planner, context: int, miss: float) -> tuple[str, ...]:
     config, notes, mesh = planner.config, [], planner.mesh
     if mesh.size > 1:
         notes.append(
@@ -471,7 +487,7 @@ def _notes(planner: _Planner, context: int) -> tuple[str, ...]:
             "sequence"
         )
     notes.append(
-        f"misses: {planner.miss(capacity):.1%} of the listed blocks "
+        f"misses: {miss:.1%} of the listed blocks, with the slots of the best batch "
         f"({planner.miss_source}); measure yours with sparda generate --cache offload "
         "--stats"
     )

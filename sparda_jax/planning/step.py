@@ -73,6 +73,14 @@ def _experts_in_use(config: ModelConfig, batch: int) -> float:
     return config.num_experts * (1 - idle**batch)
 
 
+def _window_bytes(settings: LayerSettings, size: int) -> int:
+    """Bytes of a compressed key, in numbers of `size` bytes or in 8 bits."""
+    dim = settings.config.head_dim
+    if settings.sparse.compressed_keys == "int8" and "key_means" in settings.indices:
+        return dim + 4
+    return dim * size
+
+
 def step_time(
     settings: LayerSettings,
     cache: CacheConfig,
@@ -125,10 +133,7 @@ def step_time(
         windows = held * selector.scores_per_block(sparse)
         scored = selector.scored_heads(config, sparse, decoding=True)
         if scored:
-            window = config.head_dim * size
-            if sparse.compressed_keys == "int8" and "key_means" in settings.indices:
-                window = config.head_dim + 4
-            moved += heads * windows * window
+            moved += heads * windows * _window_bytes(settings, size)
         queries = scored // config.num_kv_heads
         flops += 2 * heads * windows * queries * config.head_dim
 

@@ -49,10 +49,13 @@ def test_the_best_of_every_way_is_run_first():
     planner = Planner(config, preset.sparse, 8192, rates, misses)
     cells = list(cells_by_worth(planner, 8))
     names = [cell.name for cell in cells]
-    assert set(names[:4]) == {"sparda int8", "resident", "sparda", "own query"}
+    ways = {"sparda int8", "sparda int8 keys", "resident", "sparda", "own query"}
+    assert set(names[:5]) == ways
     # Pinned memory that one store took serves the next, smaller one.
-    sizes = [cell.host_gib for cell in cells[:4]]
-    assert sizes == sorted(sizes, reverse=True) and names[3] == "resident"
+    sizes = [cell.host_gib for cell in cells[:5]]
+    assert sizes == sorted(sizes, reverse=True) and names[4] == "resident"
+    two = list(cells_by_worth(planner, 8, ["sparda int8", "resident"]))
+    assert {cell.name for cell in two} == {"sparda int8", "resident"}
     for name in set(names):
         own = [cell for cell in cells if cell.name == name]
         assert own[0].promise == max(cell.promise for cell in own)

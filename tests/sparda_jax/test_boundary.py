@@ -265,11 +265,13 @@ ROWS = {
         "init_blocks": (*INTEGER, -1),
         "query_blocks": (*INTEGER, -1),
         "dense_len": (*INTEGER, -2),
+        "compressed_keys": WORD,
     },
     "CacheConfig": {
         **dict.fromkeys(("kind", "layer0", "route", "exactness", "codec"), WORD),
         "prefetch": maybe(WORD),
         "device_blocks": (*maybe(INTEGER), 0),
+        "layers_ahead": (*INTEGER, 0, 9, -1),
         "recall_every": (*INTEGER, -1),
         "device_limit": (*maybe(INTEGER), 0),
         "host_limit": (*maybe(INTEGER), 0),

@@ -81,6 +81,7 @@ ROWS = {
         **{name: _MODEL[name] for name in _MODEL if name.endswith("-blocks")},
         "--model": PATH,
         "--block-budget": (*INTEGER, "0"),
+        "--compressed-keys": WORD,
         "--dtype": WORD,
         "--context": (*INTEGER, "0"),
         "--hbm": _SIZE,

@@ -50,7 +50,7 @@ def test_table(capsys):
         "both are estimates: the bandwidths' bounds and 59 us a layer",
         "decode step, about",
         "offload starts to pay at ",
-        "are fetched (qwen2.5-coder-0.5b-instruct, prose, sparda, 30720 tokens)",
+        "offloaded batch (qwen2.5-coder-0.5b-instruct, prose, sparda, 30720 tokens)",
         "recorded for NVIDIA H200",
         "memory 4,308 GB/s, fetch 45.0 GB/s (link 53.7)",
         "LongRoPE",

@@ -6,8 +6,9 @@ import re
 import pytest
 
 import sparda_jax as sj
-from sparda_jax.config import CacheConfig
-from sparda_jax.planning.auto import Probe
+from sparda_jax.config import CacheConfig, ConfigError
+from sparda_jax.planning.auto import Probe, offload_settings
+from sparda_jax.sparse.selectors import get_selector
 
 # 10 ms a step, 100 MB missed at 20 GB/s: half of the step is the fetch.
 HEAVY = Probe(0.010, 100e6, 20e9, hidden=0.8)
@@ -32,6 +33,20 @@ def test_what_is_not_worth_it_stays_on_demand(change):
     probe = dataclasses.replace(HEAVY, **change)
     assert not probe.look_ahead
     assert "on demand" in probe.reason()
+
+
+def test_who_looks_several_layers_ahead():
+    cache = CacheConfig(kind="offload", layers_ahead=2, route="dynamic_slice")
+    found = offload_settings(cache, get_selector("sparda"))
+    assert found is not None and found.layers_ahead == 2
+    with pytest.raises(ConfigError, match="layers_ahead=2 is not allowed with atten"):
+        offload_settings(cache, get_selector("reuse"))
+    loop = dataclasses.replace(cache, route="host_loop")
+    with pytest.raises(ConfigError, match=r"not allowed with CacheConfig\.route='host"):
+        offload_settings(loop, get_selector("sparda"))
+    for kind in ("resident", "auto"):
+        with pytest.raises(ConfigError, match=r"CacheConfig\.layers_ahead=2"):
+            CacheConfig(kind=kind, layers_ahead=2)
 
 
 @pytest.mark.slow
