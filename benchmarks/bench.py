@@ -20,6 +20,7 @@ from sparda_jax.checks import (
     Check,
     ConfigError,
     choice,
+    file_to_write,
     integer,
     number,
     path,
@@ -129,11 +130,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=0,
         help="of the prompts",
     )
-    add_option(parser, "--json", path, metavar="FILE", help="write the figures here")
+    written = file_to_write
+    add_option(parser, "--json", written, metavar="FILE", help="write the figures here")
     add_option(
         parser,
         "--plot",
-        path,
+        written,
         metavar="FILE.png",
         help="draw tokens/s (needs sparda-jax[eval])",
     )

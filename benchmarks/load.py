@@ -27,6 +27,7 @@ from sparda_jax.checks import (
     FLOAT_DTYPES,
     ConfigError,
     choice,
+    file_to_write,
     integer,
     non_empty_text,
     number,
@@ -65,7 +66,8 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         ("--seed", integer(0), 0, "N", "of prompts, times and patience"),
     ):
         add_option(load, name, check, metavar=metavar, default=default, help=help)
-    add_option(parser, "--json", path, metavar="F", help="write the figures there")
+    written = file_to_write
+    add_option(parser, "--json", written, metavar="F", help="write the figures there")
 
 
 @dataclasses.dataclass

@@ -216,6 +216,18 @@ def path(field: str, value: object) -> str:
     return found
 
 
+def file_to_write(field: str, value: object) -> str:
+    """Checks the path of a file whose folder is there and can be written to.
+
+    For figures that are written at the end: a slip is told before they are measured.
+    """
+    found = path(field, value)
+    folder = os.path.dirname(os.path.abspath(found))
+    if os.path.isdir(found) or not os.access(folder, os.W_OK | os.X_OK):
+        raise _refusal(field, value, "a file in a folder that can be written to")
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class _Choice:
     allowed: tuple[str, ...]
