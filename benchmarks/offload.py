@@ -15,12 +15,13 @@ back to what it has left.
 Modes, all in one run: `resident` (own-query selection, KV on the device), `sparse` (own
 query, offloaded, each layer waits), `sparda-none` (Forecast, offloaded, each layer
 waits), `sparda` (Forecast, looking one layer ahead), `sparda-2` (two layers ahead: its
-fetches have the time of two layers), `sparda-verify` (the same, but the
+fetches have the time of two layers), `sparda-late` (one ahead by heads that read behind
+attention: a fetch runs beside the MLP alone), `sparda-verify` (as `sparda`, but the
 layer's own queries have the last word; both choose the imposed list, so that it shows
-what verifying costs, not what it repairs). Every figure is the median over
-timed chunks of steps, with the least and the most. `bound` is the least step time that
-the bandwidths measured in the same run allow (`planning.step.step_time`), `reached`
-the bound over the median; the file also has what the planner expects of a step.
+what verifying costs, not what it repairs). Every figure is the median over timed chunks
+of steps, with the least and the most. `bound` is the least step time that the
+bandwidths measured in the same run allow (`planning.step.step_time`), `reached` the
+bound over the median; the file also has what the planner expects of a step.
 """
 
 import argparse
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         default=["resident", "sparse", "sparda-none", "sparda"],
         choices=[
             *("resident", "resident-sparda", "sparse"),
-            *("sparda-none", "sparda", "sparda-2", "sparda-verify"),
+            *("sparda-none", "sparda", "sparda-2", "sparda-late", "sparda-verify"),
         ],
     )
     parser.add_argument(
@@ -195,6 +196,9 @@ def _state(model, settings, batch: int, context: int, new: int, cache, lists):
     )
 
 
+_AHEAD = ("sparda", "sparda-late", "sparda-verify")
+
+
 def _settings(config, sparse, mode: str, choice: Choice, slots: float, arguments):
     """A mode's cache and how its layers run."""
     from sparda_jax.cache.settings import LayerSettings
@@ -213,6 +217,8 @@ def _settings(config, sparse, mode: str, choice: Choice, slots: float, arguments
         codec=arguments.codec,
     )
     offload = offload_settings(cache, selector)
+    if mode == "sparda-late":
+        config = dataclasses.replace(config, forecast_reads="attended")
     return cache, LayerSettings(config, sparse, selector, offload=offload)
 
 

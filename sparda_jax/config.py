@@ -41,6 +41,8 @@ __all__ = [
 CacheKind = Literal["resident", "offload", "auto"]
 Prefetch = Literal["lookahead", "none", "auto"]
 HostCodec = Literal["exact", "int8"]
+# What Forecast heads read of a layer.
+ForecastReads = Literal["input", "attended"]
 Route = Literal["auto", "mosaic", "triton", "dynamic_slice", "host_loop"]
 # What routes were called before; to be taken for one version more.
 OLD_ROUTES = types.MappingProxyType({"slices": "dynamic_slice", "steps": "host_loop"})
@@ -78,6 +80,8 @@ class ModelConfig:
       max_context: Longest sequence, prompt and generated tokens together.
       forecast_queries: R, queries that Forecast heads make for each kv head; loading
         heads sets it (`models.forecast`).
+      forecast_reads: What Forecast heads read of a layer: "input", its normalised input
+        as in the reference, or "attended", what its MLP reads; loading heads sets it.
       bos_id: Token put before a plain prompt; None for none.
       eos_ids: Tokens that end a sequence.
     """
@@ -106,6 +110,7 @@ class ModelConfig:
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
     forecast_queries: int = 1
+    forecast_reads: ForecastReads = "input"
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
@@ -137,6 +142,7 @@ class ModelConfig:
             residual_scale=positive,
             logits_divisor=positive,
             forecast_queries=width,
+            forecast_reads=choice(*get_args(ForecastReads)),
             bos_id=optional(integer(0)),
             eos_ids=several(integer(0), "token ids", ordered=False),
         )

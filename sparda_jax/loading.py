@@ -109,7 +109,7 @@ def _install_forecast(
             model=model if mesh is None or mesh.model == 1 else None,
         )
         heads = forecast_heads(config, weights.future, weights.current, dtype)
-        model.set_forecast(heads)
+        model.set_forecast(heads, weights.reads)
         other = base != "exact" and weights.base_fingerprint != fingerprint
         return weights.sparse, weights.info if other else None
     elif source is not None:

@@ -37,7 +37,7 @@ from train.config import (
 )
 from train.init import initial_heads
 from train.metrics import keep_json
-from train.optimizer import make_optimizer
+from train.optimizer import make_optimizer, with_inputs
 from train.run import Run
 from train.step import Gradients, make_gradients
 
@@ -61,14 +61,28 @@ def variants(config: TrainConfig, steps: int) -> dict[str, Variant]:
     fast = dataclasses.replace(own, lr=OptimizerConfig().lr)
     reference = LossConfig(tile=ours.tile)
     on_policy = dataclasses.replace(ours, on_policy=True)
+    soft = dataclasses.replace(ours, softness=LossConfig().softness)
+    far = dataclasses.replace(own, lr=own.lr * 3)
+    mass = dataclasses.replace(ours, target="mass")
+    white = dataclasses.replace(own, whiten=not own.whiten)
     found = {
         "ours": Variant(config.init, ours, own),
+        "ours, three times the rate": Variant(config.init, ours, far),
+        "ours, by mass": Variant(config.init, mass, own),
         "ours, kaiming": Variant("kaiming", ours, fast),
         "ours, from_query": Variant("from_query", ours, fast),
         "reference": Variant("from_query", reference, fast),
         "reference, kaiming": Variant("kaiming", reference, fast),
         "ours, on-policy": Variant(config.init, on_policy, own),
     }
+    if ours.softness != soft.softness:
+        found[f"ours, softness {soft.softness}"] = Variant(config.init, soft, own)
+    if config.init == "regression":
+        other = "not " * own.whiten + "whitened"
+        found[f"ours, {other}"] = Variant(config.init, ours, white)
+    if ours.student == "blocks":
+        oracle = dataclasses.replace(ours, teacher="oracle", target="recall")
+        found["ours, oracle as teacher"] = Variant(config.init, oracle, own)
     changes: dict[str, dict[str, Any]] = {
         "short rows masked": {"mask_short_rows": True},
         "student pooled": {"student": "blocks"},
@@ -120,6 +134,8 @@ class Trainer:
         gradients, run = self._program(variant.loss), self.run
         optimizer = make_optimizer(variant.optimizer)
         update, moments = make_update(optimizer), optimizer.init(heads)
+        if variant.optimizer.whiten:
+            moments = with_inputs(moments, run.input_moments())
         rows, steps = run.batches(), variant.optimizer.steps
         begin = time.monotonic()
         first, loss = 0.0, jnp.float32(jnp.nan)

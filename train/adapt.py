@@ -204,7 +204,7 @@ def run_adapt(asked: AdaptConfig, *, progress: bool = True) -> AdaptResult:
         "call": identity,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "steps": int(result.state.step),
+        "steps": int(result.state.step),  # 0: no step made them better
         "geometry": geometry,
         "regression": _first_evaluation(work / "run" / "log.jsonl"),
         "held_out": result.evaluation.means(),
@@ -379,6 +379,8 @@ def _training(
         init_batches=asked.init_batches or (6 if on_cpu else 24),
         queries=asked.queries,
         export_rank=asked.rank,
+        # Least squares may be as good as it gets.
+        export_best=True,
         export_dtype="bfloat16",
         sparse=chosen,
         dtype=asked.dtype,
@@ -403,7 +405,7 @@ def _training(
             seed=asked.seed,
         ),
         eval=EvalConfig(every=_MANY, batches=2 if on_cpu else 6),
-        checkpoint=CheckpointConfig(every=5, keep_last=1, keep_best=0),
+        checkpoint=CheckpointConfig(every=5, keep_last=1, keep_best=1),
     )
 
 

@@ -19,7 +19,7 @@ from pallas_kernels.block_scores import api as block_scores
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from pallas_kernels.dispatch import candidates
 from sparda_jax.config import ModelConfig, SparseConfig
-from sparda_jax.models.block import after_attention, before_attention
+from sparda_jax.models.block import add_attention, add_mlp, before_attention
 from sparda_jax.models.decoder import Decoder, DecoderLayer, embed
 from sparda_jax.models.forecast import project_forecast
 from sparda_jax.models.rope import RopeCosSin, apply_rope, model_rope, rope_cos_sin_at
@@ -92,7 +92,8 @@ class LayerView(NamedTuple):
       q, k: Queries and keys after RoPE.
       v: Values.
       key_bias: NOSA's c per token, or None.
-      source: Normalised input that this layer is forecast from.
+      source: What this layer is forecast from: the normalised input of the layer
+        before, or what its MLP read (`ModelConfig.forecast_reads`).
       head: Its Forecast matrix, or several of them.
       rope_cos_sin: cos and sin of all tokens.
     """
@@ -197,11 +198,12 @@ def _finish_layer(
     config: ModelConfig,
     h: Float[Array, "B T D"],
     attended: Float[Array, "B T NH"],
-) -> Float[Array, "B T D"]:
-    """Output projection and MLP, some rows at a time."""
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+    """Output projection and MLP, some rows at a time; and what the MLP reads."""
 
-    def rows(inputs: tuple[Array, Array]) -> Array:
-        return after_attention(layer, config, *inputs)
+    def rows(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        middle, read = add_attention(layer, config, *inputs)
+        return add_mlp(layer, config, middle, read), read
 
     count = h.shape[0] * h.shape[1]
     parts = max(1, count // _MLP_ROWS)
@@ -212,10 +214,10 @@ def _finish_layer(
         attended.reshape(parts, count // parts, -1),
     )
     if parts == 1:
-        out = rows((flat[0][0], flat[1][0]))
+        out, read = rows((flat[0][0], flat[1][0]))
     else:
-        out = jax.lax.map(rows, flat)
-    return out.reshape(h.shape)
+        out, read = jax.lax.map(rows, flat)
+    return out.reshape(h.shape), read.reshape(h.shape)
 
 
 def run_backbone[Out](
@@ -263,7 +265,8 @@ def run_backbone[Out](
         )
         attended, out = on_layer(view)
         attended = attended.reshape(*h.shape[:2], -1)
-        return (_finish_layer(layer, config, h, attended), x), out
+        h, read = _finish_layer(layer, config, h, attended)
+        return (h, read if config.forecast_reads == "attended" else x), out
 
     assert isinstance(model.layers, DecoderLayer), "weights must be stacked"
     index = jnp.arange(config.num_layers)

@@ -79,6 +79,7 @@ def _compiled(report: Report, name: str, jitted: Any, *args: Any) -> Callable:
         **{
             f"{name}_trace_s": round(traced - begin, 2),
             f"{name}_compile_s": round(time.perf_counter() - traced, 2),
+            f"{name}_arguments_gb": round(memory.argument_size_in_bytes / 1e9, 3),
             f"{name}_temporaries_gb": round(memory.temp_size_in_bytes / 1e9, 3),
         },
     )

@@ -433,6 +433,7 @@ def export_forecast(
         base_fingerprint=fingerprint,
         sparse=sparse,
         low_rank=low_rank,
+        reads=config.forecast_reads,
         queries=matrices.shape[1] // (config.num_kv_heads * config.head_dim),
     )
     save_forecast(path, weights, base_name=config.name, extra=extra, dtype=dtype)

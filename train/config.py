@@ -7,33 +7,29 @@ A run is described by one small Python file whose `get_config()` returns a
 import ast
 import dataclasses
 import difflib
-import functools
 import os
 import pathlib
 import runpy
 import typing
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from sparda_jax.checks import (
-    Check,
     ConfigError,
-    choice,
-    flag,
     instance,
     integer,
     number,
     one_line,
     optional,
     require,
-    settle,
     several,
     shown,
     text,
 )
 from sparda_jax.checks import path as check_path
-from sparda_jax.config import SparseConfig
+from sparda_jax.config import ForecastReads, SparseConfig
+from train.config_checks import settle_fields
 
 _positive, _count = integer(1), integer(0)
 # A seed is a key of JAX and of grain, 32 bits each; sources count on from it.
@@ -44,32 +40,13 @@ _rate = number(least=1e-12, most=1)
 _momentum = number(least=0, most=0.9999999)
 _norm = number(least=0, most=1e9)
 _floor = number(least=0, most=1e-3)
+_softness = number(least=1e-4, most=10)
 # Weights are shares: one that is far too small would never have its turn.
 _share = number(least=1e-6, most=1e6)
 _maybe_positive = optional(_positive)
 
 _maybe_minutes = optional(number(least=0, most=1e6))
 _maybe_sparse = optional(instance(SparseConfig))
-
-
-@functools.cache
-def _word_checks(kind: type) -> Mapping[str, Check[Any]]:
-    """Checks of all fields whose type is a Literal, one or None, or bool."""
-    checks: dict[str, Check[Any]] = {}
-    for name, hint in typing.get_type_hints(kind).items():
-        kinds = typing.get_args(hint)
-        for word in (hint, *kinds):
-            if word is bool:
-                checks[name] = flag
-            elif typing.get_origin(word) is Literal:
-                check = choice(*typing.get_args(word))
-                checks[name] = optional(check) if type(None) in kinds else check
-    return checks
-
-
-def _settle(owner: Any, **checks: Check[Any]) -> None:
-    """Puts all fields through their checks."""
-    settle(owner, **_word_checks(type(owner)), **checks)
 
 
 def _name(field: str, value: object) -> str:
@@ -97,12 +74,15 @@ class LossConfig:
       teacher: Grid of the teacher's key means: "fine", kernel 2 stride 1, or
         "deployed", the grid that inference selects by. With "deployed" the first
         kernel_size − 1 tokens have no teacher; use `mask_short_rows` with it (§10.3).
+        "oracle": the attention mass that blocks truly hold; with target="recall".
       align: How the fine teacher is brought to the deployed grid.
       student: Bins of the KL: "cells", the windows that start in a chosen block, or
         "blocks", pooled to one score a block exactly as inference pools.
       target: What the student is to match: "mass", how the teacher's probability is
         spread (the KL), or, with student="blocks", "recall", which blocks the teacher
         chose: the loss is then a smooth count of misplaced blocks (`recall_loss`).
+      softness: Of that count: how far from the line a block is clear of it, in spreads
+        of a row's scores. Good heads want a sharp one.
       mask_short_rows: Leave out rows whose whole context fits the budget: inference
         never asks for a choice there.
       position_weight: "uniform", or "context": a row counts by the share of its context
@@ -113,10 +93,11 @@ class LossConfig:
       tile: Query tokens per tile; None chooses by memory.
     """
 
-    teacher: Literal["fine", "deployed"] = "fine"
+    teacher: Literal["fine", "deployed", "oracle"] = "fine"
     align: Literal["max", "mean"] = "max"
     student: Literal["cells", "blocks"] = "cells"
     target: Literal["mass", "recall"] = "mass"
+    softness: float = 0.1
     mask_short_rows: bool = False
     position_weight: Literal["uniform", "context"] = "uniform"
     on_policy: bool = False
@@ -124,9 +105,12 @@ class LossConfig:
     tile: int | None = None
 
     def __post_init__(self) -> None:
-        _settle(self, floor=_floor, tile=_maybe_positive)
+        settle_fields(self, floor=_floor, softness=_softness, tile=_maybe_positive)
         fits = self.target == "mass" or self.student == "blocks"
         allowed = '"mass" unless student is "blocks"'
+        require(fits, "LossConfig.target", self.target, allowed)
+        fits = self.target == "recall" or self.teacher != "oracle"
+        allowed = '"recall" where teacher is "oracle"'
         require(fits, "LossConfig.target", self.target, allowed)
 
 
@@ -149,6 +133,9 @@ class OptimizerConfig:
       lr: Peak learning rate.
       beta1, beta2, eps, weight_decay: Of AdamW.
       clip: Largest norm of the gradient of all heads together; 0 for no limit.
+      whiten: Adam and the clip work on heads of whitened inputs: a step then changes
+        what heads answer by as much in every direction that inputs take. Needs
+        init="regression", which knows the inputs' moments.
       schedule: What follows the warm-up: "constant", "cosine" or "linear".
       warmup_steps: Linear warm-up from 0; at most a tenth of `steps` is used.
       final_fraction: Learning rate at the end of "cosine" and "linear", of `lr`.
@@ -165,6 +152,7 @@ class OptimizerConfig:
     eps: float = 1e-6
     weight_decay: float = 0.01
     clip: float = 0.5
+    whiten: bool = False
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: int = 0
     final_fraction: float = 0.0
@@ -174,7 +162,7 @@ class OptimizerConfig:
     max_bad_steps: int = 5
 
     def __post_init__(self) -> None:
-        _settle(
+        settle_fields(
             self,
             lr=_rate,
             eps=_rate,
@@ -226,7 +214,7 @@ class DataConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        _settle(
+        settle_fields(
             self,
             sources=_sources,
             seq_len=_positive,
@@ -253,7 +241,7 @@ class EvalConfig:
     mass: bool = True
 
     def __post_init__(self) -> None:
-        _settle(self, every=_positive, batches=_positive)
+        settle_fields(self, every=_positive, batches=_positive)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +259,7 @@ class CheckpointConfig:
     keep_best: int = 1
 
     def __post_init__(self) -> None:
-        _settle(self, every=_positive, keep_last=_positive, keep_best=_count)
+        settle_fields(self, every=_positive, keep_last=_positive, keep_best=_count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +276,7 @@ class ParallelConfig:
     fsdp: bool = False
 
     def __post_init__(self) -> None:
-        _settle(self, devices=_maybe_positive)
+        settle_fields(self, devices=_maybe_positive)
 
 
 _loss, _optimizer = instance(LossConfig), instance(OptimizerConfig)
@@ -311,6 +299,9 @@ class TrainConfig:
       init_batches: Batches that "regression" reads for the one, and for the other.
       queries: R, queries that the heads make for each kv head (`models.forecast`): 1 as
         in the reference, or up to as many as query heads share it; None: so many.
+      reads: What the heads read of a layer: "input" as in the reference, or "attended",
+        what its MLP reads: they know more then, and the next layer's fetch starts
+        behind this layer's attention (`ModelConfig.forecast_reads`).
       sparse: Block geometry and budget; None takes the model's.
       dtype: Of the frozen weights; None is float32 on a CPU and bfloat16 elsewhere.
       attention: How the frozen layers attend: "blocks" visits the listed blocks;
@@ -321,6 +312,9 @@ class TrainConfig:
       max_minutes: Stop after the step at which this much time has passed, as if it
         were the last one; the same command continues. None for no limit.
       log_every: Steps between two lines of the log.
+      export_best: The exported file holds the kept checkpoint with the best held-out
+        recall (`CheckpointConfig.keep_best`), the heads of the regression among them,
+        in the place of the last step's.
       export_dtype: Of the matrices in the exported files.
       export_rank: Files hold a change of this rank of the model's query weights
         (`models.low_rank`) in the place of whole matrices; None: whole ones.
@@ -333,6 +327,7 @@ class TrainConfig:
     init: Literal["from_query", "kaiming", "regression"] = "from_query"
     init_batches: int = 16
     queries: int | None = 1
+    reads: ForecastReads = "input"
     sparse: SparseConfig | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     attention: Literal["blocks", "masked"] = "blocks"
@@ -340,6 +335,7 @@ class TrainConfig:
     seed: int = 42
     max_minutes: float | None = None
     log_every: int = 1
+    export_best: bool = False
     export_dtype: Literal["float32", "bfloat16"] = "float32"
     export_rank: int | None = None
     tensorboard: bool = False
@@ -351,7 +347,7 @@ class TrainConfig:
     parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
-        _settle(
+        settle_fields(
             self,
             name=_name,
             model=check_path,
@@ -369,6 +365,12 @@ class TrainConfig:
             eval=_eval,
             checkpoint=_checkpoint,
             parallel=_parallel,
+        )
+        require(
+            self.init == "regression" or not self.optimizer.whiten,
+            "OptimizerConfig.whiten",
+            self.optimizer.whiten,
+            'False, or TrainConfig.init "regression"',
         )
         length, tile = self.data.seq_len, self.loss.tile
         if self.sparse is not None:
@@ -391,12 +393,18 @@ class TrainConfig:
         values = dataclasses.asdict(self)
         free = ("name", "out", "max_minutes", "log_every", "tensorboard", "eval")
         free = (*free, "checkpoint", "parallel", "attention", "implementation")
-        for field in (*free, "export_dtype", "export_rank"):
+        for field in (*free, "export_best", "export_dtype", "export_rank"):
             del values[field]
         del values["optimizer"]["micro_batch"]
-        # Runs from before there were several.
-        if values["queries"] == 1:
-            del values["queries"]
+        # Runs from before there was a choice.
+        for part, field, only in (
+            (values, "queries", 1),
+            (values, "reads", "input"),
+            (values["loss"], "softness", 0.1),
+            (values["optimizer"], "whiten", False),
+        ):
+            if part[field] == only:
+                del part[field]
         values["data"]["sources"] = [list(pair) for pair in self.data.sources]
         return values
 

@@ -19,9 +19,6 @@ from train.config import LossConfig
 from train.teacher import LayerKeys, Teacher, forced, own_block, route, window_masks
 from train.tiles import MASKED, Queries, listed_blocks
 
-# Of `recall_loss`: distance from the line, in spreads of a row, that counts as clear.
-_SOFTNESS = 0.1
-
 
 def forecast_logits(
     queries: Queries,
@@ -132,6 +129,7 @@ def recall_loss(
     scores: Float[Array, "*rows M"],
     chosen: Bool[Array, "*rows M"],
     optional: Bool[Array, "*rows #M"],
+    softness: float = 0.1,
 ) -> Float[Array, "*rows"]:
     """A smooth count of misplaced blocks, over the number of chosen ones.
 
@@ -146,6 +144,7 @@ def recall_loss(
       scores: Of blocks.
       chosen: What the teacher picked among the optional ones.
       optional: Blocks that may be picked.
+      softness: Distance from the line, in spreads of a row, that counts as clear.
     """
     count = jnp.sum(chosen, axis=-1, keepdims=True)
     held = jnp.sum(optional, axis=-1, keepdims=True)
@@ -160,7 +159,7 @@ def recall_loss(
     line = jnp.take_along_axis(order, last, -1)
     line += jnp.take_along_axis(order, last + 1, -1)
     line = jnp.where(choice, line / 2, 0.0)
-    distance = (scores - line) / (_SOFTNESS * spread)
+    distance = (scores - line) / (softness * spread)
     wrong = jax.nn.sigmoid(jnp.where(chosen, -distance, distance))
     wrong = jnp.sum(jnp.where(optional & choice, wrong, 0.0), axis=-1)
     return wrong / jnp.maximum(count[..., 0], 1)
@@ -203,7 +202,8 @@ def row_losses(
         logits = jnp.maximum(pool_to_blocks(logits, per_block), MASKED)
         if loss.target == "recall":
             optional = optional_blocks(queries, blocks, sparse)
-            return recall_loss(logits, resolved, optional & (logits > MASKED))
+            seen = optional & (logits > MASKED)
+            return recall_loss(logits, resolved, seen, loss.softness)
         logits = jnp.where(past, logits, MASKED)
         return partition_kl(target, logits, resolved, slots=slots, floor=loss.floor)
     exists = window_masks(queries, keys.whole, sparse)[0]

@@ -38,7 +38,13 @@ from train.data import (
 )
 from train.init import initial_heads, regression_heads, sum_moments
 from train.metrics import Evaluation, NoLog, RunLog, make_evaluate, plot_curves
-from train.optimizer import TrainState, initial_state, learning_rate, make_optimizer
+from train.optimizer import (
+    TrainState,
+    initial_state,
+    learning_rate,
+    make_optimizer,
+    with_inputs,
+)
 from train.processes import from_first, on_first
 from train.run_directory import check_writable, hold_directory
 from train.sharding import AXIS, batch_sharding, make_mesh, place, shard_model
@@ -117,8 +123,9 @@ class Run:
         self.queries = asked or group
         require(self.queries <= group, field, asked, f"at most the group's {group}")
         _check_shapes(config, self.lm, self.sparse.block_size)
+        shape = dataclasses.replace(self.lm.config, forecast_reads=config.reads)
         self.settings = Settings(
-            self.lm.config,
+            shape,
             self.sparse,
             config.loss,
             config.implementation,
@@ -204,19 +211,29 @@ class Run:
             progress=progress and jax.process_index() == 0,
             moments=self.moments,
         )
-        self.state = self.placed(initial_state(heads, self.optimizer))
+        state = initial_state(heads, self.optimizer)
+        if self.config.optimizer.whiten:
+            state = state._replace(
+                optimizer=with_inputs(state.optimizer, self.input_moments())
+            )
+        self.state = self.placed(state)
 
     def low_rank(self, heads: Array) -> LowRankHeads | None:
         """The heads as files of `export_rank` hold them, rounded; None: as they are."""
         rank = self.config.export_rank
         if rank is None:
             return None
-        if self.moments is None:
-            self.moments = self._sum_moments(self.batches(), False)
-        low = factor_heads(np.asarray(heads), self.own_queries(), self.moments[0], rank)
+        square = self.input_moments()
+        low = factor_heads(np.asarray(heads), self.own_queries(), square, rank)
         kind = jnp.dtype(self.config.export_dtype)
         parts = (np.asarray(x, kind) for x in (low.gain, low.down, low.up))
         return LowRankHeads(*(x.astype(np.float32) for x in parts))
+
+    def input_moments(self) -> np.ndarray:
+        """XᵀX of what the heads read, by layer; summed now if nobody did."""
+        if self.moments is None:
+            self.moments = self._sum_moments(self.batches(), False)
+        return self.moments[0]
 
     def own_queries(self) -> list[Array]:
         """The model's query weights, as `models.low_rank` takes them."""
@@ -265,7 +282,7 @@ class Run:
         export_forecast(
             path,
             state.heads,
-            config=self.lm.config,
+            config=self.settings.config,
             sparse=self.sparse,
             fingerprint=self.lm.fingerprint,
             extra=extra,
@@ -362,29 +379,41 @@ def _train(config: TrainConfig, *, progress: bool) -> TrainResult:
             evaluation = _loop(run, checkpoints, log, start)
         finally:
             log.close()
-        state = run.state
-        low = run.low_rank(state.heads)
-        if low is not None:
-            # What is written is measured.
-            heads = jnp.stack(low.whole(run.own_queries()))
-            state = run.placed(state._replace(heads=heads))
-            evaluation = run.measure_heads(state.heads)
-            if evaluation is not None:
-                print(json.dumps({"low rank": evaluation.means()}), file=sys.stderr)
-        path = run.export(state, evaluation, "forecast.safetensors", low)
-        checkpoints.wait()
-        best = checkpoints.best_step
-        if best is not None:
-            held = checkpoints.restore(run.state, best)
-            assert held is not None
-            low = run.low_rank(held.state.heads)
-            run.export(held.state, None, "forecast-best.safetensors", low)
+        state, evaluation, path = _export(run, checkpoints, evaluation)
     finally:
         checkpoints.close()
     if jax.process_index() == 0:
         plot_curves(run.out / "log.jsonl", run.out / "curves.png")
     resumed = None if restored is None else start
-    return TrainResult(run.state, evaluation, path, resumed)
+    return TrainResult(state, evaluation, path, resumed)
+
+
+def _export(
+    run: Run, checkpoints: Checkpoints, evaluation: Evaluation | None
+) -> tuple[TrainState, Evaluation | None, pathlib.Path]:
+    """Writes the files of a run that is done; the state and figures of the main one."""
+    checkpoints.wait()
+    best, state = checkpoints.best_step, run.state
+    if run.config.export_best and best not in (None, int(state.step)):
+        held = checkpoints.restore(run.state, best)
+        assert held is not None
+        state, best = held.state, None
+        evaluation = run.measure_heads(state.heads)
+    low = run.low_rank(state.heads)
+    if low is not None:
+        # What is written is measured.
+        heads = jnp.stack(low.whole(run.own_queries()))
+        state = run.placed(state._replace(heads=heads))
+        evaluation = run.measure_heads(state.heads)
+        if evaluation is not None:
+            print(json.dumps({"low rank": evaluation.means()}), file=sys.stderr)
+    path = run.export(state, evaluation, "forecast.safetensors", low)
+    if best is not None:
+        held = checkpoints.restore(run.state, best)
+        assert held is not None
+        low = run.low_rank(held.state.heads)
+        run.export(held.state, None, "forecast-best.safetensors", low)
+    return state, evaluation, path
 
 
 def _loop(
@@ -394,6 +423,10 @@ def _loop(
     config = run.config
     steps, rate = config.optimizer.steps, learning_rate(config.optimizer)
     evaluation = run.measure(log, start) if start in (0, steps) else None
+    if start == 0 and config.init == "regression":
+        # It took a while, and training may make its heads no better.
+        recall = None if evaluation is None else evaluation.means()["recall"]
+        checkpoints.save(0, run.state, run.data.get_state(), recall)
     limit = math.inf if config.max_minutes is None else config.max_minutes * 60
     # Clocks differ, and so may the limits: the first process decides for all, so that
     # they take the same steps.

@@ -31,7 +31,8 @@ class LayerKeys(NamedTuple):
     """What a layer's queries are scored against.
 
     Attributes:
-      grid: Key means on the teacher's grid, J = S (fine) or W (deployed).
+      grid: Key means on the teacher's grid, J = S (fine) or W (deployed); of the oracle
+        the keys themselves.
       windows: Key means that inference selects by, W = M·ρ.
       whole: The window lies in one document.
       importance: NOSA: window means of c, or None.
@@ -45,7 +46,7 @@ class LayerKeys(NamedTuple):
     def before(self, token: int, loss: LossConfig, sparse: SparseConfig) -> "LayerKeys":
         """What lies before that token, a multiple of the block size."""
         window = token // sparse.kernel_stride
-        grid = token if loss.teacher == "fine" else window
+        grid = window if loss.teacher == "deployed" else token
         importance = self.importance
         return LayerKeys(
             self.grid[:, :, :grid],
@@ -107,6 +108,8 @@ def layer_keys(
         wide = k.astype(jnp.float32)
         means = ((wide[:, :-1] + wide[:, 1:]) / 2).astype(k.dtype)
         grid = padded(jnp.swapaxes(means, 1, 2), length)
+    elif loss.teacher == "oracle":
+        grid = padded(jnp.swapaxes(k, 1, 2), length)
     else:
         grid = windows
     first = jnp.arange(count) * sparse.kernel_stride
@@ -284,6 +287,18 @@ def kernel_cells(
     return None
 
 
+def oracle_scores(
+    queries: Queries, keys: LayerKeys, sparse: SparseConfig
+) -> Float[Array, "B K T M"]:
+    """Attention mass of blocks, summed over a group's heads; forced blocks at +∞."""
+    index = jnp.arange(keys.grid.shape[2])
+    seen = (index <= queries.token[:, None]) & (index >= queries.start[..., None])
+    mass = group_softmax(head_scores(queries.q, keys.grid), seen)
+    mass = jnp.sum(mass.reshape(*mass.shape[:3], -1, sparse.block_size), axis=-1)
+    blocks = force_blocks(mass, own_block(queries, sparse), sparse)
+    return confine(blocks, queries, sparse)
+
+
 def teach(
     queries: Queries,
     keys: LayerKeys,
@@ -294,13 +309,18 @@ def teach(
     kernels: Kernels = (),
 ) -> Teacher:
     """Teacher, and the blocks it chooses, for one tile (§5.2, §5.3)."""
-    cells = kernel_cells(queries, keys, sparse=sparse, kernels=kernels)
-    if cells is None:
-        cells = teacher_cells(
-            queries, keys, sparse=sparse, loss=loss, token_scores=token_scores
-        )
     exists = window_masks(queries, keys.whole, sparse)[0]
-    scores = forced(jnp.where(exists[:, None], cells, -jnp.inf), queries, sparse)
+    if loss.teacher == "oracle":
+        # No loss looks at windows where lists are what counts.
+        cells = jnp.zeros((*keys.windows.shape[:2], *exists.shape[1:]), jnp.float32)
+        scores = oracle_scores(queries, keys, sparse)
+    else:
+        cells = kernel_cells(queries, keys, sparse=sparse, kernels=kernels)
+        if cells is None:
+            cells = teacher_cells(
+                queries, keys, sparse=sparse, loss=loss, token_scores=token_scores
+            )
+        scores = forced(jnp.where(exists[:, None], cells, -jnp.inf), queries, sparse)
     routing = route(scores, queries, keys, sparse)
     partition = routing
     if keys.importance is not None:

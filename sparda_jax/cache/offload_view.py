@@ -115,11 +115,11 @@ class OffloadView(NamedTuple):
         return settings.score_by_own_query(seen)
 
     def order(
-        self, q: Float[Array, "B 1 N H"], lookahead: Lookahead, settings: LayerSettings
-    ) -> tuple[Float[Array, "B 1 N H"], "OffloadView", Lookahead]:
+        self, x: Float[Array, "*shape"], lookahead: Lookahead, settings: LayerSettings
+    ) -> tuple[Float[Array, "*shape"], "OffloadView", Lookahead]:
         """Joins this layer's fetch, in order with the next one's (`order_fetch`)."""
-        q, arriving, leaving = order_fetch(q, self.fetch, lookahead.fetch, settings)
-        return q, self._replace(fetch=arriving), lookahead._replace(fetch=leaving)
+        x, arriving, leaving = order_fetch(x, self.fetch, lookahead.fetch, settings)
+        return x, self._replace(fetch=arriving), lookahead._replace(fetch=leaving)
 
     def commit(
         self,

@@ -67,11 +67,11 @@ class ResidentView(NamedTuple):
         return settings.score_by_own_query(seen)
 
     def order(
-        self, q: Float[Array, "B T N H"], lookahead: Lookahead, settings: LayerSettings
-    ) -> tuple[Float[Array, "B T N H"], "ResidentView", Lookahead]:
+        self, x: Float[Array, "*shape"], lookahead: Lookahead, settings: LayerSettings
+    ) -> tuple[Float[Array, "*shape"], "ResidentView", Lookahead]:
         """Orders the next layer's fetch beside what follows (`order_fetch`)."""
-        q, _, leaving = order_fetch(q, None, lookahead.fetch, settings)
-        return q, self, lookahead._replace(fetch=leaving)
+        x, _, leaving = order_fetch(x, None, lookahead.fetch, settings)
+        return x, self, lookahead._replace(fetch=leaving)
 
     def commit(
         self,

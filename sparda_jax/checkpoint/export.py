@@ -32,8 +32,14 @@ def reference_tensors(weights: ForecastWeights) -> dict[str, np.ndarray]:
     """The tensors under the reference's names, in bfloat16 where that loses nothing.
 
     Raises:
-      ConfigError: The heads make several queries for each kv head.
+      ConfigError: The heads make several queries for each kv head, or read what no
+        other engine gives them.
     """
+    if weights.reads != "input":
+        raise ConfigError(
+            "the heads read what a layer's MLP reads, and the reference's read the "
+            "layer's input: make such heads with `sparda adapt --queries 1`"
+        )
     if weights.queries > 1:
         raise ConfigError(
             f"the heads make {weights.queries} queries for each kv head, and the "
@@ -121,5 +127,7 @@ def export_hf(
         if layout.parse_forecast_name(name) is None
     }
     tensors |= {name: np.asarray(array).astype(kind) for name, array in heads.items()}
-    config = dataclasses.replace(source.config, forecast_queries=1)
+    config = dataclasses.replace(
+        source.config, forecast_queries=1, forecast_reads="input"
+    )
     save_hf(directory, config, tensors, source.tokenizer, sparse=sparse, dtype=dtype)

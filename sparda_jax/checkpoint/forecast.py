@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import ml_dtypes
 import numpy as np
@@ -24,7 +24,7 @@ from sparda_jax.checkpoint.files import open_regular
 from sparda_jax.checkpoint.hf import read_safetensors
 from sparda_jax.checkpoint.hf_config import sparse_config
 from sparda_jax.checkpoint.torch_file import TorchTensor, read_torch_file
-from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
+from sparda_jax.config import ConfigError, ForecastReads, ModelConfig, SparseConfig
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.models.low_rank import LowRankHeads
 from sparda_jax.models.weights import from_query_heads
@@ -34,8 +34,9 @@ FORMAT = "sparda-forecast"
 _PLAIN = "pt"
 # The second version says how many queries a kv head has, and may hold low-rank changes
 # of the model's query weights (`models.low_rank`). Whole matrices of one query a kv
-# head are still written as the first, which older programs read.
-VERSIONS = ("1", "2")
+# head are still written as the first, which older programs read. The third says that
+# heads read what a layer's MLP reads.
+VERSIONS = ("1", "2", "3")
 
 # The fields on which the scores depend: which keys are averaged, and which averages a
 # block takes its score from.
@@ -57,6 +58,7 @@ class ForecastWeights:
       sparse: Selection settings that they were trained for, None if not known.
       info: Whatever else the file says: `base_name`, `version`, `extra`.
       queries: R, queries a kv head (`models.forecast`).
+      reads: What they read of a layer (`ModelConfig.forecast_reads`).
       low_rank: How a file of low rank holds them; `future` and `current` are what it
         comes to with the base model's query weights. None for whole matrices.
     """
@@ -68,6 +70,7 @@ class ForecastWeights:
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     queries: int = 1
     low_rank: LowRankHeads | None = None
+    reads: ForecastReads = "input"
 
 
 def save_forecast(
@@ -104,6 +107,9 @@ def save_forecast(
     low = weights.low_rank
     if weights.queries > 1 or low is not None:
         metadata |= {"version": VERSIONS[1], "queries": str(weights.queries)}
+    if weights.reads != "input":
+        metadata |= {"version": VERSIONS[2], "queries": str(weights.queries)}
+        metadata["reads"] = weights.reads
     if low is not None:
         metadata["rank"] = str(low.rank)
         tensors = {}
@@ -187,6 +193,7 @@ class _Held:
     info: Mapping[str, Any]
     queries: int = 1
     rank: int | None = None
+    reads: ForecastReads = "input"
 
 
 def _from_safetensors(path: pathlib.Path) -> _Held:
@@ -204,7 +211,7 @@ def _from_safetensors(path: pathlib.Path) -> _Held:
     if version not in VERSIONS:
         raise CheckpointError(
             f"{path}: metadata version = {show(version)}, allowed: "
-            f"{' and '.join(map(repr, VERSIONS))}; a newer version of sparda-jax may "
+            f"{', '.join(map(repr, VERSIONS))}; a newer version of sparda-jax may "
             "have written it"
         )
     for name in tensors:
@@ -224,8 +231,19 @@ def _from_safetensors(path: pathlib.Path) -> _Held:
         queries = _count(path, metadata, "queries")
         rank = _count(path, metadata, "rank") if "rank" in metadata else None
     info["rank"] = rank
-    held = metadata.get("base_fingerprint")
-    return _Held(tensors, held, sparse, info, queries, rank)
+    held, reads = metadata.get("base_fingerprint"), "input"
+    if version == VERSIONS[2]:
+        reads = _reads(path, metadata.get("reads"))
+    return _Held(tensors, held, sparse, info, queries, rank, reads)
+
+
+def _reads(path: pathlib.Path, stated: str | None) -> ForecastReads:
+    for known in get_args(ForecastReads):
+        if stated == known:
+            return known
+    raise CheckpointError(
+        f"{path}: metadata reads = {show(stated)}, allowed: 'input' or 'attended'"
+    )
 
 
 def _count(path: pathlib.Path, metadata: Mapping[str, str], key: str) -> int:
@@ -363,7 +381,13 @@ def load_forecast(
         future[layer] = _array(path, name, held.arrays[names[name]])
     current = _array(path, layout.CURRENT, held.arrays[names[layout.CURRENT]])
     return ForecastWeights(
-        future, current, held.fingerprint, held.sparse, held.info, held.queries
+        future=future,
+        current=current,
+        base_fingerprint=held.fingerprint,
+        sparse=held.sparse,
+        info=held.info,
+        queries=held.queries,
+        reads=held.reads,
     )
 
 
@@ -397,4 +421,5 @@ def _expanded(
         info=held.info,
         queries=held.queries,
         low_rank=low,
+        reads=held.reads,
     )

@@ -117,7 +117,7 @@ def _vocabulary(
     return rows
 
 
-def _flags(family: Family, tensors: Mapping[str, GGUFTensor]) -> dict[str, bool]:
+def _flags(family: Family, tensors: Mapping[str, GGUFTensor]) -> dict[str, Any]:
     """Flags of ModelConfig, by the family and by the tensors of layer 0."""
     shown = {
         p.flag

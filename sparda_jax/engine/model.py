@@ -100,6 +100,13 @@ class LanguageModel:
             self.config.forecast_queries,
             f"{queries}, as the model's Forecast heads make",
         )
+        reads = self.model.config.forecast_reads
+        require(
+            self.config.forecast_reads == reads,
+            "LanguageModel.config.forecast_reads",
+            self.config.forecast_reads,
+            f"{reads!r}, as the model's Forecast heads do",
+        )
         if self.mesh is not None:
             check_mesh(self.mesh, self.config, self.selector)
         has_forecast = self.model.forecast is not None

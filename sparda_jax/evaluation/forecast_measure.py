@@ -29,7 +29,7 @@ from sparda_jax.cache.settings import LayerSettings, TileState
 from sparda_jax.checks import require
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.inference.layer import LayerBlock
-from sparda_jax.models.block import after_attention, before_attention
+from sparda_jax.models.block import add_attention, add_mlp, before_attention
 from sparda_jax.models.decoder import DecoderLayer, embed
 from sparda_jax.models.rope import RopeCosSin, model_rope, rope_cos_sin_at
 from sparda_jax.planning.traces import WARM_STEPS, slot_misses
@@ -259,14 +259,15 @@ def measure_layer(
     Args:
       block: The layer's weights, the Forecast head that it consumes, its number.
       hidden: Its input.
-      before: Normalised input of the layer before; of layer 0, anything.
+      before: What the forecast reads of the layer before; of layer 0, anything.
       rope_cos_sin: cos and sin of all tokens.
       settings: The model and its selection.
       plan: What is read off.
 
     Returns:
-      Its output, its own normalised input, the sums, and whether the forecast's and the
-      own query's lists of the last `plan.steps` tokens hold each block.
+      Its output, what the next layer's forecast reads of it, the sums, and whether the
+      forecast's and the own query's lists of the last `plan.steps` tokens hold each
+      block.
     """
     config, sparse, selector = settings.config, settings.sparse, settings.selector
     x, q, k, v, key_bias = before_attention(block.weights, config, hidden, rope_cos_sin)
@@ -334,9 +335,10 @@ def measure_layer(
         key_bias=(None if bias is None else bias.reshape(*bias.shape[:2], blocks, -1)),
         implementation=settings.implementation,
     )
-    out = after_attention(
-        block.weights, config, hidden, attended.reshape(*hidden.shape[:2], -1)
-    )
+    attended = attended.reshape(*hidden.shape[:2], -1)
+    middle, read = add_attention(block.weights, config, hidden, attended)
+    out = add_mlp(block.weights, config, middle, read)
+    x = read if selector.asks_late(config) else x
     return out, x, sums, listed[:, :, tokens - plan.steps : tokens]
 
 
@@ -391,7 +393,7 @@ class PassedLayer(NamedTuple):
     Attributes:
       block: The layer's weights, the Forecast head that it consumes, its number.
       hidden: Its input.
-      before: Normalised input of the layer before; of layer 0, anything.
+      before: What the forecast reads of the layer before; of layer 0, anything.
       rope_cos_sin: cos and sin of all tokens.
       sums, listed: As `measure_layer` gives them.
     """

@@ -17,7 +17,7 @@ from sparda_jax.cache.offload_view import OffloadView
 from sparda_jax.cache.prefetch import Lookahead
 from sparda_jax.cache.resident_view import ResidentView
 from sparda_jax.cache.settings import LayerSettings, TileState
-from sparda_jax.models.block import after_attention, before_attention
+from sparda_jax.models.block import add_attention, add_mlp, before_attention
 from sparda_jax.models.decoder import DecoderLayer
 from sparda_jax.sparse.index import TokenKV
 
@@ -48,6 +48,8 @@ class LayerMiddle(NamedTuple):
       forecast: What it makes for the next layer's choice, or None.
       view: The layer's cache, its blocks chosen.
       lookahead: The next layer's fetch, planned.
+      next_query: Weights of a query for the next layer that is still to be made, behind
+        attention (`Selector.asks_late`); or None.
     """
 
     hidden: Float[Array, "B T D"]
@@ -55,6 +57,7 @@ class LayerMiddle(NamedTuple):
     forecast: Float[Array, "B T heads F"] | None
     view: CacheView
     lookahead: Lookahead
+    next_query: Any | None
 
 
 class LayerOutput(NamedTuple):
@@ -87,21 +90,24 @@ def layer_before_fetch(
     x, q, k, v, key_bias = before_attention(
         block.weights, settings.config, h, tile.rope_cos_sin
     )
-    new, next_forecast = TokenKV(k, v, key_bias, q), None
+    new, next_forecast, late = TokenKV(k, v, key_bias, q), None, None
     # Where nothing was made for this layer, nobody asks for the next one either.
     asked = forecast is not None
     if asked and selector.hands_on_scores:
         # They need this tile in this layer's index, and nothing of the next one's.
         view = view.append(new, tile, settings)
         next_forecast = jnp.swapaxes(view.own_scores(q, tile, settings), 1, 2)
+    elif asked and selector.asks_late(settings.config):
+        late = block.next_query
     elif asked and block.next_query is not None:
         next_forecast = selector.next_query(block.next_query, x, tile.rope_cos_sin)
-    lookahead = lookahead.plan_next(next_forecast, tile, settings)
-    view, lookahead = view.behind(lookahead)
+    if late is None:
+        lookahead = lookahead.plan_next(next_forecast, tile, settings)
+        view, lookahead = view.behind(lookahead)
     if not (asked and selector.hands_on_scores):
         view = view.append(new, tile, settings)
     view = view.select(q, forecast, tile, settings)
-    return LayerMiddle(h, q, next_forecast, view, lookahead)
+    return LayerMiddle(h, q, next_forecast, view, lookahead, late)
 
 
 def layer_after_fetch(
@@ -109,11 +115,20 @@ def layer_after_fetch(
 ) -> LayerOutput:
     """The rest of the layer, which needs the fetched blocks; see `decoder_layer`."""
     tile = tile.in_layer(block.number)
-    h, q, next_forecast, view, lookahead = middle
+    h, q, next_forecast, view, lookahead, late = middle
     view, lookahead = view.commit(q, lookahead, tile, settings)
     attended = view.attend(q, tile, settings)
     flat = attended.reshape(*h.shape[:2], -1)
-    h = after_attention(block.weights, settings.config, h, flat, axis=settings.axis)
+    config, axis = settings.config, settings.axis
+    h, x = add_attention(block.weights, config, h, flat, axis=axis)
+    if late is not None:
+        next_forecast = settings.selector.next_query(late, x, tile.rope_cos_sin)
+        lookahead = lookahead.plan_next(next_forecast, tile, settings)
+        view, lookahead = view.behind(lookahead)
+        # This layer's fetch has long been joined: the next one's runs beside the MLP.
+        x, view, lookahead = view.order(x, lookahead, settings)
+        lookahead = lookahead.start(settings)
+    h = add_mlp(block.weights, config, h, x, axis=axis)
     return LayerOutput(h, next_forecast, view, lookahead)
 
 

@@ -67,35 +67,49 @@ def _key_bias(
     return (layer.key_bias_scale[...] * gate).astype(jnp.float32)
 
 
-def after_attention(
+def add_attention(
     layer: DecoderLayer,
     config: ModelConfig,
     h: Float[Array, "*rows D"],
     attended: Float[Array, "*rows NH"],
     *,
     axis: str | None = None,
-) -> Float[Array, "*rows D"]:
-    """Output projection and MLP, each added to its input (specification §1).
+) -> tuple[Float[Array, "*rows D"], Float[Array, "*rows D"]]:
+    """The output projection, added to the layer's input (specification §1).
 
     Args:
       layer: Its weights.
       config: The model.
       h: The layer's input.
       attended: What its attention gave.
-      axis: Of a mesh whose devices divide heads and MLP: the two sums are completed
-        over it. None for a device that has all.
+      axis: Of a mesh whose devices divide heads and MLP: the sum is completed over it.
+        None for a device that has all.
+
+    Returns:
+      The hidden states, and what the MLP reads: them, normalised.
     """
-
-    def whole(part: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        return part if axis is None else jax.lax.psum(part, axis)
-
-    scale = jnp.asarray(config.residual_scale, h.dtype)
-    out = whole(matmul(attended, layer.out[...]))
+    out = _whole(matmul(attended, layer.out[...]), axis)
     if layer.out_bias is not None:
         out = out + layer.out_bias[...].astype(out.dtype)
-    h = h + scale * out
-    x = rms_norm(h, layer.mlp_norm[...], config.rms_norm_eps)
-    return h + scale * whole(_mlp(layer, config, x))
+    h = h + jnp.asarray(config.residual_scale, h.dtype) * out
+    return h, rms_norm(h, layer.mlp_norm[...], config.rms_norm_eps)
+
+
+def add_mlp(
+    layer: DecoderLayer,
+    config: ModelConfig,
+    h: Float[Array, "*rows D"],
+    x: Float[Array, "*rows D"],
+    *,
+    axis: str | None = None,
+) -> Float[Array, "*rows D"]:
+    """The MLP, added to what came before it; h and x are of `add_attention`."""
+    scale = jnp.asarray(config.residual_scale, h.dtype)
+    return h + scale * _whole(_mlp(layer, config, x), axis)
+
+
+def _whole(part: Float[Array, "*rows D"], axis: str | None) -> Float[Array, "*rows D"]:
+    return part if axis is None else jax.lax.psum(part, axis)
 
 
 def _mlp(

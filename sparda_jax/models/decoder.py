@@ -20,7 +20,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from sparda_jax.config import ModelConfig
+from sparda_jax.config import ForecastReads, ModelConfig
 from sparda_jax.mesh import MODEL
 from sparda_jax.models.forecast import Forecast
 from sparda_jax.models.int8_weight import Int8Weight, as_array
@@ -119,25 +119,36 @@ class Decoder(nnx.Module):
         """How the layer weights are held."""
         return "per_layer" if isinstance(self.layers, nnx.List) else "stacked"
 
-    def set_forecast(self, heads: list[Float[Array, "D KRH"]]) -> None:
+    def set_forecast(
+        self,
+        heads: list[Float[Array, "D KRH"]],
+        reads: ForecastReads = "input",
+    ) -> None:
         """Installs Forecast heads, one per consuming layer, in the model's storage.
 
-        Their width says how many queries a kv head has: `config` tells it from then on.
+        Their width says how many queries a kv head has: `config` tells it from then on,
+        and what the heads read of a layer (`ModelConfig.forecast_reads`).
         """
         one = self.config.num_kv_heads * self.config.head_dim
         queries = heads[0].shape[-1] // one
-        if queries != self.config.forecast_queries:
-            config = dataclasses.replace(self.config, forecast_queries=queries)
+        config = dataclasses.replace(
+            self.config, forecast_queries=queries, forecast_reads=reads
+        )
+        if config != self.config:
             self.config = nnx.static(config)
         if self.storage == "stacked":
             self.forecast = Forecast(jnp.stack(list(heads)))
         else:
             self.forecast = nnx.List([Forecast(head) for head in heads])
 
-    def with_forecast(self, heads: list[Float[Array, "D KRH"]]) -> "Decoder":
+    def with_forecast(
+        self,
+        heads: list[Float[Array, "D KRH"]],
+        reads: ForecastReads = "input",
+    ) -> "Decoder":
         """A decoder with these Forecast heads; all other arrays are shared."""
         other = jax.tree.map(lambda array: array, self)
-        other.set_forecast(heads)
+        other.set_forecast(heads, reads)
         return other
 
     def forecast_head(self, layer: int | Int[Array, ""]) -> Float[Array, "D KRH"]:

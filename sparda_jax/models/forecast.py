@@ -19,6 +19,10 @@ reference's make one, whose raw products with the keys rank the blocks. One vect
 cannot stand for G query heads whose softmaxes are summed, though: with R > 1 a forecast
 is scored as own queries are, by the sum of R softmaxes, and R = G is a guess at every
 query head. Queries of a kv head stand next to each other.
+
+Heads may read what layer l's MLP reads in the place of x_l, for l ≥ 0 and a forecast of
+l + 1 (`ModelConfig.forecast_reads`): they know the layer's attention then, and are made
+behind it. Layer 0's own still reads x_0.
 """
 
 import itertools

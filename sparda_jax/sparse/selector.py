@@ -98,8 +98,20 @@ class Selector:
     def next_query(
         self, weights: Any, x: Float[Array, "B T D"], rope_cos_sin: RopeCosSin
     ) -> Float[Array, "B T heads H"]:
-        """The query made of a layer's normalised input, to score the next layer by."""
+        """The query made of a layer's normalised input, to score the next layer by.
+
+        Or of what its MLP reads (`asks_late`); layer 0's own is of its input.
+        """
         raise NotImplementedError
+
+    def asks_late(self, config: ModelConfig) -> bool:
+        """Whether `next_query` reads what the layer's MLP reads, not the layer's input.
+
+        It knows this layer's attention then, and the next layer's fetch starts behind
+        it, beside the MLP alone.
+        """
+        del config
+        return False
 
     def by_own_query(self) -> "Selector":
         """The same selector, with the same index, by the layer's own queries.

@@ -239,6 +239,7 @@ ROWS = {
             ),
             (*INTEGER, 0, -1),
         ),
+        "forecast_reads": WORD,
         "rope": CONFIG,
         **dict.fromkeys(
             ("rms_norm_eps", "embed_scale", "residual_scale", "logits_divisor"),

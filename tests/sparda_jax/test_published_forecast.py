@@ -31,11 +31,20 @@ FILES = {
         12_000_000,
     ),
 }
+# File → recall of the chosen blocks that it reaches at least on the sample below.
+QWEN_CODER = {
+    "qwen2.5-coder-0.5b.safetensors": 0.85,
+    "qwen2.5-coder-0.5b-one-query.safetensors": 0.82,
+}
 
 
 def test_every_published_file_is_tested():
     assert set(PUBLISHED) == set(FILES)
     assert published_forecast("0" * 64) is None and published_forecast(None) is None
+    folder = next(iter(PUBLISHED.values())).path.parent
+    held = {path.name for path in folder.glob("*.safetensors")}
+    # The first one's recall is measured in tests/train/test_published.py.
+    assert held == {"smollm2-135m.safetensors", *QWEN_CODER}
 
 
 @pytest.mark.parametrize("fingerprint", FILES)
@@ -68,12 +77,14 @@ def test_published_files_fit_their_presets(fingerprint):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_recall_of_the_qwen_coder_heads():
+@pytest.mark.parametrize("file", QWEN_CODER)
+def test_recall_of_the_qwen_coder_heads(file):
     """From the files, on a sample that a CPU can do: topics that nobody trained on."""
     path = cached_model(JOINED_MODELS["qwen2.5-coder-0.5b"])
     if path is None:
         pytest.skip("needs the file of `sparda fetch --model qwen2.5-coder-0.5b`")
-    lm = sj.load(path, attention="sparda", dtype="float32")
+    heads = next(iter(PUBLISHED.values())).path.with_name(file)
+    lm = sj.load(path, attention="sparda", forecast=heads, dtype="float32")
     lm = dataclasses.replace(
         lm, sparse=dataclasses.replace(lm.sparse, local_blocks=2, block_budget=10)
     )
@@ -84,6 +95,7 @@ def test_recall_of_the_qwen_coder_heads():
         forecast_report(model, {"topics": rows}, about={})["domains"]["topics"]["means"]
         for model in (lm, plain)
     )
-    # Heads of one query a kv head had 0.865; training-free ones 0.725.
-    assert ours["recall"] >= 0.85 and ours["recall"] >= first["recall"] + 0.10
+    # Training-free ones have 0.725.
+    least = max(QWEN_CODER[file], first["recall"] + 0.08)
+    assert ours["recall"] >= least, (file, ours["recall"], first["recall"])
     assert ours["lost"] <= 0.01 and ours["lost"] < first["lost"]

@@ -82,6 +82,21 @@ def test_from_a_directory_to_heads(model, text, tmp_path, monkeypatch):
         adapt(str(model), out=str(out), **arguments, seed=7)
 
 
+@pytest.mark.slow
+def test_a_model_of_experts(text, tmp_path, text_tokenizer):
+    """Nothing is new for it: heads read what its attention reads."""
+    shape = dataclasses.replace(
+        get_preset("tiny-moe").model, num_layers=2, eos_ids=(2,)
+    )
+    model = _directory(tmp_path / "moe", text_tokenizer, shape)
+    out = tmp_path / "heads.safetensors"
+    options = {**OPTIONS, "steps": 1, "queries": 1, "rank": None}
+    result = sj.adapt(model, out=out, text=(str(text),), progress=False, **options)
+    assert 0 < result.figures["held_out"]["recall"] <= 1
+    lm = sj.load(model, attention="sparda", forecast=out)
+    assert lm.config.num_experts == 8 and lm.sparse == result.sparse
+
+
 def test_refusals_come_before_the_work(model, text, tmp_path, text_tokenizer):
     out = str(tmp_path / "heads.safetensors")
     config = dataclasses.replace(TINY, num_heads=2)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sparda_jax as sj
 import train.loss
 import train.tiles
 from pallas_kernels.lowering import cuda_lowering_text
@@ -15,7 +16,7 @@ from sparda_jax.sparse.selection import sorted_blocks
 from train.config import LossConfig
 from train.loss import distillation_loss
 from train.objectives import forecast_logits, partition_kl, recall_loss
-from train.teacher import LayerKeys, kernel_cells, layer_keys, teacher_cells
+from train.teacher import LayerKeys, kernel_cells, layer_keys, teach, teacher_cells
 from train.tiles import Documents, Queries
 
 distill_layer = jax.jit(
@@ -430,3 +431,48 @@ def test_floor_of_zero_keeps_the_gradient_of_impossible_bins():
     np.testing.assert_allclose(kl(logits, 0.0), exact, rtol=1e-6)
     # A row without a teacher teaches nothing.
     assert partition_kl(0 * target, logits, resolved, slots=2, floor=0.0)[0] == 0
+
+
+def test_the_oracle_lists_what_holds_the_most_attention(layer1):
+    q, k, forecast = layer1
+    documents, rows = Documents.whole_rows(1, 700), jnp.asarray([520, 600, 699])
+    loss = LossConfig(teacher="oracle", student="blocks", target="recall")
+    queries = _queries(q, forecast, documents, rows)
+    keys = _keys(k, documents, loss, MINICPM)
+    lists = np.asarray(teach(queries, keys, sparse=MINICPM, loss=loss).partition[0])
+    q, k = np.asarray(q[0]), np.asarray(k[0])
+    groups = q.shape[1] // k.shape[1]
+    for number, t in enumerate(rows):
+        own = int(t) // 64
+        for head, listed in enumerate(lists[:, number]):
+            part = q[t, head * groups : (head + 1) * groups]
+            logits = part @ k[: t + 1, head].T * q.shape[-1] ** -0.5
+            weights = np.exp(logits - logits.max(1, keepdims=True))
+            weights /= weights.sum(1, keepdims=True)
+            mass = np.zeros(12)
+            np.add.at(mass, np.arange(t + 1) // 64, weights.sum(0))
+            block = np.arange(12)
+            forced = (block == 0) | ((block >= own - 2) & (block <= own))
+            mass = np.where(forced, np.inf, np.where(block > own, -np.inf, mass))
+            wanted = np.argsort(-mass, kind="stable")[: min(8, own + 1)]
+            np.testing.assert_array_equal(np.sort(listed[listed >= 0]), np.sort(wanted))
+    with pytest.raises(
+        sj.ConfigError, match=r"LossConfig\.target='mass' is not allowed"
+    ):
+        LossConfig(teacher="oracle")
+
+
+def test_a_sharp_line_counts_misplaced_blocks():
+    """As the softness falls, the loss becomes the share of blocks on the wrong side."""
+    rng = np.random.default_rng(0)
+    scores = jnp.asarray(rng.standard_normal((5, 40)), jnp.float32)
+    chosen = np.zeros((5, 40), bool)
+    chosen[:, :10] = True
+    optional = jnp.ones((5, 40), bool)
+    picked = np.argsort(-np.asarray(scores), axis=1)[:, :10]
+    # A block that is missed lets another one in.
+    wanted = 2 * (picked >= 10).sum(1) / 10
+    sharp = recall_loss(scores, jnp.asarray(chosen), optional, 1e-4)
+    np.testing.assert_allclose(sharp, wanted, atol=1e-2)
+    soft = recall_loss(scores, jnp.asarray(chosen), optional)
+    assert np.all(np.abs(np.asarray(soft) - wanted) > 1e-3)

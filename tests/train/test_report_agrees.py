@@ -1,5 +1,7 @@
 """Two measurements of one thing: the trainer's and the Forecast report's."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 import sparda_jax as sj
 from sparda_jax.config import SparseConfig
 from sparda_jax.evaluation.forecast_report import forecast_report
+from sparda_jax.models.weights import from_query_heads
 from train.backbone import Batch, Settings
 from train.config import LossConfig
 from train.metrics import make_evaluate
@@ -15,8 +18,11 @@ from train.tiles import Documents
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["tiny", "tiny-nosa"])
-def test_trainer_and_report_agree(model):
+@pytest.mark.parametrize(
+    ("model", "reads"),
+    [("tiny", "input"), ("tiny-nosa", "input"), ("tiny", "attended")],
+)
+def test_trainer_and_report_agree(model, reads):
     sparse = SparseConfig(local_blocks=2, block_budget=8, query_blocks=3)
     lm = sj.load(
         model,
@@ -26,6 +32,8 @@ def test_trainer_and_report_agree(model):
         storage="stacked",
         sparse=sparse,
     )
+    decoder = lm.model.with_forecast(from_query_heads(lm.model), reads)
+    lm = dataclasses.replace(lm, model=decoder, config=decoder.config)
     rows = np.random.default_rng(0).integers(2, 128, (2, 1024))
     report = forecast_report(lm, {"random": rows}, about={})
     layers = report["domains"]["random"]["layers"]

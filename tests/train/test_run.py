@@ -116,6 +116,35 @@ def test_a_run_leaves_everything_behind(finished):
 
 
 @pytest.mark.slow
+def test_the_regression_is_exported_where_no_step_beats_it(shards, tmp_path):
+    """At a rate that is far too high; heads read behind attention, inputs are white."""
+    config = _config(
+        shards,
+        tmp_path,
+        init="regression",
+        init_batches=2,
+        queries=None,
+        reads="attended",
+        export_best=True,
+        export_rank=8,
+        optimizer=OptimizerConfig(lr=0.5, steps=2, global_batch=2, whiten=True),
+        eval=EvalConfig(every=2, batches=2),
+        checkpoint=CheckpointConfig(every=2, keep_last=1),
+    )
+    result = train(config, progress=False)
+    assert int(result.state.step) == 0
+    again = train(config, progress=False)  # nothing is left to do
+    assert again.resumed_from == 2 and int(again.state.step) == 0
+    np.testing.assert_array_equal(again.state.heads, result.state.heads)
+    lm = sparda_jax.load(
+        "tiny", attention="sparda", forecast=tmp_path / "forecast.safetensors"
+    )
+    assert lm.config.forecast_reads == "attended" and lm.config.forecast_queries == 4
+    heads = np.stack([lm.model.forecast_head(i) for i in range(3)])
+    np.testing.assert_allclose(heads, result.state.heads, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_and_exported(shards, tmp_path):
     """Held-out recall falls at a rate that is far too high: an early one is best."""
     config = _config(

@@ -55,6 +55,10 @@ class SparDA(Selector):
         """The forecast."""
         return project_forecast(x, weights, rope_cos_sin)
 
+    def asks_late(self, config: ModelConfig) -> bool:
+        """As the heads were trained."""
+        return config.forecast_reads == "attended"
+
     def by_own_query(self) -> Selector:
         """The layer's own queries in place of the forecast."""
         return _ByOwnQuery()

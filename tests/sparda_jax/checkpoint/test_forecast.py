@@ -177,7 +177,7 @@ def test_damaged_tensors(kit, saved, name, array, message):
     ("metadata", "message"),
     [
         ({"format": "tf"}, "metadata format = 'tf', allowed: 'sparda-forecast'"),
-        ({"version": "3"}, "metadata version = '3', allowed: '1' and '2'"),
+        ({"version": "4"}, "metadata version = '4', allowed: '1', '2', '3'"),
         ({"version": "2"}, "metadata queries = None, allowed: a number"),
         ({"sparse_config": "{"}, "metadata sparse_config is no JSON"),
         ({"sparse_config": "[1]"}, "metadata sparse_config holds"),
