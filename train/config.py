@@ -12,7 +12,7 @@ import pathlib
 import runpy
 import typing
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from sparda_jax.checks import (
@@ -110,8 +110,8 @@ class LossConfig:
         allowed = '"mass" unless student is "blocks"'
         require(fits, "LossConfig.target", self.target, allowed)
         fits = self.target == "recall" or self.teacher != "oracle"
-        allowed = '"recall" where teacher is "oracle"'
-        require(fits, "LossConfig.target", self.target, allowed)
+        wanted = '"recall" where teacher is "oracle"'
+        require(fits, "LossConfig.target", self.target, wanted)
 
 
 # The loss of the published weights: the deployed choice of blocks, as inference pools
@@ -466,11 +466,13 @@ def _parse(text: str, kind: Any) -> Any:
     return value
 
 
-def _replaced(config: Any, path: Sequence[str], value: Any) -> Any:
-    head, *rest = path
-    if rest:
-        value = _replaced(getattr(config, head), rest, value)
-    return dataclasses.replace(config, **{head: value})
+def _replaced(config: Any, changes: Mapping[tuple[str, ...], Any]) -> Any:
+    """All at once, so that fields that must fit together can change together."""
+    values = {path[0]: value for path, value in changes.items() if len(path) == 1}
+    for head in {path[0] for path in changes if len(path) > 1}:
+        inner = {path[1:]: x for path, x in changes.items() if path[0] == head}
+        values[head] = _replaced(getattr(config, head), inner)
+    return dataclasses.replace(config, **values)
 
 
 def with_overrides(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
@@ -483,10 +485,10 @@ def with_overrides(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
       ConfigError: If a key is unknown or stands for several fields, or a value is not
         allowed.
     """
+    fields, changes = _fields(config), {}
     for setting in settings:
         key, separator, value = text("--set", setting).partition("=")
         require(bool(separator), "--set", setting, "of the form key=value")
-        fields = _fields(config)
         names = [name for name in fields if name == key]
         names = names or [name for name in fields if name.split(".")[-1] == key]
         if not names:
@@ -494,6 +496,5 @@ def with_overrides(config: TrainConfig, settings: Iterable[str]) -> TrainConfig:
             hint = f" such as {', '.join(near)}" if near else ""
             require(False, "--set", key, f"a field of TrainConfig{hint}")
         require(len(names) == 1, "--set", key, f"one of {', '.join(names)}")
-        parsed = _parse(value, fields[names[0]])
-        config = _replaced(config, names[0].split("."), parsed)
-    return config
+        changes[tuple(names[0].split("."))] = _parse(value, fields[names[0]])
+    return _replaced(config, changes)

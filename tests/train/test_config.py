@@ -179,6 +179,9 @@ def test_overrides_of_any_field_are_one_line():
         with pytest.raises(ConfigError, match=r"^--set") as error:
             with_overrides(config, [setting])
         assert len(str(error.value)) < 500
+    pair = ["sparse.kernel_size=8", "sparse.kernel_stride=4"]  # neither fits alone
+    windows = with_overrides(TrainConfig(sparse=SparseConfig()), pair).sparse
+    assert windows is not None and windows.kernel_size == 8
     changed = with_overrides(config, ["mass=false", "devices=1", "tile=None", "lr=1"])
     assert changed.eval.mass is False and changed.parallel.devices == 1
     assert changed.optimizer.lr == 1.0
