@@ -13,15 +13,12 @@ back to what it has left.
   python -m benchmarks.offload --context 32768 --batch 16 --miss 0.1    # synthetic
 
 Modes, all in one run: `resident` (own-query selection, KV on the device), `sparse` (own
-query, offloaded, each layer waits), `sparda-none` (Forecast, offloaded, each layer
-waits), `sparda` (Forecast, looking one layer ahead), `sparda-2` (two layers ahead: its
-fetches have the time of two layers), `sparda-late` (one ahead by heads that read behind
-attention: a fetch runs beside the MLP alone), `sparda-verify` (as `sparda`, but the
-layer's own queries have the last word; both choose the imposed list, so that it shows
-what verifying costs, not what it repairs). Every figure is the median over timed chunks
-of steps, with the least and the most. `bound` is the least step time that the
-bandwidths measured in the same run allow (`planning.step.step_time`), `reached` the
-bound over the median; the file also has what the planner expects of a step.
+query, offloaded, each layer waits), `sparda-none` (Forecast, each layer waits),
+`sparda` (looking one layer ahead), `sparda-2` (two), `sparda-late` (heads that read
+behind attention: a fetch runs beside the MLP alone), `sparda-verify` (own queries have
+the last word: what verifying costs). Figures are medians over timed chunks of steps,
+with the least and the most. `bound` is the least step time that the bandwidths of the
+same run allow (`planning.step.step_time`), `reached` it over the median.
 """
 
 import argparse
@@ -48,7 +45,7 @@ from sparda_jax.cli.options import Parser, add_option
 
 CHUNK = 8
 # Modes whose fetches run beside compute.
-_AHEAD = ("sparda", "sparda-2", "sparda-verify")
+_AHEAD = ("sparda", "sparda-2", "sparda-late", "sparda-verify")
 
 
 def _budgets(value: str) -> float:
@@ -194,9 +191,6 @@ def _state(model, settings, batch: int, context: int, new: int, cache, lists):
         pending=jnp.arange(batch, dtype=jnp.int32) + 5,
         done=jnp.zeros((batch,), bool),
     )
-
-
-_AHEAD = ("sparda", "sparda-late", "sparda-verify")
 
 
 def _settings(config, sparse, mode: str, choice: Choice, slots: float, arguments):

@@ -64,7 +64,8 @@ def test_from_a_directory_to_heads(model, text, tmp_path, monkeypatch):
     assert result.heads == out and result.card.is_file()
     assert out.with_suffix(".png").stat().st_size > 10_000
     figures = json.loads(out.with_suffix(".json").read_text())
-    assert figures["steps"] == 2 and 0 < figures["held_out"]["recall"] <= 1
+    # Two were made; none may have beaten the regression.
+    assert figures["steps"] in (0, 2) and 0 < figures["held_out"]["recall"] <= 1
     assert result.fit == (not figures["verdict"]["reasons"])
     lm = sj.load(str(model), attention="sparda", forecast=out)
     # Windows and budget come with the heads.
