@@ -1,15 +1,17 @@
 """All figures of a card in one run, and the tables that are made of them.
 
-    python -m benchmarks.all --card                  # under nine minutes on one GPU
+    python -m benchmarks.all --card         # under nine minutes on one GPU
     python -m benchmarks.all --card --parts decode_36k prefill --out FOLDER
     python -m benchmarks.all --tables                # Markdown, of what was measured
 
 Every part is a benchmark command in a process of its own, with a limit; what a part has
-measured when its time is up is kept, and what does not fit into `--minutes` is left
-out and said. Results are `<out>/<device>/<part>.json`: command, commit, device, JAX
-version, date, exit status and the benchmark's own figures; by default they are those in
-`benchmarks/results`, which the tables are made of. A card that was not at hand when a
-part was last measured has lines of its own that say since which commit.
+measured when its time is up is kept, and what does not fit into `--minutes` is left out
+and said. What this card has no figures of comes first, then the oldest ones: all parts
+take about twelve minutes where nothing is compiled yet, so that a second run measures
+what the first one left out. Results are `<out>/<device>/<part>.json`: command, commit,
+device, JAX version, date, exit status and the benchmark's own figures; by default they
+are those in `benchmarks/results`, which the tables are made of. A card that was not at
+hand when a part was last measured has lines of its own that say since which commit.
 """
 
 import argparse
@@ -184,7 +186,7 @@ def run_card(
     """Runs parts until the time is up; returns a line on each that has no result.
 
     Args:
-      parts: What to run, in this order.
+      parts: What to run; what was never measured first, then by age.
       out: Folder of results.
       minutes: All that may be taken.
       commit: Of the code, for the results.
@@ -194,7 +196,8 @@ def run_card(
     if platform == "cpu":
         print("no GPU is at hand: these are figures of a CPU", flush=True)
     missing = []
-    for part in parts:
+    folder = out / device_slug(kind)
+    for part in sorted(parts, key=lambda part: _last_measured(folder, part)):
         left = end - time.monotonic()
         if left < 10:
             missing.append(f"{part.name} is left out: the time is up")
@@ -210,10 +213,17 @@ def run_card(
             "commit": commit,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        folder = out / device_slug(kind)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{part.name}.json", head | result)
     return missing
+
+
+def _last_measured(folder: pathlib.Path, part: Part) -> str:
+    """When a part was last measured whole, as text in the order of time; or ""."""
+    found = read_json(folder / f"{part.name}.json")
+    if not isinstance(found, dict) or found.get("status") != 0:
+        return ""
+    return str(found.get("date", ""))
 
 
 def results(folder: pathlib.Path) -> Iterator[Mapping[str, Any]]:

@@ -4,8 +4,9 @@
     python -m benchmarks.cpu --peer-python PYTHON  beside transformers + torch
     python -m benchmarks.cpu --parts context       one part; all by default
 
-Parts: `peer` has 2,048 tokens, dense beside the peer and infllm_v2; `context` has
-infllm_v2 at 1,024 and 8,064 tokens, and dense at 8,064; `start` times `sparda generate`
+Parts: `peer` has 2,048 tokens, dense beside the peer, the same with weights of 8 bits,
+and infllm_v2; `context` has infllm_v2 at 1,024 and 8,064 tokens, and dense and sparda
+at 8,064, the latter with weights of 8 bits, too; `start` times `sparda generate`
 to its first token, without and with compiled code kept from before.
 
 The peer runs in a process of its own, so that the two never share a thread pool, and
@@ -112,6 +113,8 @@ def _ours(repeats: int, parts: list[str]) -> dict[str, list[float]]:
     if len(ids) < LONG:
         raise SystemExit(f"the manual gave {len(ids)} tokens, {LONG} are needed")
     sparse = sj.with_attention(lm, "infllm_v2")
+    ahead = sj.load("smollm2-135m", attention="sparda", dtype="float32", weights="int8")
+    narrow = sj.with_attention(ahead, "dense")
 
     def timed(name: str, lm: sj.LanguageModel, length: int, runs: int) -> None:
         prefill, decode = [], []
@@ -130,12 +133,14 @@ def _ours(repeats: int, parts: list[str]) -> dict[str, list[float]]:
 
     if "peer" in parts:
         timed(f"dense, {PROMPT} tokens", lm, PROMPT, repeats)
+        timed(f"dense, int8 weights, {PROMPT} tokens", narrow, PROMPT, repeats)
         timed(f"infllm_v2, {PROMPT} tokens", sparse, PROMPT, repeats)
     if "context" in parts:
         few = max(1, repeats // 2)
         timed(f"infllm_v2, {SHORT} tokens", sparse, SHORT, repeats)
         timed(f"infllm_v2, {LONG} tokens", sparse, LONG, few)
         timed(f"dense, {LONG} tokens", lm, LONG, few)
+        timed(f"sparda, int8 weights, {LONG} tokens", ahead, LONG, few)
     return results
 
 
@@ -223,16 +228,19 @@ def main() -> None:
         print(peer["versions"])
         _show(f"peer, dense, {PROMPT} tokens, prefill", peer["prefill"])
         _show(f"peer, dense, {PROMPT} tokens, decode", peer["decode"], 1e3, "ms")
-        for half, aim in (("prefill", 1.3), ("decode", 1.0)):
+        for half, aim in (("prefill", 1.0), ("decode", 0.8)):
             mine = ours[f"dense, {PROMPT} tokens {half}"]
             ratios.append((f"{half}, ours / transformers", mine, peer[half], aim))
+        mine = ours[f"dense, int8 weights, {PROMPT} tokens decode"]
+        name = "decode, int8 weights / transformers"
+        ratios.append((name, mine, peer["decode"], 0.8))
     if "context" in arguments.parts:
         long, short = (ours[f"infllm_v2, {n} tokens decode"] for n in (LONG, SHORT))
         ratios.append((f"sparse decode at {LONG} / at {SHORT}", long, short, 1.3))
-        sparse, dense = (
-            ours[f"{name}, {LONG} tokens prefill"] for name in ("infllm_v2", "dense")
-        )
-        ratios.append((f"prefill of {LONG}, infllm_v2 / dense", sparse, dense, 1.0))
+        dense = ours[f"dense, {LONG} tokens prefill"]
+        for name in ("infllm_v2", "sparda, int8 weights"):
+            sparse = ours[f"{name}, {LONG} tokens prefill"]
+            ratios.append((f"prefill of {LONG}, {name} / dense", sparse, dense, 1.0))
     if "start" in arguments.parts:
         figures["start"] = _cold_start(max(1, arguments.repeats // 2))
     print()

@@ -92,6 +92,26 @@ def test_a_run_keeps_what_it_has_and_says_what_is_missing(tmp_path, monkeypatch)
     ]
 
 
+def test_what_was_never_measured_comes_first_and_then_the_oldest(tmp_path, monkeypatch):
+    monkeypatch.setattr(whole, "_device", lambda: ("Card 1", "gpu", "0.0"))
+    ran = []
+
+    def run(part, seconds):
+        ran.append(part.name)
+        return {"part": part.name, "status": 0, "figures": {"rows": [1]}}
+
+    monkeypatch.setattr(whole, "run_part", run)
+    dates = {"new": "2026-02-02", "old": "2026-01-01", "cut": "2026-01-15"}
+    for name, date in dates.items():
+        status = None if name == "cut" else 0
+        path = tmp_path / "card_1" / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"date": date, "status": status}))
+    parts = tuple(whole.Part(name, (), 60) for name in ("new", "old", "never", "cut"))
+    assert whole.run_card(parts, tmp_path, 5.0, "abc") == []
+    assert ran == ["never", "cut", "old", "new"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [((), "nothing is asked for"), (("--card", "--minutes", "0"), "--minutes=0")],
