@@ -6,25 +6,26 @@ server keeps up or not. Requests that fail are counted, and stand in every perce
 answers that never came; the first `--warm-up` requests are in no figure.
 
 With `--url` the server is another process, of ours or of anybody's with the same API.
-Without, a model is served in this process, and the engine's own rate is measured first,
-on the same rows without a server around them.
+Without, a model is served by this process to users in another one, and measured first:
+`generate` with one prompt, and the engine on the same rows without a server around it.
 """
 
 import argparse
 import asyncio
-import dataclasses
 import json
 import math
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from benchmarks.load_figures import Result, figures, table
 from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checks import (
     FLOAT_DTYPES,
+    Check,
     ConfigError,
     choice,
     file_to_write,
@@ -48,49 +49,34 @@ examples:
                      --max-batch 8 --prompt-tokens 32000 --shared-tokens 30000
       a shape with random weights; prompts that share their beginning
 """
-_MOST_SHOWN = (50, 90, 99)
+# Of the load: check, default, metavar, help.
+LOAD_OPTIONS: Mapping[str, tuple[Check[Any], Any, str, str]] = {
+    "requests": (integer(1), 32, "N", "requests, without the warm-up"),
+    "warm_up": (integer(0), 2, "N", "requests before them, in no figure"),
+    "concurrency": (integer(1), 4, "N", "users of the closed loop"),
+    "rate": (number(above=0), None, "R", "requests a second: an open loop"),
+    "prompt_tokens": (integer(1), 256, "N", "tokens of a prompt, random ids"),
+    "shared_tokens": (integer(0), 0, "N", "of them, those that all begin with"),
+    "output_tokens": (integer(1), 64, "N", "tokens of an answer, all of them"),
+    "cancel": (number(least=0, most=1), 0.0, "P", "share that loses patience"),
+    "same_every": (
+        integer(0),
+        0,
+        "N",
+        "every N-th request asks the same, and should get the same; 0 is none",
+    ),
+    "seed": (integer(0), 0, "N", "of prompts, times and patience"),
+}
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the load."""
     load = parser.add_argument_group("load")
-    for name, check, default, metavar, help in (
-        ("--requests", integer(1), 32, "N", "requests, without the warm-up"),
-        ("--warm-up", integer(0), 2, "N", "requests before them, in no figure"),
-        ("--concurrency", integer(1), 4, "N", "users of the closed loop"),
-        ("--rate", number(above=0), None, "R", "requests a second: an open loop"),
-        ("--prompt-tokens", integer(1), 256, "N", "tokens of a prompt, random ids"),
-        ("--shared-tokens", integer(0), 0, "N", "of them, those that all begin with"),
-        ("--output-tokens", integer(1), 64, "N", "tokens of an answer, all of them"),
-        ("--cancel", number(least=0, most=1), 0.0, "P", "share that loses patience"),
-        ("--seed", integer(0), 0, "N", "of prompts, times and patience"),
-    ):
-        add_option(load, name, check, metavar=metavar, default=default, help=help)
+    for name, (check, default, metavar, help) in LOAD_OPTIONS.items():
+        option = "--" + name.replace("_", "-")
+        add_option(load, option, check, metavar=metavar, default=default, help=help)
     written = file_to_write
     add_option(parser, "--json", written, metavar="F", help="write the figures there")
-
-
-@dataclasses.dataclass
-class Result:
-    """What one request has got.
-
-    Attributes:
-      begun: When it was sent.
-      times: When each token came.
-      ended: When the answer was whole; infinite for one that never was.
-      tokens: Output tokens, as the server counts them.
-      cached: Prompt tokens that it says it did not run again.
-      failure: What went wrong, or None.
-      cancelled: The client has gone by itself.
-    """
-
-    begun: float
-    times: list[float] = dataclasses.field(default_factory=list)
-    ended: float = math.inf
-    tokens: int = 0
-    cached: int = 0
-    failure: str | None = None
-    cancelled: bool = False
 
 
 async def ask(url: str, body: dict[str, Any], key: str | None) -> Result:
@@ -163,9 +149,11 @@ def _take(chunk: dict[str, Any], result: Result) -> None:
         result.tokens = usage["completion_tokens"]
         details = usage.get("prompt_tokens_details") or {}
         result.cached = details.get("cached_tokens", 0)
-    choices = chunk["choices"]
-    if choices and choices[0]["finish_reason"] is None:
-        result.times.append(time.perf_counter())
+    for given in chunk["choices"]:
+        if given["finish_reason"] is None:
+            result.times.append(time.perf_counter())
+        result.text += given["text"]
+        result.logprobs += (given.get("logprobs") or {}).get("token_logprobs", ())
 
 
 def bodies(arguments: argparse.Namespace, vocab: int, model: str) -> list[dict]:
@@ -179,7 +167,7 @@ def bodies(arguments: argparse.Namespace, vocab: int, model: str) -> list[dict]:
     rng = np.random.default_rng(arguments.seed)
     shared = rng.integers(0, vocab, arguments.shared_tokens).tolist()
     own = max(arguments.prompt_tokens - len(shared), 1)
-    return [
+    made = [
         {
             "model": model,
             "prompt": [*shared, *rng.integers(0, vocab, own).tolist()],
@@ -191,6 +179,16 @@ def bodies(arguments: argparse.Namespace, vocab: int, model: str) -> list[dict]:
         }
         for _ in range(arguments.warm_up + arguments.requests)
     ]
+    for index in _fixed(arguments):
+        first = made[arguments.warm_up]["prompt"]
+        made[arguments.warm_up + index] |= {"prompt": first, "logprobs": 0}
+    return made
+
+
+def _fixed(arguments: argparse.Namespace) -> range:
+    """Which requests ask the same, counted behind the warm-up."""
+    every = arguments.same_every
+    return range(0, arguments.requests, every) if every else range(0)
 
 
 async def run_load(
@@ -208,12 +206,16 @@ async def run_load(
         for _ in counted
     ]
 
+    fixed = _fixed(arguments)
+
     async def one(index: int) -> Result:
         task = asyncio.ensure_future(ask(url, counted[index], key))
-        if patience[index] is not None:
+        if patience[index] is not None and index not in fixed:
             await asyncio.wait((task,), timeout=patience[index])
             task.cancel()
-        return await task
+        result = await task
+        result.fixed = index in fixed
+        return result
 
     begun = time.perf_counter()
     if arguments.rate is None:
@@ -239,83 +241,6 @@ async def _closed(
 
     await asyncio.gather(*(user() for _ in range(users)))
     return found
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float | None]:
-    """Percentiles by rank, as JSON has them: None where that many never came."""
-    ranked = sorted(values)
-    found: dict[str, float | None] = {}
-    for share in _MOST_SHOWN:
-        if not ranked:
-            found[f"p{share}"] = None
-            continue
-        value = ranked[min(math.ceil(share / 100 * len(ranked)), len(ranked)) - 1]
-        found[f"p{share}"] = round(value, 5) if math.isfinite(value) else None
-    return found
-
-
-def figures(results: Sequence[Result], seconds: float) -> dict[str, Any]:
-    """What the requests got.
-
-    Args:
-      results: Of all requests but the warm-up's.
-      seconds: From the first request to the last answer.
-    """
-    stayed = [result for result in results if not result.cancelled]
-    good = [result for result in stayed if result.failure is None]
-    firsts = [
-        result.times[0] - result.begun
-        if result.failure is None and result.times
-        else math.inf
-        for result in stayed
-    ]
-    gaps = [
-        (result.times[-1] - result.times[0]) / (len(result.times) - 1)
-        for result in good
-        if len(result.times) > 1
-    ]
-    gaps += [math.inf] * (len(stayed) - len(good))
-    wholes = [
-        result.ended - result.begun if result.failure is None else math.inf
-        for result in stayed
-    ]
-    tokens = sum(result.tokens or len(result.times) for result in results)
-    return {
-        "requests": len(results),
-        "completed": len(good),
-        "failed": len(stayed) - len(good),
-        "cancelled": len(results) - len(stayed),
-        "seconds": round(seconds, 3),
-        "output_tokens": tokens,
-        "output_tokens_per_second": round(tokens / seconds, 3),
-        "requests_per_second": round(len(good) / seconds, 4),
-        "cached_tokens": sum(result.cached for result in results),
-        "first_token_seconds": percentiles(firsts),
-        "between_tokens_seconds": percentiles(gaps),
-        "whole_seconds": percentiles(wholes),
-        "failures": sorted({str(r.failure)[:200] for r in stayed if r.failure})[:5],
-    }
-
-
-def table(found: dict[str, Any]) -> str:
-    """The figures for people; a dash is an answer that never came."""
-    lines = [
-        f"requests   {found['completed']} completed, {found['failed']} failed, "
-        f"{found['cancelled']} cancelled in {found['seconds']:.1f} s",
-        f"output     {found['output_tokens_per_second']:.1f} tokens/s, "
-        f"{found['requests_per_second']:.2f} requests/s",
-        f"reused     {found['cached_tokens']} prompt tokens",
-        "seconds            " + "".join(f"{'p' + str(p):>9}" for p in _MOST_SHOWN),
-    ]
-    for name, label in (
-        ("first_token_seconds", "first token"),
-        ("between_tokens_seconds", "between tokens"),
-        ("whole_seconds", "whole answer"),
-    ):
-        values = (found[name][f"p{p}"] for p in _MOST_SHOWN)
-        cells = ("–" if value is None else f"{value:.4f}" for value in values)
-        lines.append(f"  {label:<17}" + "".join(f"{cell:>9}" for cell in cells))
-    return "\n".join(lines + [f"failure    {text}" for text in found["failures"]])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -393,7 +318,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="of weights and cache",
     )
     for name, default, help in (
-        ("--max-batch", 4, "rows"),
+        ("--max-batch", 4, "rows; with --url those that the server has"),
         ("--max-context", None, "tokens of a row (what the load needs)"),
         ("--prefill-chunk", 512, "tokens of a piece of a prompt"),
         ("--decode-steps", 1, "tokens between two looks at requests"),
@@ -413,7 +338,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.url is not None:
         requests = bodies(arguments, arguments.vocab, arguments.model)
         load = run_load(arguments, arguments.url, requests, arguments.api_key)
-        found = {"load": figures(*asyncio.run(load))}
+        results, seconds = asyncio.run(load)
+        found = {"load": figures(results, seconds, arguments.max_batch)}
     else:
         from benchmarks.load_here import measure_here
 
@@ -427,5 +353,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, one in found.items():
         if name in ("load", "one_user"):
             print(f"{name.replace('_', ' ')}\n{table(one)}")
-        elif name == "engine":
-            print("engine     " + json.dumps(one))
+        elif name in ("generate", "engine", "served"):
+            print(f"{name:<11}" + json.dumps(one))

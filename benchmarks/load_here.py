@@ -1,20 +1,25 @@
 """`sparda bench serve` without `--url`: a server here, and its engine alone."""
 
 import argparse
-import asyncio
 import dataclasses
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
 from benchmarks.bench import language_model
-from benchmarks.load import bodies, figures, run_load
+from benchmarks.load import LOAD_OPTIONS
+from sparda_jax.checkpoint.files import read_json
 from sparda_jax.cli.console import note
 from sparda_jax.config import CacheConfig
+from sparda_jax.engine.api import generate
+from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.session import Session
 from sparda_jax.loading import with_attention
 from sparda_jax.serving.server import Serving
@@ -65,8 +70,72 @@ def engine_rates(
     return found
 
 
+def generate_rates(
+    lm: LanguageModel,
+    prompt_tokens: int,
+    output_tokens: int,
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    """Rates of `generate` with one prompt; the median of three calls.
+
+    Args:
+      lm: The model.
+      prompt_tokens, output_tokens: Of the call.
+      rng: Draws the prompts.
+    """
+    found = []
+    for _ in range(4):
+        prompt = rng.integers(0, lm.config.vocab_size, prompt_tokens).tolist()
+        given = generate(lm, [prompt], max_new_tokens=output_tokens, ignore_eos=True)
+        found.append(given.stats)
+    rates = sorted(stats.decode_tokens_per_second or 0.0 for stats in found[1:])
+    return {"decode_tokens_per_second": round(rates[1], 3)}
+
+
+def _users(
+    arguments: argparse.Namespace, url: str, vocab: int, other: dict[str, Any]
+) -> dict[str, Any]:
+    """Sends the load from another process; returns its figures.
+
+    Args:
+      arguments: Of the command.
+      url: Of the server.
+      vocab: Token ids are below it.
+      other: Options of the load that are others than those of the command.
+    """
+    chosen = {name: getattr(arguments, name) for name in LOAD_OPTIONS} | other
+    chosen |= {"url": url, "vocab": vocab, "model": _NAME}
+    chosen["max_batch"] = arguments.max_batch
+    with tempfile.TemporaryDirectory() as folder:
+        chosen["json"] = f"{folder}/figures.json"
+        command = [sys.executable, "-m", "benchmarks.bench", "serve"]
+        for name, value in chosen.items():
+            if value is not None:
+                command += ["--" + name.replace("_", "-"), str(value)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return cast(Any, read_json(chosen["json"]))["load"]
+
+
+def _shares(
+    alone: dict[str, Any],
+    engine: dict[str, Any],
+    one_user: dict[str, Any],
+    load: dict[str, Any],
+    rows: int,
+) -> dict[str, float | None]:
+    """What is left of rates that need no server: of `generate`, and of full rows."""
+    gap = one_user["between_tokens_seconds"]["p50"]
+    full = load["full_batch_tokens_per_second"]
+    of_rows = engine[f"rows_{rows}"]["decode_tokens_per_second"]
+    of_generate = alone["decode_tokens_per_second"]
+    return {
+        "one_user_of_generate": round(1 / gap / of_generate, 4) if gap else None,
+        "full_batch_of_engine": round(full / of_rows, 4) if full else None,
+    }
+
+
 def measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The engine's rates, then those of one user and of the load.
+    """The rates of `generate` and of the engine, then those of one user and the load.
 
     Args:
       arguments: Of the command.
@@ -89,16 +158,13 @@ def measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
     serving = Serving(lm, settings)
     note(f"compiled {', '.join(serving.warm_up())}")
     vocab = lm.config.vocab_size
-    # Twice: the first time fills caches and pools of the device.
     rng = np.random.default_rng((arguments.seed, 2))
+    lengths = (arguments.prompt_tokens, arguments.output_tokens)
+    alone_rates = generate_rates(lm, *lengths, rng)
+    note(f"generate {alone_rates}")
+    # Twice: the first time fills caches and pools of the device.
     for _ in range(2):
-        engine = engine_rates(
-            serving.session,
-            arguments.prompt_tokens,
-            arguments.output_tokens,
-            vocab,
-            rng,
-        )
+        engine = engine_rates(serving.session, *lengths, vocab, rng)
     note(f"engine {engine}")
     serving.scheduler.start()
     listening = socket.create_server(("127.0.0.1", 0))
@@ -107,14 +173,11 @@ def measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
     thread.start()
     try:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        requests = bodies(arguments, vocab, _NAME)
-        alone = argparse.Namespace(**vars(arguments))
-        alone.rate, alone.concurrency, alone.cancel = None, 1, 0.0
         # Prompts of their own: those of the load shall not be in the prefix store.
-        alone.seed = arguments.seed + 1
-        few = bodies(alone, vocab, _NAME)[: arguments.warm_up + 3]
-        one_user = figures(*asyncio.run(run_load(alone, url, few, None)))
-        load = figures(*asyncio.run(run_load(arguments, url, requests, None)))
+        alone = {"requests": 3, "concurrency": 1, "seed": arguments.seed + 1}
+        alone |= dict.fromkeys(("rate", "cancel", "same_every"))
+        one_user = _users(arguments, url, vocab, alone)
+        load = _users(arguments, url, vocab, {})
     finally:
         server.should_exit = True
         thread.join()
@@ -124,7 +187,9 @@ def measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "device": device.device_kind,
         "jax": jax.__version__,
+        "generate": alone_rates,
         "engine": engine,
         "one_user": one_user,
         "load": load,
+        "served": _shares(alone_rates, engine, one_user, load, arguments.max_batch),
     }

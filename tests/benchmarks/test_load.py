@@ -7,7 +7,14 @@ import math
 import pytest
 
 from benchmarks.bench import main
-from benchmarks.load import Result, ask, figures, percentiles
+from benchmarks.load import ask, bodies, build_parser
+from benchmarks.load_figures import (
+    Result,
+    figures,
+    full_batch_rate,
+    percentiles,
+    steadiness,
+)
 
 
 def test_what_never_came_stands_in_the_percentiles():
@@ -17,12 +24,42 @@ def test_what_never_came_stands_in_the_percentiles():
     good = Result(0.0, times=[1.0, 1.5, 2.0], ended=2.25, tokens=3, cached=4)
     bad = Result(0.0, times=[1.0], failure="500")
     gone = Result(0.0, times=[1.0], cancelled=True)
-    told = figures([good, bad, gone], seconds=10.0)
+    told = figures([good, bad, gone], seconds=10.0, rows=2)
     assert (told["completed"], told["failed"], told["cancelled"]) == (1, 1, 1)
     assert told["output_tokens_per_second"] == 0.5 and told["cached_tokens"] == 4
     assert told["first_token_seconds"] == {"p50": 1.0, "p90": None, "p99": None}
     assert told["between_tokens_seconds"]["p50"] == 0.5
     assert told["whole_seconds"] == {"p50": 2.25, "p90": None, "p99": None}
+
+
+def test_the_rate_of_full_rows_counts_only_while_all_are_taken():
+    first = Result(0.0, times=[1.0, 2.0, 3.0, 4.0])
+    second = Result(0.0, times=[2.5, 3.5, 4.5, 5.5])
+    third = Result(0.0, times=[8.0, 9.0])
+    # From 2.5 to 4: the tokens at 3, 3.5 and 4.
+    assert full_batch_rate([first, second, third], rows=2) == 2.0
+    assert full_batch_rate([first, second, third], rows=3) is None
+    # Who comes when another goes: from 2.5 to 4, and from 4.5 to 5.5.
+    late = Result(0.0, times=[4.5, 5.0, 6.0])
+    assert full_batch_rate([first, second, late], rows=2) == 2.0
+
+
+def test_who_asks_the_same_is_watched():
+    assert steadiness([Result(0.0, text="a")]) is None
+    first = Result(0.0, fixed=True, text="a b", logprobs=[-1.0, -2.0])
+    again = Result(0.0, fixed=True, text="a b", logprobs=[-1.0, -2.25])
+    other = Result(0.0, fixed=True, text="a c", logprobs=[-1.0, -2.0])
+    gone = Result(0.0, fixed=True, failure="503")
+    assert steadiness([first, again, Result(0.0, text="c"), other, gone]) == {
+        "answers": 3,
+        "changed": 1,
+        "largest_difference": 0.25,
+    }
+    options = ["--requests", "9", "--same-every", "4", "--warm-up", "2"]
+    made = bodies(build_parser().parse_args(options), 50, "m")
+    same = [n for n, body in enumerate(made[2:]) if "logprobs" in body]
+    assert same == [0, 4, 8]
+    assert made[2]["prompt"] == made[6]["prompt"] != made[7]["prompt"]
 
 
 def _answer(reply: bytes) -> Result:
