@@ -27,6 +27,7 @@ from sparda_jax.evaluation import plots
 from sparda_jax.evaluation.answers import DENSE, Record
 from sparda_jax.evaluation.report import Report, read_report, tables_of
 from sparda_jax.evaluation.run_files import Cell
+from sparda_jax.evaluation.sweep_tables import solved_series
 from sparda_jax.evaluation.tables import Scores, sweep_series
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -38,6 +39,7 @@ _JOINED = ("attention", "tasks", "lengths", "devices", "commits")
 # What these say stands in the sweeps of single tasks.
 _LEFT_OUT = ("Scores at", "Budget sweep")
 _FEWEST = 3  # Ways to attend that are worth a plot.
+_MEAN = "mean"
 _FACTS = (
     "model",
     "weights",
@@ -148,11 +150,29 @@ def part(name: str) -> str:
     parts = ["\n".join(facts) + "\n"]
     for table in tables:
         parts.append(table.markdown())
-        for task, length in _swept(scores):
-            if table.title.startswith(f"{task} at {length:,} tokens"):
+        for task, length in _drawn(scores):
+            if table.title.startswith(_titles(task, length)):
                 file = _picture(name, task, length)
                 parts.append(f"![{task}, {length:,} tokens](results/{file.name})\n")
     return "\n".join(parts)
+
+
+def _titles(task: str, length: int) -> str:
+    """How the title of a plot's table begins."""
+    if task == _MEAN:
+        return f"Tasks that dense solves, at {length:,} tokens"
+    return f"{task} at {length:,} tokens"
+
+
+def _drawn(scores: Scores) -> list[tuple[str, int]]:
+    """What there are plots of: sweeps of tasks, and of their means."""
+    swept = _swept(scores)
+    of_length: dict[int, list[str]] = {}
+    for task, length in swept:
+        of_length.setdefault(length, []).append(task)
+    # The means of a single task are its own sweep.
+    means = [(_MEAN, length) for length, tasks in of_length.items() if len(tasks) > 1]
+    return [*swept, *means]
 
 
 def _with_others(scores: Scores) -> tuple[Scores, list[str]]:
@@ -188,11 +208,14 @@ def _picture(name: str, task: str, length: int) -> pathlib.Path:
 def draw(name: str) -> None:
     """Draws the sweeps of a file."""
     scores, _ = _with_others(read(DATA / f"{name}.json"))
-    for task, length in _swept(scores):
+    for task, length in _drawn(scores):
         cells = {c: r for c, r in scores.cells.items() if c.task == task}
+        series = solved_series(scores, length)
+        if task != _MEAN:
+            series = sweep_series(Scores(cells, scores.settings), length)
         lines: Callable = functools.partial(
             plots.lines,
-            series=sweep_series(Scores(cells, scores.settings), length),
+            series=series,
             xlabel="blocks that decode reads, %",
             ylabel="score",
             title=f"{task}, {length:,} tokens, {scores.settings['model']}",

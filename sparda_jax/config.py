@@ -38,7 +38,7 @@ __all__ = [
     "SparseConfig",
 ]
 
-CacheKind = Literal["resident", "offload", "auto"]
+CacheKind = Literal["resident", "offload", "auto", "evict"]
 Prefetch = Literal["lookahead", "none", "auto"]
 HostCodec = Literal["exact", "int8"]
 # What Forecast heads read of a layer.
@@ -380,6 +380,9 @@ class CacheConfig:
     Attributes:
       kind: `resident`: all KV on the device. `offload`: all KV in host memory, the
         blocks in use in device slots. `auto`: resident if it fits, else offload.
+        `evict`: on the device, and of a prompt only the blocks that its answer can
+        still list, with an attention that drops the others for good (`snapkv`,
+        `window`); no further turn reads such a cache.
       device_blocks: C, slots per layer, row and kv head (`offload`); more than a block
         list is long are a larger cache with least-recently-used reuse. `auto`: as many
         as the device has room for beside all else, up to all blocks. None is `auto`

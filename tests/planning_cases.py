@@ -61,7 +61,10 @@ class Case:
         preset = PRESETS[self.preset]
         selector = get_selector(self.attention)
         offload = offload_settings(self.cache, selector)
-        return LayerSettings(preset.model, preset.sparse, selector, offload=offload)
+        evict = self.kind == "evict"
+        return LayerSettings(
+            preset.model, preset.sparse, selector, offload=offload, evict=evict
+        )
 
     @property
     def shapes(self) -> Shapes:

@@ -38,16 +38,21 @@ class LayerCache(NamedTuple):
       kv: [layers, B, K, M, block, 2, H].
       key_bias: NOSA's c per token [layers, B, K, M, block] float32, or None.
       index: What the selector keeps of the keys, by part (`sparse.index`).
+      page_table: Where `cache.evict` keeps fewer blocks than M: the place in `kv` and
+        `key_bias` of each block, −1 for one that is gone [layers, B, K, M]. None: block
+        m is in place m.
     """
 
-    kv: Float[Array, "layers B K M block 2 H"]
-    key_bias: Float[Array, "layers B K M block"] | None
+    kv: Float[Array, "layers B K C block 2 H"]
+    key_bias: Float[Array, "layers B K C block"] | None
     index: IndexState
+    page_table: Int[Array, "layers B K M"] | None = None
 
     @property
     def num_blocks(self) -> int:
         """M, blocks of capacity per row."""
-        return self.kv.shape[3]
+        held = self.kv if self.page_table is None else self.page_table
+        return held.shape[3]
 
 
 class KVCache(NamedTuple):
@@ -84,8 +89,7 @@ class KVCache(NamedTuple):
     @property
     def capacity(self) -> int:
         """Tokens that a row can hold."""
-        kv = self.layers[0].kv
-        return kv.shape[3] * kv.shape[4]
+        return self.num_blocks * self.layers[0].kv.shape[4]
 
     def layer(self, index: int | Array) -> tuple[LayerCache, int | Array]:
         """The `LayerCache` that holds layer `index`, and the index inside it."""
@@ -127,17 +131,18 @@ def init_layer(
     batch: int,
     blocks: int,
     dtype: DTypeLike,
+    kept: int | None = None,
 ) -> LayerCache:
-    """An empty `LayerCache` whose leading axis is `layers`."""
+    """An empty `LayerCache` whose leading axis is `layers`; with room for `kept`."""
     heads, dim, block = config.num_kv_heads, config.head_dim, sparse.block_size
     lead = (layers, batch, heads)
     shape = IndexShape(layers, batch, heads, blocks, dim, dtype)
+    room = (*lead, blocks if kept is None else kept, block)
     return LayerCache(
-        kv=jnp.zeros((*lead, blocks, block, 2, dim), dtype),
-        key_bias=(
-            jnp.zeros((*lead, blocks, block), jnp.float32) if config.key_bias else None
-        ),
+        kv=jnp.zeros((*room, 2, dim), dtype),
+        key_bias=jnp.zeros(room, jnp.float32) if config.key_bias else None,
         index=init_index(indices, shape, sparse),
+        page_table=None if kept is None else jnp.full((*lead, blocks), -1, jnp.int32),
     )
 
 
@@ -150,6 +155,7 @@ def init_cache(
     capacity: int,
     dtype: DTypeLike,
     storage: Literal["stacked", "per_layer"],
+    kept: int | None = None,
 ) -> KVCache:
     """An empty cache.
 
@@ -161,6 +167,7 @@ def init_cache(
       capacity: Tokens per row, a multiple of the block size.
       dtype: Type of KV and index.
       storage: As the model's layers are stored.
+      kept: Blocks of a row that have room; None for all (`cache.evict`).
 
     Raises:
       ConfigError: If capacity is not a positive multiple of the block size.
@@ -180,6 +187,7 @@ def init_cache(
             batch=batch,
             blocks=blocks,
             dtype=dtype,
+            kept=kept,
         )
 
     return KVCache(tuple(one() for _ in range(count)))
@@ -218,6 +226,23 @@ def _write_rows(
     return jax.lax.fori_loop(0, batch, put, store)
 
 
+def _write_by_table(
+    store: Float[Array, "layers B K C block *rest"],
+    new: Float[Array, "B 1 K *rest"],
+    layer: int | Int[Array, ""],
+    start: Int[Array, " B"],
+    page_table: Int[Array, "layers B K M"],
+) -> Float[Array, "layers B K C block *rest"]:
+    """Puts one token of every row where its block is; nowhere if that is gone."""
+    batch, heads, places = store.shape[1:4]
+    block, offset = divmod(start[:, None], store.shape[4])
+    rows, kv_heads = jnp.ogrid[:batch, :heads]
+    place = page_table[layer, rows, kv_heads, block]
+    place = jnp.where(place < 0, places, place)
+    where = (layer, rows, kv_heads, place, offset)
+    return store.at[where].set(new[:, 0].astype(store.dtype), mode="drop")
+
+
 def append_tokens(
     cache: LayerCache,
     layer: int | Int[Array, ""],
@@ -242,6 +267,8 @@ def append_tokens(
     """
 
     def write(store: Array, new: Array) -> Array:
+        if cache.page_table is not None:
+            return _write_by_table(store, new, layer, start, cache.page_table)
         flat = store.reshape(*store.shape[:3], -1, *store.shape[5:])
         return _write_rows(flat, new, layer, start).reshape(store.shape)
 
@@ -253,7 +280,7 @@ def append_tokens(
     if key_bias is not None:
         assert new.key_bias is not None
         key_bias = write(key_bias, new.key_bias)
-    return LayerCache(kv=kv, key_bias=key_bias, index=index)
+    return cache._replace(kv=kv, key_bias=key_bias, index=index)
 
 
 def end_prefill(

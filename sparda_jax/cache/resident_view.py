@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
@@ -104,8 +105,14 @@ class ResidentView(NamedTuple):
             return token_attention(
                 q, cache.kv, key_bias, cache.index, layer, tile, settings
             )
-        # In a resident cache slot c holds block c.
-        slots = None if self.blocks is None else self.blocks[:, :, 0]
+        blocks = None if self.blocks is None else self.blocks[:, :, 0]
+        slots = blocks  # in a resident cache slot c holds block c
+        if cache.page_table is not None:
+            assert blocks is not None
+            places = jnp.take_along_axis(
+                cache.page_table[layer], jnp.maximum(blocks, 0), axis=-1
+            )
+            slots = jnp.where(blocks >= 0, places, -1)
         return decode_attention(
-            q, cache.kv, slots, slots, key_bias, layer, tile, settings
+            q, cache.kv, slots, blocks, key_bias, layer, tile, settings
         )

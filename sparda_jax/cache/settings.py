@@ -55,6 +55,7 @@ class LayerSettings:
         what is recorded as fastest for the device, a name is never replaced.
       offload: How an offloaded cache is decoded; None for a resident one.
       parts: Devices that divide every layer; `config` is then that of one of them.
+      evict: A resident cache keeps what the answer can list (`cache.evict`).
     """
 
     config: ModelConfig
@@ -63,6 +64,7 @@ class LayerSettings:
     implementation: Implementation | None = None
     offload: OffloadSettings | None = None
     parts: int = 1
+    evict: bool = False
 
     @property
     def axis(self) -> str | None:

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.checks import integer
 from sparda_jax.config import CacheConfig, ConfigError, ModelConfig, SparseConfig
 from sparda_jax.engine.model import LanguageModel
@@ -157,7 +156,13 @@ class Conversation:
         return self._claim.taken
 
     def check_unused(self) -> None:
-        """Raises ConfigError if another turn has gone on from here."""
+        """Raises ConfigError if no turn can go on from here, or another one has."""
+        if self.made_with.cache.kind == "evict":
+            raise ConfigError(
+                "conversation cannot go on or be forked: CacheConfig.kind='evict' has "
+                "given back blocks of its prompt, which a further turn would read; "
+                "begin it with kind='resident' or 'offload'"
+            )
         if self.used_up:
             raise ConfigError(
                 "conversation is used up, by a further turn or a stream that was made "
@@ -225,7 +230,7 @@ class Conversation:
         return dataclasses.replace(self, state=state, lengths=lengths, _claim=_Claim())
 
     def __repr__(self) -> str:
-        kind = "offload" if isinstance(self.state.cache, OffloadCache) else "resident"
+        kind = self.made_with.cache.kind
         lengths = ", ".join(str(length) for length in self.lengths[:8])
         more = ", …" if len(self.lengths) > 8 else ""
         end = ", used up" if self.used_up else ""

@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 
+from sparda_jax.cache.evict import kept_blocks
 from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.cache.settings import LayerSettings
+from sparda_jax.checks import require
 from sparda_jax.config import CacheConfig, ConfigError
 from sparda_jax.engine.conversation import Conversation
 from sparda_jax.engine.model import LanguageModel
@@ -103,6 +105,8 @@ def place(
     notes = [] if reason is None else [reason]
     notes += _without_effect(lm, cache)
     settings = _settings(lm, cache)
+    if cache.kind == "evict":
+        notes += _evicts(settings, close)
     if lm.mesh is not None:
         refuse_on_mesh(settings, state, close)
     refuse = functools.partial(
@@ -181,7 +185,17 @@ def _settings(lm: LanguageModel, cache: CacheConfig) -> LayerSettings:
         lm.settings,
         selector=selector,
         offload=offload_settings(cache, lm.selector),
+        evict=cache.kind == "evict",
     )
+
+
+def _evicts(settings: LayerSettings, shapes: Shapes) -> list[str]:
+    """What a cache that evicts keeps, in words."""
+    kept = kept_blocks(settings, shapes.capacity, shapes.new)
+    if kept is None:
+        return ["evict: the prompt is too short for anything to be given back"]
+    blocks = shapes.capacity // settings.sparse.block_size
+    return [f"evict: room for {kept} of a row's {blocks} blocks"]
 
 
 def _check_cache(lm: LanguageModel, shapes: Shapes) -> None:
@@ -190,6 +204,15 @@ def _check_cache(lm: LanguageModel, shapes: Shapes) -> None:
     Whether a configuration is allowed must not depend on how much memory is free.
     """
     cache = lm.cache
+    if cache.kind == "evict":
+        offload_settings(cache, lm.selector)
+        require(
+            cache.exactness == "forecast",
+            "CacheConfig.exactness",
+            cache.exactness,
+            "'forecast' with kind='evict'",
+        )
+        return
     if cache.kind == "resident":
         if cache.exactness == "verify":
             offload_settings(CacheConfig("offload", exactness="verify"), lm.selector)
@@ -255,6 +278,11 @@ def refuse_on_mesh(
     settings: LayerSettings, state: GenerateState | None, shapes: Shapes
 ) -> None:
     """Raises ConfigError for what several devices cannot do together."""
+    if settings.evict:
+        raise ConfigError(
+            "CacheConfig.kind='evict' is not allowed on a mesh: use 'resident' or "
+            "'offload'"
+        )
     offload = settings.offload
     if offload is None:
         return
@@ -280,8 +308,8 @@ def _without_effect(lm: LanguageModel, cache: CacheConfig) -> list[str]:
         for name in _OFFLOAD_ONLY
         if getattr(cache, name) != getattr(usual, name)
     ]
-    if lm.cache.kind == "resident" and given:
-        return [f"no effect on a resident cache: {', '.join(given)}"]
+    if lm.cache.kind in ("resident", "evict") and given:
+        return [f"no effect on a cache on the device: {', '.join(given)}"]
     if cache.kind == "offload" and cache.recall_every and not lm.selector.looks_ahead:
         return [f"no effect without a forecast: recall_every={cache.recall_every}"]
     return []

@@ -178,8 +178,10 @@ def _cuts_change_nothing(lm: LanguageModel) -> bool:
     """Whether a prompt may be cut into calls.
 
     Not where rows switch to dense attention by their length, or where windows reach
-    past their query (parity settings).
+    past their query (parity settings), or where a layer keeps a part of its prompt.
     """
+    if lm.cache.kind == "evict":
+        return False
     return lm.sparse.dense_len <= 0 and lm.sparse.mask_future_blocks
 
 
@@ -204,7 +206,8 @@ def without_effect(
         notes.append("no effect without LongRoPE: max_context")
     if prefill_chunk is not None and not _cuts_change_nothing(lm):
         notes.append(
-            "no effect with dense_len or windows that reach past their query: "
+            "no effect with dense_len, windows that reach past their query, or "
+            "kind='evict': "
             "prefill_chunk (the prompt is one call)"
         )
     return notes

@@ -115,6 +115,12 @@ class Session(Batch):
         context = optional(integer(1))("max_context", max_context)
         top = optional(integer(0, 1024))("top_logprobs", top_logprobs)
         prefix = integer(0, LARGEST_BYTES)("prefix_bytes", prefix_bytes)
+        require(
+            lm.cache.kind != "evict",
+            "CacheConfig.kind",
+            lm.cache.kind,
+            "'resident', 'offload' or 'auto' in a session: its prompts come in pieces",
+        )
         if lm.mesh is not None:
             require(
                 lm.mesh.data == 1 and top is None and prefix == 0,

@@ -19,7 +19,13 @@ from sparda_jax.evaluation.answers import Record
 from sparda_jax.evaluation.plots import Point
 from sparda_jax.evaluation.run_files import Cell, RunFiles
 from sparda_jax.evaluation.statistics import paired_difference
-from sparda_jax.evaluation.sweep_tables import against_table, task_sweep_tables
+from sparda_jax.evaluation.sweep_tables import (
+    against_table,
+    nearness_table,
+    solved_means,
+    solved_series,
+    task_sweep_tables,
+)
 from sparda_jax.evaluation.tables import (
     Scores,
     Table,
@@ -153,6 +159,8 @@ def tables_of(scores: Scores) -> list[Table]:
         for made in (
             *(make(scores, length) for make in _TABLES),
             *task_sweep_tables(scores, length),
+            solved_means(scores, length),
+            nearness_table(scores, length),
             against_table(scores, length),
         )
         if made is not None
@@ -168,6 +176,8 @@ def _plots(report: Report) -> dict[str, tuple[_Series, Mapping[str, str]]]:
     found: dict[str, tuple[_Series, Mapping[str, str]]] = {}
     for length in scores.lengths():
         sweep, depth = sweep_series(scores, length), depth_series(scores, length)
+        if len(sweep) < 2:  # cells are missing: the tasks that all have run
+            sweep = solved_series(scores, length)
         if len(sweep) > 1:
             found[f"sweep-{length}.png"] = (
                 sweep,

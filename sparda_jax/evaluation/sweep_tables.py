@@ -3,10 +3,17 @@
 from collections.abc import Sequence
 
 from sparda_jax.evaluation.answers import DENSE
-from sparda_jax.evaluation.statistics import estimate, paired_difference
+from sparda_jax.evaluation.plots import Point
+from sparda_jax.evaluation.statistics import (
+    estimate,
+    mean_of_tasks,
+    paired_difference,
+)
 from sparda_jax.evaluation.tables import MISSING, Scores, Table, Variant
 
-_OURS = "sparda"
+_OURS, _OWN_QUERY = "sparda", "infllm_v2"
+# A task that dense solves, and what is as good as it.
+SOLVED, WITHIN = 90.0, 2.0
 
 
 def _names(scores: Scores, length: int) -> list[str]:
@@ -117,3 +124,116 @@ def _difference(scores: Scores, length: int, name: str, budget: int) -> str:
     if not first:
         return MISSING
     return f"{paired_difference(first, second).text('+.1f')} ({len(first)})"
+
+
+def _solved(scores: Scores, length: int) -> list[str]:
+    """Tasks on which dense scores at least `SOLVED`."""
+    return [
+        task
+        for task in _measured(scores, length)
+        if (scores.dense_score(task, length) or 0.0) >= SOLVED
+    ]
+
+
+def _common(scores: Scores, length: int, budget: int) -> list[str]:
+    """Of them, those that every selector with results at a budget has run."""
+
+    def done(name: str, task: str) -> bool:
+        return bool(scores.records(task, length, Variant(name, budget)))
+
+    solved = _solved(scores, length)
+    names = [n for n in _names(scores, length) if any(done(n, t) for t in solved)]
+    return [task for task in solved if names and all(done(n, task) for n in names)]
+
+
+def solved_means(scores: Scores, length: int) -> Table | None:
+    """Means over the tasks that dense solves, by selector and budget.
+
+    Args:
+      scores: All records.
+      length: Tokens.
+
+    Returns:
+      None where dense solves none that all have run.
+    """
+    common = {b: _common(scores, length, b) for b in _budgets(scores, length)}
+    common = {budget: tasks for budget, tasks in common.items() if tasks}
+    if not common:
+        return None
+
+    def text(name: str, budget: int, tasks: Sequence[str]) -> str:
+        variant = Variant(name, 0 if name == DENSE else budget)
+        values = [scores.values(task, length, variant, "score") for task in tasks]
+        return mean_of_tasks(values).text() if all(values) else MISSING
+
+    rows = [
+        (scores.label(Variant(n, 0)), *(text(n, b, t) for b, t in common.items()))
+        for n in (DENSE, *_names(scores, length))
+    ]
+    told = "; ".join(f"{b} blocks: {', '.join(t)}" for b, t in common.items())
+    return Table(
+        f"Tasks that dense solves, at {length:,} tokens: means",
+        ("attention", *(f"{budget} blocks" for budget in common)),
+        tuple(row for row in rows if {*row[1:]} != {MISSING}),
+        f"Over the tasks on which dense scores at least {SOLVED:g} and that all have "
+        f"run ({told}). 95 % bootstrap intervals.",
+    )
+
+
+def solved_series(scores: Scores, length: int) -> dict[str, list[Point]]:
+    """The same means against the share of the blocks that decode reads."""
+    series: dict[str, list[Point]] = {}
+    for budget in _budgets(scores, length):
+        tasks = _common(scores, length, budget)
+        for name in (DENSE, *_names(scores, length)) if tasks else ():
+            variant = Variant(name, 0 if name == DENSE else budget)
+            values, read = (
+                [scores.values(task, length, variant, field) for task in tasks]
+                for field in ("score", "read")
+            )
+            if not all(values) or not all(read):
+                continue
+            mean, share = mean_of_tasks(values), mean_of_tasks(read).mean
+            point = Point(100 * share, mean.mean, mean.low, mean.high)
+            series.setdefault(scores.label(Variant(name, 0)), []).append(point)
+    return series
+
+
+def nearness_table(scores: Scores, length: int) -> Table | None:
+    """Whether SparDA is near dense and own queries, on each task that dense solves.
+
+    Args:
+      scores: All records.
+      length: Tokens.
+
+    Returns:
+      None without results of SparDA on such a task.
+    """
+    rows = []
+    for task in _solved(scores, length):
+        dense = scores.values(task, length, Variant(DENSE, 0), "score")
+        for budget in reversed(_budgets(scores, length)):
+            ours = scores.values(task, length, Variant(_OURS, budget), "score")
+            own = scores.values(task, length, Variant(_OWN_QUERY, budget), "score")
+            if not ours:
+                continue
+            row = [task, str(budget), f"{estimate(ours).mean:.1f}"]
+            for theirs in (dense, own):
+                if len(theirs) != len(ours):
+                    row += [MISSING, MISSING]
+                    continue
+                less = paired_difference([theirs], [ours])
+                row.append(f"{estimate(theirs).mean:.1f}, {less.text('+.1f')}")
+                row.append("yes" if less.mean >= -WITHIN else "**no**")
+            rows.append(tuple(row))
+    if not rows:
+        return None
+    within = f"within {WITHIN:g}"
+    return Table(
+        f"sparda beside dense and own queries, at {length:,} tokens",
+        ("task", "blocks", "sparda", "dense", within, "own queries", within),
+        tuple(rows),
+        f"Tasks on which dense scores at least {SOLVED:g}. Behind the others' scores: "
+        "sparda less theirs on the same samples, with 95 % bootstrap intervals; "
+        f"'{within}': not more than {WITHIN:g} points below.",
+    )

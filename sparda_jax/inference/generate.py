@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparda_jax.cache.counters import BlockCounts, FetchTotals
+from sparda_jax.cache.evict import kept_blocks
 from sparda_jax.cache.offload import init_offload
 from sparda_jax.cache.resident import init_cache
 from sparda_jax.cache.settings import LayerSettings
@@ -375,8 +376,9 @@ def new_state(
     }
     offload = settings.offload
     if offload is None:
+        kept = kept_blocks(settings, shapes.capacity, shapes.new)
         kv: Cache = init_cache(
-            settings.config, settings.sparse, settings.indices, **kind
+            settings.config, settings.sparse, settings.indices, **kind, kept=kept
         )
     else:
         # Fetches that overlap need areas of their own; what `auto` decides shall not

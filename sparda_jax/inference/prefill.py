@@ -6,7 +6,8 @@ the longest row: lengths can be bucketed and padding costs next to nothing.
 
 An offloaded layer runs on a scratch cache of one layer, into which what its rows hold
 from before is streamed, and leaves for the host when its tiles are done: the device
-holds one layer's KV, the hidden states of the prompt and a tile's scratch.
+holds one layer's KV, the hidden states of the prompt and a tile's scratch. A layer that
+evicts runs on such a scratch cache too, and leaves in its place what it keeps.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from sparda_jax.cache.evict import Scratch, keep_listed, new_scratch, whole_layer
 from sparda_jax.cache.offload import (
     OffloadCache,
     load_layer,
@@ -182,6 +184,33 @@ def prefill(
         cache, scratch = jax.lax.optimization_barrier((cache, layer_cache.kv))
         return carry._replace(activations=activations, cache=cache), scratch
 
+    def evicting(
+        loop: tuple[StackCarry, Scratch], layer: DecoderLayer, layer_index: int | Array
+    ) -> tuple[StackCarry, Scratch]:
+        carry, scratch = loop
+        assert isinstance(carry.cache, KVCache)
+        view = ResidentView(whole_layer(carry.cache, layer_index, scratch), 0)
+        activations, layer_cache, _ = run_tiles(
+            carry.activations, view, None, layer, layer_index
+        )
+        length = start + count
+        at_end = TileState(
+            start=jnp.maximum(length - 1, 0),
+            count=jnp.minimum(length, 1),
+            length=length,
+            rope_cos_sin=rope_cos_sin,
+            num_blocks=cache.num_blocks,
+            decoding=True,
+            layer=layer_index,
+        )
+        kept = keep_listed(
+            carry.cache, layer_index, layer_cache, length, at_end, settings
+        )
+        scratch = Scratch(layer_cache.kv, layer_cache.key_bias)
+        # The next layer overwrites the scratch: only behind what reads it here.
+        kept, scratch = jax.lax.optimization_barrier((kept, scratch))
+        return carry._replace(activations=activations, cache=kept), scratch
+
     whole = tile_state(0, padded)
     carry = start_stack(model, cache, tokens, whole, settings, capture=capture)
     if isinstance(cache, OffloadCache):
@@ -189,6 +218,8 @@ def prefill(
         carry, _ = run_layers(
             model, offloaded, loop, unscanned_layers=cache.resident_layers
         )
+    elif cache.layers[0].page_table is not None:
+        carry, _ = run_layers(model, evicting, (carry, new_scratch(cache)))
     else:
         carry = run_layers(model, resident, carry)
     blocks = None if carry.blocks is None else carry.blocks[:, :, :, :width]

@@ -19,7 +19,7 @@ from sparda_jax.cache.settings import OffloadSettings
 from sparda_jax.config import CacheConfig, ConfigError
 from sparda_jax.planning.measure import measure_fetch
 from sparda_jax.runtime import warn_if_serial
-from sparda_jax.sparse.selectors import Selector, ahead_names
+from sparda_jax.sparse.selectors import Selector, ahead_names, evicting_names
 
 # Steps that `prefetch="auto"` decodes on demand: to warm up, and to measure.
 PROBE_WARM, PROBE_TIMED = 4, 8
@@ -37,7 +37,13 @@ def offload_settings(cache: CacheConfig, selector: Selector) -> OffloadSettings 
       ConfigError: If the attention cannot do what the configuration asks for, or the
         route cannot run on this device.
     """
-    if cache.kind == "resident":
+    if cache.kind == "evict" and not selector.evicts:
+        raise ConfigError(
+            f"CacheConfig.kind='evict' is not allowed with attention="
+            f"{selector.name!r}: it must be one that lists no block again which it has "
+            f"left out at the prompt's end ({evicting_names()})"
+        )
+    if cache.kind in ("resident", "evict"):
         return None
     if selector.attends_tokens:
         raise ConfigError(

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.block_scores import api as block_scores
 from pallas_kernels.block_sparse_attention import api as block_sparse_attention
 from pallas_kernels.paged_decode_attention import api as paged_decode_attention
+from sparda_jax.cache.evict import kept_blocks
 from sparda_jax.cache.host_store import HostStore
 from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.cache.settings import LayerSettings
@@ -41,7 +42,8 @@ class MemoryPlan:
       batch, capacity: Sequences, and tokens that each can hold.
       weights: The model without Forecast heads.
       forecast_heads: The heads, where the model has them.
-      kv: KV of the resident layers: all, or layer 0, or none.
+      kv: KV of the resident layers: all, or layer 0, or none; what a cache that evicts
+        keeps of it.
       slots: Device slots of the offloaded layers.
       slot_tables: What lies in them.
       compressed_keys: Of all layers, for all blocks.
@@ -49,7 +51,8 @@ class MemoryPlan:
       staging: Where fetched blocks arrive.
       generation: Tokens, lengths, tokens seen, counters.
       layer_copy: One layer's weights, which a scan takes out of the stack.
-      kv_scratch: One layer's whole KV, while an offloaded layer prefills: of all rows,
+      kv_scratch: One layer's whole KV, while a layer prefills that is offloaded or
+        evicts: of all rows,
         or of one where they are prefilled one after another (`Shapes.by_row`), as for
         the next two.
       prompt_states: Hidden states, forecasts and rotations of the prompt.
@@ -207,6 +210,7 @@ def _state_bytes(
     else:
         layers = state.cache.layers
         kv = tuple(layer.kv for layer in layers)
+        tables = tuple(layer.page_table for layer in layers)
     rest = [part for part in state if part is not state.cache]
     return _State(
         kv=tree_bytes(kv),
@@ -448,10 +452,12 @@ def memory_plan(
         needed = settings.selector.needs_forecast
         copy = layer + (heads // config.num_layers if needed else 0)
     scratch = 0
-    if offload is not None:
+    evicts = kept_blocks(settings, shapes.capacity, shapes.new) is not None
+    if offload is not None or evicts:
         scratch = together * config.num_kv_heads * blocks * block_bytes
+    kind = "evict" if settings.evict else "resident"
     return MemoryPlan(
-        kind="resident" if offload is None else "offload",
+        kind=kind if offload is None else "offload",
         batch=batch,
         capacity=shapes.capacity,
         weights=base,

@@ -45,6 +45,8 @@ class Selector:
       attends_tokens: Decode attends to single tokens with corrected logits
         (`token_correction`), in plain jax.numpy: a form for evaluation, for resident
         caches alone.
+      evicts: Earlier blocks that it does not list for a prompt's last token it lists
+        for no later one: a cache may give their memory back (`kind="evict"`).
       needs_forecast: The model must have Forecast heads.
       scores_all_windows: Prefill holds the scores of all windows of a tile; else they
         go through `pallas_kernels.block_scores` (for the planner).
@@ -60,6 +62,7 @@ class Selector:
     looks_ahead: ClassVar[bool] = False
     hands_on_scores: ClassVar[bool] = False
     attends_tokens: ClassVar[bool] = False
+    evicts: ClassVar[bool] = False
     needs_forecast: ClassVar[bool] = False
     scores_all_windows: ClassVar[bool] = True
     divides_heads: ClassVar[bool] = True

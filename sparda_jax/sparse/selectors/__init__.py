@@ -11,7 +11,13 @@ import types
 from sparda_jax.checks import ConfigError, shown, text
 from sparda_jax.sparse.selector import Selector
 
-__all__ = ["Selector", "ahead_names", "get_selector", "selector_names"]
+__all__ = [
+    "Selector",
+    "ahead_names",
+    "evicting_names",
+    "get_selector",
+    "selector_names",
+]
 
 
 def _found() -> dict[str, Selector]:
@@ -36,6 +42,11 @@ def selector_names() -> tuple[str, ...]:
 def ahead_names() -> str:
     """Names of those that can look ahead, for messages."""
     return ", ".join(name for name, one in _REGISTRY.items() if one.looks_ahead)
+
+
+def evicting_names() -> str:
+    """Names of those whose caches can evict, for messages."""
+    return ", ".join(name for name, one in _REGISTRY.items() if one.evicts)
 
 
 def get_selector(name: str | Selector) -> Selector:

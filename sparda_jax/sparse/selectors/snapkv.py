@@ -7,8 +7,9 @@ snapkv_utils.py of FasterDecoding/SnapKV.
 
 What differs here: votes are averaged over a group and summed over a block (published:
 single tokens of each query head), and the budget is that of every selector: when the
-answer fills it, the blocks with fewest votes go. The cache has a fixed shape, so
-memory is not given back; a further prompt of a conversation reads all of it, densely as
+answer fills it, the blocks with fewest votes go. `CacheConfig(kind="evict")` gives
+back the memory of what is evicted, layer by layer, as the prompt leaves a layer. Other
+caches keep it, so that a further prompt of a conversation reads all of it, densely as
 every prompt does, and votes anew.
 """
 
@@ -43,6 +44,7 @@ class SnapKV(Selector):
     summary = "SnapKV-style: what the prompt's last queries attend to, chosen once"
     dense_prefill = True
     looks_ahead = True
+    evicts = True
 
     def __post_init__(self) -> None:
         settle(self, window=integer(1, 4096), pool=integer(1, 63))

@@ -18,6 +18,7 @@ class Window(Selector):
     name = "window"
     summary = "the first blocks and the latest ones, by position alone"
     looks_ahead = True
+    evicts = True
     scores_all_windows = False
 
     def budget(self, sparse: SparseConfig) -> int:

@@ -49,6 +49,7 @@ COMPILED = [
             Case(kind="offload", slots=10_000),
             Case(kind="offload", slots=14, codec="int8"),
             Case(kind="offload", slots=10_000, codec="int8", storage="per_layer"),
+            Case("snapkv", kind="evict", prompt=3900),
         )
     ),
 ]
@@ -145,6 +146,7 @@ def test_8b_with_many_rows_fits_80_gb():
         Case(storage="per_layer", batch=3),
         Case("nosa", kind="offload", preset="tiny-nosa", batch=3, slots=11),
         Case(kind="offload", storage="per_layer", layer0="offload", batch=1),
+        Case("snapkv", kind="evict", preset="tiny-nosa", batch=3),
     ],
     ids=repr,
 )
