@@ -16,11 +16,14 @@ _NAMES = {
     "own_mass": "own query",
     "oracle_mass": "oracle",
 }
+_OURS = "forecast_mass"
+_WORST_HEADS = 8
 _HOW = """\
 Recall: of the blocks that a layer's own queries choose (forced ones left out), the \
 share that the Forecast chooses too; "at budget" counts the forced ones as well. Mass: \
 attention probability in the chosen blocks. Lost: mass of the own query's lists that \
-the Forecast's do not have. Overlap: share of a token's chosen blocks that the token \
+the Forecast's do not have; to the oracle: of the lists that the true attention fills. \
+Overlap: share of a token's chosen blocks that the token \
 before lists. Tokens whose context fits the budget do not count. Layers attend to \
 their own queries' choice."""
 
@@ -41,13 +44,13 @@ def _buckets(edges: Sequence[int]) -> list[str]:
 
 def _domains(report: Mapping[str, Any]) -> list[str]:
     names = ("recall", "recall_at_budget", "forecast_mass", "own_mass", "oracle_mass")
-    names = (*names, "lost", "overlap")
+    names = (*names, "lost", "lost_to_oracle", "overlap")
     rows = [
         [name, f"{x['rows']} × {x['tokens']}", *(x["means"][n] for n in names)]
         for name, x in report["domains"].items()
     ]
     head = ("text", "rows × tokens", "recall", "at budget", "mass", "own query")
-    return _table((*head, "oracle", "lost", "overlap"), rows)
+    return _table((*head, "oracle", "lost", "to the oracle", "overlap"), rows)
 
 
 def _verdict(report: Mapping[str, Any]) -> list[str]:
@@ -73,12 +76,13 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
 
 def _layers(report: Mapping[str, Any]) -> list[str]:
     names = ("recall", "recall_at_budget", "forecast_mass", "own_mass", "oracle_mass")
-    names = (*names, "overlap")
+    names = (*names, "lost", "lost_to_oracle", "overlap")
     columns = [mean_over_domains(report, "layers", name) for name in names]
     rows = [
         [layer, *map(float, x)] for layer, x in enumerate(zip(*columns, strict=True))
     ]
-    head = ("layer", "recall", "at budget", "mass", "own query", "oracle", "overlap")
+    head = ("layer", "recall", "at budget", "mass", "own query", "oracle")
+    head = (*head, "lost", "to the oracle", "overlap")
     return ["", "## By layer, mean of the texts", "", *_table(head, rows)]
 
 
@@ -89,7 +93,79 @@ def _positions(report: Mapping[str, Any]) -> list[str]:
         for name, x in report["domains"].items()
     ]
     head = ("text", *_buckets(first["positions"]["edges"]))
-    return ["", "## Recall by position, mean of the layers", "", *_table(head, rows)]
+    masses = {
+        label: mean_over_domains(report, "positions", name).mean(0)
+        for name, label in _NAMES.items()
+    }
+    ours = masses["Forecast"]
+    masses["lost"] = masses["own query"] - ours
+    masses["lost to the oracle"] = masses["oracle"] - ours
+    mass = [[name, *map(float, values)] for name, values in masses.items()]
+    return [
+        *("", "## Recall by position, mean of the layers", "", *_table(head, rows)),
+        *("", "## Mass by position, mean of layers and texts", ""),
+        *_table(("lists of", *head[1:]), mass),
+    ]
+
+
+def _lost_by_head(report: Mapping[str, Any]) -> np.ndarray:
+    """Mass that the own query's lists have and the forecast's do not [layers, N]."""
+    own, ours = (
+        mean_over_domains(report, "heads", name) for name in ("own_mass", _OURS)
+    )
+    return own - ours
+
+
+def _heads(report: Mapping[str, Any]) -> list[str]:
+    """The heads of least recall, and those that lose most mass."""
+    recall = mean_over_domains(report, "heads", "recall")
+    lost = _lost_by_head(report)
+    oracle = mean_over_domains(report, "heads", "oracle_mass")
+    ours = mean_over_domains(report, "heads", _OURS)
+
+    def first(values: np.ndarray) -> list[tuple[int, int]]:
+        order = np.argsort(values, axis=None, kind="stable")[:_WORST_HEADS]
+        return [divmod(int(place), values.shape[1]) for place in order]
+
+    worst = [[layer, head, float(recall[layer, head])] for layer, head in first(recall)]
+    losing = [
+        [layer, head, *(float(x[layer, head]) for x in (ours, lost, oracle - ours))]
+        for layer, head in first(-lost)
+    ]
+    columns = ("layer", "query head", "mass", "lost", "to the oracle")
+    return [
+        *("", f"## By head: the {len(worst)} kv heads of least recall", ""),
+        *_table(("layer", "kv head", "recall"), worst),
+        *("", f"## By head: the {len(losing)} query heads that lose most mass", ""),
+        *_table(columns, losing),
+    ]
+
+
+def _apart(report: Mapping[str, Any]) -> list[str]:
+    """The worst layers: what is missed at which distance, and how much is there."""
+    first = next(iter(report["domains"].values()))["distances"]
+    missed, wanted = (
+        mean_over_domains(report, "distances", name).mean(1)
+        for name in ("missed", "wanted")
+    )
+    worst = worst_layers(report)
+    rows = [
+        [
+            f"layer {layer}",
+            *(
+                "–" if not np.isfinite(x) else f"{100 * x:.0f} % of {100 * y:.0f} %"
+                for x, y in zip(missed[layer], wanted[layer], strict=True)
+            ),
+        ]
+        for layer in worst
+    ]
+    return [
+        *("", "## The worst layers by distance", ""),
+        "Of the blocks that own queries choose so many blocks back (the second share: "
+        "of all that they choose), the share that the Forecast misses.",
+        "",
+        *_table(("", *_buckets(first["edges"])), rows),
+    ]
 
 
 def _budgets(report: Mapping[str, Any]) -> list[str]:
@@ -155,6 +231,8 @@ def markdown(report: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
         *_layer_budgets(report),
         *_misses(report),
         *_layers(report),
+        *_heads(report),
+        *_apart(report),
         "",
         "Worst layers: " + ", ".join(map(str, worst_layers(report))) + ".",
     ]
@@ -194,7 +272,7 @@ def draw(report: Mapping[str, Any], folder: pathlib.Path) -> list[str]:
     positions = mean_over_domains(report, "positions", "recall")
     missed = mean_over_domains(report, "distances", "missed")
     worst = worst_layers(report)
-    heads = missed.shape[1]
+    heads, lost = missed.shape[1], _lost_by_head(report)
     tables: dict[str, tuple[np.ndarray, dict[str, Any], tuple[float, float]]] = {
         "recall-by-position.png": (
             100 * positions,
@@ -215,6 +293,16 @@ def draw(report: Mapping[str, Any], folder: pathlib.Path) -> list[str]:
                 "title": "The worst layers: missed share by distance in blocks, %",
             },
             (9.0, 2.5 + 0.35 * heads * len(worst)),
+        ),
+        "lost-by-head.png": (
+            100 * lost,
+            {
+                "rows": [f"layer {i}" for i in range(layers)],
+                "columns": [f"head {i}" for i in range(lost.shape[1])],
+                "title": "Attention mass lost against own queries, by query head, %",
+                "form": ".1f",
+            },
+            (3.0 + 0.5 * lost.shape[1], 2.0 + 0.3 * layers),
         ),
     }
     charts = {

@@ -243,8 +243,18 @@ def test_pages_say_what_the_report_says(report, tmp_path):
     assert "| prose | 1 × 48 | 0.800 |" in page
     assert "Thresholds: 1 of 2 met" in page and "**NOT MET**" in page
     assert "## Budget by layer" in page
+    losing = page.split("query heads that lose most mass")[1].split("##")[0]
+    code, prose = (x["heads"] for x in full["domains"].values())
+    lost = np.mean(
+        [np.subtract(x["own_mass"], x["forecast_mass"]) for x in (code, prose)], 0
+    )
+    worst = np.unravel_index(np.argmax(lost), lost.shape)
+    assert f"| {worst[0]} | {worst[1]} |" in losing and f"{lost.max():.3f}" in losing
+    assert "| layer 0 | 10 % of" in page  # missed at every distance
+    assert "| lost to the oracle |" in page
     files = write_pages(full, tmp_path)
-    assert {"report.md", "worst-layers.png", "misses.png"} <= set(files)
+    pictures = {"worst-layers.png", "misses.png", "lost-by-head.png"}
+    assert {"report.md", *pictures} <= set(files)
     assert all((tmp_path / name).stat().st_size for name in files)
 
 

@@ -3,7 +3,13 @@
 import pytest
 
 from sparda_jax.evaluation.run_files import Cell
-from sparda_jax.evaluation.sweep_tables import against_table, task_sweep_tables
+from sparda_jax.evaluation.sweep_tables import (
+    against_table,
+    nearness_table,
+    solved_means,
+    solved_series,
+    task_sweep_tables,
+)
 from sparda_jax.evaluation.tables import MISSING, Scores
 
 SETTINGS = {
@@ -66,3 +72,57 @@ def test_differences_are_of_measured_tasks_that_both_have_run(scores):
         ("Quest-style", MISSING, "+100.0 [+100.0, +100.0] (1)"),
     )
     assert against_table(_scores(("passkey", "dense", 0, [100])), 100) is None
+
+
+def test_tasks_that_dense_solves(scores):
+    """Means over what all have run, and who is near whom."""
+    means = solved_means(scores, 100)
+    assert means is not None and means.head == ("attention", "4 blocks", "8 blocks")
+    assert means.rows == (
+        ("dense", "100.0 [100.0, 100.0]", "100.0 [100.0, 100.0]"),
+        ("sparda", "50.0 [0.0, 100.0]", "100.0 [100.0, 100.0]"),
+        ("Quest-style", MISSING, "0.0 [0.0, 0.0]"),
+    )
+    # A task that one of them has not run is no part of a budget's mean.
+    more = _scores(
+        ("passkey", "dense", 0, [100]),
+        ("vt", "dense", 0, [95]),
+        ("passkey", "sparda", 4, [90]),
+        ("vt", "sparda", 4, [10]),
+        ("passkey", "quest", 4, [80]),
+    )
+    few = solved_means(more, 100)
+    assert few is not None and few.rows[1:] == (
+        ("sparda", "90.0 [90.0, 90.0]"),
+        ("Quest-style", "80.0 [80.0, 80.0]"),
+    )
+    points = solved_series(more, 100)
+    assert {k: v[0].y for k, v in points.items()} == {
+        "dense": 100.0,
+        "sparda": 90.0,
+        "Quest-style": 80.0,
+    }
+    none = _scores(("passkey", "dense", 0, [89]), ("passkey", "sparda", 4, [89]))
+    assert solved_means(none, 100) is None and nearness_table(none, 100) is None
+
+
+def test_near_is_two_points():
+    near = nearness_table(
+        _scores(
+            ("passkey", "dense", 0, [100, 100]),
+            ("passkey", "sparda", 4, [96, 98]),
+            ("passkey", "sparda", 8, [96, 100]),
+            ("passkey", "infllm_v2", 8, [99, 100]),
+        ),
+        100,
+    )
+    assert near is not None and near.rows == (
+        (
+            *("passkey", "8", "98.0", "100.0, -2.0 [-4.0, +0.0]", "yes"),
+            *("99.5, -1.5 [-3.0, +0.0]", "yes"),
+        ),
+        (
+            *("passkey", "4", "97.0", "100.0, -3.0 [-4.0, -2.0]", "**no**"),
+            *(MISSING, MISSING),
+        ),
+    )
