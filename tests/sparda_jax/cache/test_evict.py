@@ -59,8 +59,10 @@ def test_it_gives_what_a_whole_cache_gives_and_holds_less(model, attention, stor
                 gone += place < 0
                 if place >= 0:
                     count = min(size, held - block * size)
-                    np.testing.assert_array_equal(
-                        kv[(*at, place)][:count], expected[(*at, block)][:count]
+                    np.testing.assert_allclose(
+                        kv[(*at, place)][:count],
+                        expected[(*at, block)][:count],
+                        atol=1e-5,
                     )
     assert gone  # the long prompts' other blocks are nowhere
 
