@@ -13,6 +13,7 @@ for the seconds).
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -186,6 +187,17 @@ def _read_cell(path: pathlib.Path) -> tuple[Cell, list[Record]] | None:
     return cell, [record for _, record in lines]
 
 
+def _check_count(
+    path: pathlib.Path, records: Sequence[Record], asked: int | None
+) -> None:
+    """Raises CheckpointError if a cell has lost samples, which no mean may hide."""
+    if asked is not None and len(records) != asked:
+        raise CheckpointError(
+            f"{path}: holds {len(records)} records of {asked} samples: delete it, and "
+            "the same `sparda eval` makes it anew"
+        )
+
+
 class RunFiles:
     """The directory of an evaluation.
 
@@ -323,7 +335,14 @@ class RunFiles:
         found = _read_cell(path)
         if found is not None and found[0] != cell:
             raise CheckpointError(f"{path}: holds {shown(found[0].name)}")
+        if found is not None:
+            _check_count(path, found[1], self._asked(cell.task, cell.length))
         return None if found is None else found[1]
+
+    def _asked(self, task: str, length: int) -> int | None:
+        """How many samples there are; None where they are not in the directory."""
+        rows = _read_lines(self.folder / "samples" / f"{task}-{length}.jsonl")
+        return None if rows is None else len(rows)
 
     def write_result(self, cell: Cell, records: Sequence[Record]) -> None:
         """Writes a cell that is done."""
@@ -344,6 +363,7 @@ class RunFiles:
           CheckpointError: If a file is damaged.
         """
         found: dict[Cell, list[Record]] = {}
+        asked = functools.cache(self._asked)
         for path in sorted((self.folder / "results").glob("*.jsonl")):
             read = _read_cell(path)
             if read is None:  # deleted since
@@ -351,6 +371,7 @@ class RunFiles:
             cell, records = read
             if cell.name != path.name:
                 raise CheckpointError(f"{path}: holds {shown(cell.name)}")
+            _check_count(path, records, asked(cell.task, cell.length))
             found[cell] = records
         return found
 

@@ -97,6 +97,19 @@ def test_damaged_rows(files, capsys, field, value):
     assert f"{path}: line 2: " in line and field in line
 
 
+def test_lost_samples_are_no_smaller_mean(files, capsys):
+    """A file cut off between two lines is valid JSON Lines."""
+    ids = np.arange(3, dtype=np.int32)
+    asked = [Asked(Sample(n, "a", ("b",)), [ids]) for n in range(2)]
+    files.write_samples("passkey", 100, asked)
+    assert main(["report", str(files.folder)]) == 2
+    assert "holds 1 records of 2 samples" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="makes it anew"):
+        files.result(SCORES)
+    files.write_result(SCORES, [SCORED, {**SCORED, "index": 1}])
+    assert len(files.cells()[SCORES]) == 2
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
