@@ -75,7 +75,7 @@ class SnapKV(Selector):
         self, config: ModelConfig, sparse: SparseConfig, tokens: int
     ) -> int:
         """The last queries' logits and weights over all tokens."""
-        return 3 * config.num_heads * self.window * tokens * 4
+        return 2 * config.num_heads * self.window * tokens * 4
 
     def scored_heads(
         self, config: ModelConfig, sparse: SparseConfig, *, decoding: bool

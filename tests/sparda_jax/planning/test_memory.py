@@ -49,7 +49,10 @@ COMPILED = [
             Case(kind="offload", slots=10_000),
             Case(kind="offload", slots=14, codec="int8"),
             Case(kind="offload", slots=10_000, codec="int8", storage="per_layer"),
+            Case("snapkv", prompt=3900),
             Case("snapkv", kind="evict", prompt=3900),
+            Case("snapkv", kind="evict", prompt=3900, batch=1, storage="per_layer"),
+            Case("window", kind="evict", prompt=3900),
         )
     ),
 ]
