@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from sparda_jax.evaluation.answers import DENSE
 from sparda_jax.evaluation.plots import Point
 from sparda_jax.evaluation.statistics import (
+    Estimate,
     estimate,
     mean_of_tasks,
     paired_difference,
@@ -135,15 +136,29 @@ def _solved(scores: Scores, length: int) -> list[str]:
     ]
 
 
-def _common(scores: Scores, length: int, budget: int) -> list[str]:
-    """Of them, those that every selector with results at a budget has run."""
+def _run_tasks(scores: Scores, length: int) -> dict[int, list[str]]:
+    """Of them, those that some selector has run, by budget; no budget without any."""
+    solved, names = _solved(scores, length), _names(scores, length)
 
-    def done(name: str, task: str) -> bool:
-        return bool(scores.records(task, length, Variant(name, budget)))
+    def run(task: str, budget: int) -> bool:
+        return any(scores.records(task, length, Variant(n, budget)) for n in names)
 
-    solved = _solved(scores, length)
-    names = [n for n in _names(scores, length) if any(done(n, t) for t in solved)]
-    return [task for task in solved if names and all(done(n, task) for n in names)]
+    found = {b: [t for t in solved if run(t, b)] for b in _budgets(scores, length)}
+    return {budget: tasks for budget, tasks in found.items() if tasks}
+
+
+def _solved_mean(
+    scores: Scores, length: int, name: str, budget: int, tasks: Sequence[str]
+) -> tuple[Estimate, float] | None:
+    """Mean and share of the blocks read; None unless all tasks were run."""
+    variant = Variant(name, 0 if name == DENSE else budget)
+    values, read = (
+        [scores.values(task, length, variant, field) for task in tasks]
+        for field in ("score", "read")
+    )
+    if not all(values) or not all(read):
+        return None
+    return mean_of_tasks(values), mean_of_tasks(read).mean
 
 
 def solved_means(scores: Scores, length: int) -> Table | None:
@@ -154,48 +169,54 @@ def solved_means(scores: Scores, length: int) -> Table | None:
       length: Tokens.
 
     Returns:
-      None where dense solves none that all have run.
+      None where dense solves none that a selector has run.
     """
-    common = {b: _common(scores, length, b) for b in _budgets(scores, length)}
-    common = {budget: tasks for budget, tasks in common.items() if tasks}
-    if not common:
+    run = _run_tasks(scores, length)
+    if not run:
         return None
 
     def text(name: str, budget: int, tasks: Sequence[str]) -> str:
-        variant = Variant(name, 0 if name == DENSE else budget)
-        values = [scores.values(task, length, variant, "score") for task in tasks]
-        return mean_of_tasks(values).text() if all(values) else MISSING
+        found = _solved_mean(scores, length, name, budget, tasks)
+        return MISSING if found is None else found[0].text()
 
     rows = [
-        (scores.label(Variant(n, 0)), *(text(n, b, t) for b, t in common.items()))
+        (scores.label(Variant(n, 0)), *(text(n, b, t) for b, t in run.items()))
         for n in (DENSE, *_names(scores, length))
     ]
-    told = "; ".join(f"{b} blocks: {', '.join(t)}" for b, t in common.items())
+    by_tasks: dict[str, list[str]] = {}
+    for budget, tasks in run.items():
+        by_tasks.setdefault(", ".join(tasks), []).append(str(budget))
+    told = "; ".join(
+        f"{tasks} with {', '.join(budgets)} blocks"
+        for tasks, budgets in by_tasks.items()
+    )
     return Table(
         f"Tasks that dense solves, at {length:,} tokens: means",
-        ("attention", *(f"{budget} blocks" for budget in common)),
+        ("attention", *(f"{budget} blocks" for budget in run)),
         tuple(row for row in rows if {*row[1:]} != {MISSING}),
-        f"Over the tasks on which dense scores at least {SOLVED:g} and that all have "
-        f"run ({told}). 95 % bootstrap intervals.",
+        f"Over the tasks on which dense scores at least {SOLVED:g}: {told}. A dash: not "
+        "all of them were run. 95 % bootstrap intervals.",
     )
 
 
 def solved_series(scores: Scores, length: int) -> dict[str, list[Point]]:
-    """The same means against the share of the blocks that decode reads."""
+    """The same means against the share of the blocks that decode reads.
+
+    Of the budgets with the most tasks alone: the points of a line are of the same.
+    """
+    run = _run_tasks(scores, length)
+    most = max(run.values(), key=len, default=[])
     series: dict[str, list[Point]] = {}
-    for budget in _budgets(scores, length):
-        tasks = _common(scores, length, budget)
-        for name in (DENSE, *_names(scores, length)) if tasks else ():
-            variant = Variant(name, 0 if name == DENSE else budget)
-            values, read = (
-                [scores.values(task, length, variant, field) for task in tasks]
-                for field in ("score", "read")
-            )
-            if not all(values) or not all(read):
+    for budget, tasks in run.items():
+        for name in (DENSE, *_names(scores, length)) if tasks == most else ():
+            found = _solved_mean(scores, length, name, budget, tasks)
+            if found is None:
                 continue
-            mean, share = mean_of_tasks(values), mean_of_tasks(read).mean
+            mean, share = found
             point = Point(100 * share, mean.mean, mean.low, mean.high)
-            series.setdefault(scores.label(Variant(name, 0)), []).append(point)
+            points = series.setdefault(scores.label(Variant(name, 0)), [])
+            if point not in points:  # as dense's, at every budget
+                points.append(point)
     return series
 
 

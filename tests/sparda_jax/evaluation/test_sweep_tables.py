@@ -83,24 +83,27 @@ def test_tasks_that_dense_solves(scores):
         ("sparda", "50.0 [0.0, 100.0]", "100.0 [100.0, 100.0]"),
         ("Quest-style", MISSING, "0.0 [0.0, 0.0]"),
     )
-    # A task that one of them has not run is no part of a budget's mean.
+    # A selector that has not run all of them has no mean.
     more = _scores(
         ("passkey", "dense", 0, [100]),
         ("vt", "dense", 0, [95]),
         ("passkey", "sparda", 4, [90]),
+        ("passkey", "sparda", 8, [100]),
         ("vt", "sparda", 4, [10]),
         ("passkey", "quest", 4, [80]),
+        ("passkey", "quest", 8, [70]),
     )
     few = solved_means(more, 100)
     assert few is not None and few.rows[1:] == (
-        ("sparda", "90.0 [90.0, 90.0]"),
-        ("Quest-style", "80.0 [80.0, 80.0]"),
+        ("sparda", "50.0 [50.0, 50.0]", "100.0 [100.0, 100.0]"),
+        ("Quest-style", MISSING, "70.0 [70.0, 70.0]"),
     )
+    assert "passkey, vt with 4 blocks; passkey with 8 blocks" in few.note
+    # A line holds means of the same tasks alone.
     points = solved_series(more, 100)
-    assert {k: v[0].y for k, v in points.items()} == {
-        "dense": 100.0,
-        "sparda": 90.0,
-        "Quest-style": 80.0,
+    assert {k: [p.y for p in v] for k, v in points.items()} == {
+        "dense": [97.5],
+        "sparda": [50.0],
     }
     none = _scores(("passkey", "dense", 0, [89]), ("passkey", "sparda", 4, [89]))
     assert solved_means(none, 100) is None and nearness_table(none, 100) is None
