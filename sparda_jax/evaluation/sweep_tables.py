@@ -194,8 +194,8 @@ def solved_means(scores: Scores, length: int) -> Table | None:
         f"Tasks that dense solves, at {length:,} tokens: means",
         ("attention", *(f"{budget} blocks" for budget in run)),
         tuple(row for row in rows if {*row[1:]} != {MISSING}),
-        f"Over the tasks on which dense scores at least {SOLVED:g}: {told}. A dash: not "
-        "all of them were run. 95 % bootstrap intervals.",
+        f"Over the tasks on which dense scores at least {SOLVED:g}: {told}. A dash: "
+        "not all of them were run. 95 % bootstrap intervals.",
     )
 
 
