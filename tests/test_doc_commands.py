@@ -206,8 +206,8 @@ _MEASURED = {
     "pallas_kernels.benchmarks.plan_slots": "--small",
     "train.benchmark": f"{_TINY} --seq-len 512 --repeats 1",
 }
-# The first three take minutes with real weights; `tuning` and `trace record` have tests
-# of their own, and `all` runs the others on a card.
+# The first three take minutes with real weights; `trace record` and all behind `all`,
+# which runs the others on a card, have tests of their own.
 _MEASURED_ELSEWHERE = {
     "benchmarks.cpu",
     "benchmarks.codec_error",
@@ -215,6 +215,7 @@ _MEASURED_ELSEWHERE = {
     "benchmarks.trace record",
     "benchmarks.all",
     "pallas_kernels.tuning",
+    "train.ablate",
     "train.main",
 }
 
