@@ -14,7 +14,7 @@ demo: $(VENV)/.run-ready
 test: $(VENV)/.test-ready
 	$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.test-ready $(VENV)/.notebooks-ready
+test-slow: $(VENV)/.test-ready $(VENV)/.notebooks-ready $(VENV)/.clients-ready
 	$(PY) -m pytest -n 2 --dist loadfile --runslow -m slow $(PYTEST_ARGS)
 
 # Every worker would else take three quarters of the card when it starts.
@@ -60,6 +60,12 @@ $(VENV)/.dev-ready: $(PY) pyproject.toml
 $(VENV)/.docs-ready: $(PY) pyproject.toml
 	$(PY) -m pip install --quiet -e ".[docs]"
 	touch $@ $(VENV)/.run-ready
+
+# Clients of `sparda serve`, and Ray: an environment of their own, for their many needs.
+$(VENV)/.clients-ready: $(PY) pyproject.toml
+	$(PY) -m venv $(VENV)/clients
+	$(VENV)/clients/bin/python -m pip install --quiet -e ".[serve-clients,ray]"
+	touch $@
 
 $(VENV)/.notebooks-ready: $(PY) pyproject.toml
 	$(PY) -m pip install --quiet -e ".[notebooks]"

@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import signal
+import sys
 import threading
 from typing import NamedTuple
 
@@ -228,6 +229,15 @@ def smollm2_path() -> pathlib.Path:
     from sparda_jax.checkpoint.fetch import fetch_default_model
 
     return fetch_default_model(progress=False)
+
+
+@pytest.fixture(scope="session")
+def clients_python() -> str:
+    """The Python of the environment that holds the extras serve-clients and ray."""
+    python = pathlib.Path(sys.prefix, "clients", "bin", "python")
+    if not python.exists():
+        pytest.skip("the clients are not installed: make .venv/.clients-ready")
+    return str(python)
 
 
 @pytest.fixture

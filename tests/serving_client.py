@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import os
+import subprocess
 from typing import Any
 
 KEY = "a-secret"
@@ -26,3 +28,18 @@ def post(
         return answer.status, json.loads(read) if read else None
     finally:
         connection.close()
+
+
+def run_client(*command: str) -> str:
+    """Output of a command that must succeed; it finds no models on a network."""
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "OPENAI_API_KEY": KEY,  # where lm-eval's requests look
+    }
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, env=environment
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout

@@ -4,14 +4,18 @@ import argparse
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from sparda_jax.checks import ConfigError, integer, non_empty_text, require
 from sparda_jax.cli.cache_options import add_cache_options, cache_config
 from sparda_jax.cli.console import note
 from sparda_jax.cli.model_options import add_model_options, load_model
-from sparda_jax.cli.options import HelpFormatter, add_option
+from sparda_jax.cli.options import HelpFormatter, Parser, add_option
+from sparda_jax.runtime import configure_offload
 from sparda_jax.serving.settings import SETTING_CHECKS, OnTerm, ServeSettings
+
+if TYPE_CHECKING:
+    from sparda_jax.serving.server import Serving
 
 _EXAMPLES = """\
 examples:
@@ -42,7 +46,8 @@ _SETTINGS = (
     (
         "decode_steps",
         "N",
-        "tokens that rows decode between two looks at new and cancelled requests",
+        "most tokens that rows decode between two looks at new and cancelled requests, "
+        "as far as a tenth of a second holds them",
     ),
     ("max_waiting", "N", "outputs that may wait for a row; more are refused (503)"),
     ("top_logprobs", "N", "most likeliest tokens that a request can ask for"),
@@ -53,7 +58,12 @@ _SETTINGS = (
         "pieces of --prefill-chunk tokens; 0 is none",
     ),
     ("request_timeout", "S", "seconds after which a request is ended (never)"),
-    ("client_timeout", "S", "seconds that a client may take to send a request"),
+    (
+        "client_timeout",
+        "S",
+        "seconds that a client may take to send a request, or to take what is there "
+        "for it",
+    ),
     ("max_body_bytes", "N", "largest body of a request"),
     ("max_connections", "N", "open sockets; more are closed"),
     (
@@ -79,10 +89,14 @@ def add_serve_parser(commands: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=HelpFormatter,
     )
+    _add_options(parser)
+    parser.set_defaults(run=_serve)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_cache_options(parser)
     _add_server_options(parser)
-    parser.set_defaults(run=_serve)
     _take_environment(parser, os.environ)
 
 
@@ -156,10 +170,25 @@ def _settle_flags(arguments: argparse.Namespace) -> None:
             setattr(arguments, name, value in _ON)
 
 
-def _serve(arguments: argparse.Namespace) -> None:
+def serving_from_environment() -> "Serving":
+    """A server told by the environment alone, for a host that has sockets of its own.
+
+    Memory is taken and everything compiled; `scheduler.start` comes next.
+
+    Raises:
+      ConfigError: If a variable is not allowed, or the settings do not fit.
+    """
+    configure_offload()
+    parser = Parser(prog="sparda serve")
+    _add_options(parser)
+    return _ready(parser.parse_args([]))
+
+
+def _ready(arguments: argparse.Namespace) -> "Serving":
+    """The server of some options, warm."""
     _settle_flags(arguments)
     try:
-        from sparda_jax.serving.server import Serving, log_to_stderr
+        from sparda_jax.serving.server import Serving
     except ImportError as error:
         raise ConfigError(
             f"a package is missing ({error.name}): pip install 'sparda-jax[serve]'"
@@ -174,13 +203,20 @@ def _serve(arguments: argparse.Namespace) -> None:
     note("serve: compiling …")
     programs = serving.warm_up()
     note(f"serve: compiled {', '.join(programs)}; nothing is compiled from here on")
+    return serving
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    serving = _ready(arguments)
+    from sparda_jax.serving.server import log_to_stderr
+
     log_to_stderr()
     serving.scheduler.start()
     server = serving.uvicorn(arguments.host, arguments.port)
     try:
         listening = server.config.bind_socket()
         host, port = listening.getsockname()[:2]
-        note(f"serve: {settings.model_name} on http://{host}:{port}")
+        note(f"serve: {serving.settings.model_name} on http://{host}:{port}")
         server.run(sockets=[listening])
     finally:
         serving.scheduler.stop(abort=True)

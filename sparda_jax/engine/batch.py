@@ -73,6 +73,8 @@ class Batch:
         self._given = RowOutputs(lm.tokenizer, self.rows)
         self._top_logprobs = top_logprobs
         self._request: Request | None = None
+        # Of all rows to their ends, by steps: decode asks for one again and again.
+        self._requests: dict[int, Request] = {}
 
     @property
     def programs(self) -> list[str]:
@@ -102,6 +104,7 @@ class Batch:
         """Says what a row's request asks for."""
         self._given.ask(row, request)
         self._request = None
+        self._requests.clear()
 
     def request(
         self,
@@ -118,6 +121,9 @@ class Batch:
           ends: Rows whose prompt ends with the call: the others sample nothing. None
             for all.
         """
+        of_all = row is None and ends is None
+        if of_all and steps in self._requests:
+            return self._requests[steps]
         if row is not None:
             asked = [self._given.asked[row]]
             request = joined_request(self.lm, asked, self.rope)
@@ -129,10 +135,13 @@ class Batch:
         ends = [True] * len(asked) if ends is None else ends
         pairs = zip(asked, ends, strict=True)
         limits = [one.max_new if end else 0 for one, end in pairs]
-        return request._replace(
+        request = request._replace(
             max_new=jax.device_put(np.array(limits, np.int32)),
             steps=jax.device_put(np.int32(steps)),
         )
+        if of_all:
+            self._requests[steps] = request
+        return request
 
     def _program(
         self,

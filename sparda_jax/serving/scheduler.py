@@ -8,7 +8,9 @@ The rules, all of them:
   prefill     one piece of one prompt a round, or some from the prefix store; of several
               rows that still read their prompts, each has its turn. Outputs of one
               prompt, and prompts that begin alike, run each whole piece once.
-  decode      `decode_steps` tokens of all other rows in the same round.
+  decode      the tokens of all other rows that a tenth of a second holds, in one call,
+              at least one and at most `decode_steps`: a call costs something beside its
+              steps, and who comes or goes meanwhile waits for its end.
   preemption  none: a job that has a row keeps it until it ends.
   the end     when it has its tokens, is cancelled, or its time is up; the row is free
               before the next round.
@@ -30,6 +32,9 @@ from sparda_jax.engine.session import Session
 from sparda_jax.serving.jobs import Delivery, Ended, Job, Refused
 from sparda_jax.serving.observer import Observer
 
+# Of one call of decode, where more than one step fits.
+_MOST_SECONDS = 0.1
+
 
 class Scheduler:
     """Runs jobs on a session; see the module's text.
@@ -48,6 +53,7 @@ class Scheduler:
     ):
         self._session, self._observer = session, observer
         self._max_waiting, self._decode_steps = max_waiting, decode_steps
+        self._steps = 1
         self._waiting: collections.deque[Job] = collections.deque()
         self._running: dict[int, Job] = {}
         # Rows whose prompts have not all run; the first is next.
@@ -121,6 +127,11 @@ class Scheduler:
             return not self._waiting and not self._running
 
     @property
+    def waiting(self) -> int:
+        """Outputs that have no row yet."""
+        return len(self._waiting)
+
+    @property
     def alive(self) -> bool:
         """Whether the engine's thread runs and has not failed."""
         return self._thread.is_alive() and self.failure is None
@@ -161,10 +172,17 @@ class Scheduler:
         if self._prefill():
             self._deliver()  # a first token does not wait for the step
         if len(self._running) > len(self._filling):
-            self._session.decode(self._decode_steps)
+            self._decode()
         self._deliver()
         waiting, taken = len(self._waiting), len(self._running)
         self._observer.round(self._session, waiting=waiting, running=taken)
+
+    def _decode(self) -> None:
+        """Some steps of all rows; learns how many the next call may have."""
+        seconds = self._session.decode(self._steps)
+        fit = int(_MOST_SECONDS * self._steps / max(seconds, 1e-6))
+        # Rows that ended early make a call look short: it at most doubles.
+        self._steps = max(1, min(fit, 2 * self._steps, self._decode_steps))
 
     def _gone(self, job: Job, now: float) -> str | None:
         """Why a job must end now, or None."""

@@ -21,11 +21,15 @@ _MOST_HEADER_BYTES = 64 * 1024
 
 
 class _Impatient(H11Protocol):
-    """A connection that is closed when its client is slow to ask, or one too many."""
+    """A connection that is closed when its client is slow to ask or to take an answer.
+
+    Or when it is one too many.
+    """
 
     client_timeout = 30.0
     max_connections = 4096
     _timer: asyncio.TimerHandle | None = None
+    _stuck: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:  # pyrefly: ignore
         """As `asyncio.Protocol`."""
@@ -48,7 +52,19 @@ class _Impatient(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """As `asyncio.Protocol`."""
         self._unwatch()
+        self._unstick()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """As `asyncio.Protocol`: what was sent is not taken."""
+        super().pause_writing()
+        self._unstick()
+        self._stuck = self.loop.call_later(self.client_timeout, self._expire)
+
+    def resume_writing(self) -> None:
+        """As `asyncio.Protocol`."""
+        self._unstick()
+        super().resume_writing()
 
     def _watch(self) -> None:
         """Bounds the time to a whole head; an answer may take as long as it does."""
@@ -63,8 +79,12 @@ class _Impatient(H11Protocol):
             self._timer.cancel()
             self._timer = None
 
+    def _unstick(self) -> None:
+        if self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
+
     def _expire(self) -> None:
-        self._timer = None
         if not self.transport.is_closing():
             self.transport.abort()
 

@@ -47,13 +47,15 @@ class ServeSettings:
       max_new_tokens: Most output tokens of a request.
       prefill_chunk: Tokens of a prompt that run between two decode steps of the others:
         the pause that a long prompt makes for them.
-      decode_steps: Tokens that rows decode before the scheduler looks at requests
-        again: a request that is cancelled frees its row within that many.
+      decode_steps: Most tokens that rows decode before the scheduler looks at requests
+        again, as far as a tenth of a second holds them: a request that is cancelled
+        frees its row within that time, or one step.
       max_waiting: Outputs that may wait for a row; more are refused (503).
       top_logprobs: Most likeliest tokens that a request can ask for.
       prefix_bytes: Host memory for beginnings of prompts that others share; 0 is none.
       request_timeout: Seconds after which a request is ended; None is never.
-      client_timeout: Seconds that a client may take to send its headers or body.
+      client_timeout: Seconds that a client may take to send its headers or body, or to
+        take what waits for it.
       max_body_bytes: Of a request.
       max_connections: Open sockets; more are closed at once.
       api_key: What clients must bring as a bearer token; None lets all in.
@@ -68,7 +70,7 @@ class ServeSettings:
     max_context: int | None = None
     max_new_tokens: int = 4096
     prefill_chunk: int = 512
-    decode_steps: int = 1
+    decode_steps: int = 16
     max_waiting: int = 1024
     top_logprobs: int = 20
     prefix_bytes: int = 2**30

@@ -57,6 +57,8 @@ def served(lm: sj.LanguageModel, settings: ServeSettings) -> Iterator[Served]:
     serving.warm_up()
     serving.scheduler.start()
     listening = socket.create_server(("127.0.0.1", 0))
+    # Small buffers of the system: who does not read is noticed by the server's own.
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**15)
     server = serving.uvicorn("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
@@ -94,3 +96,9 @@ def serve_lm(request):
 def server(serve_lm):
     with served(serve_lm, SETTINGS) as found:
         yield found
+
+
+@pytest.fixture
+def serve_here():
+    """`with serve_here(lm, settings) as server`: a server of other settings."""
+    return served

@@ -123,6 +123,28 @@ def test_slow_and_half_open_clients_are_let_go(server):
     assert post(server, "/health", None)[0] == 200
 
 
+def test_who_does_not_take_an_answer_is_let_go(server):
+    """More than the sockets hold stands in the server's buffer, but not for long."""
+    prompt = json.dumps({"prompt": "ab the " * 25_000}).encode()
+    head = _head(len(prompt)).replace(b"/v1/completions", b"/tokenize")
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(30)
+    client.connect(("127.0.0.1", server.port))
+    client.sendall(head + prompt)
+    begin = client.recv(500)
+    length = int(begin.partition(b"content-length: ")[2].split(b"\r\n")[0])
+    time.sleep(2.0)  # twice `client_timeout`
+    taken = len(begin)
+    try:
+        while piece := client.recv(65536):
+            taken += len(piece)
+    except ConnectionResetError:
+        pass
+    client.close()
+    assert taken < length
+
+
 def _until(condition) -> None:
     for _ in range(1000):
         if condition():

@@ -120,10 +120,32 @@ def _random_requests(
     return found
 
 
+def _scores(scheduler: Scheduler, prompt: list[int]) -> tuple:
+    """Tokens of an answer, and the log-probabilities of prompt and answer."""
+    logs: list = []
+    client = _Client(prompt, _config(6), logprobs=True, score_prompt=True)
+    take = client.job.deliver
+
+    def keep(what) -> None:
+        if not isinstance(what, Ended):
+            logs.extend(event.logs for event in what)
+        take(what)
+
+    client.job.deliver = keep
+    scheduler.submit([client.job])
+    assert client.done.wait(300)
+    return client.tokens, client.ended.prompt_logs, logs
+
+
 def _fuzz(server, count: int, seed: int, distinct: int) -> None:
-    """Random requests from several threads, some of which lose patience."""
+    """Random requests from several threads, some of which lose patience.
+
+    Every tenth asks the same: its log-probabilities stay as they were, to the last bit.
+    """
     server.settle()
     scheduler = server.serving.scheduler
+    watched = [[*range(3, 100)] * size for size in (1, 4)]
+    first = [_scores(scheduler, prompt) for prompt in watched]
     kinds = _random_requests(distinct, seed)
     alone = [sj.generate(server.lm, [prompt], config) for prompt, config in kinds]
     before, threads = PROGRAMS.compiled, threading.active_count()
@@ -131,7 +153,11 @@ def _fuzz(server, count: int, seed: int, distinct: int) -> None:
 
     def user(number: int) -> None:
         random = np.random.default_rng((seed, number))
-        for _ in range(count // 6):
+        for index in range(count // 6):
+            if index % 10 == 9:
+                place = index // 10 % 2
+                if _scores(scheduler, watched[place]) != first[place]:
+                    problems.append(f"user {number}: watched {place} at {index}")
             which = int(random.integers(distinct))
             client = _Client(*kinds[which])
             scheduler.submit([client.job])

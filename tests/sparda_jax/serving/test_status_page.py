@@ -1,0 +1,73 @@
+"""The status page in a browser."""
+
+import dataclasses
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+
+import pytest
+from serving_client import post
+
+from sparda_jax.serving.app import Server
+
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture
+def open_url(server):
+    """The server without a key: a browser without a screen is asked for none."""
+    import uvicorn
+
+    serving = server.serving
+    settings = dataclasses.replace(serving.settings, api_key=None)
+    app = Server(serving.session, serving.scheduler, serving._metrics, settings).app()
+    listening = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, log_config=None, lifespan="off")
+    made = uvicorn.Server(config)
+    thread = threading.Thread(target=made.run, kwargs={"sockets": [listening]})
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    made.should_exit = True
+    thread.join()
+    listening.close()
+
+
+@pytest.mark.slow
+def test_a_browser_shows_live_rows(server, open_url, tmp_path):
+    """Its script runs, asks again, and shows the requests that run, as text."""
+    browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
+    if browser is None:
+        pytest.skip("no Chromium is installed")
+    going = threading.Event()
+    going.set()
+
+    def load() -> None:
+        body = {"prompt": [5] * 150, "max_tokens": 60, "ignore_eos": True}
+        while going.is_set():
+            post(server, "/v1/completions", body, **{"x-request-id": "seen:by.all"})
+
+    user = threading.Thread(target=load)
+    user.start()
+    try:
+        time.sleep(1.0)
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu"]
+        command += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=8000"]
+        done = subprocess.run(
+            [*command, "--dump-dom", open_url],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    finally:
+        going.clear()
+        user.join()
+    page = done.stdout
+    shown = dict(re.findall(r'<\w+ id="(\w+)"[^>]*>([^<]*)<', page))
+    assert shown["model"] == "tiny-served" and shown["state"] == "ready", done.stderr
+    assert shown["problem"] == "" and re.fullmatch(r"\d / 3", shown["taken"])
+    assert float(shown["rate"]) > 0 and shown["hits"].endswith(" %")
+    assert shown["link"].endswith(" GB/s")  # it has asked at least twice
+    assert "seen:by.all" in page and re.search(r"<td>\d+ / 60</td>", page)
