@@ -265,6 +265,13 @@ def traced_selector(
             part = TracedPart(self.tokens, -(-self.places // 8))
             return {**super().indices(config), PART: part}
 
+        def by_own_query(self) -> Selector:
+            # Whoever has the last word chooses the same.
+            own = super().by_own_query()
+            if own is self:
+                return self
+            return traced_selector(own, lists, context=self.context)
+
         def score(
             self,
             tile: SelectionTile,

@@ -193,6 +193,17 @@ def test_rows_are_not_in_step(trace):
     assert max(same) < 0.7
 
 
+def test_who_verifies_chooses_the_same_lists(trace):
+    mapped = map_trace(trace, layers=2, rows=1, kv_heads=2, scored=12, tokens=4)
+    selector = traced_selector(get_selector("sparda"), mapped, context=64 * 300)
+    own = selector.by_own_query()
+    assert own is not selector and not own.needs_forecast
+    assert (own.places, own.tokens) == (mapped.places, mapped.tokens)
+    config = get_preset("tiny").model
+    assert own.indices(config) == selector.indices(config)
+    assert own.by_own_query() is own
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["offload", "resident"])
 def test_a_step_attends_to_what_the_trace_lists(trace, kind):

@@ -75,6 +75,8 @@ def test_another_model_is_refused_before_it_compiles(lm, begun, named):
         ({"prefetch": "none"}, "prefetch=None"),
         ({"layer0": "offload"}, "layer0='resident'"),
         ({"route": "host_loop"}, "route='dynamic_slice'"),
+        ({"codec": "int8"}, "codec='exact'"),
+        ({"layers_ahead": 2}, "layers_ahead=1"),
     ],
 )
 def test_another_offloaded_cache_is_refused(lm, change, named):
