@@ -27,7 +27,7 @@ from sparda_jax.evaluation import plots
 from sparda_jax.evaluation.answers import DENSE, Record
 from sparda_jax.evaluation.report import Report, read_report, tables_of
 from sparda_jax.evaluation.run_files import Cell
-from sparda_jax.evaluation.sweep_tables import solved_series
+from sparda_jax.evaluation.sweep_tables import always_run, solved_series
 from sparda_jax.evaluation.tables import Scores, sweep_series
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -171,8 +171,8 @@ def _drawn(scores: Scores) -> list[tuple[str, int]]:
     for task, length in swept:
         of_length.setdefault(length, []).append(task)
     # The means of a single task are its own sweep.
-    means = [(_MEAN, length) for length, tasks in of_length.items() if len(tasks) > 1]
-    return [*swept, *means]
+    means = [n for n in of_length if len(always_run(scores, n)) > 1]
+    return [*swept, *((_MEAN, length) for length in means)]
 
 
 def _with_others(scores: Scores) -> tuple[Scores, list[str]]:
@@ -210,15 +210,17 @@ def draw(name: str) -> None:
     scores, _ = _with_others(read(DATA / f"{name}.json"))
     for task, length in _drawn(scores):
         cells = {c: r for c, r in scores.cells.items() if c.task == task}
-        series = solved_series(scores, length)
-        if task != _MEAN:
+        series, what = solved_series(scores, length), task
+        if task == _MEAN:
+            what = f"mean of {' and '.join(always_run(scores, length))}"
+        else:
             series = sweep_series(Scores(cells, scores.settings), length)
         lines: Callable = functools.partial(
             plots.lines,
             series=series,
             xlabel="blocks that decode reads, %",
             ylabel="score",
-            title=f"{task}, {length:,} tokens, {scores.settings['model']}",
+            title=f"{what}, {length:,} tokens, {scores.settings['model']}",
             log_x=True,
         )
         picture = plots.png(lines, size=(8.0, 5.0))

@@ -137,13 +137,20 @@ def _solved(scores: Scores, length: int) -> list[str]:
 
 
 def _run_tasks(scores: Scores, length: int) -> dict[int, list[str]]:
-    """Of them, those that some selector has run, by budget; no budget without any."""
-    solved, names = _solved(scores, length), _names(scores, length)
+    """Of them, those that SparDA has run, else any selector; by budget, none empty."""
 
-    def run(task: str, budget: int) -> bool:
-        return any(scores.records(task, length, Variant(n, budget)) for n in names)
+    def run(names: Sequence[str], budget: int) -> list[str]:
+        variants = [Variant(name, budget) for name in names]
+        return [
+            task
+            for task in _solved(scores, length)
+            if any(scores.records(task, length, variant) for variant in variants)
+        ]
 
-    found = {b: [t for t in solved if run(t, b)] for b in _budgets(scores, length)}
+    found = {
+        budget: run([_OURS], budget) or run(_names(scores, length), budget)
+        for budget in _budgets(scores, length)
+    }
     return {budget: tasks for budget, tasks in found.items() if tasks}
 
 
@@ -194,21 +201,26 @@ def solved_means(scores: Scores, length: int) -> Table | None:
         f"Tasks that dense solves, at {length:,} tokens: means",
         ("attention", *(f"{budget} blocks" for budget in run)),
         tuple(row for row in rows if {*row[1:]} != {MISSING}),
-        f"Over the tasks on which dense scores at least {SOLVED:g}: {told}. A dash: "
-        "not all of them were run. 95 % bootstrap intervals.",
+        f"Over the tasks on which dense scores at least {SOLVED:g} and that SparDA has "
+        f"run: {told}. A dash: not all of them were run. 95 % bootstrap intervals.",
     )
+
+
+def always_run(scores: Scores, length: int) -> list[str]:
+    """The tasks of `solved_means` at all budgets."""
+    first, *others = _run_tasks(scores, length).values() or ([],)
+    return [task for task in first if all(task in tasks for tasks in others)]
 
 
 def solved_series(scores: Scores, length: int) -> dict[str, list[Point]]:
     """The same means against the share of the blocks that decode reads.
 
-    Of the budgets with the most tasks alone: the points of a line are of the same.
+    Over the tasks of every budget alone: a line's points are of the same.
     """
-    run = _run_tasks(scores, length)
-    most = max(run.values(), key=len, default=[])
     series: dict[str, list[Point]] = {}
-    for budget, tasks in run.items():
-        for name in (DENSE, *_names(scores, length)) if tasks == most else ():
+    tasks = always_run(scores, length)
+    for budget in _run_tasks(scores, length) if tasks else ():
+        for name in (DENSE, *_names(scores, length)):
             found = _solved_mean(scores, length, name, budget, tasks)
             if found is None:
                 continue

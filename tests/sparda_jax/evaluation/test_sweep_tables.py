@@ -5,6 +5,7 @@ import pytest
 from sparda_jax.evaluation.run_files import Cell
 from sparda_jax.evaluation.sweep_tables import (
     against_table,
+    always_run,
     nearness_table,
     solved_means,
     solved_series,
@@ -100,10 +101,12 @@ def test_tasks_that_dense_solves(scores):
     )
     assert "passkey, vt with 4 blocks; passkey with 8 blocks" in few.note
     # A line holds means of the same tasks alone.
+    assert always_run(more, 100) == ["passkey"]
     points = solved_series(more, 100)
     assert {k: [p.y for p in v] for k, v in points.items()} == {
-        "dense": [97.5],
-        "sparda": [50.0],
+        "dense": [100.0],
+        "sparda": [90.0, 100.0],
+        "Quest-style": [80.0, 70.0],
     }
     none = _scores(("passkey", "dense", 0, [89]), ("passkey", "sparda", 4, [89]))
     assert solved_means(none, 100) is None and nearness_table(none, 100) is None
