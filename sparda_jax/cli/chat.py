@@ -25,6 +25,8 @@ from sparda_jax.engine.conversation import Conversation
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.evaluation.passkey import question_messages
 
+# A cache that evicts is read by no further turn.
+_KINDS = tuple(kind for kind in get_args(CacheKind) if kind != "evict")
 _EXAMPLES = """\
 examples:
   sparda chat
@@ -194,7 +196,7 @@ class _Chat:
         note(f"[attention {name}; the next turn reads the conversation again]")
 
     def _cache(self, kind: str) -> None:
-        chosen: Any = choice(*get_args(CacheKind))("/cache", kind)
+        chosen: Any = choice(*_KINDS)("/cache", kind)
         cache = dataclasses.replace(self.lm.cache, kind=chosen)
         self.lm = dataclasses.replace(self.lm, cache=cache)
         self._anew()
@@ -268,6 +270,7 @@ def _lines() -> Iterator[str]:
 
 def _chat(arguments: argparse.Namespace) -> None:
     cache = cache_config(arguments)
+    choice(*_KINDS)("--cache", cache.kind)
     lm = dataclasses.replace(load_model(arguments, arguments.attention), cache=cache)
     if lm.tokenizer is None:
         raise ConfigError(f"{lm.no_tokenizer}: chat needs one")

@@ -112,6 +112,7 @@ def test_a_document_comes_with_the_first_message(talk, text_lm, tmp_path):
         (["/attention magic"], "/attention='magic' is not allowed"),
         (["/attention"], "/attention='' is not allowed"),
         (["/cache moon"], "/cache='moon' is not allowed"),
+        (["/cache evict"], "/cache='evict' is not allowed"),
         (["/back"], "/back has no point to go back to"),
         (["/fork a", "/back b"], "/back='b' is not allowed"),
         (["/stats"], "nothing to show before the first turn"),
@@ -124,6 +125,12 @@ def test_a_script_with_a_slip_ends(talk, lines, told):
     refused = [line for line in err.splitlines() if line.startswith("sparda: ")]
     assert len(refused) == 1
     assert told in refused[0]
+
+
+def test_a_cache_that_evicts_is_refused_before_a_model_is_loaded(capsys):
+    words = ["chat", "--cache", "evict", "--no-compilation-cache"]
+    assert main(words) == 2
+    assert "--cache='evict' is not allowed" in capsys.readouterr().err
 
 
 def test_models_without_text_are_refused(capsys):
