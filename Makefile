@@ -5,6 +5,8 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 GPU_WORKERS := 15
+# `make test-slow SLOW="slow and not long"`: without what is run in a smaller form too.
+SLOW := slow
 
 .PHONY: demo test test-slow test-gpu lint types format docs notebooks clean
 
@@ -14,8 +16,9 @@ demo: $(VENV)/.run-ready
 test: $(VENV)/.test-ready
 	$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
+# Single tests take minutes here: a worker that has none left takes them from the other.
 test-slow: $(VENV)/.test-ready $(VENV)/.notebooks-ready $(VENV)/.clients-ready
-	$(PY) -m pytest -n 2 --dist loadfile --runslow -m slow $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal --runslow -m "$(SLOW)" $(PYTEST_ARGS)
 
 # Every worker would else take three quarters of the card when it starts.
 test-gpu: $(VENV)/.test-ready

@@ -46,6 +46,8 @@ hypothesis.settings.load_profile("untimed")
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 # A whole run takes less; what is above it are the programs of code that has changed.
 MOST_CACHED_BYTES = 2**30
+# Linux allows 65,530. One test adds some thousands at the most.
+MOST_MEMORY_MAPS = 20_000
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -81,14 +83,28 @@ def _compile_quickly(config: pytest.Config) -> None:
     """The default tests on a CPU leave out most of LLVM's optimisation.
 
     Thousands of small programs are compiled there and run once or twice; it takes a
-    fifth of the time. Slow tests, and those on accelerators, compile as users do. A
-    choice of the user's own is kept.
+    fifth of the time. `make test-slow`, accelerators and real weights compile as users
+    do. A choice of the user's own is kept, as `.ci/run` makes it for slow tests.
     """
     accelerators = importlib.metadata.entry_points(group="jax_plugins")
     if config.getoption("--runslow") or config.option.markexpr or accelerators:
         return
     chosen = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     jax.config.update("jax_disable_most_optimizations", chosen not in ("0", "false"))
+
+
+@pytest.fixture(autouse=True)
+def _real_weights_compile_as_users_do(request: pytest.FixtureRequest):
+    """Their long steps cost more than what they compile; so do their subprocesses'."""
+    name = "jax_disable_most_optimizations"
+    if not request.node.get_closest_marker("network") or not jax.config.read(name):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(name.upper(), raising=False)
+        jax.config.update(name, False)
+        yield
+        jax.config.update(name, True)
 
 
 def pytest_collection_modifyitems(
@@ -258,8 +274,16 @@ def _compiled_code_is_dropped():
 
 
 @pytest.fixture(autouse=True)
-def _slow_tests_drop_their_compiled_code(request: pytest.FixtureRequest):
+def _much_compiled_code_is_dropped():
+    """Before a module ends too, where they are many; else its tests share them."""
     yield
-    if request.node.get_closest_marker("slow") is not None:
+    if _memory_maps() > MOST_MEMORY_MAPS:
         PROGRAMS.clear()
         jax.clear_caches()
+
+
+def _memory_maps() -> int:
+    try:
+        return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:  # not Linux: as if there were too many
+        return MOST_MEMORY_MAPS + 1

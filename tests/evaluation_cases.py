@@ -1,15 +1,24 @@
-"""A tokenizer of single characters, with and without a chat template."""
+"""A tokenizer of single characters, with and without a chat template; fine blocks."""
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from sparda_jax.checkpoint.tokenizer import Tokenizer
+from sparda_jax.config import SparseConfig
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ("<|user|>", "<|assistant|>", "<|end|>")
+FINE = SparseConfig(
+    kernel_size=4,
+    kernel_stride=2,
+    block_size=4,
+    init_blocks=1,
+    local_blocks=1,
+    block_budget=5,
+)
 
 
 def character_tokenizer(chat: bool = False) -> Tokenizer:

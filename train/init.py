@@ -116,20 +116,44 @@ def combine(
     return heads.reshape(*heads.shape[:2], -1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Regression:
+    """What the least squares are over.
+
+    Args:
+      model: Laid out over the mesh.
+      heads: Any; only their shape counts.
+      data: Batches [A, B, T] over the mesh; each of the sums takes `batches` of them.
+      settings: Model, geometry and loss.
+      mesh: Of `make_mesh`.
+      batches: For the moments, and again for the weights if R < G.
+      fsdp: The layers' weights are divided over the mesh.
+      progress: Show a bar: on a CPU this takes minutes.
+    """
+
+    model: Decoder
+    heads: Float[Array, "L D KRH"]
+    data: Iterator[Batch]
+    settings: Settings
+    mesh: Mesh
+    batches: int
+    fsdp: bool = False
+    progress: bool = False
+
+    def taken(self, what: str) -> Iterator[Batch]:
+        """The next batches, with a bar of that name."""
+        silent = None if self.progress else True
+        for _ in tqdm(range(self.batches), desc=what, disable=silent):
+            yield next(self.data)
+
+
 def sum_moments(
-    model: Decoder,
-    heads: Float[Array, "L D KRH"],
-    data: Iterator[Batch],
-    settings: Settings,
-    mesh: Mesh,
-    *,
-    batches: int,
-    fsdp: bool = False,
-    progress: bool = False,
+    over: Regression,
 ) -> tuple[Float[np.ndarray, "L D D"], Float[np.ndarray, "L D NH"]]:
-    """`query_moments` of batches, in float64; arguments as for `regression_heads`."""
+    """`query_moments` of batches, in float64."""
+    model, mesh, settings = over.model, over.mesh, over.settings
     config = model.config
-    gather = make_gather(model, mesh, fsdp=fsdp)
+    gather = make_gather(model, mesh, fsdp=over.fsdp)
 
     def sums(model: Decoder, heads: Array, batch: Batch) -> tuple[Array, Array]:
         def micro(total: tuple, part: Batch) -> tuple[tuple, None]:
@@ -151,7 +175,7 @@ def sum_moments(
         return jax.lax.psum(total, AXIS) if mesh.size > 1 else total
 
     specs = (
-        model_specs(model, mesh, fsdp=fsdp),
+        model_specs(model, mesh, fsdp=over.fsdp),
         PartitionSpec(),
         PartitionSpec(None, AXIS),
     )
@@ -161,57 +185,32 @@ def sum_moments(
         )
     )
     square = product = np.float64(0)
-    silent = None if progress else True
-    for _ in tqdm(range(batches), desc="least squares", disable=silent):
-        new = jax.device_get(moments(model, heads, next(data)))
+    for batch in over.taken("least squares"):
+        new = jax.device_get(moments(model, over.heads, batch))
         square, product = square + new[0], product + new[1]
     assert isinstance(square, np.ndarray) and isinstance(product, np.ndarray)
     return square, product
 
 
 def regression_heads(
-    model: Decoder,
-    heads: Float[Array, "L D KRH"],
-    data: Iterator[Batch],
-    settings: Settings,
-    mesh: Mesh,
-    *,
-    batches: int,
-    fsdp: bool = False,
-    progress: bool = False,
-    moments: tuple[np.ndarray, np.ndarray] | None = None,
+    over: Regression, moments: tuple[np.ndarray, np.ndarray] | None = None
 ) -> Float[Array, "L D KRH"]:
     """Heads for the first step; see the module's text.
 
     Args:
-      model: Laid out over the mesh.
-      heads: Any; only their shape counts.
-      data: Batches [A, B, T] over the mesh, of which twice `batches` are taken.
-      settings: Model, geometry and loss.
-      mesh: Of `make_mesh`.
-      batches: For the least squares, and again for the weights if R < G.
-      fsdp: The layers' weights are divided over the mesh.
-      progress: Show a bar: on a CPU this takes minutes.
-      moments: Of `sum_moments`, where they are known: `batches` are taken once then.
+      over: Model, batches and settings.
+      moments: Of `sum_moments`, where they are known; else they are summed first.
     """
-    config, silent = model.config, None if progress else True
+    config = over.model.config
     if moments is None:
-        moments = sum_moments(
-            model,
-            heads,
-            data,
-            settings,
-            mesh,
-            batches=batches,
-            fsdp=fsdp,
-            progress=progress,
-        )
+        moments = sum_moments(over)
     groups = (config.num_kv_heads, config.group_size, config.head_dim)
     guesses = predictors(*moments)
     guesses = jnp.asarray(guesses.reshape(*guesses.shape[:2], *groups))
 
-    gradients = make_gradients(model, settings, mesh, fsdp=fsdp)
-    optimizer = optax.adam(optax.cosine_decay_schedule(_WEIGHT_RATE, batches, 0.05))
+    gradients = make_gradients(over.model, over.settings, over.mesh, fsdp=over.fsdp)
+    rate = optax.cosine_decay_schedule(_WEIGHT_RATE, over.batches, 0.05)
+    optimizer = optax.adam(rate)
 
     @jax.jit
     def step(model: Decoder, guesses: Array, weights: Array, moments, batch: Batch):
@@ -221,7 +220,7 @@ def regression_heads(
         updates, moments = optimizer.update(gradient, moments, weights)
         return optax.apply_updates(weights, updates), moments
 
-    queries = heads.shape[-1] // (groups[0] * groups[2])
+    queries = over.heads.shape[-1] // (groups[0] * groups[2])
     if queries == groups[1]:
         return guesses.reshape(*guesses.shape[:2], -1)  # nothing stands for another
     means = np.zeros((groups[1], queries), np.float32)
@@ -229,6 +228,6 @@ def regression_heads(
         means[one, index] = 1 / (one.stop - one.start)
     weights = jnp.broadcast_to(means, (len(guesses), groups[0], *means.shape))
     state = optimizer.init(weights)
-    for _ in tqdm(range(batches), desc="weights of heads", disable=silent):
-        weights, state = step(model, guesses, weights, state, next(data))
+    for batch in over.taken("weights of heads"):
+        weights, state = step(over.model, guesses, weights, state, batch)
     return jax.jit(combine)(guesses, weights)

@@ -36,7 +36,7 @@ from train.data import (
     open_sources,
     training_data,
 )
-from train.init import initial_heads, regression_heads, sum_moments
+from train.init import Regression, initial_heads, regression_heads, sum_moments
 from train.metrics import Evaluation, NoLog, RunLog, make_evaluate, plot_curves
 from train.optimizer import (
     TrainState,
@@ -183,11 +183,12 @@ class Run:
         """The state on all devices."""
         return jax.tree.map(lambda x: place(x, self.mesh, PartitionSpec()), state)
 
-    def _sum_moments(self, data: Iterator[Batch], progress: bool) -> Moments:
-        return sum_moments(
+    def _regression(self, progress: bool) -> Regression:
+        # Batches of its own: training begins with the first one all the same.
+        return Regression(
             self.model,
             self.state.heads,
-            data,
+            self.batches(),
             self.settings,
             self.mesh,
             batches=self.config.init_batches,
@@ -197,20 +198,9 @@ class Run:
 
     def fit_heads(self, *, progress: bool = False) -> None:
         """Replaces the first heads by those of `regression_heads`."""
-        # Batches of its own: training begins with the first one all the same.
-        data = self.batches()
-        self.moments = self._sum_moments(data, progress)
-        heads = regression_heads(
-            self.model,
-            self.state.heads,
-            data,
-            self.settings,
-            self.mesh,
-            batches=self.config.init_batches,
-            fsdp=self.config.parallel.fsdp,
-            progress=progress and jax.process_index() == 0,
-            moments=self.moments,
-        )
+        over = self._regression(progress)
+        self.moments = sum_moments(over)
+        heads = regression_heads(over, self.moments)
         state = initial_state(heads, self.optimizer)
         if self.config.optimizer.whiten:
             state = state._replace(
@@ -232,7 +222,7 @@ class Run:
     def input_moments(self) -> np.ndarray:
         """XᵀX of what the heads read, by layer; summed now if nobody did."""
         if self.moments is None:
-            self.moments = self._sum_moments(self.batches(), False)
+            self.moments = sum_moments(self._regression(progress=False))
         return self.moments[0]
 
     def own_queries(self) -> list[Array]:

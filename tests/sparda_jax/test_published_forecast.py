@@ -47,7 +47,13 @@ def test_every_published_file_is_tested():
     assert held == {"smollm2-135m.safetensors", *QWEN_CODER}
 
 
-@pytest.mark.parametrize("fingerprint", FILES)
+@pytest.mark.parametrize(
+    "fingerprint",
+    [
+        pytest.param(key, marks=() if size < 8_000_000 else pytest.mark.slow)
+        for key, (*_, size) in FILES.items()
+    ],
+)
 def test_published_files_fit_their_presets(fingerprint):
     name, shape, steps, size = FILES[fingerprint]
     published = published_forecast(fingerprint)

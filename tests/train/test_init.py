@@ -11,6 +11,7 @@ from sparda_jax.config import SparseConfig
 from train.backbone import Batch, Settings
 from train.config import LossConfig
 from train.init import (
+    Regression,
     combine,
     initial_heads,
     predictors,
@@ -73,8 +74,10 @@ def test_regression_forecasts_better_than_from_query(random_model):
     settings = Settings(model.config, SPARSE, LOSS, masked_attention=True)
     mesh = make_mesh(1)
     first = initial_heads(model, "from_query", 0)
-    heads = regression_heads(model, first, _batches(6), settings, mesh, batches=3)
-    again = regression_heads(model, first, _batches(6), settings, mesh, batches=3)
+    heads, again = (
+        regression_heads(Regression(model, first, _batches(6), settings, mesh, 3))
+        for _ in range(2)
+    )
     np.testing.assert_array_equal(heads, again)
     plain = dataclasses.replace(settings)
     evaluate = make_evaluate(model, plain, mesh, fsdp=False, mass=False)

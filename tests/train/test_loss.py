@@ -119,6 +119,7 @@ def test_layer_loss_and_lists_equal_reference(golden, layer1, variant, tile):
     )
 
 
+@pytest.mark.slow
 def test_kernel_makes_the_same_teacher(golden, layer1):
     """Block scores of windows of 2 keys are the fine teacher, tile by tile."""
     q, k, forecast = layer1
@@ -195,6 +196,7 @@ def test_native_kernel_makes_the_same_teacher(kernel):
     assert error < 1e-2 * np.linalg.norm(outs[0].d_forecast)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "mark"),
     [
@@ -254,6 +256,7 @@ def test_gradient_by_finite_differences(layer1, teacher, student):
     np.testing.assert_allclose(numeric, exact, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_tiles_and_segments_change_nothing(layer1, monkeypatch):
     monkeypatch.setattr(train.tiles, "_SEGMENT_TOKENS", 200)
     q, k, forecast = layer1
@@ -276,6 +279,7 @@ def test_tiles_and_segments_change_nothing(layer1, monkeypatch):
         np.testing.assert_allclose(other.d_forecast, results[0].d_forecast, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nosa", [False, pytest.param(True, marks=SLOW)])
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)
 def test_packed_documents_equal_documents_alone(layer1, teacher, student, nosa):
@@ -327,6 +331,7 @@ def test_packed_documents_equal_documents_alone(layer1, teacher, student, nosa):
     np.testing.assert_allclose(packed.total, total, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_options_weigh_rows(layer1):
     q, k, forecast = layer1
     documents = Documents.whole_rows(1, 700)
@@ -353,6 +358,7 @@ def test_options_weigh_rows(layer1):
     )
 
 
+@pytest.mark.slow
 def test_on_policy_routes_as_inference_selects(layer1):
     """The lists are those of the `sparda` selector."""
     from sparda_jax.models.presets import get_preset
@@ -416,6 +422,7 @@ def test_recall_loss_counts_misplaced_blocks():
     np.testing.assert_allclose(rise, jnp.sum(slope * way), rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_floor_of_zero_keeps_the_gradient_of_impossible_bins():
     target = jnp.asarray([[0.5, 0.3, 0.2]])
     logits = jnp.asarray([[-40.0, 0.0, 0.0]])

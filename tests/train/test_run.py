@@ -83,6 +83,7 @@ def finished(shards, tmp_path_factory):
         return out, train(_config(shards, out), progress=False)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_behind(finished):
     out, result = finished
     assert int(result.state.step) == 6 and result.resumed_from is None

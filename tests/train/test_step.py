@@ -41,7 +41,7 @@ SPARSE = SparseConfig(local_blocks=1, block_budget=4, query_blocks=2)
         ("minicpm", "k2s1max"),
         pytest.param("minicpm", "k2s1mean", marks=pytest.mark.slow),
         pytest.param("minicpm", "k32s16", marks=pytest.mark.slow),
-        ("nosa", "k2s1max"),
+        pytest.param("nosa", "k2s1max", marks=pytest.mark.slow),
         pytest.param("nosa", "k32s16", marks=pytest.mark.slow),
     ],
 )
@@ -99,6 +99,7 @@ def step(random_model):
     return make_step(model, settings, OPTIMIZER, make_mesh(1))
 
 
+@pytest.mark.slow
 def test_frozen_means_frozen(random_model, step):
     model = random_model()
     before = jax.tree.map(np.asarray, model)
@@ -207,6 +208,7 @@ def test_clip_is_over_all_heads():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_8b_step_at_64k_fits_in_8_gb_beside_its_weights():
     preset = get_preset("minicpm4.1-8b")
     model = abstract_decoder(

@@ -1,6 +1,7 @@
 """Blocks in 8 bits: against NumPy, rounded once, the same by every route and C."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -123,41 +124,40 @@ def test_a_fetch_and_its_commit_are_the_oracles(route):
 
 
 @pytest.fixture(scope="module")
-def lm(deeper):
-    model = sj.load(
-        "tiny",
-        attention="sparda",
-        forecast="from_query",
-        sparse=SPARSE,
-        storage="stacked",
-    )
-    return dataclasses.replace(model, model=deeper(False, "stacked"))
+def lm(lm, deeper):
+    return dataclasses.replace(lm, model=deeper(False, "stacked"))
 
 
-def _talk(lm, token_ids, cache):
+@pytest.fixture(scope="module")
+def talk(lm, token_ids):
     """Two turns of ragged rows; tokens, cache and lengths after each."""
-    lm = dataclasses.replace(lm, cache=cache)
-    how = {"temperature": 1.2, "ignore_eos": True, "max_new_tokens": 70}
-    prompts = [token_ids(length, seed=length) for length in (600, 3, 130)]
-    first = sj.generate(lm, prompts, **how)
-    state = first.conversation.state
-    stored = state.cache.store.to_numpy()
-    lengths = np.asarray(state.lengths)
-    more = [token_ids(length, seed=length) for length in (2, 150, 64)]
-    second = sj.generate(lm, more, conversation=first.conversation, **how)
-    return first, second, (stored, lengths)
+
+    @functools.cache
+    def run(cache):
+        placed = dataclasses.replace(lm, cache=cache)
+        how = {"temperature": 1.2, "ignore_eos": True, "max_new_tokens": 70}
+        prompts = [token_ids(length, seed=length) for length in (600, 3, 130)]
+        first = sj.generate(placed, prompts, **how)
+        state = first.conversation.state
+        stored = state.cache.store.to_numpy()
+        lengths = np.asarray(state.lengths)
+        more = [token_ids(length, seed=length) for length in (2, 150, 64)]
+        second = sj.generate(placed, more, conversation=first.conversation, **how)
+        return first, second, (stored, lengths)
+
+    return run
 
 
 @pytest.mark.slow
-def test_a_stored_block_never_changes_and_routes_agree(lm, token_ids):
-    """Neither by decode nor by a further turn; every C and way to fetch gives it."""
-    first, second, (stored, lengths) = _talk(lm, token_ids, INT8)
+def test_a_stored_block_never_changes(talk):
+    """Neither by decode nor by a further turn."""
+    _, second, (stored, lengths) = talk(INT8)
     after = second.conversation.state.cache
     for old, new in zip(stored, after.store.to_numpy(), strict=True):
         for row, length in enumerate(lengths):
             full = length // SPARSE.block_size
             np.testing.assert_array_equal(new[:, row, :, :full], old[:, row, :, :full])
-    exact = _talk(lm, token_ids, dataclasses.replace(INT8, codec="exact"))
+    exact = talk(dataclasses.replace(INT8, codec="exact"))
     # Prompts of one prefill are rounded, and no more than that: 9 blocks of row 0.
     whole, scales = (part[:, 0, :, :9] for part in stored)
     parts = (jnp.asarray(whole), jnp.asarray(scales))
@@ -166,32 +166,39 @@ def test_a_stored_block_never_changes_and_routes_agree(lm, token_ids):
     assert 0 < off.max() <= 0.5001 * scales.max()
     nbytes = exact[1].conversation.state.cache.store.nbytes
     assert after.store.nbytes < 0.4 * nbytes
-    for change in (
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change",
+    [
         {"device_blocks": 9},
-        {"device_blocks": 1000},
+        pytest.param({"device_blocks": 1000}, marks=pytest.mark.long),
         {"route": "host_loop"},
-        {"prefetch": "none"},
-    ):
-        other = _talk(lm, token_ids, dataclasses.replace(INT8, **change))
-        assert other[0].tokens == first.tokens, change
-        assert other[1].tokens == second.tokens, change
-        kept = other[1].conversation.state.cache.store.to_numpy()
-        ends = np.asarray(second.conversation.state.lengths)
-        for mine, theirs in zip(after.store.to_numpy(), kept, strict=True):
-            for row, length in enumerate(ends):
-                full = length // SPARSE.block_size
-                np.testing.assert_array_equal(
-                    mine[:, row, :, :full], theirs[:, row, :, :full]
-                )
+        pytest.param({"prefetch": "none"}, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_every_number_of_slots_and_way_to_fetch_agrees(talk, change):
+    first, second, _ = talk(INT8)
+    other = talk(dataclasses.replace(INT8, **change))
+    assert other[0].tokens == first.tokens
+    assert other[1].tokens == second.tokens
+    after = second.conversation.state
+    kept = other[1].conversation.state.cache.store.to_numpy()
+    for mine, theirs in zip(after.cache.store.to_numpy(), kept, strict=True):
+        for row, length in enumerate(np.asarray(after.lengths)):
+            full = length // SPARSE.block_size
+            np.testing.assert_array_equal(
+                mine[:, row, :, :full], theirs[:, row, :, :full]
+            )
 
 
 @pytest.mark.slow
 def test_another_codec_does_not_continue(lm, token_ids):
-    first, _, _ = _talk(lm, token_ids, INT8)
     talk = sj.generate(
         dataclasses.replace(lm, cache=INT8), [token_ids(5)], max_new_tokens=2
     ).conversation
-    del first
     exact = dataclasses.replace(lm, cache=dataclasses.replace(INT8, codec="exact"))
     with pytest.raises(sj.ConfigError, match=r"CacheConfig.codec='int8'"):
         sj.generate(exact, [[5]], conversation=talk)

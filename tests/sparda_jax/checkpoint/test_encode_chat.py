@@ -104,7 +104,7 @@ USUAL = ["<s>", "<|im_start|>", "<|im_end|>", "<|im_start|>"]
 
 # More of the same in the slow tests.
 AS_MANY = pytest.mark.parametrize(
-    "examples", [25, pytest.param(150, marks=pytest.mark.slow)]
+    "examples", [25, pytest.param(150, marks=[pytest.mark.slow, pytest.mark.long])]
 )
 
 

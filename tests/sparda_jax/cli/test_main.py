@@ -127,6 +127,7 @@ def test_read_only_cache_directory(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_generate_answers_and_reports(capsys, smollm2_path):
     status, out, err = _run(

@@ -5,6 +5,8 @@ has a row.
 """
 
 import argparse
+import functools
+import importlib
 import os
 import re
 
@@ -218,6 +220,15 @@ BESIDE = {
     "eval": {"--model": "tiny", "--out": "x"},
     "forecast-report": {"--model": "tiny", "--text": "pydoc", "--out": "x"},
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_parser():
+    """Built once: nothing of a call stays in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        module = importlib.import_module("sparda_jax.cli.main")
+        patch.setattr(module, "build_parser", functools.cache(build_parser))
+        yield
 
 
 def _commands() -> dict[str, argparse.ArgumentParser]:

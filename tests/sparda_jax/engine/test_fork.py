@@ -79,7 +79,8 @@ def test_every_row_of_a_fork_is_the_row(lm, document, cache):
         np.testing.assert_array_equal(new, old)
 
 
-@IN_BOTH_CACHES
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [sj.CacheConfig(), OFFLOAD], ids=lambda c: c.kind)
 def test_questions_of_one_batch(lm, document, answers, cache):
     lm = dataclasses.replace(lm, cache=cache)
     read = _read(lm, document)

@@ -47,6 +47,7 @@ def test_sequence_does_not_depend_on_its_neighbours(lm, prompts, greedy):
         assert alone.tokens[0] == greedy.tokens[index]
 
 
+@pytest.mark.slow
 def test_seeds(lm, prompts):
     first = _hot(lm, prompts, seed=5)
     assert first == _hot(lm, prompts, seed=5)
@@ -57,12 +58,14 @@ def test_seeds(lm, prompts):
     assert twins[0] != twins[1]
 
 
+@pytest.mark.slow
 def test_one_dispatch_gives_the_same_tokens(lm, prompts, greedy):
     out = sj.generate(lm, prompts, max_new_tokens=24, ignore_eos=True, single_call=True)
     assert out.tokens == greedy.tokens
     assert out.stats.prefill_seconds is None
 
 
+@pytest.mark.slow
 def test_a_cut_prompt_gives_the_same_tokens(lm, prompts, greedy):
     out = sj.generate(
         lm, prompts, max_new_tokens=24, ignore_eos=True, prefill_chunk=128

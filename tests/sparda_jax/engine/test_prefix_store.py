@@ -82,14 +82,25 @@ def _prompts(token_ids) -> tuple[list[list[int]], list[int]]:
     ], [0, 384, 256, 384, 0, 0]
 
 
+@pytest.mark.slow
 def test_hits_change_no_answer(lm, token_ids):
     """With the index of a forecast and blocks of 8 bits in host memory."""
     int8 = dataclasses.replace(OFFLOAD, codec="int8")
     _check(lm, token_ids, int8, *_prompts(token_ids))
 
 
+# By what they keep of the keys and how much of it ends with the prompt.
+KINDS = ("infinigen", "infllm_v2", "magicpig", "nosa", "quest", "snapkv")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", sj.selector_names())
+@pytest.mark.parametrize(
+    "attention",
+    [
+        pytest.param(name, marks=() if name in KINDS else pytest.mark.long)
+        for name in sj.selector_names()
+    ],
+)
 def test_hits_change_no_answer_of_any_selector(lm, token_ids, attention):
     if attention == "nosa":  # it needs a model of its own
         placed = sj.load("tiny-nosa", attention="nosa", storage="stacked")

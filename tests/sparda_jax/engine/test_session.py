@@ -11,22 +11,12 @@ from sparda_jax.checks import ConfigError
 from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.engine.session import Session
 
-SPARSE = sj.SparseConfig(local_blocks=2, block_budget=6)
 OFFLOAD = sj.CacheConfig(kind="offload", route="dynamic_slice", device_blocks=8)
 
 
 @pytest.fixture(scope="module")
-def lm(text_lm):
-    model = sj.load(
-        "tiny",
-        attention="sparda",
-        forecast="from_query",
-        sparse=SPARSE,
-        storage="stacked",
-    )
-    return dataclasses.replace(
-        model, config=text_lm.config, tokenizer=text_lm.tokenizer
-    )
+def lm(lm, text_lm):
+    return dataclasses.replace(lm, config=text_lm.config, tokenizer=text_lm.tokenizer)
 
 
 def _requests(token_ids, count: int) -> list[tuple[list[int], sj.GenerateConfig]]:
@@ -98,16 +88,18 @@ def _check(lm, token_ids, count, caches):
         assert session.free == [0, 1, 2] and session.running == []
 
 
+@pytest.mark.slow
 def test_rows_join_and_leave_as_if_each_were_alone(lm, token_ids):
     """Sampled and greedy, prompts in pieces between decode steps, stop strings."""
     _check(lm, token_ids, 6, [OFFLOAD])
 
 
 @pytest.mark.slow
-def test_many_rows_join_and_leave(lm, token_ids):
+@pytest.mark.parametrize("count", [12, pytest.param(40, marks=pytest.mark.long)])
+def test_many_rows_join_and_leave(lm, token_ids, count):
     verify = dataclasses.replace(OFFLOAD, exactness="verify", layer0="offload")
     plain = dataclasses.replace(lm, selector=lm.selector)
-    _check(plain, token_ids, 40, [sj.CacheConfig(), OFFLOAD])
+    _check(plain, token_ids, count, [sj.CacheConfig(), OFFLOAD])
     own = sj.with_attention(lm, "infllm_v2")
     _check(own, token_ids, 12, [sj.CacheConfig(), OFFLOAD])
     alone = dataclasses.replace(lm, cache=sj.CacheConfig(exactness="verify"))
@@ -146,6 +138,7 @@ def test_what_a_session_refuses(lm):
             Session.open(lm, **arguments)
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_those_of_the_model(lm, token_ids):
     """Of a prompt in pieces as `forward` has them, of output tokens as it has next."""
     plain = dataclasses.replace(lm, cache=sj.CacheConfig())

@@ -45,6 +45,7 @@ def _padded_and_close(lm, prompts, monkeypatch):
     return padded, close
 
 
+@pytest.mark.slow
 def test_rows_of_padding_change_no_token(lm, prompts, monkeypatch):
     """Three rows run as four, in larger arrays: tokens are those of the close sizes."""
     padded, close = _padded_and_close(lm, prompts, monkeypatch)

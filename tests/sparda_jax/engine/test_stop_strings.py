@@ -157,6 +157,7 @@ def test_pause_tokens(text_lm):
     assert pause_tokens(text_lm, ["a", "\ufffd"]).all()
 
 
+@pytest.mark.slow
 def test_n_outputs_are_those_of_n_seeds(text_lm):
     how = {**HOW, "max_new_tokens": 8}
     out = sj.generate(text_lm, PROMPTS[:2], n=3, seed=[11, 2**32 - 1], **how)

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evaluation_cases import FINE
 
 import sparda_jax as sj
 from sparda_jax.checks import ConfigError
 from sparda_jax.cli.main import main
-from sparda_jax.config import SparseConfig
-from sparda_jax.engine.model import LanguageModel
 from sparda_jax.evaluation.documents import DataError, token_rows
 from sparda_jax.evaluation.forecast_measure import (
     LayerSums,
@@ -30,20 +29,12 @@ from sparda_jax.evaluation.layer_budgets import (
     write_layer_budgets,
 )
 
-SPARSE = SparseConfig(
-    kernel_size=4,
-    kernel_stride=2,
-    block_size=4,
-    init_blocks=1,
-    local_blocks=1,
-    block_budget=5,
-)
 TOKENS = 48
 
 
 @pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return sj.load("tiny", attention="sparda", forecast="from_query", sparse=SPARSE)
+def lm(fine_lm):
+    return fine_lm
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +54,7 @@ def _by_loops(rankings, mass, plan, tokens):
     masses = [np.zeros(of_heads) for _ in range(3)]
     missed, distance = np.zeros(far), np.zeros(far)
     for token in range(tokens):
-        own = token // SPARSE.block_size
+        own = token // FINE.block_size
         if own + 1 <= plan.budget:
             continue
         bucket = np.searchsorted(plan.edges, token, "right") - 1
@@ -93,8 +84,8 @@ def _by_loops(rankings, mass, plan, tokens):
 
 def test_sums_are_what_their_words_say(lm, plan):
     rng = np.random.default_rng(0)
-    blocks, config = TOKENS // SPARSE.block_size, lm.config
-    own = np.arange(TOKENS) // SPARSE.block_size
+    blocks, config = TOKENS // FINE.block_size, lm.config
+    own = np.arange(TOKENS) // FINE.block_size
     past = np.arange(blocks) <= own[:, None]
     mass = rng.random((config.num_heads, TOKENS, blocks), np.float32) ** 4 * past
     mass /= mass.sum(-1, keepdims=True)
@@ -121,7 +112,7 @@ def test_sums_are_what_their_words_say(lm, plan):
             value, getattr(expected, name), rtol=1e-5, atol=1e-5, err_msg=name
         )
     assert (
-        np.asarray(listed)[:, :, -1].sum(-1).tolist() == [[SPARSE.block_budget] * 2] * 2
+        np.asarray(listed)[:, :, -1].sum(-1).tolist() == [[FINE.block_budget] * 2] * 2
     )
 
 
@@ -130,13 +121,13 @@ def _measured(lm, plan, recall: float) -> Measured:
     layers, kv = lm.config.num_layers, lm.config.num_kv_heads
     heads, buckets, at = lm.config.num_heads, len(plan.edges) - 1, len(plan.budgets)
     rows = np.full((layers, buckets), 10.0)
-    chosen = np.array(plan.budgets) - SPARSE.forced_blocks
+    chosen = np.array(plan.budgets) - FINE.forced_blocks
     wanted = np.broadcast_to(
         10.0 * chosen[None, :, None, None], (layers, at, kv, buckets)
     )
     # Later layers need more blocks for their mass.
     need = np.array([0.3, 0.9, 1.5])[:layers, None]
-    curve = 1 - np.exp(-np.array(plan.budgets)[None] / SPARSE.block_budget / need)
+    curve = 1 - np.exp(-np.array(plan.budgets)[None] / FINE.block_budget / need)
     mass = 10 * np.broadcast_to(
         curve[:, :, None, None], (layers, at, heads, buckets)
     ).astype(np.float64)
@@ -172,8 +163,8 @@ def report(lm, plan):
 def test_figures_are_ratios_of_the_sums(report, lm, plan):
     code = report["domains"]["code"]
     assert code["means"]["recall"] == pytest.approx(0.95)
-    scored = SPARSE.block_budget - SPARSE.forced_blocks
-    at_budget = (0.95 * scored + SPARSE.forced_blocks) / SPARSE.block_budget
+    scored = FINE.block_budget - FINE.forced_blocks
+    at_budget = (0.95 * scored + FINE.forced_blocks) / FINE.block_budget
     assert code["means"]["recall_at_budget"] == pytest.approx(at_budget)
     assert code["means"]["lost"] == pytest.approx(
         code["means"]["forecast_mass"] * 0.01, abs=1e-6
@@ -182,7 +173,7 @@ def test_figures_are_ratios_of_the_sums(report, lm, plan):
     assert np.shape(code["positions"]["recall"]) == (3, 3)
     assert np.shape(code["budgets"]["own_mass"]) == (3, len(plan.budgets))
     assert code["distances"]["missed"][0][0] == [0.1] * (len(plan.distances) - 1)
-    kv_bytes = 2 * SPARSE.block_size * lm.config.head_dim * 4
+    kv_bytes = 2 * FINE.block_size * lm.config.head_dim * 4
     assert code["misses"]["bytes_per_step"]["forecast"][0] == (
         5 * lm.config.num_layers * lm.config.num_kv_heads * kv_bytes
     )
@@ -214,7 +205,7 @@ def test_blocks_go_where_they_capture_most(report):
             moved = list(budgets)
             moved[source] -= 1
             moved[target] += 1
-            if min(moved) >= SPARSE.forced_blocks + 1:
+            if min(moved) >= FINE.forced_blocks + 1:
                 assert captured_mass(report, moved) <= best["mass"] + 1e-6
     with pytest.raises(ConfigError, match="at least 4, measured"):
         captured_mass(report, (3, 5, 7))

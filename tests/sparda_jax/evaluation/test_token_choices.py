@@ -5,27 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import sparda_jax as sj
 from sparda_jax.checks import ConfigError
-from sparda_jax.config import SparseConfig
 from sparda_jax.evaluation.forecast_measure import make_plan, walk_layers
 from sparda_jax.evaluation.token_choices import TokenChoices, token_choices
 from sparda_jax.models.block import before_attention
 
-SPARSE = SparseConfig(
-    kernel_size=4,
-    kernel_stride=2,
-    block_size=4,
-    init_blocks=1,
-    local_blocks=1,
-    block_budget=5,
-)
 TOKENS = 47
 
 
 @pytest.fixture(scope="module")
-def lm():
-    return sj.load("tiny", attention="sparda", forecast="from_query", sparse=SPARSE)
+def lm(fine_lm):
+    return fine_lm
 
 
 @pytest.fixture(scope="module")

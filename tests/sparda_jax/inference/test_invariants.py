@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from pallas_kernels.lowering import cuda_lowering_text
 
 # `infllm_v2` differs from `sparda` by who chooses the blocks alone; the goldens hold
-# `nosa` in the default tests too.
+# `dense` and `nosa` in the default tests too.
 ATTENTIONS = (
-    "dense",
+    pytest.param("dense", marks=pytest.mark.slow),
     "sparda",
     pytest.param("infllm_v2", marks=pytest.mark.slow),
     pytest.param("nosa", marks=pytest.mark.slow),

@@ -112,19 +112,30 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Talk:
-    """Lengths of a conversation: prompts, steps per row, a turn, steps per row."""
+    """Lengths of a conversation: prompts, steps per row, a turn, steps per row.
+
+    Prompts are padded to `padded`, if they are shorter: conversations of one such
+    length share their programs.
+    """
 
     prompts: tuple[int, ...]
     steps: tuple[int, ...]
     turn: tuple[int, ...]
     more: tuple[int, ...]
+    padded: int = 0
+
+    @property
+    def width(self) -> int:
+        return max(self.padded, *self.prompts, *self.turn)
 
     @property
     def capacity(self) -> int:
         """Room for it all, and for prefill to write whole tiles of any width."""
         rows = zip(self.prompts, self.steps, self.turn, self.more, strict=True)
-        width = max(*self.prompts, *self.turn) + 128
-        longest = max(p + s + max(width, t + m) for p, s, t, m in rows)
+        longest = max(
+            max(self.padded, p) + s + max(self.width + 128, t + m)
+            for p, s, t, m in rows
+        )
         return -(-longest // 64) * 64
 
 
@@ -178,10 +189,9 @@ def _run(case: Case, model, talk: Talk, offload: bool):
     kept = new_state(model, settings, batch, shapes, case.cache).cache
     rope = model_rope(settings.config, talk.capacity)
     lengths, seen = jnp.zeros((batch,), jnp.int32), []
-    width = max(*talk.prompts, *talk.turn)
     rng = np.random.default_rng(0)
     for prompts, steps in ((talk.prompts, talk.steps), (talk.turn, talk.more)):
-        ids = jnp.asarray(rng.integers(2, 128, (batch, width)), jnp.int32)
+        ids = jnp.asarray(rng.integers(2, 128, (batch, talk.width)), jnp.int32)
         count = jnp.asarray(prompts, jnp.int32)
         kept = _prompt(model, kept, ids, lengths, count, rope, settings)
         ends = jnp.asarray(steps, jnp.int32)
@@ -234,13 +244,11 @@ def _check(case: Case, talk: Talk, deeper, resident):
 
 CASES = (
     Case(),
-    Case(exactness="verify", layers_ahead=2, sparse=INT8_KEYS),
     *(
         pytest.param(case, marks=pytest.mark.slow)
         for case in (
             Case(exactness="verify"),
-            Case(nosa=True, storage="per_layer", layer0="offload", slots=7),
-            Case(layer0="offload", slots=7),
+            Case(exactness="verify", layers_ahead=2, sparse=INT8_KEYS),
             Case(slots=WIDE, recall_every=4),
             Case(attention="infllm_v2", layer0="offload"),
             Case(attention="dense", slots=WIDE),
@@ -249,26 +257,33 @@ CASES = (
             Case(codec=Halves(), exactness="verify"),
             Case(NextQuery(), prefetch="lookahead"),
             Case("quest", layer0="offload", slots=7),
-            Case("reuse"),
-            Case("reuse", storage="per_layer", layer0="offload", prefetch="none"),
             Case("reuse", exactness="verify"),
-            Case("oracle", nosa=True),
-            Case(sparse=INT8_KEYS),
-            Case(sparse=INT8_KEYS, storage="per_layer", exactness="verify", slots=12),
-            Case(ByNumber(), layers_ahead=2),
             Case(ByNumber(), layers_ahead=2, slots=7, storage="per_layer"),
             Case(ByNumber(), layers_ahead=3, layer0="offload"),
             Case(ByNumber(), layers_ahead=8, storage="per_layer", layer0="offload"),
-            Case(ByNumber(), layers_ahead=2, prefetch="none"),
-            Case("snapkv", layers_ahead=2),
             Case("infinigen", slots=7, recall_every=4),
-            Case("infinigen", exactness="verify"),
             Case("infinigen", storage="per_layer", layer0="offload", prefetch="none"),
             Case("snapkv", layer0="offload"),
             Case("infllm", slots=7, layer0="offload"),
             Case("magicpig"),
-            Case(sparse=BY_LAYER),
             Case("nosa", nosa=True, storage="per_layer", sparse=BY_LAYER),
+        )
+    ),
+    *(
+        pytest.param(case, marks=[pytest.mark.slow, pytest.mark.long])
+        for case in (
+            Case(nosa=True, storage="per_layer", layer0="offload", slots=7),
+            Case(layer0="offload", slots=7),
+            Case("reuse"),
+            Case("reuse", storage="per_layer", layer0="offload", prefetch="none"),
+            Case("oracle", nosa=True),
+            Case(sparse=INT8_KEYS),
+            Case(sparse=INT8_KEYS, storage="per_layer", exactness="verify", slots=12),
+            Case(ByNumber(), layers_ahead=2),
+            Case(ByNumber(), layers_ahead=2, prefetch="none"),
+            Case("snapkv", layers_ahead=2),
+            Case("infinigen", exactness="verify"),
+            Case(sparse=BY_LAYER),
         )
     ),
 )
@@ -319,8 +334,16 @@ MATRIX = [
 ]
 
 
+# One way after the other takes the next number of slots; storage alternates.
+FEW = [MATRIX[len(SLOTS) * row + (row + row // 2) % len(SLOTS)] for row in range(6)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", MATRIX, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=() if c in FEW else pytest.mark.long) for c in MATRIX],
+    ids=str,
+)
 def test_matrix_equals_resident(case, deeper, resident):
     _check(case, TALK, deeper, resident)
 
@@ -328,11 +351,16 @@ def test_matrix_equals_resident(case, deeper, resident):
 LONG = (
     Case(),
     Case(storage="per_layer", exactness="verify", layer0="offload"),
-    Case(storage="per_layer", slots=7, layer0="offload"),
-    Case(attention="infllm_v2"),
-    Case(attention="nosa", nosa=True, slots=12),
     Case(sparse=dataclasses.replace(SPARSE, dense_len=320)),
     Case(sparse=dataclasses.replace(SPARSE, forecast_decode_only=True)),
+    *(
+        pytest.param(case, marks=pytest.mark.long)
+        for case in (
+            Case(storage="per_layer", slots=7, layer0="offload"),
+            Case(attention="infllm_v2"),
+            Case(attention="nosa", nosa=True, slots=12),
+        )
+    ),
 )
 
 
@@ -346,7 +374,7 @@ def test_long_conversation_equals_resident(case, deeper, resident):
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 31, 63, 64, 65, 127, 128, 384, 385, 1000])
 def test_every_prompt_length_equals_resident(length, deeper, resident):
-    talk = Talk((length,), (66,), (3,), (4,))
+    talk = Talk((length,), (66,), (3,), (4,), padded=1000)
     _check(Case(layer0="offload"), talk, deeper, resident)
 
 

@@ -21,18 +21,14 @@ def expected(lm, prompts):
     return sj.generate(lm, prompts, **HOT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cache",
     [
         CacheConfig(kind="offload", route="dynamic_slice"),
-        pytest.param(
-            CacheConfig(kind="offload", route="host_loop"), marks=pytest.mark.slow
-        ),
-        pytest.param(
-            CacheConfig(
-                kind="offload", route="host_loop", prefetch="none", layer0="offload"
-            ),
-            marks=pytest.mark.slow,
+        CacheConfig(kind="offload", route="host_loop"),
+        CacheConfig(
+            kind="offload", route="host_loop", prefetch="none", layer0="offload"
         ),
     ],
     ids=["dynamic_slice", "host_loop", "host_loop, none, layer 0 offloaded"],

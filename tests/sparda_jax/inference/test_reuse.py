@@ -9,6 +9,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sparda_jax.models.weights import build_decoder, random_tensors
 
@@ -112,6 +113,7 @@ def _sets(lists):
     return (np.asarray(lists)[..., None] == np.arange(blocks)).any(-2)
 
 
+@pytest.mark.slow
 def test_lists_and_logits_are_those_of_the_layer_before(runner):
     run = runner("reuse", local_blocks=LOCAL, block_budget=BUDGET)
     config = dataclasses.replace(run.settings.config, num_layers=LAYERS)

@@ -173,10 +173,15 @@ def _assert_equal(state: GenerateState, expected: GenerateState) -> None:
             np.testing.assert_array_equal(leaf, other, name)
 
 
+# By what they keep of the keys, and by whether they look ahead, these are all kinds.
+KINDS = ("dense", "nosa", "quest", "snapkv", "sparda")
 CASES = [
     *((name, CacheConfig(), "stacked") for name in selector_names()),
     *(
-        (name, OFFLOAD, "per_layer")
+        pytest.param(
+            *(name, OFFLOAD, "per_layer"),
+            marks=() if name in KINDS else pytest.mark.long,
+        )
         for name in selector_names()
         if not get_selector(name).attends_tokens  # with a resident cache alone
     ),

@@ -26,26 +26,16 @@ def _peak(analysis) -> int:
 
 
 COMPILED = [
-    Case(kind="offload"),
     *(
         pytest.param(case, marks=pytest.mark.slow)
         for case in (
             Case(),
-            Case(storage="per_layer"),
+            Case(kind="offload"),
             Case("dense"),
-            Case("infllm_v2"),
             Case("infllm_v2", kind="offload", batch=3),
-            Case("infllm_v2", kind="offload", storage="per_layer"),
             Case(kind="offload", storage="per_layer"),
-            Case("nosa", preset="tiny-nosa"),
             Case("nosa", kind="offload", preset="tiny-nosa", layer0="offload"),
-            Case(kind="offload", preset="tiny-nosa", slots=12),
-            Case(kind="offload", prompt=3900, batch=1),
-            Case(prompt=3900, batch=4, chunk=512),
             Case(kind="offload", prompt=3900, batch=4, chunk=512),
-            Case("dense", kind="offload", slots=10_000),
-            Case(kind="offload", prefetch="none"),
-            Case(kind="offload", prompt=10),
             Case(kind="offload", slots=10_000),
             Case(kind="offload", slots=14, codec="int8"),
             Case(kind="offload", slots=10_000, codec="int8", storage="per_layer"),
@@ -53,6 +43,21 @@ COMPILED = [
             Case("snapkv", kind="evict", prompt=3900),
             Case("snapkv", kind="evict", prompt=3900, batch=1, storage="per_layer"),
             Case("window", kind="evict", prompt=3900),
+        )
+    ),
+    *(
+        pytest.param(case, marks=[pytest.mark.slow, pytest.mark.long])
+        for case in (
+            Case(storage="per_layer"),
+            Case("infllm_v2"),
+            Case("infllm_v2", kind="offload", storage="per_layer"),
+            Case("nosa", preset="tiny-nosa"),
+            Case(kind="offload", preset="tiny-nosa", slots=12),
+            Case(kind="offload", prompt=3900, batch=1),
+            Case(prompt=3900, batch=4, chunk=512),
+            Case("dense", kind="offload", slots=10_000),
+            Case(kind="offload", prefetch="none"),
+            Case(kind="offload", prompt=10),
         )
     ),
 ]

@@ -64,6 +64,7 @@ def test_published_curves_are_those_of_the_published_traces():
     assert published_curve("window") == published_curve("infllm_v2")
 
 
+@pytest.mark.slow
 def test_more_slots_miss_less(tmp_path):
     small = _plan()
     large = _plan(cache=CacheConfig(kind="offload", device_blocks=20))

@@ -81,6 +81,7 @@ def test_break_even_and_crossover_are_where_they_say():
     assert not _plan(context=below).offload_pays
 
 
+@pytest.mark.slow
 def test_notes_tell_of_longrope_and_assumptions():
     notes = " ".join(_plan().notes)
     assert "more than the 65,536" in notes

@@ -187,10 +187,11 @@ def _fuzz(server, count: int, seed: int, distinct: int) -> None:
 
 @pytest.mark.slow
 def test_random_requests_get_what_generate_gives(server):
-    _fuzz(server, count=60, seed=1, distinct=12)
+    _fuzz(server, count=240, seed=1, distinct=24)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_ten_thousand_random_requests(server):
     _fuzz(server, count=10_000, seed=2, distinct=300)

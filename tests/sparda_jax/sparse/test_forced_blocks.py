@@ -44,7 +44,10 @@ def _rows(draw):
 @pytest.mark.parametrize(
     "name", [n for n in selector_names() if not get_selector(n).dense]
 )
-@pytest.mark.parametrize("examples", [12, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "examples",
+    [12, pytest.param(40, marks=[pytest.mark.slow, pytest.mark.long])],
+)
 def test_forced_blocks_are_always_listed(name, examples):
     @settings(max_examples=examples, deadline=None)
     @given(_rows())

@@ -54,6 +54,7 @@ def test_representatives_and_lists_are_the_definition_s(kind):
     assert cases.listed_sets(lists) == cases.best_sets(scores, positions, SPARSE)
 
 
+@pytest.mark.slow
 def test_representatives_made_piece_by_piece_are_those_of_the_whole():
     layer = cases.draw_layer("random", length=400)
     whole = cases.make_index(INFLLM, layer, [400], 8)["representatives"]
