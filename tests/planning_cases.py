@@ -42,6 +42,8 @@ class Case:
     layer0: str = "resident"
     prefetch: str | None = None
     codec: HostCodec = "exact"
+    layers_ahead: int = 1
+    keys: HostCodec = "exact"
     tile: int = 256
     max_new: int = 100
     dtype: str = "float32"
@@ -54,6 +56,7 @@ class Case:
             layer0=self.layer0,
             prefetch=self.prefetch,
             codec=self.codec,
+            layers_ahead=self.layers_ahead,
         )
 
     @property
@@ -62,8 +65,9 @@ class Case:
         selector = get_selector(self.attention)
         offload = offload_settings(self.cache, selector)
         evict = self.kind == "evict"
+        sparse = dataclasses.replace(preset.sparse, compressed_keys=self.keys)
         return LayerSettings(
-            preset.model, preset.sparse, selector, offload=offload, evict=evict
+            preset.model, sparse, selector, offload=offload, evict=evict
         )
 
     @property
