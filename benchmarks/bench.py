@@ -180,6 +180,10 @@ def _bench(argv: Sequence[str] | None) -> None:
     batches = _several("--batch", arguments.batch, integer(1), words=("best",))
     if arguments.layers is not None and arguments.random is None:
         raise ConfigError("--layers needs --random")
+    if arguments.forecast is not None and arguments.random is not None:
+        raise ConfigError(
+            "--forecast is not allowed with --random: its heads are random"
+        )
     if arguments.plot is not None:
         _check_plot(arguments.plot)
     from sparda_jax.runtime import configure_offload
@@ -193,7 +197,8 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     if arguments.compare is None or arguments.second is None:
         raise ConfigError("--compare needs two files: --compare A.json B.json")
-    print(compare(read_figures(arguments.compare), read_figures(arguments.second)))
+    second = path("B.json", arguments.second)
+    print(compare(read_figures(arguments.compare), read_figures(second)))
 
 
 def _check_plot(file: str) -> None:

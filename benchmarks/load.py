@@ -33,6 +33,8 @@ from sparda_jax.checks import (
     non_empty_text,
     number,
     path,
+    require,
+    shown,
 )
 from sparda_jax.cli.console import note
 from sparda_jax.cli.options import HelpFormatter, Parser, add_option
@@ -49,12 +51,51 @@ examples:
                      --max-batch 8 --prompt-tokens 32000 --shared-tokens 30000
       a shape with random weights; prompts that share their beginning
 """
+# Of all prompts together, which are made before the first is sent.
+_MOST_TOKENS = 2**28
+_COUNT = integer(0)
+
+
+def server_url(field: str, value: object) -> str:
+    """Checks an address of a server.
+
+    Raises:
+      ConfigError: If it is none.
+    """
+    found = non_empty_text(field, value)
+    try:
+        parts = urllib.parse.urlsplit(found)
+        good = parts.scheme == "http" and bool(parts.hostname) and parts.port != 0
+        good = good and not (parts.query or parts.fragment or parts.username)
+    except ValueError:  # No port, or no address in brackets.
+        good = False
+    good = good and found.isascii() and found.isprintable() and " " not in found
+    require(good, field, value, "like http://127.0.0.1:8000, with a path or without")
+    return found
+
+
+def header_text(field: str, value: object) -> str:
+    """Checks a text that can stand in a line of HTTP's head.
+
+    Raises:
+      ConfigError: If it cannot.
+    """
+    found = non_empty_text(field, value)
+    require(found.isprintable(), field, value, "text on one line")
+    return found
+
+
 # Of the load: check, default, metavar, help.
 LOAD_OPTIONS: Mapping[str, tuple[Check[Any], Any, str, str]] = {
-    "requests": (integer(1), 32, "N", "requests, without the warm-up"),
-    "warm_up": (integer(0), 2, "N", "requests before them, in no figure"),
-    "concurrency": (integer(1), 4, "N", "users of the closed loop"),
-    "rate": (number(above=0), None, "R", "requests a second: an open loop"),
+    "requests": (integer(1, 2**24), 32, "N", "requests, without the warm-up"),
+    "warm_up": (integer(0, 2**24), 2, "N", "requests before them, in no figure"),
+    "concurrency": (integer(1, 2**16), 4, "N", "users of the closed loop"),
+    "rate": (
+        number(least=1e-4, most=1e6),
+        None,
+        "R",
+        "requests a second: an open loop",
+    ),
     "prompt_tokens": (integer(1), 256, "N", "tokens of a prompt, random ids"),
     "shared_tokens": (integer(0), 0, "N", "of them, those that all begin with"),
     "output_tokens": (integer(1), 64, "N", "tokens of an answer, all of them"),
@@ -114,8 +155,9 @@ async def ask(url: str, body: dict[str, Any], key: str | None) -> Result:
         await _read_events(reader, result)
     except asyncio.CancelledError:
         result.cancelled = True
-    except (OSError, ValueError, asyncio.IncompleteReadError) as error:
-        result.failure = f"{type(error).__name__}: {error}"
+    # A server of anybody's may answer anything.
+    except (OSError, EOFError, ValueError, LookupError, TypeError, RecursionError) as e:
+        result.failure = f"{type(e).__name__}: {e}"
     finally:
         if writer is not None:
             writer.close()
@@ -140,20 +182,28 @@ async def _read_events(reader: asyncio.StreamReader, result: Result) -> None:
         result.failure = "the stream ended early"
 
 
-def _take(chunk: dict[str, Any], result: Result) -> None:
-    if "error" in chunk:
+def _take(chunk: Any, result: Result) -> None:
+    """Takes an event; errors of many kinds where it is none of this API."""
+    if "error" in _object(chunk):
         result.failure = str(chunk["error"])
         return
     if chunk.get("usage"):
-        usage = chunk["usage"]
-        result.tokens = usage["completion_tokens"]
-        details = usage.get("prompt_tokens_details") or {}
-        result.cached = details.get("cached_tokens", 0)
+        usage = _object(chunk["usage"])
+        result.tokens = _COUNT("completion_tokens", usage["completion_tokens"])
+        details = _object(usage.get("prompt_tokens_details") or {})
+        result.cached = _COUNT("cached_tokens", details.get("cached_tokens", 0))
     for given in chunk["choices"]:
-        if given["finish_reason"] is None:
+        if _object(given)["finish_reason"] is None:
             result.times.append(time.perf_counter())
         result.text += given["text"]
-        result.logprobs += (given.get("logprobs") or {}).get("token_logprobs", ())
+        logs = _object(given.get("logprobs") or {}).get("token_logprobs", ())
+        result.logprobs += [float(log) for log in logs]
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{shown(value)} is no object")
+    return value
 
 
 def bodies(arguments: argparse.Namespace, vocab: int, model: str) -> list[dict]:
@@ -253,8 +303,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_load_options(parser)
     source = parser.add_argument_group("server")
-    add_option(source, "--url", non_empty_text, metavar="URL", help="of one that runs")
-    add_option(source, "--api-key", non_empty_text, metavar="KEY", help="for --url")
+    add_option(source, "--url", server_url, metavar="URL", help="of one that runs")
+    add_option(source, "--api-key", header_text, metavar="KEY", help="for --url")
     add_option(
         source,
         "--vocab",
@@ -328,12 +378,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command `sparda bench serve`."""
+    """The command `sparda bench serve`; status 1 if no request was completed."""
     arguments = build_parser().parse_args(argv)
     if arguments.shared_tokens > arguments.prompt_tokens:
         raise ConfigError(
             f"--shared-tokens={arguments.shared_tokens} is not allowed: it must be at "
             f"most --prompt-tokens={arguments.prompt_tokens}"
+        )
+    tokens = (arguments.warm_up + arguments.requests) * arguments.prompt_tokens
+    if tokens > _MOST_TOKENS:
+        raise ConfigError(
+            f"--prompt-tokens={arguments.prompt_tokens} is not allowed: all requests "
+            f"together may have {_MOST_TOKENS} prompt tokens, and these have {tokens}"
         )
     if arguments.url is not None:
         requests = bodies(arguments, arguments.vocab, arguments.model)
@@ -355,3 +411,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{name.replace('_', ' ')}\n{table(one)}")
         elif name in ("generate", "engine", "served"):
             print(f"{name:<11}" + json.dumps(one))
+    load = found["load"]
+    if load["failed"] and not load["completed"]:
+        raise SystemExit(1)

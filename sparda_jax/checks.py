@@ -15,6 +15,7 @@ import reprlib
 from collections.abc import Callable, Collection, Mapping, Set
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,7 +30,14 @@ _SHORT = reprlib.Repr(maxlevel=3, maxstring=100, maxother=100, maxlong=60)
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
 
-class ConfigError(ValueError):
+class OneLineError(ValueError):
+    """An error of one line, whatever the names in it hold."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())
+
+
+class ConfigError(OneLineError):
     """A configuration field holds a value that is not allowed; one line says why."""
 
 
@@ -85,6 +93,10 @@ def _as_integer(value: object) -> int | None:
 
 def _as_number(value: object) -> float | None:
     """Any library's finite real number as a `float`; None for all else."""
+    # Bytes of any library would be read as text by `float`.
+    kind = type(value)
+    if not (hasattr(kind, "__float__") or hasattr(kind, "__index__")):
+        return None
     if not _is_scalar_of(value, "int uint float bfloat"):
         return None
     try:
@@ -223,9 +235,15 @@ def file_to_write(field: str, value: object) -> str:
     """
     found = path(field, value)
     folder = os.path.dirname(os.path.abspath(found))
-    if os.path.isdir(found) or not os.access(folder, os.W_OK | os.X_OK):
+    other = os.path.exists(found) and not os.path.isfile(found)  # /dev/full, a pipe
+    if other or not os.access(folder, os.W_OK | os.X_OK):
         raise _refusal(field, value, "a file in a folder that can be written to")
     return found
+
+
+def text_path(field: str, value: object) -> str:
+    """Checks a path that JSON can name, which holds no bytes that are not UTF-8."""
+    return text(field, path(field, value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +293,10 @@ def function(field: str, value: object) -> Callable[..., Any]:
 def float_dtype(field: str, value: object) -> np.dtype:
     """Checks a type of weights and caches, by name or as any library's own."""
     name = value
-    if value is not None and not isinstance(value, str):
+    # An array or a number has a type, and is none.
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        name = None
+    elif value is not None and not isinstance(value, str):
         try:
             name = jnp.dtype(value).name  # pyrefly: ignore[no-matching-overload]
         except Exception:  # NumPy tries the value as several things, then gives up

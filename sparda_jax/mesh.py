@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh
 from sparda_jax.checks import ConfigError, integer, require, settle, shown
 
 DATA, MODEL = "data", "model"
+_MOST = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class MeshConfig:
     model: int = 1
 
     def __post_init__(self) -> None:
-        settle(self, data=integer(1, 2**16), model=integer(1, 2**16))
+        settle(self, data=integer(1, _MOST), model=integer(1, _MOST))
 
     @staticmethod
     def parse(field: str, value: object) -> "MeshConfig":
@@ -36,13 +37,14 @@ class MeshConfig:
           ConfigError: If the text is none.
         """
         found = [
-            re.fullmatch(r"(data|model)=([1-9]\d{0,4})", part)
+            re.fullmatch(r"(data|model)=([1-9][0-9]{0,4})", part)
             for part in (value.split(",") if isinstance(value, str) else [""])
         ]
         sizes = {match[1]: int(match[2]) for match in found if match is not None}
-        if len(sizes) != len(found):
+        if len(sizes) != len(found) or max(sizes.values()) > _MOST:
             raise ConfigError(
-                f"{field}={shown(value)} is not allowed: it must be like data=1,model=2"
+                f"{field}={shown(value)} is not allowed: it must be like "
+                f"data=1,model=2, with at most {_MOST} devices an axis"
             )
         return MeshConfig(**sizes)
 

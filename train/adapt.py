@@ -18,14 +18,15 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
 import sparda_jax as sj
-from sparda_jax.checkpoint.atomic import write_json, write_text
-from sparda_jax.checkpoint.files import read_json
+from sparda_jax.checkpoint.atomic import new_file, write_json, write_text
 from sparda_jax.checks import (
     ConfigError,
     choice,
+    file_to_write,
     flag,
     integer,
     number,
@@ -33,6 +34,7 @@ from sparda_jax.checks import (
     require,
     settle,
     several,
+    text_path,
 )
 from sparda_jax.checks import path as check_path
 from sparda_jax.cli.console import advance
@@ -41,7 +43,8 @@ from sparda_jax.engine.model import LanguageModel
 from sparda_jax.evaluation.documents import token_rows
 from sparda_jax.evaluation.passkey import passkey_task
 from sparda_jax.loading import default_dtype, open_model
-from train.adapt_card import card, verdict
+from train.adapt_card import card, told, verdict
+from train.adapt_work import first_evaluation, kept, read_kept, same_call
 from train.config import (
     PUBLISHED_LOSS,
     CheckpointConfig,
@@ -52,12 +55,11 @@ from train.config import (
 )
 from train.geometry import Geometry, candidates, choose_geometry
 from train.memory import refuse_too_little_memory
-from train.metrics import plot_curves, read_log
+from train.metrics import plot_curves
 from train.run import train
 from train.run_directory import check_writable
 
 _HELD_OUT = 0.1
-_MAX_FILE = 1 << 22
 # Steps of a run that the clock ends.
 _MANY = 100_000
 _DEPTHS = (0.1, 0.5, 0.9)
@@ -110,9 +112,9 @@ class AdaptConfig:
         maybe = optional(integer(1))
         settle(
             self,
-            model=check_path,
+            model=text_path,
             out=_heads_file,
-            text=several(check_path, "files, directories, 'stdlib' or 'pydoc'"),
+            text=several(text_path, "files, directories, 'stdlib' or 'pydoc'"),
             minutes=number(above=0, most=1e5),
             steps=maybe,
             seq_len=maybe,
@@ -129,7 +131,7 @@ class AdaptConfig:
 
 
 def _heads_file(field: str, value: object) -> str:
-    found = check_path(field, value)
+    found = text_path(field, value)
     fits = pathlib.PurePath(found).suffix == ".safetensors"
     require(fits, field, value, "the name of a .safetensors file")
     return found
@@ -186,16 +188,27 @@ def adapt(
 def run_adapt(asked: AdaptConfig, *, progress: bool = True) -> AdaptResult:
     """`adapt` of a configuration."""
     config, tokens = _check(asked)
-    heads = pathlib.Path(asked.out).expanduser().absolute()
+    heads = pathlib.Path(os.path.expanduser(asked.out)).absolute()
     check_writable(heads.parent)
+    file_to_write("out", str(heads))
     work = check_writable(heads.with_name(heads.name + ".work"))
     identity = _identity(asked, tokens)
-    _same_call(work / "call.json", identity)
-    done = read_json(work / "done.json", _MAX_FILE)
+    same_call(work / "call.json", identity)
+    done = read_kept(work / "done.json")
     if done is not None and heads.is_file():
-        return _result(heads, done)
+        with kept(work / "done.json"):
+            told(done)
+            return _result(heads, done)
     sources = asked.text or ("stdlib", "pydoc")
-    geometry = _geometry(asked, config, sources, tokens, work, progress)
+    geometry = read_kept(work / "geometry.json")
+    if geometry is None:
+        tried, texts = _tried(asked, tokens), _texts(asked, sources, tokens)
+        # Only now is it a call to go on with: another text may be named after a slip.
+        write_json(work / "call.json", identity)
+        geometry = _geometry(asked, config, tried, texts, progress)
+        write_json(work / "geometry.json", geometry)
+    with kept(work / "geometry.json"):
+        SparseConfig(**geometry["sparse"])
     result = train(
         _training(asked, sources, tokens, geometry["sparse"], work), progress=progress
     )
@@ -206,11 +219,12 @@ def run_adapt(asked: AdaptConfig, *, progress: bool = True) -> AdaptResult:
         "jax": jax.__version__,
         "steps": int(result.state.step),  # 0: no step made them better
         "geometry": geometry,
-        "regression": _first_evaluation(work / "run" / "log.jsonl"),
+        "regression": first_evaluation(work / "run" / "log.jsonl"),
         "held_out": result.evaluation.means(),
         "layers": result.evaluation.by_layer(),
     }
-    shutil.copyfile(result.forecast, heads)
+    with new_file(heads) as temporary:
+        shutil.copyfile(result.forecast, temporary)
     figures["passkeys"] = _passkeys(asked, heads, geometry["sparse"], tokens, progress)
     figures["verdict"] = verdict(figures, asked.least_mass)
     write_text(heads.with_suffix(".md"), card(figures, heads.name))
@@ -254,6 +268,13 @@ def _check(asked: AdaptConfig) -> tuple[ModelConfig, int]:
         tokens,
         f"a multiple of {block} from {8 * block} to max_context={config.max_context}",
     )
+    most = tokens // block - 1
+    require(
+        asked.budget is None or asked.budget <= most,
+        "budget",
+        asked.budget,
+        f"at most {most}, one less than a row of {tokens} tokens has blocks",
+    )
     dtype = default_dtype() if asked.dtype is None else jnp.dtype(asked.dtype)
     wide = dataclasses.replace(config, forecast_queries=queries)
     refuse_too_little_memory(wide, dtype, tokens)
@@ -273,56 +294,53 @@ def _identity(asked: AdaptConfig, tokens: int) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def _same_call(path: pathlib.Path, identity: dict[str, Any]) -> None:
-    held = read_json(path, _MAX_FILE)
-    if held is None:
-        write_json(path, identity)
-        return
-    for field, value in identity.items():
-        before = held.get(field)
+def _tried(asked: AdaptConfig, tokens: int) -> list[SparseConfig]:
+    """The selections to measure: that of the checkpoint, or several windows."""
+    own, kernel = open_model(asked.model).sparse, asked.kernel_size
+    if own is not None:
         require(
-            before == value,
-            field,
-            value,
-            f"{before!r}, with which {path.parent.name} was begun; or another out=",
+            kernel in (None, own.kernel_size),
+            "kernel_size",
+            kernel,
+            f"{own.kernel_size}, for which the checkpoint was made",
         )
+        return [_with_room(own, tokens)]
+    tried = candidates(tokens)
+    if kernel is None:
+        return tried
+    stride = max(1, kernel // 2)
+    return [dataclasses.replace(tried[0], kernel_size=kernel, kernel_stride=stride)]
 
 
-def _geometry(
-    asked: AdaptConfig,
-    config: ModelConfig,
-    sources: tuple[str, ...],
-    tokens: int,
-    work: pathlib.Path,
-    progress: bool,
-) -> dict[str, Any]:
-    """Windows and budget as JSON: those of the checkpoint, or measured ones."""
-    path = work / "geometry.json"
-    held = read_json(path, _MAX_FILE)
-    if held is not None:
-        return held
-    own = open_model(asked.model).sparse
-    tried = candidates(tokens) if own is None else [_with_room(own, tokens)]
-    if asked.kernel_size is not None and own is None:
-        kernel = asked.kernel_size
-        tried = [
-            dataclasses.replace(
-                tried[0], kernel_size=kernel, kernel_stride=max(1, kernel // 2)
-            )
-        ]
-    dtype = default_dtype() if asked.dtype is None else jnp.dtype(asked.dtype)
-    lm = sj.load(asked.model, dtype=dtype, storage="stacked")
-    assert lm.tokenizer is not None
-    texts = {}
-    for source in sources:
-        texts[source] = token_rows(
+def _texts(
+    asked: AdaptConfig, sources: tuple[str, ...], tokens: int
+) -> dict[str, np.ndarray]:
+    """A row of held-out text of every source."""
+    tokenizer = open_model(asked.model).tokenizer
+    assert tokenizer is not None
+    return {
+        source: token_rows(
             source,
-            lm.tokenizer.encode,
+            tokenizer.encode,
             tokens=tokens,
             count=1,
             held_out=_HELD_OUT,
             seed=asked.seed,
         )
+        for source in sources
+    }
+
+
+def _geometry(
+    asked: AdaptConfig,
+    config: ModelConfig,
+    tried: list[SparseConfig],
+    texts: dict[str, np.ndarray],
+    progress: bool,
+) -> dict[str, Any]:
+    """Windows and budget as JSON: those of the checkpoint, or measured ones."""
+    dtype = default_dtype() if asked.dtype is None else jnp.dtype(asked.dtype)
+    lm = sj.load(asked.model, dtype=dtype, storage="stacked")
     total = len(tried) * len(texts) * config.num_layers
     quiet = None if progress else True
     with tqdm(total=total, desc="windows and budget", disable=quiet) as bar:
@@ -334,9 +352,7 @@ def _geometry(
             budget=asked.budget,
             on_layer=lambda: advance(bar, 1),
         )
-    figures = _as_json(found)
-    write_json(path, figures)
-    return figures
+    return _as_json(found)
 
 
 def _with_room(own: SparseConfig, tokens: int) -> SparseConfig:
@@ -407,15 +423,6 @@ def _training(
         eval=EvalConfig(every=_MANY, batches=2 if on_cpu else 6),
         checkpoint=CheckpointConfig(every=5, keep_last=1, keep_best=1),
     )
-
-
-def _first_evaluation(log: pathlib.Path) -> dict[str, Any] | None:
-    """Held-out figures after the regression."""
-    for line in read_log(log):
-        if line["kind"] == "eval" and line["step"] == 0:
-            skipped = ("layers", "kind", "step", "seconds")
-            return {k: v for k, v in line.items() if k not in skipped}
-    return None
 
 
 def _passkeys(

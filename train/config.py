@@ -27,7 +27,7 @@ from sparda_jax.checks import (
     shown,
     text,
 )
-from sparda_jax.checks import path as check_path
+from sparda_jax.checks import text_path as check_path
 from sparda_jax.config import ForecastReads, SparseConfig
 from train.config_checks import settle_fields
 

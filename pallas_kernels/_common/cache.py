@@ -12,12 +12,16 @@ from pallas_kernels.atomic_file import new_file
 
 
 def cache_directory() -> Path:
-    """``PALLAS_KERNELS_CACHE``, or ``pallas_kernels`` in the user's cache."""
+    """``PALLAS_KERNELS_CACHE``, or ``pallas_kernels`` in the user's cache.
+
+    Where a home is not known, its ``~`` is a name like any other, and nothing is found
+    there.
+    """
     chosen = os.environ.get("PALLAS_KERNELS_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
+        return Path(os.path.expanduser(chosen))
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "pallas_kernels"
+    return Path(os.path.expanduser(base)) / "pallas_kernels"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from sparda_jax.checkpoint.render_process import (
     RenderLimits,
     RenderProcess,
 )
-from sparda_jax.config import ConfigError
+from sparda_jax.checks import ConfigError, flag
 
 _MAX_SOURCE = 1 << 18  # The longest in use have about 30,000 characters.
 _MAX_DEPTH = 100
@@ -41,7 +41,10 @@ def _plain(value: Any, field: str, depth: int = 0) -> Any:
             raise ConfigError(f"{field} = {show(value)} is not below 2^64")
         return int(value)
     if isinstance(value, numbers.Real):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # a fraction
+            raise ConfigError(f"{field} = {show(value)} is not below 2^1024") from None
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
@@ -98,15 +101,16 @@ def chat_variables(
     **variables: Any,
 ) -> dict[str, Any]:
     """The variables of a rendering, checked; arguments as in `ChatTemplate.render`."""
+    plain = {name: _plain(value, name) for name, value in variables.items()}
     for name, instead in _NO_VARIABLES.items():
-        if variables.get(name):
+        if plain.get(name):
             raise ConfigError(f"{name} is not allowed in a chat: {instead}")
     return {
         "tools": None,
         "documents": None,
-        **{name: _plain(value, name) for name, value in variables.items()},
+        **plain,
         "messages": _check_messages(messages),
-        "add_generation_prompt": bool(add_generation_prompt),
+        "add_generation_prompt": flag("add_generation_prompt", add_generation_prompt),
     }
 
 

@@ -27,6 +27,7 @@ import tqdm
 
 from pallas_kernels import atomic_file
 from sparda_jax.checkpoint.errors import CheckpointError
+from sparda_jax.checks import ConfigError, shown
 
 try:
     import fcntl
@@ -135,10 +136,19 @@ JOINED_MODELS = types.MappingProxyType({"qwen2.5-coder-0.5b": QWEN_CODER})
 
 
 def cache_directory() -> pathlib.Path:
-    """Where fetched files are kept: `SPARDA_CACHE`, or the platform's cache."""
+    """Where fetched files are kept: `SPARDA_CACHE`, or the platform's cache.
+
+    Raises:
+      ConfigError: If `SPARDA_CACHE` is in the home of a user who has none.
+    """
     chosen = os.environ.get("SPARDA_CACHE")
     if chosen:
-        return pathlib.Path(chosen).expanduser()
+        try:
+            return pathlib.Path(chosen).expanduser()
+        except RuntimeError as error:
+            raise ConfigError(
+                f"SPARDA_CACHE={shown(chosen)} is not allowed: {error}"
+            ) from error
     return platformdirs.user_cache_path("sparda-jax")
 
 

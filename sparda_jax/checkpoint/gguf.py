@@ -15,7 +15,12 @@ import numpy as np
 
 from sparda_jax.checkpoint import layout
 from sparda_jax.checkpoint.dequantize import can_dequantize, dequantized_types
-from sparda_jax.checkpoint.errors import CheckpointError, UnsupportedTokenizer, show
+from sparda_jax.checkpoint.errors import (
+    CheckpointError,
+    UnsupportedTokenizer,
+    readable,
+    show,
+)
 from sparda_jax.checkpoint.gguf_header import GGUFHeader, read_header
 from sparda_jax.checkpoint.gguf_rope import ROPE_TENSORS, read_rope
 from sparda_jax.checkpoint.gguf_split import read_parts
@@ -156,7 +161,7 @@ def _config(
         raise fields.fail("attention.key_length", head_dim, "an even number")
     name = header.metadata.get("general.name")
     return ModelConfig(
-        name=name if isinstance(name, str) and name else header.path.stem,
+        name=name if isinstance(name, str) and name else readable(header.path.stem),
         vocab_size=_vocabulary(header, fields, tensors, tokens),
         hidden_size=hidden,
         ffn_size=fields.integer(

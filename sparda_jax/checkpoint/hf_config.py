@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sparda_jax.checkpoint.errors import CheckpointError, show
+from sparda_jax.checkpoint.errors import CheckpointError, readable, show
 from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
 from sparda_jax.models.families import (
     FAMILIES,
@@ -120,7 +120,7 @@ def model_config(
     name = fields.get("_name_or_path")
     try:
         return ModelConfig(
-            name=name if isinstance(name, str) and name else path.parent.name,
+            name=name if isinstance(name, str) and name else readable(path.parent.name),
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
             rope=read_rope(fields),
             # The reference's own defaults contradict each other where it is missing.

@@ -1,11 +1,13 @@
 """How a command ends: with its result, or with one line on standard error."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
 
 from sparda_jax.checkpoint.errors import CheckpointError
 from sparda_jax.checks import ConfigError, one_line
+from sparda_jax.cli.starting import interrupt_is_heeded
 
 _REFUSALS = (ConfigError, CheckpointError)
 
@@ -37,7 +39,9 @@ def run_command(
     """
     try:
         try:
-            action()
+            _take_any_text()
+            with interrupt_is_heeded():
+                action()
         finally:
             # What is still held back: a full disk would else be told at exit, or never.
             sys.stdout.flush()
@@ -55,6 +59,16 @@ def run_command(
         print_line(f"{prefix}{error}")
         return 2
     return 0
+
+
+def _take_any_text() -> None:
+    """Lets the output take names and answers that its encoding cannot write.
+
+    They are written with escapes, as errors are: a path with bytes that are not UTF-8,
+    or a letter where the terminal knows ASCII alone.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _give_up_output() -> None:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 from collections.abc import Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args
 
 from sparda_jax.checks import ConfigError, integer, non_empty_text, require
@@ -184,22 +185,27 @@ def serving_from_environment() -> "Serving":
     return _ready(parser.parse_args([]))
 
 
-def _ready(arguments: argparse.Namespace) -> "Serving":
-    """The server of some options, warm."""
-    _settle_flags(arguments)
+def _server_module() -> ModuleType:
     try:
-        from sparda_jax.serving.server import Serving
+        from sparda_jax.serving import server
     except ImportError as error:
         raise ConfigError(
             f"a package is missing ({error.name}): pip install 'sparda-jax[serve]'"
         ) from error
+    return server
+
+
+def _ready(arguments: argparse.Namespace) -> "Serving":
+    """The server of some options, warm."""
+    _settle_flags(arguments)
+    module = _server_module()
     given = {name: getattr(arguments, name) for name in SETTING_CHECKS}
     given["model_name"] = arguments.model_name or arguments.model
     settings = ServeSettings(**given)
     lm = load_model(arguments, arguments.attention)
     lm = dataclasses.replace(lm, cache=cache_config(arguments))
     note(f"serve: taking memory for {settings.max_batch} rows …")
-    serving = Serving(lm, settings)
+    serving = module.Serving(lm, settings)
     note("serve: compiling …")
     programs = serving.warm_up()
     note(f"serve: compiled {', '.join(programs)}; nothing is compiled from here on")
@@ -207,16 +213,16 @@ def _ready(arguments: argparse.Namespace) -> "Serving":
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    serving = _ready(arguments)
-    from sparda_jax.serving.server import log_to_stderr
-
-    log_to_stderr()
-    serving.scheduler.start()
-    server = serving.uvicorn(arguments.host, arguments.port)
-    try:
-        listening = server.config.bind_socket()
-        host, port = listening.getsockname()[:2]
-        note(f"serve: {serving.settings.model_name} on http://{host}:{port}")
-        server.run(sockets=[listening])
-    finally:
-        serving.scheduler.stop(abort=True)
+    module = _server_module()
+    # Before minutes of loading: an address that is in use is told at once.
+    with module.bind(arguments.host, arguments.port) as listening:
+        serving = _ready(arguments)
+        module.log_to_stderr()
+        serving.scheduler.start()
+        server = serving.uvicorn(arguments.host, arguments.port)
+        try:
+            host, port = listening.getsockname()[:2]
+            note(f"serve: {serving.settings.model_name} on http://{host}:{port}")
+            server.run(sockets=[listening])
+        finally:
+            serving.scheduler.stop(abort=True)

@@ -125,6 +125,12 @@ def add_soak_parser(commands: Any) -> None:
 def _soak(arguments: argparse.Namespace) -> None:
     lm = load_model(arguments, arguments.attention, arguments.storage)
     most = lm.config.max_context - 2 * arguments.new - 64
+    if most < 64:
+        raise ConfigError(
+            f"--new={arguments.new} is not allowed: it must be at most "
+            f"{(lm.config.max_context - 128) // 2} for model {lm.config.name!r}, whose "
+            "context holds a prompt and two turns"
+        )
     if arguments.context > most:
         raise ConfigError(
             f"--context={arguments.context} is not allowed: it must be at most {most} "

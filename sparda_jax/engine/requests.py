@@ -38,8 +38,9 @@ def prompt_rows(prompts: Prompts) -> Sequence[PromptLike]:
     if isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim == 2:
         prompts = list(_as_array(prompts, "prompts"))
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        shape = getattr(prompts, "shape", None)
-        got = type(prompts).__name__ + ("" if shape is None else f" of shape {shape}")
+        got = type(prompts).__name__
+        if isinstance(prompts, np.ndarray | jax.Array):
+            got += f" of shape {prompts.shape}"
         raise ConfigError(
             "prompts must be a list with one prompt per sequence, each text or token "
             f"ids, or an integer array [B, T]; got {got}"
@@ -50,7 +51,12 @@ def prompt_rows(prompts: Prompts) -> Sequence[PromptLike]:
         raise ConfigError(
             f"prompts holds {len(prompts)} prompts: at most {_MOST_ROWS} are one batch"
         )
-    return prompts
+    try:
+        return list(prompts)
+    except Exception:  # anyone's own sequence
+        raise ConfigError(
+            f"prompts is a {type(prompts).__name__} that cannot be read"
+        ) from None
 
 
 def repeat_prompts(

@@ -29,6 +29,8 @@ from sparda_jax.inference.sampling import MOST_SEED, SAMPLING_CHECKS
 _DEFAULT_TOKENS = 16
 _MOST_OUTPUTS = 128
 _MOST_PROMPTS = 4096
+# Arguments of a rendering that a request has fields of its own for, or cannot give.
+_NO_VARIABLES = {"self", "messages", "answer_prefix"}
 
 _SAMPLING: Mapping[str, Check[Any]] = {
     "temperature": SAMPLING_CHECKS["temperature"],
@@ -261,6 +263,9 @@ def parse_chat(
         raise ConfigError(f"model {served!r} has no chat template: use /v1/completions")
     messages = parse_messages("messages", values.pop("messages", None))
     variables = values.pop("chat_template_kwargs", {})
+    for name in _NO_VARIABLES & variables.keys():
+        raise ConfigError(f"chat_template_kwargs has {name!r}, which is no variable")
+    flag("add_generation_prompt", variables.get("add_generation_prompt", True))
     prompt = tokenizer.encode_chat(messages, **variables)
     top = values.pop("top_logprobs", 0)
     wanted = values.pop("logprobs", False)

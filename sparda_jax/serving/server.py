@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 import sys
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from sparda_jax.checks import ConfigError, shown
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.session import Session
 from sparda_jax.serving.app import Server
@@ -174,6 +176,31 @@ class Serving:
         )
         abort = settings.on_term == "abort"
         return _Uvicorn(config, self.scheduler, abort=abort)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Takes an address; nobody can connect to it until `uvicorn` runs.
+
+    Args:
+      host: A name or an address, of version 4 or 6.
+      port: 0 takes a free one.
+
+    Raises:
+      ConfigError: If the address is in use, or none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    taken = socket.socket(family)
+    try:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind((host, port))
+    # The last two: names that no machine has, too long or with a null character.
+    except (OSError, ValueError, TypeError) as error:
+        taken.close()
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"host={shown(host)}, port={port} cannot be listened at: {reason}"
+        ) from error
+    return taken
 
 
 def log_to_stderr() -> None:

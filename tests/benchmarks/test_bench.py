@@ -53,6 +53,10 @@ def test_a_file_comes_back_as_it_was(tmp_path):
         ({"cells": [dataclasses.asdict(CELLS[0]) | {"token_ms": "5"}]}, "token_ms='5'"),
         ({"cells": [dataclasses.asdict(CELLS[0]) | {"batch": None}]}, "batch=None"),
         ({"cells": [dataclasses.asdict(CELLS[0]) | {"status": 1}]}, "status=1"),
+        *(
+            ({"cells": [dataclasses.asdict(CELLS[0]) | {"token_ms": bad}]}, "token_ms=")
+            for bad in (float("nan"), float("inf"), 10**400)
+        ),
     ],
 )
 def test_other_files_are_one_line(tmp_path, capsys, change, told):
@@ -130,7 +134,11 @@ def test_ways_that_forecast_are_offloaded_twice():
         (["--compare", "a.json"], "needs two files"),
         (["b.json"], "needs two files"),
         (["--compare", "no.json", "no.json"], "no such file"),
+        (["--compare", "no.json", "a\0b"], "B.json='a"),
         (["--magic"], "unrecognized"),
+        (["--random", "tiny", "--forecast", "x"], "--forecast is not allowed with"),
+        (["--random", "tiny", "--json", "/no/such/a.json"], "--json="),
+        (["--random", "tiny", "--plot", "/no/such/a.png"], "--plot="),
     ],
 )
 def test_bad_input_is_one_line(capsys, arguments, told):

@@ -99,6 +99,15 @@ def test_answers_that_do_not_end_have_failed():
     assert "ended early" in str(_answer(_chunks(token)).failure)
     error = json.dumps({"error": {"message": "broken"}})
     assert "broken" in str(_answer(_chunks(token, error, "[DONE]") + end).failure)
+    for answer in (
+        *("3", "[]", '"error"', "[" * 100_000, "{}", '{"choices": 3}'),
+        *('{"choices": [{}]}', '{"choices": [], "usage": 3}', '{"choices": [[]]}'),
+        '{"choices": [], "usage": {"completion_tokens": NaN}}',
+        '{"choices": [], "usage": {"completion_tokens": -1}}',
+    ):
+        assert _answer(_chunks(token, answer, "[DONE]") + end).failure, answer
+    assert _answer(b"HTTP/1.1 200 OK\r\n\r\nno number\r\n").failure
+    assert _answer(b"").failure
     assert "503" in str(_answer(b"HTTP/1.1 503 X\r\n\r\nbusy").failure)
     assert asyncio.run(ask("http://127.0.0.1:9", {}, None)).failure is not None
 
@@ -110,9 +119,30 @@ def test_answers_that_do_not_end_have_failed():
         (["--rate", "0"], "--rate=0"),
         (["--cancel", "2"], "--cancel=2"),
         (["--shared-tokens", "300"], "--shared-tokens=300"),
+        (["--rate", "1e-300"], "--rate=1e-300"),
+        (["--prompt-tokens", "2000000000"], "--prompt-tokens=2000000000"),
+        *(
+            (["--url", url], "--url=")
+            for url in (
+                *("http://[", "http://h:x", "http://h:99999", "http://h:0", "h:80"),
+                *("https://h", "http://", "http://h/a b", "http://h/\r\nA: b"),
+                *("http://h?x=1", "http://u:p@h", "http://\xe9"),
+            )
+        ),
+        (["--url", "http://h", "--api-key", "a\r\nB: c"], "--api-key="),
+        (["--url", "http://h", "--json", "/no/such/f.json"], "/no/such/f.json"),
     ],
 )
 def test_bad_options_are_one_line(capsys, options, named):
     assert main(["serve", *options]) == 2
     error = capsys.readouterr().err
     assert named in error and error.count("\n") == 1
+
+
+def test_a_server_that_is_not_there_is_a_failure(capsys, tmp_path):
+    where = ["--url", "http://127.0.0.1:9", "--json", str(tmp_path / "a.json")]
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", *where, "--requests", "2", "--warm-up", "0"])
+    assert stop.value.code == 1
+    assert "0 completed, 2 failed" in capsys.readouterr().out
+    assert json.loads((tmp_path / "a.json").read_text())["load"]["failed"] == 2

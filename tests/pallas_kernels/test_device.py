@@ -4,7 +4,7 @@ import jax
 import pytest
 from kernel_cases import on_device
 
-from pallas_kernels.device import describe
+from pallas_kernels.device import describe, records_directory
 from pallas_kernels.dispatch import tuned_record
 from pallas_kernels.probes import PROBES
 
@@ -22,6 +22,14 @@ def test_every_operation_is_described():
     assert [x.op for x in report.ops] == list(PROBES)
     assert all(x.implementation == "xla" and not x.refused for x in report.ops)
     assert str(report).startswith("cpu (cpu), jax ")
+
+
+def test_a_home_that_is_not_known_is_no_error(monkeypatch):
+    monkeypatch.setenv("PALLAS_KERNELS_CACHE", "~nobody-of-this-name/records")
+    assert tuned_record("block_scores", "NVIDIA H200") is not None
+    monkeypatch.delenv("PALLAS_KERNELS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-this-name")
+    assert records_directory().name == "pallas_kernels"
 
 
 def test_a_recorded_device_is_served_as_its_records_say():

@@ -7,15 +7,35 @@ A new argument, or a new public name, fails here until it has a row.
 import dataclasses
 import decimal
 import inspect
-import itertools
 import math
-import pathlib
 import typing
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from boundary_values import (
+    CONFIG,
+    DTYPE,
+    FLAG,
+    FUNCTION,
+    HUGE,
+    IDS,
+    INTEGER,
+    MESSAGES,
+    NAMES,
+    NOTHING,
+    NUMBER,
+    NUMBERS,
+    PATH,
+    PROMPT,
+    PROMPTS,
+    RAGGED,
+    SEEDS,
+    STOP,
+    TEXT,
+    WORD,
+    maybe,
+)
 from evaluation_cases import character_tokenizer
 
 import sparda_jax as sj
@@ -25,60 +45,6 @@ from sparda_jax.engine import batch
 from sparda_jax.engine.generate_config import GenerateOptions
 from sparda_jax.inference.sampling import SamplingConfig
 from sparda_jax.planning import measure
-
-HUGE = 10**5000  # its repr alone is a ValueError
-RAGGED = [[1], [2, 3]]
-NOTHING = object()
-LONE = "\ud800"
-DELETED = jnp.arange(2)
-DELETED.delete()
-MASKED = np.ma.array([1, 2], mask=[False, True])
-# Integers that stand in no order, are bytes, or cannot be read.
-UNREADABLE = ({1, 2}, frozenset([1]), memoryview(b"ab"), DELETED)
-
-# Values that no argument of the kind may take.
-_NO_NUMBER = (math.nan, math.inf, -math.inf, HUGE, -HUGE, "3", True, 1j, b"3", RAGGED)
-_NO_NUMBER += (np.bool_(True), np.array([1, 2]), jnp.array([1]), None, NOTHING, {})
-INTEGER = (*_NO_NUMBER, 1.5, 2.0, np.float32(2), -(2**70), 2**70)
-NUMBER = (*_NO_NUMBER, -1.0)
-FLAG = (0, 1, "yes", None, math.nan, np.int64(1), [True], NOTHING)
-TEXT = (3, None, LONE, b"text", math.nan, ["text"], NOTHING)
-WORD = ("no such word", "", LONE, 3, None, True, math.nan, ["dense"], {}, HUGE, b"xla")
-PATH = (3, None, "", LONE, "a\0b", b"path", math.nan, True, [pathlib.Path("a")], HUGE)
-DTYPE = ("int4", "float64", np.int32, 3, NOTHING, math.nan, "f4,f4", ["float32"], LONE)
-CONFIG = ("offload", 3, True, {}, [], math.nan, NOTHING, sj.ConfigError("x"))
-FUNCTION = (3, "print", math.nan, [], {})
-IDS = (3, None, math.nan, "ab", b"ab", RAGGED, [1.5], [True], [None], [math.nan])
-IDS += (["1"], [HUGE], [-1], {1: 2}, itertools.count(), range(10**12), np.ones((2, 2)))
-STOP = (3, None, math.nan, [""], "", [3], [None], LONE, [LONE], b"ab", [b"ab"], {1: 2})
-STOP += ([["a"]], itertools.count(), NOTHING)
-NUMBERS = (3.0, None, "ab", [math.nan], [0.0], [True], [HUGE], RAGGED, {1: 2})
-SEEDS = (
-    *(value for value in INTEGER if not isinstance(value, jax.Array)),
-    "ab",
-    [1.5],
-    [[1], [2]],
-    [True],
-    [HUGE],
-    [-1],
-    itertools.count(),
-    *UNREADABLE,
-)
-PROMPT = (3, None, math.nan, LONE, b"ab", RAGGED, [True], [None], [1.5], [HUGE], [-1])
-PROMPT += (*UNREADABLE, MASKED, jax.random.key(0))
-PROMPT += ([10**6], [], [1, True], np.ones((1, 2, 2)), {1: 2}, itertools.count())
-PROMPTS = (3, None, math.nan, "text", [], {1: [1]}, itertools.count(), np.ones((2, 2)))
-PROMPTS += (np.ma.array([[1, 2]], mask=[[False, True]]), range(10**12))
-PROMPTS += tuple([prompt] for prompt in PROMPT)
-NAMES = (3, None, math.nan, "dense", b"dense", [3], [None], [[]], {1: 2}, NOTHING)
-MESSAGES = (3, None, math.nan, "ab", b"ab", [], [3], {"role": "user"}, [{}], [LONE])
-MESSAGES += ([{"role": 3}], itertools.count(), [[]], NOTHING)
-
-
-def maybe(values: tuple) -> tuple:
-    """The same kind where None is allowed."""
-    return tuple(value for value in values if value is not None)
-
 
 _SAMPLING = {
     "temperature": (*NUMBER, 1e30),
@@ -120,7 +86,7 @@ _CHAT = {
     "lm": CONFIG,
     "messages": MESSAGES,
     "config": (*maybe(CONFIG), sj.GenerateConfig(n=2)),
-    "chat_args": (3, "ab", math.nan, [1], {1: 2}, NOTHING),
+    "chat_args": (3, "ab", math.nan, [1], {1: 2}, NOTHING, {"x": HUGE}),
     "answer_prefix": TEXT,
     "conversation": maybe(CONFIG),
     "options": (3, None),
@@ -208,7 +174,7 @@ ROWS = {
         "progress": FLAG,
         "options": (3, None),
     },
-    "read_report": {"folder": (*PATH, "no/such/folder")},
+    "read_report": {"folder": (*PATH, "no/such/folder", "no\nsuch\u2028folder")},
     "selector_names": {},
     "Rates": {
         **dict.fromkeys(("memory", "fetch"), (*NUMBER, 0.0)),

@@ -8,6 +8,7 @@ import pytest
 from tiny_directory import TINY, tiny_directory
 
 import sparda_jax as sj
+from sparda_jax.checkpoint.errors import CheckpointError
 from sparda_jax.machine import Limit
 from sparda_jax.models.presets import get_preset
 from sparda_jax.planning.limits import MemoryLimits
@@ -117,10 +118,38 @@ def test_refusals_come_before_the_work(model, text, tmp_path, text_tokenizer):
             adapt(str(model), out=out, **{option: value})
     with pytest.raises(sj.ConfigError, match=r"a \.safetensors file"):
         adapt(str(model), out="heads.bin")
+    with pytest.raises(sj.ConfigError, match="budget=8 is not allowed: it must be at"):
+        adapt(str(model), out=out, budget=8, seq_len=512)
+    rows = {"seq_len": 512, "progress": False}
+    with pytest.raises(sj.ConfigError, match="kernel_size=3"):
+        adapt(str(model), out=out, kernel_size=3, **rows)
+    for option in ({"model": "a\udcff"}, {"out": "\udcff.safetensors"}):
+        with pytest.raises(sj.ConfigError, match="valid Unicode"):
+            adapt(**{"model": str(model), "out": out} | option)
+    with pytest.raises(sj.ConfigError, match="valid Unicode"):
+        adapt(str(model), out=out, text=("a\udcff",))
+    # A text that cannot be used binds no later call to it.
     short = tmp_path / "short.txt"
     short.write_text("too little")
     with pytest.raises(sj.ConfigError, match="less than one row"):
-        adapt(str(model), out=out, text=(str(short),), seq_len=512, progress=False)
+        adapt(str(model), out=out, text=(str(short),), **rows)
+    with pytest.raises(sj.ConfigError, match="does not exist"):
+        adapt(str(model), out=out, text=(str(tmp_path / "none"),), **rows)
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(sj.ConfigError, match=r"out=.* a file in a folder"):
+        adapt(str(model), out=str(tmp_path / "folder.safetensors"))
+
+
+@pytest.mark.parametrize("damaged", ["{}", '{"sparse": 3}', '{"sparse": {"a": 1}}'])
+@pytest.mark.parametrize("name", ["geometry.json", "done.json"])
+def test_what_was_kept_and_is_damaged_is_one_line(model, tmp_path, damaged, name):
+    heads = tmp_path / "heads.safetensors"
+    heads.touch()
+    (tmp_path / "heads.safetensors.work").mkdir()
+    (tmp_path / "heads.safetensors.work" / name).write_text(damaged)
+    with pytest.raises(CheckpointError, match=f"{name}: is damaged"):
+        adapt(str(model), out=str(heads), seq_len=512, progress=False)
+    assert heads.read_bytes() == b""
 
 
 def test_the_command_ends_in_one_line(model, tmp_path, capsys):

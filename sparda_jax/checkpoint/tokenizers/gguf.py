@@ -52,7 +52,9 @@ class _Metadata:
 
     def numbers(self, key: str, count: int, default: float) -> Sequence[float]:
         values = self.header.metadata.get(f"tokenizer.{key}", [default] * count)
-        if isinstance(values, str) or not hasattr(values, "__len__"):
+        listed = not isinstance(values, str) and hasattr(values, "__len__")
+        # The elements of an array of GGUF are all of one type.
+        if not listed or any(isinstance(value, str) for value in values[:1]):
             raise self.fail(key, values, "a list of numbers")
         if len(values) != count:
             raise self.fail(key, len(values), f"one a token ({count})")

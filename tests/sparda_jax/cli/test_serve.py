@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -11,7 +12,8 @@ import urllib.request
 import pytest
 
 from sparda_jax.checks import ConfigError
-from sparda_jax.cli.main import build_parser
+from sparda_jax.cli import serve
+from sparda_jax.cli.main import build_parser, main
 
 
 def test_options_are_environment_variables(monkeypatch):
@@ -25,6 +27,30 @@ def test_options_are_environment_variables(monkeypatch):
     monkeypatch.setenv("SPARDA_SERVE_MAX_BATCH", "many")
     with pytest.raises(ConfigError, match=r"--max-batch='many' is not allowed"):
         build_parser().parse_args(["serve"])
+
+
+def test_an_address_that_cannot_be_had_is_told_before_anything_is_loaded(
+    capsys, monkeypatch
+):
+    def never(*_, **__):
+        raise AssertionError("the address is tried first")
+
+    monkeypatch.setattr(serve, "load_model", never)
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        taken = str(held.getsockname()[1])
+        for address in (
+            ["--port", taken],
+            ["--host", "no-such-host.invalid"],
+            ["--host", "300.1.1.1"],
+            ["--host", "::zz"],
+            ["--host", "x" * 300],
+            ["--host", "a\0b"],
+            ["--host", "192.0.2.1"],
+        ):
+            assert main(["serve", "--model", "tiny", "--port", "0", *address]) == 2
+            told = capsys.readouterr().err
+            assert told.startswith("sparda: host=") and told.count("\n") == 1, told
+            assert "cannot be listened at" in told
 
 
 @pytest.mark.slow

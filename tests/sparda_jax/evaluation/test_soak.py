@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -147,6 +148,11 @@ def test_a_context_that_is_too_long_is_refused(capsys, monkeypatch, lms):
     out, err = capsys.readouterr()
     assert out == ""
     assert "--context=1000000 is not allowed: it must be at most" in err
+    assert main(["soak", "--new", "2000000000"]) == 2
+    err = capsys.readouterr().err
+    assert re.search(
+        r"--new=2000000000 is not allowed: it must be at most \d+ for", err
+    )
 
 
 @pytest.mark.slow

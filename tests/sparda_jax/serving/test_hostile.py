@@ -62,6 +62,9 @@ def test_a_bad_body_is_one_line(server, body, status, named):
     assert len(error["message"]) < 1000 and error["type"] == "invalid_request_error"
 
 
+CHAT = {"messages": [{"role": "user", "content": "a"}]}
+
+
 def test_bad_chats(server):
     for body, named in (
         ({}, "messages=None"),
@@ -72,6 +75,16 @@ def test_bad_chats(server):
         (
             {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2},
             "top_logprobs",
+        ),
+        *(
+            ({**CHAT, "chat_template_kwargs": {name: value}}, name)
+            for name, value in (
+                ("messages", [3]),
+                ("self", 3),
+                ("answer_prefix", 3),
+                ("add_generation_prompt", 3),
+                ("tokenize", True),
+            )
         ),
     ):
         status, answer = post(server, "/v1/chat/completions", body)

@@ -117,6 +117,8 @@ def test_sentencepiece_special_tokens():
     [
         ({"ggml.scores": [1.0]}, CheckpointError, "scores = 1, allowed: one a token"),
         ({"ggml.scores": "x"}, CheckpointError, "scores = 'x'"),
+        ({"ggml.scores": ["x"]}, CheckpointError, "scores = .*'x'.*a list of numbers"),
+        ({"ggml.token_type": ["x"]}, CheckpointError, "token_type = .*a list of num"),
         ({"ggml.scores": None}, CheckpointError, "scores = None"),
         ({"ggml.model": "t5"}, UnsupportedTokenizer, "model = 't5'"),
         ({"ggml.model": "bert"}, UnsupportedTokenizer, "'gpt2' .byte-level BPE. or"),
