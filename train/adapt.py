@@ -14,7 +14,7 @@ import json
 import os
 import pathlib
 import shutil
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ from sparda_jax.checks import (
 )
 from sparda_jax.checks import path as check_path
 from sparda_jax.cli.console import advance
-from sparda_jax.config import ModelConfig, SparseConfig
+from sparda_jax.config import ForecastReads, ModelConfig, SparseConfig
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.evaluation.documents import token_rows
 from sparda_jax.evaluation.passkey import passkey_task
@@ -85,6 +85,7 @@ class AdaptConfig:
       kernel_size: Tokens of a window; None is measured.
       least_mass: Share of the attention that own queries must capture at the budget.
       queries: Queries of the heads for each kv head; None: one for each query head.
+      reads: What they read of a layer (`train.config.TrainConfig`).
       rank: Of the file (`models.low_rank`); None: whole matrices.
       init_batches: Rows of the regression; None: 24 on an accelerator, 6 on a CPU.
       passkeys: Passkeys that are asked for at the end; 0 for none.
@@ -102,6 +103,7 @@ class AdaptConfig:
     kernel_size: int | None = None
     least_mass: float = 0.95
     queries: int | None = None
+    reads: ForecastReads = "input"
     rank: int | None = 64
     init_batches: int | None = None
     passkeys: int = 3
@@ -122,6 +124,7 @@ class AdaptConfig:
             kernel_size=optional(integer(2)),
             least_mass=_share,
             queries=maybe,
+            reads=choice(*get_args(ForecastReads)),
             rank=maybe,
             init_batches=maybe,
             passkeys=integer(0),
@@ -394,6 +397,7 @@ def _training(
         init="regression",
         init_batches=asked.init_batches or (6 if on_cpu else 24),
         queries=asked.queries,
+        reads=asked.reads,
         export_rank=asked.rank,
         # Least squares may be as good as it gets.
         export_best=True,

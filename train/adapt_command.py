@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("kernel-size", integer(2), "N", "tokens of a window; measured if not given"),
         ("least-mass", number(least=0, most=1), "X", "attention that blocks capture"),
         ("queries", integer(1), "R", "of the heads a kv head (as many as query heads)"),
+        ("reads", choice("input", "attended"), "R", "attended: behind attention"),
         ("rank", integer(1), "N", "of the file's matrices"),
         ("init-batches", integer(1), "N", "rows of the regression"),
         ("passkeys", integer(0), "N", "that are asked for at the end"),

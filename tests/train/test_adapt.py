@@ -92,11 +92,12 @@ def test_a_model_of_experts(text, tmp_path, text_tokenizer):
     )
     model = _directory(tmp_path / "moe", text_tokenizer, shape)
     out = tmp_path / "heads.safetensors"
-    options = {**OPTIONS, "steps": 1, "queries": 1, "rank": None}
+    options = {**OPTIONS, "steps": 1, "queries": 1, "rank": None, "reads": "attended"}
     result = sj.adapt(model, out=out, text=(str(text),), progress=False, **options)
     assert 0 < result.figures["held_out"]["recall"] <= 1
     lm = sj.load(model, attention="sparda", forecast=out)
     assert lm.config.num_experts == 8 and lm.sparse == result.sparse
+    assert lm.config.forecast_reads == "attended"
 
 
 def test_refusals_come_before_the_work(model, text, tmp_path, text_tokenizer):
