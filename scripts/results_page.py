@@ -220,7 +220,7 @@ def draw(name: str) -> None:
             series=series,
             xlabel="blocks that decode reads, %",
             ylabel="score",
-            title=f"{what}, {length:,} tokens, {scores.settings['model']}",
+            title=f"{what}\n{length:,} tokens, {scores.settings['model']}",
             log_x=True,
         )
         picture = plots.png(lines, size=(8.0, 5.0))
