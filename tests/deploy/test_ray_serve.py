@@ -5,6 +5,8 @@ import os
 import pathlib
 import subprocess
 
+import pytest
+
 _ROOT = pathlib.Path(__file__).parents[2]
 # In a process of its own: Ray and what it needs are in the clients' environment.
 _LOAD = """

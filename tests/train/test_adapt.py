@@ -90,7 +90,7 @@ def test_a_model_of_experts(text, tmp_path, text_tokenizer):
     shape = dataclasses.replace(
         get_preset("tiny-moe").model, num_layers=2, eos_ids=(2,)
     )
-    model = _directory(tmp_path / "moe", text_tokenizer, shape)
+    model = tiny_directory(tmp_path / "moe", text_tokenizer, shape)
     out = tmp_path / "heads.safetensors"
     options = {**OPTIONS, "steps": 1, "queries": 1, "rank": None, "reads": "attended"}
     result = sj.adapt(model, out=out, text=(str(text),), progress=False, **options)
