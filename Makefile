@@ -8,7 +8,7 @@ GPU_WORKERS := 15
 # `make test-slow SLOW="slow and not long"`: without what is run in a smaller form too.
 SLOW := slow
 
-.PHONY: demo test test-slow test-gpu lint types format docs notebooks clean
+.PHONY: demo test test-slow test-gpu lint types format docs notebooks clients clean
 
 demo: $(VENV)/.run-ready
 	$(VENV)/bin/sparda demo
@@ -17,7 +17,7 @@ test: $(VENV)/.test-ready
 	$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 # Single tests take minutes here: a worker that has none left takes them from the other.
-test-slow: $(VENV)/.test-ready $(VENV)/.notebooks-ready $(VENV)/.clients-ready
+test-slow: $(VENV)/.test-ready $(VENV)/.notebooks-ready
 	$(PY) -m pytest -n 2 --dist worksteal --runslow -m "$(SLOW)" $(PYTEST_ARGS)
 
 # Every worker would else take three quarters of the card when it starts.
@@ -65,6 +65,9 @@ $(VENV)/.docs-ready: $(PY) pyproject.toml
 	touch $@ $(VENV)/.run-ready
 
 # Clients of `sparda serve`, and Ray: an environment of their own, for their many needs.
+# guidellm, lm-eval and Ray for the slow tests that ask for them: 6 GB, as they bring PyTorch.
+clients: $(VENV)/.clients-ready
+
 $(VENV)/.clients-ready: $(PY) pyproject.toml
 	$(PY) -m venv $(VENV)/clients
 	$(VENV)/clients/bin/python -m pip install --quiet -e ".[serve-clients,ray]"

@@ -252,7 +252,7 @@ def clients_python() -> str:
     """The Python of the environment that holds the extras serve-clients and ray."""
     python = pathlib.Path(sys.prefix, "clients", "bin", "python")
     if not python.exists():
-        pytest.skip("the clients are not installed: make .venv/.clients-ready")
+        pytest.skip("the clients are not installed: make clients")
     return str(python)
 
 

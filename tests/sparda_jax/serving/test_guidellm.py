@@ -1,7 +1,7 @@
 """guidellm against the server, as its users run it.
 
 Its requirements are many and its own, so it has an environment of its own:
-`make .venv/.clients-ready`, which `make test-slow` does.
+`make clients`.
 """
 
 import json

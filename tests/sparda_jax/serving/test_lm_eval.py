@@ -1,7 +1,7 @@
 """lm-eval's `local-completions` gets the log-probabilities of `forward`.
 
 Its requirements are many and their own, so it has an environment of its own:
-`make .venv/.clients-ready`, which `make test-slow` does.
+`make clients`.
 """
 
 import dataclasses
