@@ -38,7 +38,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
         words=get_args(Prefetch),
         help="offload: fetch the next layer's blocks while this one computes "
         "(lookahead), wait for them (none), or decide by measurement (auto); default: "
-        "lookahead for sparda, none otherwise",
+        "lookahead where the attention forecasts, none otherwise",
     )
     add_layers_ahead_option(group)
     add_layer0_option(group)

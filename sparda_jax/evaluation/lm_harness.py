@@ -6,7 +6,7 @@
     model = harness_model(sj.load("smollm2-135m", attention="infllm_v2"))
     lm_eval.simple_evaluate(model, tasks=["lambada_openai"])
 
-The harness is an extra (`pip install lm_eval`); nothing else here needs it.
+It is an extra (`pip install 'sparda-jax[lm-eval]'`); nothing else here needs it.
 """
 
 import importlib
