@@ -29,7 +29,7 @@ from sparda_jax.checks import (
 )
 from sparda_jax.checks import text_path as check_path
 from sparda_jax.config import ForecastReads, SparseConfig
-from train.config_checks import settle_fields
+from train.config_checks import check_export_best, settle_fields
 
 _positive, _count = integer(1), integer(0)
 # A seed is a key of JAX and of grain, 32 bits each; sources count on from it.
@@ -313,8 +313,7 @@ class TrainConfig:
         were the last one; the same command continues. None for no limit.
       log_every: Steps between two lines of the log.
       export_best: The exported file holds the kept checkpoint with the best held-out
-        recall (`CheckpointConfig.keep_best`), the heads of the regression among them,
-        in the place of the last step's.
+        recall, the regression's among them, in the place of the last step's.
       export_dtype: Of the matrices in the exported files.
       export_rank: Files hold a change of this rank of the model's query weights
         (`models.low_rank`) in the place of whole matrices; None: whole ones.
@@ -372,6 +371,7 @@ class TrainConfig:
             self.optimizer.whiten,
             'False, or TrainConfig.init "regression"',
         )
+        check_export_best(self)
         length, tile = self.data.seq_len, self.loss.tile
         if self.sparse is not None:
             block = self.sparse.block_size

@@ -5,7 +5,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from sparda_jax.checks import Check, choice, flag, optional, settle
+from sparda_jax.checks import Check, choice, flag, optional, require, settle
 
 
 @functools.cache
@@ -26,3 +26,21 @@ def _word_checks(kind: type) -> Mapping[str, Check[Any]]:
 def settle_fields(owner: Any, **checks: Check[Any]) -> None:
     """Puts all fields through their checks."""
     settle(owner, **_word_checks(type(owner)), **checks)
+
+
+def check_export_best(config: Any) -> None:
+    """Refuses `export_best` where nothing says which checkpoint is the best.
+
+    Args:
+      config: A `TrainConfig`.
+
+    Raises:
+      ConfigError: If no text is held out, or no best checkpoint is kept.
+    """
+    told = config.data.held_out > 0 and config.checkpoint.keep_best > 0
+    require(
+        told or not config.export_best,
+        "TrainConfig.export_best",
+        config.export_best,
+        "False where DataConfig.held_out or CheckpointConfig.keep_best is 0",
+    )

@@ -328,7 +328,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
 
     Everything goes to `config.out`: checkpoints, log.jsonl, curves.png, config.json,
     forecast.safetensors (the last step) and forecast-best.safetensors (the kept
-    checkpoint with the best held-out recall).
+    checkpoint with the best held-out recall); with `export_best` that one is the first
+    file.
 
     Raises:
       ConfigError: Something in the configuration or the data cannot be used, or the

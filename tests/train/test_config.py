@@ -14,6 +14,7 @@ import pytest
 from sparda_jax.config import ConfigError, SparseConfig
 from train import config as configs
 from train.config import (
+    CheckpointConfig,
     DataConfig,
     LossConfig,
     OptimizerConfig,
@@ -161,6 +162,17 @@ def test_fields_that_do_not_fit_together():
         TrainConfig(sparse=SparseConfig(), data=DataConfig(seq_len=100))
     with pytest.raises(ConfigError, match='"mass" unless student is "blocks"'):
         LossConfig(target="recall")
+
+
+def test_the_best_checkpoint_is_exported_only_where_one_is_known():
+    assert TrainConfig(export_best=True).export_best
+    for change in (
+        {"data": DataConfig(held_out=0.0)},
+        {"checkpoint": CheckpointConfig(keep_best=0)},
+    ):
+        assert not TrainConfig(**change).export_best
+        with pytest.raises(ConfigError, match=r"export_best=True .* keep_best is 0"):
+            TrainConfig(export_best=True, **change)
 
 
 def test_overrides_of_any_field_are_one_line():
