@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sparda_jax.cache.settings import LayerSettings
-from sparda_jax.config import CacheConfig, HostCodec
+from sparda_jax.config import CacheConfig, ForecastReads, HostCodec
 from sparda_jax.inference.generate import (
     Prompt,
     Request,
@@ -44,6 +44,7 @@ class Case:
     codec: HostCodec = "exact"
     layers_ahead: int = 1
     keys: HostCodec = "exact"
+    reads: ForecastReads = "input"
     tile: int = 256
     max_new: int = 100
     dtype: str = "float32"
@@ -66,9 +67,8 @@ class Case:
         offload = offload_settings(self.cache, selector)
         evict = self.kind == "evict"
         sparse = dataclasses.replace(preset.sparse, compressed_keys=self.keys)
-        return LayerSettings(
-            preset.model, sparse, selector, offload=offload, evict=evict
-        )
+        model = dataclasses.replace(preset.model, forecast_reads=self.reads)
+        return LayerSettings(model, sparse, selector, offload=offload, evict=evict)
 
     @property
     def shapes(self) -> Shapes:

@@ -65,6 +65,18 @@ class OffloadView(NamedTuple):
         cache, fetch = lax.optimization_barrier((self.layer_cache, lookahead.fetch))
         return self._replace(layer_cache=cache), lookahead._replace(fetch=fetch)
 
+    def shown_to(self, lookahead: Lookahead) -> Lookahead:
+        """What looks ahead behind this layer's changes of the cache reads them.
+
+        Nothing of them is the later layer's. But where both lie in one stack, XLA would
+        keep the stack of before beside the changed one, a copy of it in every layer.
+        """
+        later = lookahead.next_layer
+        if later is None or self.layer_cache.slots.shape[0] == 1:
+            return lookahead
+        later = later._replace(layer_cache=self.layer_cache)
+        return lookahead._replace(next_layer=later)
+
     def append(
         self, new: TokenKV, tile: TileState, settings: LayerSettings
     ) -> "OffloadView":

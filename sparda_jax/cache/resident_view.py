@@ -30,6 +30,10 @@ class ResidentView(NamedTuple):
         """Itself: nobody looks ahead for a resident layer."""
         return self, lookahead
 
+    def shown_to(self, lookahead: Lookahead) -> Lookahead:
+        """As it is: a resident layer lies in no stack of the layers behind it."""
+        return lookahead
+
     def append(
         self, new: TokenKV, tile: TileState, settings: LayerSettings
     ) -> "ResidentView":

@@ -123,6 +123,7 @@ def layer_after_fetch(
     h, x = add_attention(block.weights, config, h, flat, axis=axis)
     if late is not None:
         next_forecast = settings.selector.next_query(late, x, tile.rope_cos_sin)
+        lookahead = view.shown_to(lookahead)
         lookahead = lookahead.plan_next(next_forecast, tile, settings)
         view, lookahead = view.behind(lookahead)
         # This layer's fetch has long been joined: the next one's runs beside the MLP.

@@ -40,6 +40,7 @@ COMPILED = [
             Case(kind="offload", slots=14, codec="int8"),
             Case(kind="offload", layers_ahead=2, keys="int8"),
             Case(kind="offload", layers_ahead=2, storage="per_layer"),
+            Case(kind="offload", reads="attended", prompt=3900),
             Case(keys="int8", prompt=3900),
             Case(kind="offload", slots=10_000, codec="int8", storage="per_layer"),
             Case("snapkv", prompt=3900),
