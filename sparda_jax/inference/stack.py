@@ -106,14 +106,17 @@ def _choose_for_first_layers(
     """What no layer makes where lists are made several layers ahead.
 
     Layer 0 makes that of layer d; those of layers 1 … d − 1 are made here, of layer 0's
-    input, as it would have made the first of them.
+    input. Heads that read behind attention get it in the norm of what they read, as if
+    the attention added nothing: it is not known yet.
     """
     config, selector, cache = settings.config, settings.selector, carry.cache
     most = min(settings.layers_ahead(decoding=tile.decoding), config.num_layers)
     if most == 1 or not selector.lists_blocks(cache.num_blocks, settings.sparse):
         return carry
     assert isinstance(cache, OffloadCache) and settings.offload is not None
-    x = rms_norm(carry.hidden, model.first_attention_norm(), config.rms_norm_eps)
+    late = selector.asks_late(config)
+    norm = model.first_mlp_norm() if late else model.first_attention_norm()
+    x = rms_norm(carry.hidden, norm, config.rms_norm_eps)
     later: list[Array] = []
     fetches: list[BlockFetch] = []
     pool = StagingPool(cache.staging)

@@ -173,6 +173,12 @@ class Decoder(nnx.Module):
             return self.layers[0].attention_norm[...]
         return self.layers.attention_norm[0]
 
+    def first_mlp_norm(self) -> Float[Array, " D"]:
+        """The norm of what layer 0's MLP reads, for heads that read that."""
+        if isinstance(self.layers, nnx.List):
+            return self.layers[0].mlp_norm[...]
+        return self.layers.mlp_norm[0]
+
 
 def run_layers[Carry](
     model: Decoder,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import sparda_jax as sj
+from sparda_jax.cache.settings import TileState
 from sparda_jax.checkpoint import layout
 from sparda_jax.checkpoint.atomic import write_safetensors
 from sparda_jax.checkpoint.export import reference_tensors
@@ -18,12 +19,17 @@ from sparda_jax.checkpoint.forecast import (
 )
 from sparda_jax.checkpoint.hf import read_safetensors
 from sparda_jax.config import CacheConfig, SparseConfig
+from sparda_jax.inference.generate import new_state
+from sparda_jax.inference.shapes import Shapes
+from sparda_jax.inference.stack import start_stack
 from sparda_jax.models.block import add_attention, add_mlp, before_attention
 from sparda_jax.models.decoder import embed
 from sparda_jax.models.forecast import project_forecast
+from sparda_jax.models.layers import rms_norm
 from sparda_jax.models.presets import get_preset
 from sparda_jax.models.rope import model_rope, rope_cos_sin_at
 from sparda_jax.models.weights import from_query_heads
+from sparda_jax.planning.auto import offload_settings
 from sparda_jax.sparse.selectors import get_selector
 
 TINY = get_preset("tiny").model
@@ -55,6 +61,46 @@ def test_only_forecast_heads_are_asked_late():
     assert get_selector("sparda").asks_late(late)
     assert not get_selector("sparda").asks_late(TINY)
     assert not get_selector("infinigen").asks_late(late)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reads", ["input", "attended"])
+def test_the_first_lists_of_two_layers_ahead_are_made_of_what_heads_read(lm, reads):
+    """No layer makes layer 1's: it is of layer 0's input, in the norm of its head."""
+    model = lm.model.with_forecast(from_query_heads(lm.model), reads)
+    cache = CacheConfig(
+        kind="offload", layers_ahead=2, prefetch="none", route="dynamic_slice"
+    )
+    settings = dataclasses.replace(
+        lm.settings, config=model.config, offload=offload_settings(cache, lm.selector)
+    )
+    shapes = Shapes(prompt=0, new=1, capacity=640, tile=128)
+    kept = new_state(model, settings, 1, shapes, cache).cache
+    rope = rope_cos_sin_at(model_rope(model.config, 640), jnp.asarray([[600]]))
+    tile = TileState(
+        start=jnp.asarray([600]),
+        count=jnp.asarray([1]),
+        length=jnp.asarray([601]),
+        rope_cos_sin=rope,
+        num_blocks=kept.num_blocks,
+        decoding=True,
+    )
+    tokens = jnp.asarray([[7]])
+    carry = start_stack(model, kept, tokens, tile, settings, capture=False)
+    (made,) = carry.activations.later
+    h, norms = embed(model, tokens, jnp.float32), {}
+    norms["input"] = model.layers.attention_norm[0]
+    norms["attended"] = model.layers.mlp_norm[0]
+    made_of = {
+        kind: project_forecast(
+            rms_norm(h, norm, model.config.rms_norm_eps), model.forecast_head(1), rope
+        )
+        for kind, norm in norms.items()
+    }
+    wanted = made_of.pop(reads)
+    (other,) = made_of.values()
+    np.testing.assert_allclose(made, wanted, rtol=1e-5, atol=1e-6)
+    assert np.max(np.abs(made - other)) > 1e-3 * np.max(np.abs(wanted))
 
 
 def _late(lm: sj.LanguageModel, queries: int = 1) -> sj.LanguageModel:
