@@ -10,7 +10,8 @@ The rules, all of them:
               prompt, and prompts that begin alike, run each whole piece once.
   decode      the tokens of all other rows that a tenth of a second holds, in one call,
               at least one and at most `decode_steps`: a call costs something beside its
-              steps, and who comes or goes meanwhile waits for its end.
+              steps, and who comes or goes meanwhile waits for its end. While a prompt
+              is read it is one token a round: each piece of it waits for no more.
   preemption  none: a job that has a row keeps it until it ends.
   the end     when it has its tokens, is cancelled, or its time is up; the row is free
               before the next round.
@@ -179,6 +180,9 @@ class Scheduler:
 
     def _decode(self) -> None:
         """Some steps of all rows; learns how many the next call may have."""
+        if self._filling:
+            self._session.decode(1)
+            return
         seconds = self._session.decode(self._steps)
         fit = int(_MOST_SECONDS * self._steps / max(seconds, 1e-6))
         # Rows that ended early make a call look short: it at most doubles.

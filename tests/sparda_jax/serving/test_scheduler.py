@@ -94,6 +94,59 @@ def test_who_is_cancelled_leaves_within_one_round(scheduler):
     assert going.ended.reason == "aborted" and len(going.ended.output.tokens) == 2
 
 
+class _Timed:
+    """Two rows whose steps take a given time, and prompts of three pieces."""
+
+    rows = 2
+
+    def __init__(self, seconds):
+        self.seconds, self.steps, self.free, self.running = seconds, [], [0, 1], []
+        self._left = {}
+
+    def join(self, prompt, config, **_):
+        row = self.free.pop(0)
+        self._left[row] = 3
+        return row
+
+    def prefill(self, row):
+        self._left[row] -= 1
+        if not self._left[row]:
+            self.running.append(row)
+        return not self._left[row]
+
+    def cached_tokens(self, row):
+        return 0
+
+    def take_events(self):
+        return ()
+
+    def decode(self, steps):
+        self.steps.append(steps)
+        return self.seconds * steps
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_a_call_has_as_many_steps_as_a_tenth_of_a_second_holds():
+    """And one while a prompt is read, which waits for no more between its pieces."""
+    session = _Timed(0.0095)
+    scheduler = Scheduler(session, Observer(), max_waiting=4, decode_steps=16)
+
+    def rounds(count):
+        session.steps.clear()
+        for _ in range(count):
+            scheduler.round()
+        return session.steps
+
+    scheduler.submit([_Client([5], _config(100)).job])
+    assert rounds(3 + 5) == [1, 2, 4, 8, 10, 10]
+    scheduler.submit([_Client([5], _config(100)).job])
+    assert rounds(4) == [1, 1, 10, 10]
+    session.seconds = 0.3  # longer contexts: a step is more than a tenth of a second
+    assert rounds(3) == [10, 1, 1]
+    session.seconds = 0.0001
+    assert rounds(6) == [1, 2, 4, 8, 16, 16]
+
+
 def _random_requests(
     count: int, seed: int
 ) -> list[tuple[list[int], sj.GenerateConfig]]:
