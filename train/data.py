@@ -106,6 +106,10 @@ def join(pieces: list[Piece], size: int) -> list[tuple[Piece, ...]]:
     return rows
 
 
+class NoWholeRow(DataError):
+    """A side of a source's split has not one whole sequence."""
+
+
 class PackedRows:
     """Random access to the packed rows of a corpus: a grain data source."""
 
@@ -119,7 +123,7 @@ class PackedRows:
           held_out: Which side.
 
         Raises:
-          DataError: If that side has not one whole sequence.
+          NoWholeRow: If that side has not one whole sequence.
         """
         self._corpus, self._size, self._block = corpus, data.seq_len, block
         self._joined = data.packing == "joined"
@@ -128,7 +132,7 @@ class PackedRows:
         side = "held-out" if held_out else "training"
         if held < data.seq_len:
             longest = max((end - begin for _, begin, end in corpus.documents()))
-            raise DataError(
+            raise NoWholeRow(
                 f"{corpus.name}: its {side} documents give {held} tokens with packing="
                 f"{data.packing!r}, less than one sequence of seq_len={data.seq_len} "
                 f"(longest document: {longest} tokens): use more text, a shorter "
@@ -218,13 +222,13 @@ def held_out_rows(
     Sources without a whole held-out sequence are left out.
 
     Raises:
-      DataError: If no source has one.
+      NoWholeRow: If no source has one.
     """
     sources, last = [], None
     for corpus in corpora:
         try:
             sources.append(PackedRows(corpus, data, block, held_out=True))
-        except DataError as error:
+        except NoWholeRow as error:
             last = error
     if not sources:
         assert last is not None

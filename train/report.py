@@ -34,7 +34,7 @@ from sparda_jax.models.weights import forecast_heads
 from train.backbone import Batch, Settings
 from train.command import run_command
 from train.config import TrainConfig, load_config, with_overrides
-from train.data import PackedRows
+from train.data import NoWholeRow, PackedRows
 from train.init import initial_heads
 from train.metrics import Evaluate, keep_json, make_evaluate
 from train.sharding import make_mesh
@@ -137,7 +137,7 @@ def report(config: TrainConfig, options: argparse.Namespace) -> dict:
     for source, unseen in [*sources, *((name, True) for name in options.unseen)]:
         try:
             rows = domain_rows(source, config, lm, unseen=unseen, count=options.rows)
-        except ConfigError as error:
+        except NoWholeRow as error:
             # A few large documents may hold nothing out, and that is no mistake.
             if unseen:
                 raise
@@ -161,6 +161,8 @@ def report(config: TrainConfig, options: argparse.Namespace) -> dict:
             print(source, json.dumps(out["perplexity"]), file=sys.stderr, flush=True)
         domains[pathlib.Path(source).stem] = out
         keep_json(options.out, figures)
+    if not domains:
+        raise ConfigError("no source holds a whole row out: there is nothing to report")
     return figures
 
 

@@ -10,6 +10,7 @@ import pytest
 from sparda_jax.evaluation.documents import DataError, read_documents
 from train.config import DataConfig
 from train.data import (
+    NoWholeRow,
     PackedRows,
     batches,
     held_out_rows,
@@ -209,7 +210,7 @@ def test_other_bad_input_is_one_clear_error(tmp_path):
     with pytest.raises(DataError, match="no usable token corpus"):
         load_corpus(tmp_path / "shards", 128)
     short = dataclasses.replace(DATA, seq_len=1 << 20)
-    with pytest.raises(DataError, match="less than one sequence of seq_len=1048576"):
+    with pytest.raises(NoWholeRow, match="less than one sequence of seq_len=1048576"):
         training_data([_corpus()], short, block=64, batch=1)
     data = dataclasses.replace(DATA, sources=((str(tmp_path / "none"), 1.0),))
     with pytest.raises(DataError, match="does not exist"):

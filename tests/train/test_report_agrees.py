@@ -1,5 +1,6 @@
 """Two measurements of one thing: the trainer's and the Forecast report's."""
 
+import argparse
 import dataclasses
 
 import jax.numpy as jnp
@@ -7,12 +8,13 @@ import numpy as np
 import pytest
 
 import sparda_jax as sj
-from sparda_jax.config import SparseConfig
+from sparda_jax.config import ConfigError, SparseConfig
 from sparda_jax.evaluation.forecast_report import forecast_report
 from sparda_jax.models.weights import from_query_heads
 from train.backbone import Batch, Settings
-from train.config import LossConfig
+from train.config import DataConfig, LossConfig, TrainConfig
 from train.metrics import make_evaluate
+from train.report import report
 from train.sharding import make_mesh
 from train.tiles import Documents
 
@@ -54,3 +56,12 @@ def test_trainer_and_report_agree(model, reads):
         np.testing.assert_allclose(
             layers["oracle_mass"], found["oracle_mass"], atol=2e-5
         )
+
+
+def test_a_source_that_cannot_be_read_is_not_left_out():
+    data = DataConfig(sources=(("nowhere", 1.0),), seq_len=512)
+    options = argparse.Namespace(
+        heads=[], unseen=[], rows=1, batch=1, perplexity=0, out=None
+    )
+    with pytest.raises(ConfigError, match="'nowhere' is text, and the model has no"):
+        report(TrainConfig(model="tiny", data=data), options)
