@@ -221,8 +221,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         serving.scheduler.start()
         server = serving.uvicorn(arguments.host, arguments.port)
         try:
-            host, port = listening.getsockname()[:2]
-            note(f"serve: {serving.settings.model_name} on http://{host}:{port}")
+            url = module.url_of(listening)
+            note(f"serve: {serving.settings.model_name} on {url}")
             server.run(sockets=[listening])
         finally:
             serving.scheduler.stop(abort=True)

@@ -203,6 +203,12 @@ def bind(host: str, port: int) -> socket.socket:
     return taken
 
 
+def url_of(taken: socket.socket) -> str:
+    """The address of a socket of `bind`, as a browser takes it."""
+    host, port = taken.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def log_to_stderr() -> None:
     """One line of JSON an event, on standard error."""
     handler = logging.StreamHandler(sys.stderr)

@@ -14,6 +14,7 @@ import pytest
 from sparda_jax.checks import ConfigError
 from sparda_jax.cli import serve
 from sparda_jax.cli.main import build_parser, main
+from sparda_jax.serving import server
 
 
 def test_options_are_environment_variables(monkeypatch):
@@ -51,6 +52,16 @@ def test_an_address_that_cannot_be_had_is_told_before_anything_is_loaded(
             told = capsys.readouterr().err
             assert told.startswith("sparda: host=") and told.count("\n") == 1, told
             assert "cannot be listened at" in told
+
+
+@pytest.mark.parametrize(
+    ("host", "url"), [("127.0.0.1", "http://127.0.0.1:"), ("::1", "http://[::1]:")]
+)
+def test_the_address_that_is_told_is_one_for_a_browser(host, url):
+    if ":" in host and not os.path.exists("/proc/net/if_inet6"):
+        pytest.skip("no addresses of version 6 here")
+    with server.bind(host, 0) as taken:
+        assert server.url_of(taken) == f"{url}{taken.getsockname()[1]}"
 
 
 @pytest.mark.slow
