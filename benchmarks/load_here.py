@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks.bench import language_model
 from benchmarks.load import LOAD_OPTIONS
 from sparda_jax.checkpoint.files import read_json
+from sparda_jax.checks import ConfigError
 from sparda_jax.cli.console import note
 from sparda_jax.config import CacheConfig
 from sparda_jax.engine.api import generate
@@ -113,9 +114,14 @@ def _users(
             if value is not None:
                 command += ["--" + name.replace("_", "-"), str(value)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL)
-        if done.returncode != 1:  # No request was completed: figures say it.
-            done.check_returncode()
-        return cast(Any, read_json(chosen["json"]))["load"]
+        found = read_json(chosen["json"])
+        # 1: no request was completed; figures say it.
+        if done.returncode not in (0, 1) or found is None:
+            raise ConfigError(
+                f"the process of the users has ended with status {done.returncode} and "
+                "no figures; it has said why"
+            )
+        return cast(Any, found)["load"]
 
 
 def _shares(

@@ -3,9 +3,11 @@
 import asyncio
 import json
 import math
+import subprocess
 
 import pytest
 
+from benchmarks import load_here
 from benchmarks.bench import main
 from benchmarks.load import ask, bodies, build_parser
 from benchmarks.load_figures import (
@@ -15,6 +17,7 @@ from benchmarks.load_figures import (
     percentiles,
     steadiness,
 )
+from sparda_jax.checks import ConfigError
 
 
 def test_what_never_came_stands_in_the_percentiles():
@@ -30,6 +33,15 @@ def test_what_never_came_stands_in_the_percentiles():
     assert told["first_token_seconds"] == {"p50": 1.0, "p90": None, "p99": None}
     assert told["between_tokens_seconds"]["p50"] == 0.5
     assert told["whole_seconds"] == {"p50": 2.25, "p90": None, "p99": None}
+
+
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_users_that_leave_no_figures_are_one_line(monkeypatch, status):
+    done = subprocess.CompletedProcess([], status)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    arguments = build_parser().parse_args([])
+    with pytest.raises(ConfigError, match=f"ended with status {status} and no"):
+        load_here._users(arguments, "http://127.0.0.1:1", 100, {})
 
 
 def test_the_rate_of_full_rows_counts_only_while_all_are_taken():
