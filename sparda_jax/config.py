@@ -9,7 +9,7 @@ M blocks, P selected blocks, W compressed-key windows, L layers.
 import dataclasses
 import types
 import warnings
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from sparda_jax.checks import (
     LARGEST_BYTES,
@@ -299,6 +299,17 @@ class SparseConfig:
             f"at least the {self.forced_blocks} forced blocks "
             f"({self.init_blocks} init + {self.local_blocks} + 1 local)",
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, for files: a later one that changes nothing is left out.
+
+        Older versions read such files then, and records of theirs are of the same
+        geometry.
+        """
+        values = dataclasses.asdict(self)
+        if self.compressed_keys == "exact":
+            del values["compressed_keys"]
+        return values
 
     @property
     def budgets(self) -> tuple[int, ...]:

@@ -232,8 +232,7 @@ class EvalConfig:
     Attributes:
       every: Steps between two evaluations; one is made at the end as well.
       batches: Sequences that are evaluated, at most.
-      mass: Also measure the attention mass that the chosen blocks capture (a second
-        pass over all scores).
+      mass: Also measure the attention mass of the chosen blocks, in a second pass.
     """
 
     every: int = 100
@@ -397,6 +396,7 @@ class TrainConfig:
             del values[field]
         del values["optimizer"]["micro_batch"]
         # Runs from before there was a choice.
+        values["sparse"] = self.sparse and self.sparse.to_json()
         for part, field, only in (
             (values, "queries", 1),
             (values, "reads", "input"),

@@ -121,7 +121,7 @@ def save_forecast(
     if weights.base_fingerprint is not None:
         metadata["base_fingerprint"] = weights.base_fingerprint
     if weights.sparse is not None:
-        metadata["sparse_config"] = json.dumps(dataclasses.asdict(weights.sparse))
+        metadata["sparse_config"] = json.dumps(weights.sparse.to_json())
     try:
         metadata["extra"] = json.dumps(dict(extra or {}))
     except (TypeError, ValueError) as error:

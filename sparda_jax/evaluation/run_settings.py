@@ -1,6 +1,5 @@
 """What `run.json` says of the model, the code and the machine of an evaluation."""
 
-import dataclasses
 import datetime
 import hashlib
 import pathlib
@@ -65,10 +64,8 @@ def run_settings(
     """
     assert lm.tokenizer is not None
     tokenizer = hashlib.sha256(lm.tokenizer.to_json().encode()).hexdigest()[:12]
-    geometry: dict[str, Any] = dataclasses.asdict(lm.sparse)
+    geometry = lm.sparse.to_json()
     budget = geometry.pop("block_budget")
-    if geometry["compressed_keys"] == "exact":
-        del geometry["compressed_keys"]  # records from before there was a choice
     if not isinstance(budget, int):
         geometry["layer_budgets"] = list(budget)
     commit = commit or _commit()

@@ -15,6 +15,7 @@ from sparda_jax.planning.limits import MemoryLimits
 from train import adapt as adapt_module
 from train.adapt import adapt
 from train.adapt_command import main
+from train.adapt_work import same_call
 from train.memory import refuse_too_little_memory, training_memory
 
 
@@ -139,6 +140,13 @@ def test_refusals_come_before_the_work(model, text, tmp_path, text_tokenizer):
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(sj.ConfigError, match=r"out=.* a file in a folder"):
         adapt(str(model), out=str(tmp_path / "folder.safetensors"))
+
+
+def test_folders_of_older_versions_are_gone_on_with(tmp_path):
+    (tmp_path / "call.json").write_text('{"rank": 64}')
+    same_call(tmp_path / "call.json", {"rank": 64, "reads": "input"})
+    with pytest.raises(sj.ConfigError, match=r"reads='attended' .* 'input', with"):
+        same_call(tmp_path / "call.json", {"rank": 64, "reads": "attended"})
 
 
 @pytest.mark.parametrize("damaged", ["{}", '{"sparse": 3}', '{"sparse": {"a": 1}}'])

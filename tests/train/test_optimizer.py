@@ -1,5 +1,7 @@
 """The optimizer on whitened inputs, and what older runs know of the newer options."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -48,6 +50,12 @@ def test_options_of_later_versions_leave_older_runs_theirs():
     old = TrainConfig().identity()
     assert "reads" not in old and "softness" not in old["loss"]
     assert "whiten" not in old["optimizer"] and "export_best" not in old
+    assert old["sparse"] is None
+    sparse = sj.SparseConfig()
+    assert "compressed_keys" not in TrainConfig(sparse=sparse).identity()["sparse"]
+    sparse = dataclasses.replace(sparse, compressed_keys="int8")
+    new = TrainConfig(sparse=sparse).identity()
+    assert new["sparse"]["compressed_keys"] == "int8"
     new = TrainConfig(
         init="regression",
         reads="attended",

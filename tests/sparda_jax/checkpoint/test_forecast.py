@@ -53,6 +53,17 @@ def saved(kit):
     return path
 
 
+def test_older_versions_know_all_that_a_file_says_of_the_selection(kit, saved):
+    """They refuse a field that they do not know, even one that changes nothing."""
+    with safetensors.safe_open(saved, "numpy") as file:
+        stated = json.loads(file.metadata()["sparse_config"])
+    assert stated == SPARSE.to_json() and "compressed_keys" not in stated
+    narrow = dataclasses.replace(SPARSE, compressed_keys="int8")
+    save_forecast(saved, weights(kit.config, sparse=narrow), base_name="tiny")
+    found = load_forecast(saved, config=kit.config, fingerprint="f" * 64, sparse=narrow)
+    assert found.sparse == narrow
+
+
 def test_round_trip(kit, saved):
     found = load_forecast(saved, config=kit.config, fingerprint="f" * 64, sparse=SPARSE)
     wanted = weights(kit.config)
