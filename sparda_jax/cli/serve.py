@@ -202,8 +202,11 @@ def _ready(arguments: argparse.Namespace) -> "Serving":
     given = {name: getattr(arguments, name) for name in SETTING_CHECKS}
     given["model_name"] = arguments.model_name or arguments.model
     settings = ServeSettings(**given)
+    cache = cache_config(arguments)
+    allowed = "resident, offload or auto: prompts come in pieces"
+    require(cache.kind != "evict", "--cache", cache.kind, allowed)
     lm = load_model(arguments, arguments.attention)
-    lm = dataclasses.replace(lm, cache=cache_config(arguments))
+    lm = dataclasses.replace(lm, cache=cache)
     note(f"serve: taking memory for {settings.max_batch} rows …")
     serving = module.Serving(lm, settings)
     note("serve: compiling …")

@@ -54,6 +54,17 @@ def test_an_address_that_cannot_be_had_is_told_before_anything_is_loaded(
             assert "cannot be listened at" in told
 
 
+def test_a_cache_that_evicts_is_refused_before_a_model_is_loaded(capsys, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("the cache is looked at first")
+
+    monkeypatch.setattr(serve, "load_model", never)
+    command = ["serve", "--model", "tiny", "--port", "0", "--attention", "snapkv"]
+    assert main([*command, "--cache", "evict"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("sparda: --cache='evict' is not") and told.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("host", "url"), [("127.0.0.1", "http://127.0.0.1:"), ("::1", "http://[::1]:")]
 )
