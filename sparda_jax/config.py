@@ -239,8 +239,10 @@ class SparseConfig:
       dense_key_bias: NOSA's key bias also applies where attention is dense. The
         reference drops it there (§8.6); False reproduces that.
       compressed_keys: How key means are kept: `exact`, in the model's type, or `int8`,
-        in 8 bits a number with a scale a window. That halves what scoring reads and
-        what a row takes on the device beside its blocks, and changes a few choices.
+        in 8 bits a number with a scale a window. That halves what a row takes on the
+        device beside its blocks, and what is read to score by a Forecast of one query a
+        kv head; for several, and for own queries, they are decoded first. It changes a
+        few choices.
 
     Example:
       >>> sparse = sj.SparseConfig(block_size=64, block_budget=96)
