@@ -13,10 +13,10 @@ SLOW := slow
 demo: $(VENV)/.run-ready
 	$(VENV)/bin/sparda demo
 
+# A worker that has no tests left takes them from the other.
 test: $(VENV)/.test-ready
-	$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
-# Single tests take minutes here: a worker that has none left takes them from the other.
 test-slow: $(VENV)/.test-ready $(VENV)/.notebooks-ready
 	$(PY) -m pytest -n 2 --dist worksteal --runslow -m "$(SLOW)" $(PYTEST_ARGS)
 
