@@ -71,8 +71,8 @@ class BlockCodec:
           targets: Slot of each, -1 for none.
           bound: Entries behind which all are -1.
         """
-        (blocks,) = staged
-        return commit_blocks(slots, blocks.astype(slots.dtype), targets, count=bound)
+        blocks = self.decode(staged, slots.dtype)
+        return commit_blocks(slots, blocks, targets, count=bound)
 
     def stored(
         self, blocks: Float[Array, "*lead block two H"]

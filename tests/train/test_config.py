@@ -171,7 +171,7 @@ def test_the_best_checkpoint_is_exported_only_where_one_is_known():
         {"checkpoint": CheckpointConfig(keep_best=0)},
     ):
         assert not TrainConfig(**change).export_best
-        with pytest.raises(ConfigError, match=r"export_best=True .* keep_best is 0"):
+        with pytest.raises(ConfigError, match=r"export_best=True .*keep_best is 0"):
             TrainConfig(export_best=True, **change)
 
 

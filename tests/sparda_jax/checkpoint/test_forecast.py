@@ -83,7 +83,7 @@ def test_names_in_the_file(kit, saved):
         metadata = file.metadata()
     assert (metadata["format"], metadata["version"]) == ("sparda-forecast", "1")
     assert metadata["base_fingerprint"] == "f" * 64
-    assert json.loads(metadata["sparse_config"]) == dataclasses.asdict(SPARSE)
+    assert json.loads(metadata["sparse_config"]) == SPARSE.to_json()
 
 
 def test_without_fingerprint_and_sparse(kit):

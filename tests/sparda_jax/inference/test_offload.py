@@ -249,29 +249,29 @@ CASES = (
         for case in (
             Case(exactness="verify"),
             Case(exactness="verify", layers_ahead=2, sparse=INT8_KEYS),
-            Case(slots=WIDE, recall_every=4),
             Case(attention="infllm_v2", layer0="offload"),
             Case(attention="dense", slots=WIDE),
             # A quota that the budget has no room for.
             Case("nosa", nosa=True, sparse=SMALL),
             Case(codec=Halves(), exactness="verify"),
             Case(NextQuery(), prefetch="lookahead"),
-            Case("quest", layer0="offload", slots=7),
             Case("reuse", exactness="verify"),
-            Case(ByNumber(), layers_ahead=2, slots=7, storage="per_layer"),
             Case(ByNumber(), layers_ahead=3, layer0="offload"),
-            Case(ByNumber(), layers_ahead=8, storage="per_layer", layer0="offload"),
-            Case("infinigen", slots=7, recall_every=4),
-            Case("infinigen", storage="per_layer", layer0="offload", prefetch="none"),
             Case("snapkv", layer0="offload"),
-            Case("infllm", slots=7, layer0="offload"),
-            Case("magicpig"),
-            Case("nosa", nosa=True, storage="per_layer", sparse=BY_LAYER),
         )
     ),
     *(
         pytest.param(case, marks=[pytest.mark.slow, pytest.mark.long])
         for case in (
+            Case(slots=WIDE, recall_every=4),
+            Case("quest", layer0="offload", slots=7),
+            Case(ByNumber(), layers_ahead=2, slots=7, storage="per_layer"),
+            Case(ByNumber(), layers_ahead=8, storage="per_layer", layer0="offload"),
+            Case("infinigen", slots=7, recall_every=4),
+            Case("infinigen", storage="per_layer", layer0="offload", prefetch="none"),
+            Case("infllm", slots=7, layer0="offload"),
+            Case("magicpig"),
+            Case("nosa", nosa=True, storage="per_layer", sparse=BY_LAYER),
             Case(nosa=True, storage="per_layer", layer0="offload", slots=7),
             Case(layer0="offload", slots=7),
             Case("reuse"),
