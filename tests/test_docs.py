@@ -257,6 +257,7 @@ def test_the_site_builds_without_warnings(tmp_path):
     assert json.loads((tmp_path / "notebooks/link.ipynb").read_text("utf-8"))["cells"]
 
 
+@pytest.mark.slow
 def test_results_are_what_their_files_say():
     page_maker = _script("results_page")
     page = page_text("docs/results.md")

@@ -167,6 +167,7 @@ def test_the_best_checkpoint_is_kept_and_exported(shards, tmp_path):
     assert all(load().dtype.name == "bfloat16" for load in tensors.values())
 
 
+@pytest.mark.slow
 def test_tensorboard_files_hold_the_log(finished, shards, tmp_path, monkeypatch):
     pytest.importorskip("tensorboardX")
     log = RunLog(tmp_path, start=-1, steps=2, tensorboard=True, progress=False)

@@ -144,6 +144,7 @@ def test_accumulation_equals_one_batch(random_model, step):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_are_skipped_and_counted(random_model, step):
     model = random_model()
     heads = initial_heads(model, "from_query", seed=0)

@@ -29,13 +29,14 @@ def _both(model, attention, storage):
     return [sj.generate(way, _prompts(), **asked) for way in ways]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "attention", "storage"),
     [
         ("tiny", "snapkv", "stacked"),
-        pytest.param("tiny", "snapkv", "per_layer", marks=pytest.mark.slow),
-        pytest.param("tiny", "window", "stacked", marks=pytest.mark.slow),
-        pytest.param("tiny-nosa", "snapkv", "stacked", marks=pytest.mark.slow),
+        ("tiny", "snapkv", "per_layer"),
+        ("tiny", "window", "stacked"),
+        ("tiny-nosa", "snapkv", "stacked"),
     ],
 )
 def test_it_gives_what_a_whole_cache_gives_and_holds_less(model, attention, storage):

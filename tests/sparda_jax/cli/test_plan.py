@@ -85,6 +85,7 @@ def test_options_reach_the_plan(capsys):
     assert re.search(r"fits +no +no +yes +yes", out)
 
 
+@pytest.mark.slow
 def test_measure(capsys):
     arguments = ("--model", "tiny", "--context", "2048", "--hbm", "1", "--host", "1")
     status, out, _ = _run(capsys, *arguments, "--measure", "--dtype", "float32")

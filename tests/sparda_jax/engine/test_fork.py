@@ -60,7 +60,7 @@ def test_many_questions_on_one_prefill(lm, document, answers, cache):
     assert out.tokens[0] == answers[2]
 
 
-@pytest.mark.parametrize("cache", [sj.CacheConfig(), OFFLOAD], ids=lambda c: c.kind)
+@IN_BOTH_CACHES
 def test_every_row_of_a_fork_is_the_row(lm, document, cache):
     """In host memory too, and without a program of that many rows."""
     read = _read(dataclasses.replace(lm, cache=cache), document)

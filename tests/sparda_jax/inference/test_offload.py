@@ -350,12 +350,12 @@ def test_matrix_equals_resident(case, deeper, resident):
 
 LONG = (
     Case(),
-    Case(storage="per_layer", exactness="verify", layer0="offload"),
     Case(sparse=dataclasses.replace(SPARSE, dense_len=320)),
     Case(sparse=dataclasses.replace(SPARSE, forecast_decode_only=True)),
     *(
         pytest.param(case, marks=pytest.mark.long)
         for case in (
+            Case(storage="per_layer", exactness="verify", layer0="offload"),
             Case(storage="per_layer", slots=7, layer0="offload"),
             Case(attention="infllm_v2"),
             Case(attention="nosa", nosa=True, slots=12),

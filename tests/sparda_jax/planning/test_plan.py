@@ -71,6 +71,7 @@ def test_verdicts():
     assert _plan(attention="dense").pays_from is None
 
 
+@pytest.mark.slow
 def test_break_even_and_crossover_are_where_they_say():
     found = _plan()
     assert 0 < found.break_even < 1
