@@ -93,20 +93,14 @@ class LanguageModel:
             tokenizer_error=optional(text),
             mesh=optional(instance(MeshConfig)),
         )
-        queries = self.model.config.forecast_queries
-        require(
-            self.config.forecast_queries == queries,
-            "LanguageModel.config.forecast_queries",
-            self.config.forecast_queries,
-            f"{queries}, as the model's Forecast heads make",
-        )
-        reads = self.model.config.forecast_reads
-        require(
-            self.config.forecast_reads == reads,
-            "LanguageModel.config.forecast_reads",
-            self.config.forecast_reads,
-            f"{reads!r}, as the model's Forecast heads do",
-        )
+        for field, verb in (("forecast_queries", "make"), ("forecast_reads", "do")):
+            own, made = getattr(self.config, field), getattr(self.model.config, field)
+            require(
+                own == made,
+                f"LanguageModel.config.{field}",
+                own,
+                f"{made!r}, as the model's Forecast heads {verb}",
+            )
         if self.mesh is not None:
             check_mesh(self.mesh, self.config, self.selector)
         has_forecast = self.model.forecast is not None
