@@ -2,19 +2,23 @@
 
     python scripts/run_notebooks.py notebooks/*.ipynb --out build/notebooks
 
-A notebook whose cell fails is told with its traceback and not written; the others are
-still run, and the status is 1. `--keep FOLDER` also writes what cells gave, without the
-cells, as the documentation shows it.
+Every cell's time is printed as it ends. A notebook whose cell fails is told with its
+traceback and not written; the others are still run, and the status is 1.
+
+`--keep FOLDER` also writes what cells gave, without the cells, as the documentation
+shows it. Until a notebook has ended, and where it did not, its name ends in `.part`.
 """
 
 import argparse
 import base64
 import datetime
+import functools
 import io
 import json
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 
 import nbformat
 from nbclient import NotebookClient
@@ -23,15 +27,35 @@ from PIL import Image
 
 
 def execute(
-    source: pathlib.Path, target: pathlib.Path, seconds: int
+    source: pathlib.Path,
+    target: pathlib.Path,
+    seconds: int,
+    on_cell: Callable[[nbformat.NotebookNode], None] | None = None,
 ) -> nbformat.NotebookNode:
-    """Runs a notebook from the folder that this process runs in; returns it too."""
+    """Runs a notebook from the folder that this process runs in; returns it too.
+
+    Args:
+      source, target: The notebook, and where it is written with its outputs.
+      seconds: Limit of a cell.
+      on_cell: Is called with the notebook after each cell.
+    """
     book = nbformat.read(source, as_version=4)
+    begun = time.monotonic()
+
+    def executed(cell: nbformat.NotebookNode, cell_index: int, **_: object) -> None:
+        if cell.cell_type != "code":
+            return
+        took = time.monotonic() - begun
+        print(f"{source}: cell {cell_index} ended at {took:.0f} s", flush=True)
+        if on_cell is not None:
+            on_cell(book)
+
     client = NotebookClient(
         book,
         timeout=seconds,
         kernel_name="python3",
         resources={"metadata": {"path": "."}},
+        on_cell_executed=executed,
     )
     client.execute()
     nbformat.write(book, target)
@@ -94,14 +118,21 @@ def main() -> int:
     failed = False
     for source in arguments.notebooks:
         begun = time.monotonic()
+        kept, on_cell = None, None
+        if arguments.keep is not None:
+            kept = arguments.keep / f"{source.stem}.json"
+            part = kept.with_suffix(".json.part")
+            on_cell = functools.partial(keep, target=part, commit=arguments.commit)
         try:
-            book = execute(source, arguments.out / source.name, arguments.seconds)
+            target = arguments.out / source.name
+            book = execute(source, target, arguments.seconds, on_cell)
         except CellExecutionError as error:
             print(f"{source}: {error}", file=sys.stderr, flush=True)
             failed = True
             continue
-        if arguments.keep is not None:
-            keep(book, arguments.keep / f"{source.stem}.json", arguments.commit)
+        if kept is not None:
+            keep(book, kept, arguments.commit)
+            part.unlink(missing_ok=True)
         print(f"{source}: {time.monotonic() - begun:.0f} s", flush=True)
     return int(failed)
 
