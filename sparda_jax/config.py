@@ -214,7 +214,7 @@ def _block_budget(field: str, value: object) -> int | tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class SparseConfig:
-    """Block selection (specification §2.1, §3, §4.3); all counts are in blocks.
+    """Block selection (docs/algorithm.md §2.1, §3, §4.3); all counts are in blocks.
 
     A row keeps `block_budget` blocks in all: the `init_blocks` first ones, its own
     block with the `local_blocks` before it, and the best-scored others.
@@ -226,18 +226,20 @@ class SparseConfig:
       init_blocks: Leading blocks that are always selected (I).
       local_blocks: Blocks before the query's own that are always selected (W), so
         W + 1 local blocks in all.
-      block_budget: Selected blocks in all, forced ones included (K of §2.1); or a tuple
-        of one number a layer. Lists are as long as the largest, and training takes it.
+      block_budget: Selected blocks in all, forced ones included (P of docs/algorithm.md
+        §2.1); or a tuple of one number a layer. Lists are as long as the largest, and
+        training takes it.
       query_blocks: NOSA only: blocks that the first stage adds to init and local ones
-        before the query-agnostic stage fills the budget (§3 step 3).
-      dense_len: Sequences with fewer keys attend densely; −1 never (§2.6).
+        before the query-agnostic stage fills the budget (docs/algorithm.md §3 step 3).
+      dense_len: Sequences with fewer keys attend densely; −1 never (docs/algorithm.md
+        §2.6).
       mask_future_blocks: Blocks after the query's own are masked before top-k. False
-        reproduces the reference's Forecast prefill literally (§10.2) and exists for
-        parity alone: prefill then runs as one query tile.
+        reproduces the reference's Forecast prefill literally (docs/algorithm.md §7.2)
+        and exists for parity alone: prefill then runs as one query tile.
       forecast_decode_only: `sparda` prefills with the query's own scores and uses the
         Forecast for decode only.
       dense_key_bias: NOSA's key bias also applies where attention is dense. The
-        reference drops it there (§8.6); False reproduces that.
+        reference drops it there (docs/algorithm.md §7.4); False reproduces that.
       compressed_keys: How key means are kept: `exact`, in the model's type, or `int8`,
         in 8 bits a number with a scale a window. That halves what a row takes on the
         device beside its blocks, and what is read to score by a Forecast of one query a

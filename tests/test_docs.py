@@ -44,6 +44,23 @@ def test_links_and_pictures_are_there(name):
             assert anchor in map(_slug, headings), f"{name}: {target}"
 
 
+def test_what_the_code_cites_is_there():
+    """Pages of the documentation, and sections of the page with the formulas."""
+    text = page_text("docs/algorithm.md")
+    sections = set(re.findall(r"^###? (\d+(?:\.\d+)?)\.? ", text, re.M))
+    cited = set()
+    for folder in ("pallas_kernels", "sparda_jax", "train", "benchmarks", "tests"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            code = path.read_text(encoding="utf-8")
+            for page in re.findall(r"\bdocs/[\w-]+\.md", code):
+                assert (ROOT / page).exists(), f"{path}: {page}"
+            if "docs/algorithm.md" in code:
+                for section in re.findall(r"§(\d+(?:\.\d+)?)", code):
+                    assert section in sections, f"{path}: §{section}"
+                    cited.add(section)
+    assert {"2.4", "4.3", "5.5", "7.2"} <= cited
+
+
 def test_the_readme_is_one_screen_and_its_commands_are_those_of_ci():
     text = page_text("README.md")
     assert text.count("\n") < 70

@@ -1,1 +1,1 @@
-"""Distillation: trains the Forecast heads of a frozen model (specification §5)."""
+"""Distillation: trains the Forecast heads of a frozen model (docs/algorithm.md §5)."""

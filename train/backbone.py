@@ -4,7 +4,7 @@ The backbone runs in one scan over its layers and is never differentiated. A lay
 loss needs its own queries and keys and one Forecast matrix, W, that reads the input of
 the layer before: the loss gives d forecast, and d W = xᵀ · RoPE⁻¹(d forecast) is one
 product. So nothing is kept from one layer to the next but the hidden states and that
-input (specification §5.6; §8.24 for what the reference computes twice).
+input (docs/algorithm.md §5.6; §7.9 for what the reference computes twice).
 """
 
 import dataclasses

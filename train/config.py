@@ -68,12 +68,12 @@ _sources = several(_source, "(name or path, weight) pairs")
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Variant of the distillation loss; the defaults are the reference's (§5).
+    """Variant of the distillation loss; by default that of docs/algorithm.md §5.
 
     Attributes:
       teacher: Grid of the teacher's key means: "fine", kernel 2 stride 1, or
-        "deployed", the grid that inference selects by. With "deployed" the first
-        kernel_size − 1 tokens have no teacher; use `mask_short_rows` with it (§10.3).
+        "deployed", the grid that inference selects by: with `mask_short_rows`, as its
+        first tokens have no teacher (docs/algorithm.md §7.3).
         "oracle": the attention mass that blocks truly hold; with target="recall".
       align: How the fine teacher is brought to the deployed grid.
       student: Bins of the KL: "cells", the windows that start in a chosen block, or
@@ -127,7 +127,7 @@ PUBLISHED_LOSS = LossConfig(
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule; the defaults are the reference's (runtime A3).
+    """AdamW and its schedule; the reference's by default: docs/algorithm.md §5.6.
 
     Attributes:
       lr: Peak learning rate.

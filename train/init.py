@@ -51,7 +51,10 @@ _WEIGHT_RATE = 0.05
 def initial_heads(
     model: Decoder, how: str, seed: int, queries: int = 1
 ) -> Float[Array, "L D KRH"]:
-    """Float32 heads before training: `kaiming` (§4.1), else `from_query`."""
+    """Float32 heads before training: `kaiming`, else `from_query`.
+
+    Source: docs/algorithm.md §4.1.
+    """
     config = dataclasses.replace(model.config, forecast_queries=queries)
     if how != "kaiming":
         heads = from_query_heads(model, queries)

@@ -2,7 +2,7 @@
 
 What the teacher chose is also where the layer attends, so one pass over the tiles makes
 the loss, its gradient with respect to the forecast, and the block lists. No score that
-is larger than a tile's is ever held (specification §8.23).
+is larger than a tile's is ever held (docs/algorithm.md §7.8).
 
     tiles       cutting rows into tiles, and running them one after the other
     teacher     what a tile learns from, and where it attends
@@ -89,7 +89,7 @@ def distill_layer(
       kernels: Kernels that may make a fine teacher aligned by the maximum
         (`kernel_cells`), where every row is one document and `v` is not given.
 
-    Source: specification §5.2-5.5; memory is that of one tile's scores (§8.23).
+    Memory is that of one tile's scores. Source: docs/algorithm.md §5.2-5.5, §7.8.
     """
     sparse = dataclasses.replace(sparse, dense_len=-1)
     batch, tokens, heads, _ = q.shape

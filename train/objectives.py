@@ -1,4 +1,4 @@
-"""How far the student is from the teacher, row by row (specification §5.4, §5.5).
+"""How far the student is from the teacher, row by row (docs/algorithm.md §5.4, §5.5).
 
 The student is the forecast of the layer before, scored on the key means that inference
 uses. The loss is the forward KL of teacher and student over the windows of the blocks
@@ -6,7 +6,7 @@ that the teacher chose, all other windows being one more bin; or a smooth count 
 blocks that the student would misplace.
 
 Beyond the reference: everything is float32, the student in log space, with its rest bin
-by a masked log-sum-exp (§8.20).
+by a masked log-sum-exp (docs/algorithm.md §7.6).
 """
 
 import jax
@@ -27,11 +27,13 @@ def forecast_logits(
     sparse: SparseConfig,
     finished_only: bool,
 ) -> Float[Array, "B K T W"]:
-    """Scaled scores of the forecasts, very negative on windows out of sight (§5.4).
+    """Scaled scores of the forecasts, very negative on windows out of sight.
 
     In the reference's loss a query sees a window as soon as it has begun; inference
     selects among finished ones (`finished_only`). Several queries a kv head give the
     logarithm of the mean of their softmaxes, which ranks as inference does.
+
+    Source: docs/algorithm.md §5.4.
     """
     _, begun, finished = window_masks(queries, keys.whole, sparse)
     batch, tokens, heads, dim = queries.forecast.shape
@@ -55,7 +57,10 @@ def forecast_logits(
 def forecast_routing(
     queries: Queries, keys: LayerKeys, *, sparse: SparseConfig
 ) -> Int[Array, "B K T P"]:
-    """The block lists that inference makes of the forecasts (§4.3)."""
+    """The block lists that inference makes of the forecasts.
+
+    Source: docs/algorithm.md §4.3.
+    """
     logits = forecast_logits(queries, keys, sparse=sparse, finished_only=True)
     scores = jnp.where(logits > MASKED, logits, -jnp.inf)
     return route(forced(scores, queries, sparse), queries, keys, sparse)
@@ -64,7 +69,10 @@ def forecast_routing(
 def supervised_blocks(
     lists: Int[Array, "B K T P"], queries: Queries, blocks: int, sparse: SparseConfig
 ) -> Bool[Array, "B K T M"]:
-    """Listed blocks that are neither init nor local: real choices (§5.5)."""
+    """Listed blocks that are neither init nor local: real choices.
+
+    Source: docs/algorithm.md §5.5.
+    """
     return listed_blocks(lists, blocks) & optional_blocks(queries, blocks, sparse)
 
 
@@ -86,7 +94,7 @@ def partition_kl(
     slots: int,
     floor: float,
 ) -> Float[Array, "*rows"]:
-    """KL(target ‖ softmax(logits)), unresolved bins being one more bin (§5.5).
+    """KL(target ‖ softmax(logits)), unresolved bins being one more bin.
 
     Args:
       target: Non-negative, not normalised.
@@ -95,6 +103,8 @@ def partition_kl(
       slots: Most bins that can be resolved; those that are not count as empty ones.
       floor: Least probability of a bin on either side, as in the reference; 0 leaves
         the student's log-probabilities as they are.
+
+    Source: docs/algorithm.md §5.5.
     """
     target = target / (jnp.sum(target, axis=-1, keepdims=True) + 1e-8)
     target_rest = jnp.sum(jnp.where(resolved, 0.0, target), axis=-1)
@@ -189,7 +199,10 @@ def row_losses(
     sparse: SparseConfig,
     loss: LossConfig,
 ) -> Float[Array, "B K T"]:
-    """KL of every row of a tile (§5.4, §5.5); differentiable in `queries.forecast`."""
+    """KL of every row of a tile; differentiable in `queries.forecast`.
+
+    Source: docs/algorithm.md §5.4, §5.5.
+    """
     blocks = teacher.scores.shape[-1]
     resolved = supervised_blocks(teacher.partition, queries, blocks, sparse)
     by_block = loss.student == "blocks"

@@ -1,7 +1,7 @@
 """The optimizer of the Forecast matrices, and what a run carries from step to step.
 
 Only Forecast matrices have optimizer state, and they are float32 whatever the model's
-type is (specification §8.22).
+type is (docs/algorithm.md §7.7).
 """
 
 import functools
@@ -112,7 +112,7 @@ def with_inputs(state: Any, square: Float[np.ndarray, "L D D"]) -> Any:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW behind one clip over the gradient of all heads (§5.6)."""
+    """AdamW behind one clip over the gradient of all heads (docs/algorithm.md §5.6)."""
     if config.whiten:
         moved = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
         if config.clip:

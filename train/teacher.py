@@ -1,9 +1,11 @@
-"""What a layer learns from: its own queries' choice of blocks (§5.2, §5.3).
+"""What a layer learns from: its own queries' choice of blocks.
 
 Per head a softmax over key means, summed over the heads of a group, and brought to the
 windows that inference selects by. A fine teacher of whole rows can come from the kernel
 of own-query block scores instead (`kernel_cells`): then not even a tile's scores of the
 heads are written, and tiles are a hundred times as large, which is what a GPU wants.
+
+Source: docs/algorithm.md §5.2, §5.3.
 """
 
 import dataclasses
@@ -60,7 +62,7 @@ class Teacher(NamedTuple):
     """What a tile learns from.
 
     Attributes:
-      cells: T' of the specification: teacher probability on the windows of inference,
+      cells: T′ of docs/algorithm.md §5.2: probability on the windows of inference,
         not normalised; 0 where the document has no such window.
       scores: The same pooled to blocks, forced blocks +∞.
       routing: Blocks to attend to.
@@ -74,7 +76,7 @@ class Teacher(NamedTuple):
 
 
 def partition_sparse(sparse: SparseConfig, *, key_bias: bool) -> SparseConfig:
-    """NOSA's loss knows the query-aware blocks only (§5.3)."""
+    """NOSA's loss knows the query-aware blocks only (docs/algorithm.md §5.3)."""
     if not key_bias:
         return sparse
     quota = sparse.init_blocks + sparse.local_blocks + sparse.query_blocks
@@ -92,7 +94,7 @@ def layer_keys(
 ) -> LayerKeys:
     """Key means on both grids, padded to whole blocks.
 
-    The fine grid averages neighbours, k̃_j = (k_j + k_{j+1})/2 (§5.2).
+    The fine grid averages neighbours, k̃_j = (k_j + k_{j+1})/2 (docs/algorithm.md §5.2).
     """
     tokens = k.shape[1]
     length = num_blocks(tokens, sparse) * sparse.block_size
@@ -125,9 +127,11 @@ def layer_keys(
 def group_softmax(
     scores: Float[Array, "B K G T J"], seen: Bool[Array, "B T J"]
 ) -> Float[Array, "B K T J"]:
-    """Softmax over keys for each head, summed over the heads of a group (§2.3).
+    """Softmax over keys for each head, summed over the heads of a group.
 
     A row that sees nothing gets zeros.
+
+    Source: docs/algorithm.md §2.3.
     """
     mask = seen[:, None, None]
     scores = jnp.where(mask, scores, MASKED)
@@ -171,7 +175,10 @@ def own_block(queries: Queries, sparse: SparseConfig) -> Int[Array, "B 1 T"]:
 def forced(
     scores: Float[Array, "B K T W"], queries: Queries, sparse: SparseConfig
 ) -> Float[Array, "B K T M"]:
-    """Window scores (−∞: no window) → block scores with forced blocks at +∞ (§2.4)."""
+    """Window scores (−∞: no window) → block scores with forced blocks at +∞.
+
+    Source: docs/algorithm.md §2.4.
+    """
     blocks = pool_to_blocks(scores, sparse.windows_per_block)
     blocks = force_blocks(blocks, own_block(queries, sparse), sparse)
     return confine(blocks, queries, sparse)
@@ -183,7 +190,10 @@ def route(
     keys: LayerKeys,
     sparse: SparseConfig,
 ) -> Int[Array, "B K T P"]:
-    """Block lists for attention; NOSA's second stage follows where it has one (§3)."""
+    """Block lists for attention; NOSA's second stage follows where it has one.
+
+    Source: docs/algorithm.md §3.
+    """
     own = own_block(queries, sparse)
     if keys.importance is not None:
         scores = constrain_by_importance(scores, keys.importance, own, sparse)
@@ -199,7 +209,7 @@ def teacher_cells(
     loss: LossConfig,
     token_scores: Float[Array, "B K G T S"] | None = None,
 ) -> Float[Array, "B K T W"]:
-    """The teacher on the windows that inference uses (§5.2).
+    """The teacher on the windows that inference uses (docs/algorithm.md §5.2).
 
     The fine grid is brought to them by the maximum, or the mean, over the 17 fine keys
     that start in a window's first half or right before it.
@@ -308,7 +318,10 @@ def teach(
     token_scores: Float[Array, "B K G T S"] | None = None,
     kernels: Kernels = (),
 ) -> Teacher:
-    """Teacher, and the blocks it chooses, for one tile (§5.2, §5.3)."""
+    """Teacher, and the blocks it chooses, for one tile.
+
+    Source: docs/algorithm.md §5.2, §5.3.
+    """
     exists = window_masks(queries, keys.whole, sparse)[0]
     if loss.teacher == "oracle":
         # No loss looks at windows where lists are what counts.

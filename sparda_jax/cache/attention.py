@@ -16,7 +16,7 @@ def attended_bias(
     sparse = settings.sparse
     if key_bias is None or sparse.dense_key_bias:
         return key_bias
-    # Parity with the reference, which drops c wherever attention is dense (§8.6).
+    # The reference drops c wherever attention is dense (docs/algorithm.md §7.4).
     if settings.selector.dense:
         return None
     if sparse.dense_len > 0:

@@ -136,7 +136,7 @@ class NextLayer(NamedTuple):
 
         The layer's index lacks the token of this step. For key means that is the
         window that the step may finish; it lies in forced local blocks, so the choice
-        is the same (§4.4).
+        is the same (docs/algorithm.md §4.4).
         """
         layer, place = self.layer_cache, self.layer_in_stack
         seen = tile.in_layer(tile.layer + self.distance).selection(

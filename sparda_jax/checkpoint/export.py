@@ -2,7 +2,7 @@
 
 The reference (NVlabs/SparDA) and the patches for SGLang and vLLM read
 `model.layers.{l}.self_attn.q_future_proj.weight` of every layer and layer 0's
-`q_curr_proj` (specification §1.3), one vector for each kv head. The last layer's
+`q_curr_proj` (docs/algorithm.md §1.3), one vector for each kv head. The last layer's
 q_future_proj feeds nothing; it is written as zeros, so that no engine misses a key.
 """
 

@@ -77,8 +77,8 @@ def prefill(
     settings = dataclasses.replace(settings, selector=settings.chooser)
     width = tokens.shape[1]
     if not settings.sparse.mask_future_blocks:
-        # The literal reference scores windows that reach past their query (§10.2), so
-        # a tile would have to see keys of the next one.
+        # The literal reference scores windows that reach past their query, so a tile
+        # would have to see keys of the next one (docs/algorithm.md §7.2).
         tile_size = width
     tile_size = min(tile_size, width)
     padded = padded_length(width, tile_size)

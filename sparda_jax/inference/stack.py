@@ -83,7 +83,7 @@ def start_stack(
     *,
     capture: bool,
 ) -> StackCarry:
-    """Embeds the tokens and makes layer 0's own forecast (specification §4.2)."""
+    """Embeds the tokens and makes layer 0's own forecast (docs/algorithm.md §4.2)."""
     config = settings.config
     h = embed(model, tokens, model.embedding[...].dtype)
     blocks = None

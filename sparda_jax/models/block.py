@@ -36,7 +36,7 @@ def before_attention(
     h: Float[Array, "B T D"],
     rope_cos_sin: RopeCosSin,
 ) -> AttentionInputs:
-    """Input norm, projections, norms of q and k, RoPE (specification §1)."""
+    """Input norm, projections, norms of q and k, RoPE (docs/algorithm.md §1)."""
     x = rms_norm(h, layer.attention_norm[...], config.rms_norm_eps)
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     fused = matmul(x, layer.qkv[...])
@@ -59,7 +59,7 @@ def before_attention(
 def _key_bias(
     layer: DecoderLayer, v: Float[Array, "B T K H"]
 ) -> Float[Array, "B T K"] | None:
-    """NOSA's key bias c = A ⊙ softplus(delta(v)), float32 (specification §1.2)."""
+    """NOSA's key bias c = A ⊙ softplus(delta(v)), float32 (docs/algorithm.md §1.2)."""
     if layer.key_bias_scale is None or layer.key_bias_delta is None:
         return None
     flat = v.reshape(*v.shape[:2], -1)
@@ -75,7 +75,7 @@ def add_attention(
     *,
     axis: str | None = None,
 ) -> tuple[Float[Array, "*rows D"], Float[Array, "*rows D"]]:
-    """The output projection, added to the layer's input (specification §1).
+    """The output projection, added to the layer's input (docs/algorithm.md §1).
 
     Args:
       layer: Its weights.

@@ -222,7 +222,7 @@ def run_layers[Carry](
 def embed(
     model: Decoder, tokens: Int[Array, "B T"], dtype: DTypeLike
 ) -> Float[Array, "B T D"]:
-    """Token embeddings times `embed_scale` (specification §1.1, h0)."""
+    """Token embeddings times `embed_scale` (docs/algorithm.md §1.1, h0)."""
     table = model.embedding[...]
     if table.shape[0] == model.config.vocab_size:
         rows = jnp.take(table, tokens, axis=0).astype(dtype)
@@ -235,7 +235,7 @@ def embed(
 
 
 def logits(model: Decoder, h: Float[Array, "rows D"]) -> Float[Array, "rows V"]:
-    """Final norm and head in float32 (specification §1.1, logits)."""
+    """Final norm and head in float32 (docs/algorithm.md §1.1, logits)."""
     config = model.config
     x = rms_norm(h, model.final_norm[...], config.rms_norm_eps)
     x = x / jnp.asarray(config.logits_divisor, x.dtype)

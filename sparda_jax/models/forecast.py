@@ -12,7 +12,7 @@ layer's q_future_proj, which feeds nothing.) With x_l the normalised input of la
     forecast_0     = RoPE(heads[0]   · x_0)
     forecast_{l+1} = RoPE(heads[l+1] · x_l)          at the token's own position
 
-and forecast_l is scored against layer l's own compressed keys (specification §4.2).
+and forecast_l is scored against layer l's own compressed keys (docs/algorithm.md §4.2).
 
 A head makes R queries for each kv head (`ModelConfig.forecast_queries`). The
 reference's make one, whose raw products with the keys rank the blocks. One vector
@@ -44,7 +44,7 @@ def project_forecast(
     head: Float[Array, "D KRH"],
     rope_cos_sin: RopeCosSin,
 ) -> Float[Array, "B T KR H"]:
-    """forecast = RoPE(head · x), R queries per kv head (specification §4.2)."""
+    """forecast = RoPE(head · x), R queries per kv head (docs/algorithm.md §4.2)."""
     head_dim = 2 * rope_cos_sin.cos.shape[-1]
     forecast = matmul(x, head).reshape(*x.shape[:2], -1, head_dim)
     return apply_rope(forecast, rope_cos_sin)

@@ -14,7 +14,7 @@ def rms_norm(
 
     `weight` is one vector, or one per head.
 
-    Source: specification §6 (numerics).
+    Source: docs/algorithm.md §6 (numerics).
     """
     wide = x.astype(jnp.float32)
     variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)

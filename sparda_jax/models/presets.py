@@ -28,7 +28,7 @@ class Preset:
 _SMALL = SparseConfig(
     kernel_size=8, kernel_stride=4, init_blocks=1, local_blocks=2, block_budget=16
 )
-# Specification §2.1: topk 64 + 32 local; NOSA §3: window of 16 blocks.
+# docs/algorithm.md §2.1: topk 64 + 32 local; NOSA §3: window of 16 blocks.
 _MINICPM = SparseConfig(local_blocks=32, block_budget=96)
 _NOSA = SparseConfig(local_blocks=16, block_budget=96, query_blocks=24)
 _DENSE_8B = SparseConfig(local_blocks=16, block_budget=64)

@@ -1,7 +1,7 @@
 """Rotary position embedding: plain, linear, llama3, LongRoPE and YaRN frequencies.
 
 The rotation is half-split ("rotate half") over the whole head: channel k turns with
-channel k + H/2 by the angle position · inv_freq_k (specification §1.1).
+channel k + H/2 by the angle position · inv_freq_k (docs/algorithm.md §1.1).
 """
 
 import math
@@ -53,12 +53,12 @@ def rope_frequencies(
       length: Most positions that the request can reach. LongRoPE takes its long list
         when this exceeds `original_max`. One list serves the whole request; the
         reference switches in mid-generation and leaves old keys with the other list
-        (specification §8.11).
+        (docs/algorithm.md §7.5).
 
     Returns:
       float32 inverse frequencies [H/2] and the scale m of cos and sin.
 
-    Source: specification §1.1; llama3 and YaRN as their papers and configurations.
+    Source: docs/algorithm.md §1.1; llama3 and YaRN as their papers and configurations.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     inv_freq = rope.theta**-exponent
@@ -115,7 +115,7 @@ def apply_rope(
 ) -> Float[Array, "B T heads H"]:
     """Rotates every head of `x` to its position, in float32; returns x's dtype.
 
-    Source: specification §1.1 (RoPE); §4.2 for Forecast heads, at their own position.
+    Source: docs/algorithm.md §1.1 (RoPE), §4.2 for forecasts, at their own position.
     """
     cos, sin = rope_cos_sin.cos[:, :, None], rope_cos_sin.sin[:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

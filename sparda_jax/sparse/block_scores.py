@@ -30,8 +30,8 @@ def _scores(
     windows = tile.windows.shape[2]
     count = None
     if not softmax:
-        # Only the raw form shows a query windows that end behind it (§10.2), so only
-        # there unfinished ones must be kept out.
+        # Only the raw form shows a query windows that end behind it, so only there
+        # unfinished ones must be kept out (docs/algorithm.md §4.3).
         complete = (tile.length - sparse.kernel_size) // sparse.kernel_stride + 1
         count = jnp.clip(complete, 0, windows)
     out = block_scores(
@@ -58,7 +58,7 @@ def own_query_block_scores(
     sparse: SparseConfig,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B K T M"]:
-    """`own_query_scores`, pooled and forced (§2.3, §2.4)."""
+    """`own_query_scores`, pooled and forced (docs/algorithm.md §2.3, §2.4)."""
     assert tile.q is not None
     return _scores(tile.q, tile, sparse, implementation, softmax=True)
 
@@ -68,7 +68,7 @@ def forecast_block_scores(
     sparse: SparseConfig,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B K T M"]:
-    """`forecast_scores`, pooled and forced (§4.3, §2.4).
+    """`forecast_scores`, pooled and forced (docs/algorithm.md §4.3, §2.4).
 
     A window that starts at or before its query and ends behind it has a score here even
     if future blocks are masked; it belongs to forced blocks alone, so the choice is the

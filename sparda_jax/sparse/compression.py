@@ -7,8 +7,8 @@ growing. One function serves a whole prompt, a further turn and a single decode 
 Finished windows are kept in the keys' type, or as 8-bit integers with a scale a window:
 a window is finished once, so that it is rounded once.
 
-Source: specification §2.2 (first level only: the second is never read by the kernels);
-§8.25 for the half-window sums.
+Source: docs/algorithm.md §2.2 (first level only: the second is never read by the
+kernels), §7.10 for the half-window sums.
 """
 
 from typing import NamedTuple
@@ -122,7 +122,7 @@ def compress_keys(
 ) -> Float[Array, "B K W H"]:
     """All complete windows of whole rows: the readable form of the definition.
 
-    W = max(0, ⌊(S − κ)/σ⌋ + 1); float32 mean (specification §2.2).
+    W = max(0, ⌊(S − κ)/σ⌋ + 1); float32 mean (docs/algorithm.md §2.2).
     """
     kernel, stride = sparse.kernel_size, sparse.kernel_stride
     count = max(0, (k.shape[1] - kernel) // stride + 1)

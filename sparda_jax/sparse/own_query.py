@@ -1,6 +1,8 @@
-"""What selectors by a layer's own queries share: InfLLM-V2's scores (specification §2).
+"""What selectors by a layer's own queries share: InfLLM-V2's scores.
 
-With NOSA's second stage where the model has a key bias (§3).
+With NOSA's second stage where the model has a key bias (docs/algorithm.md §3).
+
+Source: docs/algorithm.md §2.
 """
 
 import dataclasses

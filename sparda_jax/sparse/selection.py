@@ -2,7 +2,7 @@
 
 Everything here works on one tile of query tokens, so nothing of size T×W or T×M is held
 for a long T. Scores are float32; ties go to the lowest block index, as `lax.top_k` does
-(neighbouring blocks share a window, so exact ties are common; specification §10.1).
+(neighbouring blocks share a window, so exact ties are common; docs/algorithm.md §7.1).
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ def _visible(
     The rule is "wholly in the past", σm + κ − 1 ≤ i. The reference's Forecast prefill
     asks only for the window's start, σm ≤ i (`by_start`); once future blocks are
     masked both select the same blocks, since the windows in which they differ belong to
-    forced local blocks (specification §4.3, §10.2).
+    forced local blocks (docs/algorithm.md §4.3, §7.2).
     """
     window = jnp.arange(tile.windows.shape[2])
     first = window * sparse.kernel_stride
@@ -85,9 +85,11 @@ def _visible(
 def own_query_scores(
     tile: SelectionTile, sparse: SparseConfig
 ) -> Float[Array, "B K T W"]:
-    """InfLLM-V2: softmax over windows per head, summed over the group (§2.3).
+    """InfLLM-V2: softmax over windows per head, summed over the group.
 
     Invisible windows get 0 and a row that sees none gets zeros.
+
+    Source: docs/algorithm.md §2.3.
     """
     assert tile.q is not None
     return summed_softmax_scores(tile.q, tile, sparse)
@@ -117,10 +119,12 @@ def summed_softmax_scores(
 def forecast_scores(
     tile: SelectionTile, sparse: SparseConfig
 ) -> Float[Array, "B K T W"]:
-    """SparDA: raw dot product of the forecast, one head a group (§4.3).
+    """SparDA: raw dot product of the forecast, one head a group.
 
     No scale, no softmax, no sum over heads: the ranking needs none of them. Invisible
     windows get −∞. Several queries a group are scored as own queries are.
+
+    Source: docs/algorithm.md §4.3.
     """
     assert tile.forecast is not None
     if tile.forecast_is_summed:
@@ -142,7 +146,10 @@ def forecast_scores(
 def pool_to_blocks(
     scores: Float[Array, "*rows W"], windows_per_block: int
 ) -> Float[Array, "*rows M"]:
-    """Max over the windows that touch a block: m ∈ [ρb − 1, ρb + ρ − 1] (§2.4)."""
+    """Max over the windows that touch a block: m ∈ [ρb − 1, ρb + ρ − 1].
+
+    Source: docs/algorithm.md §2.4.
+    """
     grouped = scores.reshape(*scores.shape[:-1], -1, windows_per_block)
     inside = jnp.max(grouped, axis=-1)
     before = jnp.pad(
@@ -158,10 +165,12 @@ def force_blocks(
     query_block: Int[Array, "B #K T"],
     sparse: SparseConfig,
 ) -> Float[Array, "B K T M"]:
-    """+∞ on init and local blocks, −∞ on future ones unless kept for parity (§2.4).
+    """+∞ on init and local blocks, −∞ on future ones unless kept for parity.
 
     Forced blocks alone have +∞: no score ties with them, so that none of them is ever
     dropped for another block. What is not a number ranks last.
+
+    Source: docs/algorithm.md §2.4.
     """
     block = jnp.arange(scores.shape[-1])
     own = query_block[..., None]
@@ -175,7 +184,10 @@ def force_blocks(
 
 
 def budget_width(sparse: SparseConfig, num_blocks: int) -> int:
-    """P, the length of block lists: the budget, or what dense rows need (§2.6)."""
+    """P, the length of block lists: the budget, or what dense rows need.
+
+    Source: docs/algorithm.md §2.6.
+    """
     dense = -(-sparse.dense_len // sparse.block_size) if sparse.dense_len > 0 else 0
     return min(max(sparse.largest_budget, dense), num_blocks)
 
@@ -189,11 +201,13 @@ def top_blocks(
     layer: int | Int[Array, ""] = 0,
     force: bool = False,
 ) -> Int[Array, "B K T P"]:
-    """The best blocks of each row, in any order; −1 where there is none (§2.4).
+    """The best blocks of each row, in any order; −1 where there is none.
 
     With budgets by layer, P is the largest, and `layer` lists as many as its own says.
     Rows shorter than `dense_len` take all their blocks instead. With `force` the scores
     are not yet those of `force_blocks`: the choice then does its work on the way.
+
+    Source: docs/algorithm.md §2.4.
     """
     width = budget_width(sparse, scores.shape[-1])
     budget = min(sparse.largest_budget, width)
@@ -244,7 +258,7 @@ def constrain_by_importance(
     *,
     layer: int | Int[Array, ""] = 0,
 ) -> Float[Array, "B K T M"]:
-    """NOSA's second stage: query-aware blocks first, then by importance (§3).
+    """NOSA's second stage: query-aware blocks first, then by importance.
 
     Args:
       scores: Forced block scores of the first stage.
@@ -257,6 +271,8 @@ def constrain_by_importance(
     Returns:
       Scores whose top `block_budget` are the selection: +∞ on the first stage's picks,
       the pooled importance elsewhere.
+
+    Source: docs/algorithm.md §3.
     """
     blocks = scores.shape[-1]
     quota = sparse.init_blocks + sparse.local_blocks + sparse.query_blocks

@@ -25,7 +25,7 @@ distill_layer = jax.jit(
 )
 
 MINICPM = SparseConfig(local_blocks=2, block_budget=8, query_blocks=0)
-# The reference's lists may hold blocks after the query's own (§10.2).
+# The reference's lists may hold blocks after the query's own (docs/algorithm.md §7.2).
 LITERAL = dataclasses.replace(MINICPM, mask_future_blocks=False)
 GRIDS = {
     "k2s1max": LossConfig(),

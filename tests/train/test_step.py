@@ -50,7 +50,7 @@ def test_losses_gradients_and_lists_equal_reference(
 ):
     arrays = golden("distill_tiny")
     _, config, sparse, model = golden_model(name)
-    # As the reference does; parity needs it (specification §10.2).
+    # As the reference does; parity needs it (docs/algorithm.md §7.2).
     sparse = dataclasses.replace(sparse, mask_future_blocks=False)
     tokens = jnp.asarray(arrays[f"{name}/input_ids"])[None]
     batch = Batch(tokens, Documents.whole_rows(1, 700))

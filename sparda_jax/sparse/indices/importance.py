@@ -12,7 +12,7 @@ from sparda_jax.sparse.indices.window_means import WindowMeans
 
 @dataclasses.dataclass(frozen=True)
 class Importance(WindowMeans):
-    """Window means of c, the same for every query (specification §3)."""
+    """Window means of c, the same for every query (docs/algorithm.md §3)."""
 
     def width_and_dtype(self, shape: IndexShape) -> tuple[int, DTypeLike]:
         """One number in float32."""

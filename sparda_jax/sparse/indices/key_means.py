@@ -1,4 +1,4 @@
-"""Means of post-RoPE keys over overlapping windows (specification §2.2)."""
+"""Means of post-RoPE keys over overlapping windows (docs/algorithm.md §2.2)."""
 
 import dataclasses
 

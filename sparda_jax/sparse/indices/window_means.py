@@ -1,4 +1,7 @@
-"""Means over overlapping windows, of whatever a token brings (specification §2.2)."""
+"""Means over overlapping windows, of whatever a token brings.
+
+Source: docs/algorithm.md §2.2.
+"""
 
 import dataclasses
 

@@ -2,8 +2,8 @@
 
 The next layer's queries are speculated by its projection from this layer's input, and
 scored against a part of its keys' channels, in a basis in which that part says most.
-Sources: InfiniGen's public code; SparDA's port of it (specification §4.5), which knows
-RoPE and groups as we do.
+Sources: InfiniGen's public code; SparDA's port of it (docs/algorithm.md §4.5), which
+knows RoPE and groups as we do.
 
 What differs from them here: blocks of a fixed budget are listed, by their best token
 (published: tokens above the largest score less 4, as many as the batch has on average);

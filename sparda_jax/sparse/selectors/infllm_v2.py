@@ -1,4 +1,4 @@
-"""InfLLM-V2: the query's own softmax scores over key means (specification §2)."""
+"""InfLLM-V2: the query's own softmax scores over key means (docs/algorithm.md §2)."""
 
 import dataclasses
 

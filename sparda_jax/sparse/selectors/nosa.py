@@ -1,4 +1,4 @@
-"""NOSA: InfLLM-V2's scores, then a query-agnostic importance (specification §3)."""
+"""NOSA: InfLLM-V2's scores, then a query-agnostic importance (docs/algorithm.md §3)."""
 
 import dataclasses
 

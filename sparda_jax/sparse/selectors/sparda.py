@@ -1,4 +1,4 @@
-"""SparDA: the layer before forecasts the blocks (specification §4)."""
+"""SparDA: the layer before forecasts the blocks (docs/algorithm.md §4)."""
 
 import dataclasses
 from typing import Any

@@ -25,7 +25,10 @@ def _weights(config) -> ForecastWeights:
 
 
 def test_torch_opens_the_references_checkpoint(kit, tmp_path):
-    """Safely, strictly, under the names of the specification (§1.3)."""
+    """Safely, strictly, under the reference's names.
+
+    Source: docs/algorithm.md §1.3.
+    """
     torch = pytest.importorskip("torch")
     safetensors = pytest.importorskip("safetensors.torch")
     config, wanted = kit.config, _weights(kit.config)

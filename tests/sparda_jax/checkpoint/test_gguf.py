@@ -33,7 +33,7 @@ def test_llama_rows_are_unpermuted(kit):
     assert source.fingerprint == fingerprint(tensors) == fingerprint(loaded)
 
 
-def test_unpermutation_is_the_one_of_the_specification(kit):
+def test_unpermutation_is_the_inverse_of_the_formats_permutation(kit):
     """reshape (n, H/2, 2, in), swap axes 1 and 2."""
     tensors = kit.tensors(kit.config)
     plain = kit.gguf_tensors(kit.config, tensors, permute=False)

@@ -142,7 +142,7 @@ def test_scanned_is_unrolled(runner, token_ids, attention):
 
 
 def test_literal_selection_differs_from_masked_somewhere(runner, token_ids):
-    """The parity switch does what §10.2 says, so it is not a no-op."""
+    """The parity switch does what docs/algorithm.md §7.2 says, so it is not a no-op."""
     ids = token_ids(512, seed=6)
     masked, literal = (
         runner("sparda", block_budget=5, mask_future_blocks=flag)

@@ -83,7 +83,7 @@ def test_llama3_rope_bands():
 
 
 def test_yarn_keeps_high_frequencies_and_scales():
-    """The reference's runtime has the ramp inverted (specification §8.5)."""
+    """The reference's runtime has the ramp inverted (docs/algorithm.md §7.5)."""
     rope = RopeConfig(kind="yarn", factor=4.0, original_max=4096)
     plain, _ = rope_frequencies(RopeConfig(), 128, 10)
     scaled, scale = rope_frequencies(rope, 128, 10)
