@@ -2,8 +2,8 @@
 
 Algorithm: the slots of a (row, kv head) are split over programs; each runs an online
 softmax over its slots for all G query heads together, so that a slot is read once a
-group, and writes a normalised partial output with its log-sum-exp. XLA merges the
-parts. Grid: (splits, K, B).
+group, and writes a normalised partial output with its log-sum-exp. A second kernel
+merges the parts. Grid: (splits, K, B).
 
 Tiles: queries [max(16, G rounded up to a power of two), H], a slot's keys and values
 [block, H] each. Loads of tokens beyond a slot's length are masked: they move no bytes
@@ -35,7 +35,6 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common.numerics import NEG_INF, cdiv, in_32_bit
-from pallas_kernels._common.splits import merge_splits
 from pallas_kernels._common.triton import (
     MIN_ROWS,
     dot,
@@ -46,6 +45,7 @@ from pallas_kernels._common.triton import (
     softmax_start,
     softmax_step,
 )
+from pallas_kernels._common.triton_merge import merge_splits_triton
 from pallas_kernels.dispatch import tuned_config
 from pallas_kernels.lowering import silence_triton_deprecation
 
@@ -58,15 +58,20 @@ class Config:
       splits: programs that share the slots of one (row, kv head).
       num_warps: warps of a program.
       num_stages: depth of the load pipeline.
+      unroll: slots of a step of the loop, whose loads are in flight together.
     """
 
     splits: int
     num_warps: int = 4
     num_stages: int = 3
+    unroll: int = 1
 
     def __post_init__(self):
-        if self.splits < 1:
-            raise ValueError(f"splits is {self.splits}; it must be at least 1")
+        for name in ("splits", "unroll"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be at least 1"
+                )
         require_launch(self.num_warps, self.num_stages)
 
 
@@ -97,6 +102,7 @@ def _kernel(
     head_dim: int,
     per_split: int,
     listed: int,
+    unroll: int,
     scale: float,
 ):
     split, k, b = (pl.program_id(i) for i in range(3))
@@ -119,12 +125,15 @@ def _kernel(
         # Slots after the row's last token hold nothing.
         last = jnp.minimum(last, cdiv(jnp.maximum(lengths_ref[b], 0), block))
 
-    def body(j, running):
+    def take(j, running):
         if slots_ref is None:
-            slot, length = j, lengths_ref[b] - j * block
+            length = jnp.where(j < last, lengths_ref[b] - j * block, 0)
+            slot = jnp.minimum(j, kv_ref.shape[3] - 1)
         else:
+            inside = j < last
+            j = jnp.minimum(j, listed - 1)
             slot = slots_ref[b, k, j]
-            length = jnp.where(slot < 0, 0, lengths_ref[b, k, j])
+            length = jnp.where(inside & (slot >= 0), lengths_ref[b, k, j], 0)
             slot = jnp.clip(slot, 0, kv_ref.shape[3] - 1)
         valid = offset < length
 
@@ -140,8 +149,14 @@ def _kernel(
         logits = jnp.where(valid[None], logits, NEG_INF)
         return softmax_step(running, logits, lambda: load(1))
 
+    def body(i, running):
+        for part in range(unroll):
+            running = take(first + i * unroll + part, running)
+        return running
+
     start = softmax_start(rows, head_dim)
-    out, lse = softmax_end(lax.fori_loop(first, last, body, start))
+    steps = cdiv(jnp.maximum(last - first, 0), unroll)
+    out, lse = softmax_end(lax.fori_loop(0, steps, body, start))
     part = (pair * pl.num_programs(0) + split) * groups
     plt.store(
         out_ref.at[part * head_dim + element],
@@ -214,6 +229,7 @@ def paged_decode_attention_triton(
             head_dim=head_dim,
             per_split=cdiv(listed, splits),
             listed=listed,
+            unroll=config.unroll,
             scale=scale,
         )
 
@@ -234,9 +250,14 @@ def paged_decode_attention_triton(
         name="paged_decode_attention_triton",
     )(*(x for x in operands if x is not None))
     if splits > 1:
-        lead = (batch, kv_heads, splits, groups)
-        out, lse = merge_splits(out.reshape(*lead, head_dim), lse.reshape(lead))
-    out = out.reshape(batch, heads, head_dim).astype(q.dtype)
+        lead = (batch * kv_heads, splits, groups)
+        out, lse = merge_splits_triton(
+            out.reshape(*lead, head_dim),
+            lse.reshape(lead),
+            q.dtype,
+            interpret=interpret,
+        )
+    out = out.reshape(batch, heads, head_dim)
     return out, lse.reshape(batch, heads)
 
 

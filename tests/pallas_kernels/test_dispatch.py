@@ -15,6 +15,7 @@ from pallas_kernels import dispatch
 from pallas_kernels._common import devices, validation
 from pallas_kernels._common.numerics import NEG_INF
 from pallas_kernels._common.splits import merge_splits
+from pallas_kernels._common.triton_merge import merge_splits_triton
 from pallas_kernels.block_scores.pallas_triton import Config as ScoresConfig
 from pallas_kernels.block_sparse_attention import pallas_mosaic_gpu as sparse_mosaic
 from pallas_kernels.block_sparse_attention import pallas_triton as sparse_triton
@@ -153,14 +154,27 @@ def test_configs_are_frozen():
         sparse_triton.Config().rows = 32
 
 
-def test_merge_of_parts_without_keys():
-    out = jnp.ones((2, 3, 4, 8))
+@pytest.mark.parametrize("form", ["xla", "triton"])
+def test_merge_of_parts_without_keys(form):
+    out = jnp.ones((2, 3, 4, 16))
     lse = jnp.full((2, 3, 4), NEG_INF).at[0, 1].set(0.5)
-    merged, total = merge_splits(out, lse)
+    if form == "xla":
+        merged, total = merge_splits(out, lse)
+    else:
+        merged, total = merge_splits_triton(out, lse, jnp.float32, interpret=True)
     np.testing.assert_array_equal(merged[0], 1.0)
     np.testing.assert_array_equal(merged[1], 0.0)
     np.testing.assert_array_equal(total[0], 0.5)
     assert np.isneginf(total[1]).all()
+
+
+def test_merge_of_parts_is_the_same_in_both_forms():
+    keys = jax.random.split(jax.random.key(0))
+    out = jax.random.normal(keys[0], (3, 5, 2, 16))
+    lse = 4 * jax.random.normal(keys[1], (3, 5, 2))
+    got = merge_splits_triton(out, lse, jnp.float32, interpret=True)
+    for x, y in zip(got, merge_splits(out, lse), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 31])

@@ -61,11 +61,11 @@ def test_triton_with_one_split_and_with_many():
     spec = BY_NAME["listed_g16_layers_bias"]
     args = spec.make(jnp.float32)
     kv, bias, layer = with_layer_axis(args["kv"], args["key_bias"], args["layer"], 32)
-    for splits in (1, 3):
+    for splits, unroll in ((1, 1), (3, 2)):
         run = functools.partial(
             paged_decode_attention_triton,
             scale=spec.head_dim**-0.5,
-            config=triton.Config(splits=splits),
+            config=triton.Config(splits=splits, unroll=unroll),
             interpret=True,
         )
         lists = args["slots"], args["slot_lengths"], None

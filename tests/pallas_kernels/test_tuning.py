@@ -6,6 +6,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.benchmarks.decode_account import straight_line
 from pallas_kernels.benchmarks.harness import Timing
 from pallas_kernels.tuning import main, search
 from pallas_kernels.tuning.case import Case
@@ -178,3 +179,8 @@ def test_every_operation_has_cases():
     import pallas_kernels
 
     assert set(search.CASES) == set(pallas_kernels.__all__) - {"select_blocks"}
+
+
+def test_the_line_through_durations_is_rate_and_fixed_part():
+    start, slope = straight_line([(10.0, 3.5), (20.0, 4.0), (40.0, 5.0)])
+    assert (start, slope) == pytest.approx((3.0, 0.05))
