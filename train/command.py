@@ -24,7 +24,7 @@ def run_command(action: Callable[[], None], *, interrupted: str = "") -> int:
     """
     return ending.run_command(
         action,
-        prefix="error: ",
+        prefix="sparda: ",
         refusals=(ConfigError, CheckpointError, TrainingError),
-        interrupted=f"interrupted{interrupted}",
+        interrupted=interrupted,
     )

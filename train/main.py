@@ -10,7 +10,7 @@ import sys
 
 from sparda_jax.cli.starting import interrupt_ends
 
-with interrupt_ends("interrupted"):
+with interrupt_ends("sparda: interrupted"):
     import jax
 
     from sparda_jax.checks import (

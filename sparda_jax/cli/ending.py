@@ -23,15 +23,15 @@ def run_command(
     *,
     prefix: str = "",
     refusals: tuple[type[Exception], ...] = _REFUSALS,
-    interrupted: str = "interrupted",
+    interrupted: str = "",
 ) -> int:
     """Runs a command; returns its exit status.
 
     Args:
       action: What it does.
-      prefix: What a line of refusal begins with.
+      prefix: What a line begins with.
       refusals: Errors that are not faults of ours: their line is all that is said.
-      interrupted: What to say after Ctrl-C.
+      interrupted: What to say after Ctrl-C, besides that it was one.
 
     Returns:
       0; 2 after a refusal or where the output cannot be written; 130 after Ctrl-C; 141
@@ -49,7 +49,7 @@ def run_command(
         print_line(f"{prefix}{error}")
         return 2
     except KeyboardInterrupt:
-        print_line(interrupted)
+        print_line(f"{prefix}interrupted{interrupted}")
         return 130
     except BrokenPipeError:
         _give_up_output()

@@ -110,4 +110,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         sj.configure_offload()
         arguments.run(arguments)
 
-    return run_command(action, prefix="sparda: ", interrupted="sparda: interrupted")
+    return run_command(action, prefix="sparda: ")

@@ -166,7 +166,7 @@ def test_the_command_ends_in_one_line(model, tmp_path, capsys):
     assert main([*arguments, "--seq-len", "7"]) == 2
     assert main([*arguments, "--minutes", "none"]) == 2
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2 and all(line.startswith("error: ") for line in told)
+    assert len(told) == 2 and all(line.startswith("sparda: ") for line in told)
 
 
 def test_memory_is_judged_before_loading(monkeypatch):

@@ -12,7 +12,7 @@ from train.command import TrainingError, run_command
 
 @pytest.mark.parametrize(
     ("error", "status", "told"),
-    ends("error: ", "interrupted, and it was", TrainingError),
+    ends("sparda: ", "sparda: interrupted, and it was", TrainingError),
 )
 def test_every_end_is_one_line(capsys, error, status, told):
     check_end(run_command, capsys, error, status, told, interrupted=", and it was")
@@ -38,14 +38,14 @@ def test_wrong_numbers_are_one_line(tmp_path, capsys, command, flags):
     path.write_text("from train.config import *\nget_config = TrainConfig")
     assert command(["--config", str(path), *flags]) == 2
     told = capsys.readouterr().err
-    assert told.startswith(f"error: {flags[0]}=") and told.count("\n") == 1
+    assert told.startswith(f"sparda: {flags[0]}=") and told.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", [ablate.main, main.main, prepare.main, report.main])
 def test_missing_arguments_are_one_line(capsys, command):
     assert command([]) == 2
     told = capsys.readouterr().err
-    assert told.startswith("error: the following arguments are required: ")
+    assert told.startswith("sparda: the following arguments are required: ")
     assert told.endswith(" --help)\n") and told.count("\n") == 1
 
 
@@ -59,6 +59,6 @@ def test_a_full_or_closed_output_is_one_line(tmp_path, capsys):
     path = tmp_path / "config.py"
     path.write_text("from train.config import *\nget_config = TrainConfig")
     arguments = ["--print", "--config", str(path)]
-    check_outputs([sys.executable, "-m", "train.main", *arguments], "error: ")
+    check_outputs([sys.executable, "-m", "train.main", *arguments], "sparda: ")
     assert main.main(arguments) == 0
     assert json.loads(capsys.readouterr().out)["name"] == "distill"

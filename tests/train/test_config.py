@@ -215,7 +215,7 @@ def test_overrides_of_any_field_are_one_line():
         (
             b"from train.config import *\n"
             b"def get_config(): return TrainConfig(seed=-1)",
-            r"^error: TrainConfig.seed=-1",
+            r"^sparda: TrainConfig.seed=-1",
         ),
     ],
 )
@@ -251,7 +251,7 @@ def test_wrong_flags_are_one_line(tmp_path, capsys):
     for some in flags:
         assert main(["--config", str(path), *some]) == 2, some
         told = capsys.readouterr().err
-        assert told.count("\n") == 1 and told.startswith("error: "), told
+        assert told.count("\n") == 1 and told.startswith("sparda: "), told
 
 
 def test_bytes_that_are_not_text_on_the_command_line(tmp_path):

@@ -176,7 +176,8 @@ def test_killed_run_resumes_from_a_whole_checkpoint(tmp_path):
                 text, _ = process.communicate()
                 if wanted == 17:
                     assert process.returncode == 130, text[-3000:]
-                    assert text.startswith("interrupted:") and text.count("\n") == 1
+                    assert text.startswith("sparda: interrupted:")
+                    assert text.count("\n") == 1
                 break
             time.sleep(0.002)
     assert kills == 3

@@ -317,7 +317,7 @@ def test_an_interrupted_command_ends_with_one_line(tmp_path, capsys, monkeypatch
     path.write_text("from train.config import *\nget_config = TrainConfig")
     assert main(["--config", str(path)]) == 130
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("interrupted: the checkpoints are whole")
+    assert line.startswith("sparda: interrupted: the checkpoints are whole")
 
 
 def test_command_line(shards, tmp_path, capsys):

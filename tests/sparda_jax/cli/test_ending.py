@@ -16,9 +16,11 @@ from sparda_jax.cli.ending import run_command
 COMMAND = [sys.executable, "-m", "sparda_jax.cli"]
 
 
-@pytest.mark.parametrize(("error", "status", "told"), ends("p: ", "stopped"))
+@pytest.mark.parametrize(
+    ("error", "status", "told"), ends("p: ", "p: interrupted, as asked")
+)
 def test_every_end_is_one_line(capsys, error, status, told):
-    how = {"prefix": "p: ", "interrupted": "stopped"}
+    how = {"prefix": "p: ", "interrupted": ", as asked"}
     check_end(run_command, capsys, error, status, told, **how)
 
 
@@ -116,7 +118,7 @@ def test_an_interrupt_is_one_line():
     ("module", "told"),
     [
         ("sparda_jax.cli", b"sparda: interrupted\n"),
-        ("train.main", b"interrupted\n"),
+        ("train.main", b"sparda: interrupted\n"),
     ],
 )
 def test_an_interrupt_while_jax_is_imported_is_one_line(tmp_path, module, told):
