@@ -1,44 +1,62 @@
-"""Least and largest key of every block, channel by channel (Quest's page bounds)."""
+"""Least and largest key of every page, channel by channel (Quest's page bounds)."""
 
 import dataclasses
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sparda_jax.checks import require
 from sparda_jax.config import SparseConfig
 from sparda_jax.sparse.index import IndexPart, IndexShape, TokenKV
 
 
+def pages_per_block(page: int | None, sparse: SparseConfig) -> int:
+    """Pages of a block; one where a page is a block.
+
+    Raises:
+      ConfigError: If a block is no whole number of pages.
+    """
+    size = sparse.block_size
+    require(size % (page or size) == 0, "page", page, f"a divisor of {size}")
+    return size // (page or size)
+
+
 @dataclasses.dataclass(frozen=True)
 class KeyBounds(IndexPart):
-    """Bounds [layers, B, K, M, 2, H] of post-RoPE keys: minima, then maxima.
+    """Bounds [layers, B, K, pages, 2, H] of post-RoPE keys: minima, then maxima.
 
-    A block without tokens holds +∞ and −∞; the one that is growing holds the bounds of
+    A page without tokens holds +∞ and −∞; the one that is growing holds the bounds of
     the tokens that it has.
+
+    Attributes:
+      page: Tokens of a page, a divisor of a block's; None is a block.
     """
+
+    page: int | None = None
 
     def init(
         self, shape: IndexShape, sparse: SparseConfig
-    ) -> Float[Array, "layers B K M 2 H"]:
+    ) -> Float[Array, "layers B K pages 2 H"]:
         """As `IndexPart.init`."""
-        lead = (shape.layers, shape.batch, shape.kv_heads, shape.blocks)
+        pages = shape.blocks * pages_per_block(self.page, sparse)
+        lead = (shape.layers, shape.batch, shape.kv_heads, pages)
         ends = jnp.array([jnp.inf, -jnp.inf], shape.dtype)[:, None]
         return jnp.broadcast_to(ends, (*lead, 2, shape.head_dim))
 
     def append(
         self,
-        state: Float[Array, "layers B K M 2 H"],
+        state: Float[Array, "layers B K pages 2 H"],
         layer: int | Int[Array, ""],
         new: TokenKV,
         *,
         start: Int[Array, " B"],
         count: Int[Array, " B"],
         sparse: SparseConfig,
-    ) -> Float[Array, "layers B K M 2 H"]:
+    ) -> Float[Array, "layers B K pages 2 H"]:
         """As `IndexPart.append`."""
         batch, steps, kv_heads, dim = new.k.shape
-        size, blocks = sparse.block_size, state.shape[3]
-        # The tile's tokens by block: its first one stands somewhere in a block.
+        size, pages = self.page or sparse.block_size, state.shape[3]
+        # The tile's tokens by page: its first one stands somewhere in a page.
         touched = 1 if steps == 1 else -(-(steps + size - 1) // size)
         first = start // size
         if steps == 1:
@@ -54,11 +72,11 @@ class KeyBounds(IndexPart):
         shape = (batch, touched, width, kv_heads, dim)
         least = jnp.where(valid, k, jnp.inf).reshape(shape).min(2)
         most = jnp.where(valid, k, -jnp.inf).reshape(shape).max(2)
-        block = first[:, None] + jnp.arange(touched)
+        page = first[:, None] + jnp.arange(touched)
         rows, heads = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None]
-        at = jnp.minimum(block, blocks - 1)[:, None]
-        # What a block held before counts only if this row put it there.
-        held = (block * size < start[:, None])[:, None, :, None]
+        at = jnp.minimum(page, pages - 1)[:, None]
+        # What a page held before counts only if this row put it there.
+        held = (page * size < start[:, None])[:, None, :, None]
         old = state[layer, rows, heads, at]
         least = jnp.swapaxes(least, 1, 2).astype(state.dtype)
         most = jnp.swapaxes(most, 1, 2).astype(state.dtype)
@@ -69,6 +87,6 @@ class KeyBounds(IndexPart):
             ),
             axis=-2,
         )
-        some = block * size < (start + count)[:, None]
-        where = jnp.where(some, block, blocks)[:, None]
+        some = page * size < (start + count)[:, None]
+        where = jnp.where(some, page, pages)[:, None]
         return state.at[layer, rows, heads, where].set(bounds, mode="drop")

@@ -49,9 +49,34 @@ def test_lists_are_the_definition_s_and_the_bound_bounds(kind, over_group):
 
 
 @pytest.mark.parametrize("pieces", [[1] * 3 + [197], [60, 1, 1, 1, 1, 136], [130, 70]])
-def test_bounds_kept_piece_by_piece_are_those_of_the_whole(pieces):
+@pytest.mark.parametrize("page", [None, 16])
+def test_bounds_kept_piece_by_piece_are_those_of_the_whole(pieces, page):
     layer = cases.draw_layer("adversarial", length=200)
-    whole = cases.make_index(Quest(), layer, [200], 6)["key_bounds"]
-    kept = cases.make_index(Quest(), layer, pieces, 6)["key_bounds"]
+    quest, held = Quest(page=page), -(-200 // (page or SPARSE.block_size))
+    whole = cases.make_index(quest, layer, [200], 6)["key_bounds"]
+    kept = cases.make_index(quest, layer, pieces, 6)["key_bounds"]
     np.testing.assert_array_equal(whole, kept)
-    assert np.isinf(np.asarray(kept)[:, :, :, 4:]).all()
+    assert np.isinf(np.asarray(kept)[:, :, :, held:]).all()
+    assert not np.isinf(np.asarray(kept)[:, :, :, :held]).any()
+
+
+@pytest.mark.parametrize("over_group", ["sum", "max"])
+def test_a_block_has_the_bound_of_its_best_page(over_group):
+    layer = cases.draw_layer("adversarial", length=256)
+    tiles = [
+        cases.tile_of(layer, cases.make_index(q, layer, [256], m), slice(200, None), m)
+        for q, m in ((Quest(over_group, 16), 4), (Quest(over_group), 4))
+    ]
+    paged = np.asarray(Quest(over_group, 16).score(tiles[0], CONFIG, SPARSE, None))
+    whole = np.asarray(Quest(over_group).score(tiles[1], CONFIG, SPARSE, None))
+    q = layer.grouped()[:, 200:, :, :, None]  # B T K G 1 H
+    pages = layer.k.reshape(2, 4, 4, 16, 2, 8)
+    least, most = (
+        np.moveaxis(x, 3, 1).reshape(2, 1, 2, 1, 16, 8)
+        for x in (pages.min(3), pages.max(3))
+    )
+    each = np.maximum(q * least, q * most).sum(-1)  # B T K G pages
+    each = each.sum(3) if over_group == "sum" else each.max(3)
+    want = np.moveaxis(each.reshape(2, 56, 2, 4, 4).max(-1), 1, 2)
+    np.testing.assert_allclose(paged, want, rtol=1e-4, atol=2e-3)
+    assert np.all(paged <= whole + 2e-3 + 1e-4 * np.abs(whole))

@@ -1,0 +1,92 @@
+"""SparDA whose forecasts are scored by extreme keys (Quest's bound), not by key means.
+
+A mean of 32 keys hides the one key that an answer needs; the extremes of a block keep
+it. The Forecast heads are those of `sparda`: what they make is a query. This pair is
+ours, of neither publication.
+"""
+
+import dataclasses
+
+from jaxtyping import Array, Float
+
+from pallas_kernels.dispatch import Implementation
+from sparda_jax.checks import integer, optional, settle
+from sparda_jax.config import ModelConfig, SparseConfig
+from sparda_jax.sparse.bound_scores import bound_scores
+from sparda_jax.sparse.index import Indices
+from sparda_jax.sparse.indices.importance import Importance
+from sparda_jax.sparse.indices.key_bounds import KeyBounds, pages_per_block
+from sparda_jax.sparse.selection import SelectionTile
+from sparda_jax.sparse.selector import Selector
+from sparda_jax.sparse.selectors.quest import Quest
+from sparda_jax.sparse.selectors.sparda import SparDA
+
+
+def _indices(config: ModelConfig, page: int | None) -> Indices:
+    """Key bounds, and what NOSA's second stage needs where the model has it."""
+    if not config.key_bias:
+        return {"key_bounds": KeyBounds(page)}
+    return {"key_bounds": KeyBounds(page), "importance": Importance()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _ByOwnQuery(Quest):
+    """What the layers' own queries choose, of the same index."""
+
+    name = "sparda_bounds"
+
+    def indices(self, config: ModelConfig) -> Indices:
+        """As `_indices`."""
+        return _indices(config, self.page)
+
+
+@dataclasses.dataclass(frozen=True)
+class SparDABounds(SparDA):
+    """Forecasts, by the bounds of a block's products with them.
+
+    Attributes:
+      page: As `Quest.page`.
+    """
+
+    page: int | None = None
+
+    name = "sparda_bounds"
+    summary = "the layer before forecasts the blocks, scored by their extreme keys"
+    scores_all_windows = True
+
+    def __post_init__(self) -> None:
+        settle(self, page=optional(integer(1)))
+
+    def indices(self, config: ModelConfig) -> Indices:
+        """Least and largest key of each page."""
+        return _indices(config, self.page)
+
+    def by_own_query(self) -> Selector:
+        """Quest-style."""
+        return _ByOwnQuery(page=self.page)
+
+    def score(
+        self,
+        tile: SelectionTile,
+        config: ModelConfig,
+        sparse: SparseConfig,
+        implementation: Implementation | None,
+    ) -> Float[Array, "B K T M"]:
+        """As `Selector.score`."""
+        own = sparse.forecast_decode_only and not tile.decoding
+        query = tile.q if own else tile.forecast
+        assert query is not None
+        return bound_scores(query, tile.index["key_bounds"], tile.num_blocks)
+
+    def scored_heads(
+        self, config: ModelConfig, sparse: SparseConfig, *, decoding: bool
+    ) -> int:
+        """One a group: the sum over its queries is one product."""
+        return config.num_kv_heads
+
+    def scores_per_block(self, sparse: SparseConfig) -> int:
+        """Two products a page: with its minima, and with its maxima."""
+        return 2 * pages_per_block(self.page, sparse)
+
+
+SELECTOR = SparDABounds()
