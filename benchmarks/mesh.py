@@ -1,105 +1,411 @@
-"""One device beside several: decode with KV in host memory, kv heads over the devices.
+"""Decode on one device and on several, beside each other: KV heads over the devices.
 
-    python -m benchmarks.mesh --model llama-3.1-8b --context 32768 --batch 4 --devices 2
+    python -m benchmarks.mesh --context 131072 --batch 4 --devices 1 2 4
+    python -m benchmarks.mesh --model llama-3.1-70b --layers 40 --devices 4
 
-Random weights, training-free Forecast heads and random prompts: the misses are not
-those of a trained model, and are printed. Prefill and decode run twice; the first time
-compiles. With --cache resident nothing is fetched.
+Weights are random, drawn by every device for itself, and KV blocks are arbitrary
+bytes: nothing is prefilled. Which blocks a step asks for is imposed, from the lists
+that a real model chose (`benchmarks.traced`), beside the scoring that is really done.
+Modes are those of `benchmarks.offload`. Every offloaded mode also runs with lists that
+stand still, which fetch nothing: `hidden` is the part of the time that `sparse` waits
+for its fetches which `sparda` does not,
+
+    1 - (sparda - sparda standing) / (sparse - sparse standing).
+
+`link` is what a device fetches in a second of whole steps. `sums` are the all-reduces
+of a step (two a layer) alone, one after the other, and their share of the step.
+
+Programs of all meshes compile while host memory is pinned. Phases are printed with
+their seconds as they end, so that a run which is cut tells where it was.
 """
 
 import argparse
+import concurrent.futures
+import dataclasses
+import functools
 import json
 import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
 
-import jax
-import numpy as np
+from benchmarks.offload import (
+    CHUNK,
+    add_steps_option,
+    decode_request,
+    imposed_choice,
+    mode_settings,
+    time_steps,
+)
+from benchmarks.traced import (
+    DEFAULT_TRACE,
+    begin_rows,
+    install,
+    standing,
+)
+from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import Parser
 
-import sparda_jax as sj
-from sparda_jax.engine.model import LanguageModel
-from sparda_jax.loading import default_dtype
-from sparda_jax.mesh import MeshConfig
-from sparda_jax.models.presets import get_preset
-from sparda_jax.models.sharding import place_decoder
-from sparda_jax.models.weights import random_decoder
-from sparda_jax.sparse.selectors import get_selector
-
-
-def _model(arguments: argparse.Namespace, mesh: MeshConfig | None) -> LanguageModel:
-    preset = get_preset(arguments.model)
-    dtype = default_dtype()
-    model = random_decoder(preset.model, dtype, forecast=True)
-    if mesh is not None:
-        model = place_decoder(model, preset.model, mesh)
-    return LanguageModel(
-        model=model,
-        config=preset.model,
-        sparse=preset.sparse,
-        selector=get_selector("sparda"),
-        tokenizer=None,
-        fingerprint=None,
-        cache=sj.CacheConfig(kind=arguments.cache),
-        mesh=mesh,
-    )
+MODES = ("sparda", "sparse", "resident", "sparda-none", "sparda-2", "sparda-verify")
+_BEGUN = time.perf_counter()
 
 
-def measure(arguments: argparse.Namespace, mesh: MeshConfig | None) -> dict:
-    """Figures of the second of two equal calls."""
-    lm = _model(arguments, mesh)
-    rng = np.random.default_rng(0)
-    length = arguments.context - arguments.tokens
-    prompts = rng.integers(0, lm.config.vocab_size, (arguments.batch, length))
-    for _ in range(2):
-        out = sj.generate(lm, prompts, max_new_tokens=arguments.tokens, ignore_eos=True)
-    stats = out.stats
-    assert stats.decode_seconds is not None
-    figures = {
-        "mesh": "one device" if mesh is None else mesh.text,
-        "prefill_s": stats.prefill_seconds,
-        "decode_tokens_per_s": arguments.batch
-        * (arguments.tokens - 1)
-        / stats.decode_seconds,
-        "decode_blocks": list(stats.decode_blocks),
-    }
-    if stats.offload is not None:
-        figures |= {
-            "route": stats.offload.route,
-            "misses": stats.offload.misses,
-            "hits": stats.offload.hits,
-            "fetched_gb_per_s": stats.offload.fetched_bytes
-            / stats.decode_seconds
-            / 1e9,
-        }
-    return figures
-
-
-def main() -> None:
-    """Runs the command."""
-    parser = argparse.ArgumentParser(
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
         "python -m benchmarks.mesh",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", default="llama-3.1-8b", help="preset")
-    parser.add_argument("--context", type=int, default=32768)
+    parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
+    parser.add_argument("--context", type=int, default=32768, help="tokens a row holds")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=64, help="of the output")
-    parser.add_argument("--cache", default="offload", help="resident or offload")
-    parser.add_argument("--devices", type=int, default=2)
-    parser.add_argument("--out", type=pathlib.Path, help="JSON lines")
-    arguments = parser.parse_args()
-    sj.configure_offload()
-    lines = []
-    for mesh in (None, MeshConfig(model=arguments.devices)):
-        device = jax.devices()[0].device_kind
-        about = {"device": device, "jax": jax.__version__} | {
-            name: getattr(arguments, name)
-            for name in ("model", "context", "batch", "tokens", "cache")
+    parser.add_argument(
+        "--mode", nargs="+", default=["sparda", "sparse", "resident"], choices=MODES
+    )
+    parser.add_argument(
+        "--devices", type=int, nargs="+", default=[1, 2], help="of every run"
+    )
+    parser.add_argument(
+        "--trace", type=pathlib.Path, default=DEFAULT_TRACE, help="whose lists to take"
+    )
+    parser.add_argument(
+        "--slots", type=float, default=1.0, help="device slots, in budgets"
+    )
+    parser.add_argument("--codec", default="exact", choices=["exact", "int8"])
+    parser.add_argument("--route", default="auto")
+    add_steps_option(parser)
+    parser.add_argument(
+        "--limit", type=float, default=80, help="GB of memory of one device"
+    )
+    parser.add_argument("--out", type=pathlib.Path, help="also write JSON lines here")
+    parser.set_defaults(miss=None, profile=None)
+    return parser
+
+
+def _phase(text: str, begun: float) -> None:
+    now = time.perf_counter()
+    print(f"{now - _BEGUN:7.1f} s  {text}: {now - begun:.1f} s", flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One mode on one mesh.
+
+    Attributes:
+      mode: Its name.
+      devices: How many.
+      settings: Of one device.
+      layout: Of the state.
+      program: OnMesh of the decode loop.
+    """
+
+    mode: str
+    devices: int
+    settings: Any
+    layout: Any
+    program: Any
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether KV is in host memory."""
+        return self.settings.offload is not None
+
+
+def _cases(devices: int, model, sparse, choice, new: int, arguments) -> list[Case]:
+    """Every mode on one mesh; offloaded ones share a state, resident ones another."""
+    import jax.numpy as jnp
+
+    from sparda_jax.engine.on_mesh import OnMesh, StateLayout
+    from sparda_jax.inference.generate import decode_loop
+    from sparda_jax.inference.shapes import Shapes
+    from sparda_jax.mesh import MeshConfig
+    from sparda_jax.models.sharding import config_of_device
+
+    mesh, own = MeshConfig(model=devices), config_of_device(model, devices)
+    capacity = arguments.context + -(-new // sparse.block_size) * sparse.block_size
+    ways = []
+    for mode in arguments.mode:
+        cache, how = mode_settings(
+            model, sparse, mode, choice, arguments.slots, arguments
+        )
+        ways.append((mode, cache, dataclasses.replace(how, config=own, parts=devices)))
+
+    def ahead(way) -> int:
+        offload = way[2].offload
+        return offload.layers_ahead if offload.lookahead else 0
+
+    cases = []
+    for offloaded in (True, False):
+        group = [way for way in ways if (way[2].offload is not None) == offloaded]
+        if not group:
+            continue
+        # Whoever looks furthest ahead needs most staging areas.
+        _, cache, how = max(group, key=ahead) if offloaded else group[0]
+        layout = StateLayout(
+            config=model,
+            settings=how,
+            mesh=mesh,
+            rows=arguments.batch,
+            shapes=Shapes(prompt=0, new=new, capacity=capacity, tile=1024),
+            cache=cache,
+            dtype=jnp.bfloat16,
+            storage="per_layer",
+        )
+        for mode, _, settings in group:
+            loop = functools.partial(decode_loop, settings=settings)
+            program = OnMesh(loop, layout, model, own, mesh)
+            cases.append(Case(mode, devices, settings, layout, program))
+    return cases
+
+
+def _compile(case: Case, request) -> tuple[Any, str]:
+    """The program of a case, from types alone, and its seconds."""
+    import jax
+    from jax.sharding import NamedSharding
+
+    from sparda_jax.models.sharding import model_specs
+    from sparda_jax.models.weights import abstract_decoder
+
+    begun = time.perf_counter()
+    layout = case.layout
+    like = abstract_decoder(
+        layout.config, layout.dtype, storage="per_layer", forecast=True
+    )
+    mesh = layout.mesh.devices
+
+    def typed(x, spec):
+        sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    model = jax.tree.map(typed, like, model_specs(like, layout.config))
+    call = jax.jit(case.program, donate_argnums=(1,))
+    lowered = call.lower(model, layout.types(), request)
+    traced = time.perf_counter()
+    program = lowered.compile()
+    times = (
+        f"traced {traced - begun:.1f} s, compiled {time.perf_counter() - traced:.1f} s"
+    )
+    return program, times
+
+
+def _sums_seconds(config, devices: int, batch: int) -> float:
+    """Seconds of a step's all-reduces alone: two a layer, of [batch, D]."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import PartitionSpec
+
+    from sparda_jax.mesh import MODEL, MeshConfig
+
+    if devices == 1:
+        return 0.0
+    steps = 20
+
+    def steps_of_sums(x):
+        def one(_, x):
+            # Scaled, so that sums of sums stay finite, and none can be left out.
+            return jax.lax.psum(x, MODEL) * jnp.asarray(0.5, x.dtype)
+
+        return jax.lax.fori_loop(0, steps * 2 * config.num_layers, one, x)
+
+    run = jax.jit(
+        jax.shard_map(
+            steps_of_sums,
+            mesh=MeshConfig(model=devices).devices,
+            in_specs=PartitionSpec(),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+    )
+    x = jnp.ones((batch, config.hidden_size), jnp.bfloat16)
+    jax.block_until_ready(run(x))
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        jax.block_until_ready(run(x))
+        times.append((time.perf_counter() - begun) / steps)
+    return statistics.median(times)
+
+
+def _figures(case: Case, seconds, fetched: float, sparse, arguments) -> dict:
+    """What one run of a mode shows."""
+    import jax.numpy as jnp
+
+    config, batch = case.layout.config, arguments.batch
+    median = statistics.median(seconds)
+    stored = 0
+    if case.offloaded:
+        shape = (sparse.block_size, 2, config.head_dim)
+        codec = case.settings.offload.codec
+        stored = codec.bytes_per_block(shape, jnp.bfloat16)
+    listed = batch * config.num_kv_heads * config.num_layers * sparse.largest_budget
+    link = fetched * stored / median / case.devices
+    return {
+        "step_ms": median * 1e3,
+        "least_ms": min(seconds) * 1e3,
+        "most_ms": max(seconds) * 1e3,
+        "tokens_per_second": batch / median,
+        "fetched_share": fetched / listed,
+        "fetched_mb": fetched * stored / 1e6,
+        "link_gb_per_s_per_device": link / 1e9,
+    }
+
+
+def _fits(case: Case, arguments) -> bool:
+    """Whether a resident cache and the weights have room on a device."""
+    from sparda_jax.models.spec import num_parameters
+
+    config = case.layout.config
+    token = 4 * config.num_kv_heads * config.head_dim * config.num_layers
+    held = num_parameters(config) * 2 + arguments.batch * arguments.context * token
+    return case.offloaded or held / case.devices < arguments.limit * 1e9
+
+
+def _measure_mesh(
+    cases: list[Case], programs: dict, request, choice, sparse, arguments
+) -> Iterator[dict]:
+    """Yields the figures of every mode on one mesh."""
+    import jax
+
+    from sparda_jax.engine.on_mesh import new_mesh_state
+    from sparda_jax.models.sharding import random_on_mesh
+
+    first = cases[0]
+    layout, devices = first.layout, first.devices
+    begun = time.perf_counter()
+    model = random_on_mesh(layout.config, layout.mesh, layout.dtype)
+    jax.block_until_ready(model)
+    _phase(f"weights on {devices}", begun)
+    sums = None
+    for offloaded in (True, False):
+        group = [case for case in cases if case.offloaded == offloaded]
+        state = None
+        for case in group:
+            if not _fits(case, arguments):
+                print(f"{case.mode} does not fit {devices} devices", flush=True)
+                continue
+            if state is None:
+                begun = time.perf_counter()
+                state = jax.block_until_ready(new_mesh_state(case.layout))
+                _phase(f"state on {devices}", begun)
+            # Kernels are chosen by timing them, which would disturb what is timed here.
+            begun = time.perf_counter()
+            concurrent.futures.wait(programs.values())
+            call, times = programs[id(case)].result()
+            _phase(f"waited for {case.mode} on {devices} ({times})", begun)
+            if sums is None:
+                begun = time.perf_counter()
+                sums = _sums_seconds(layout.config, devices, arguments.batch)
+                _phase(f"all-reduces on {devices}", begun)
+            row: dict[str, Any] = {"mode": case.mode, "devices": devices}
+            row["sums_ms"] = sums * 1e3
+            for name, lists in (
+                ("", choice.lists),
+                ("standing ", standing(choice.lists)),
+            ):
+                if name and not offloaded:
+                    continue
+                begun = time.perf_counter()
+                state = begin_rows(state, arguments.context)
+                state = state._replace(cache=install(state.cache, lists))
+                seconds, fetched, state = time_steps(
+                    call, case.settings, model, state, request, case.mode, arguments
+                )
+                found = _figures(case, seconds, fetched, sparse, arguments)
+                if name:
+                    found = {"standing_ms": found["step_ms"]}
+                row |= found
+                _phase(f"{name}{case.mode} on {devices}", begun)
+            row["sums_share"] = row["sums_ms"] / row["step_ms"]
+            yield row
+        del state
+
+
+def hidden_share(rows: list[dict]) -> float | None:
+    """What of the waiting of `sparse` is none of `sparda`; see the module."""
+    by_mode = {row["mode"]: row for row in rows if "standing_ms" in row}
+    if not {"sparse", "sparda"} <= by_mode.keys():
+        return None
+    waits = {
+        mode: by_mode[mode]["step_ms"] - by_mode[mode]["standing_ms"]
+        for mode in ("sparse", "sparda")
+    }
+    return 1 - waits["sparda"] / waits["sparse"] if waits["sparse"] > 0 else None
+
+
+def _write(row: dict, about: dict, arguments) -> None:
+    line = json.dumps(about | row)
+    print(line, flush=True)
+    if arguments.out is not None:
+        with arguments.out.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command."""
+    return run_command(lambda: _run(_parser().parse_args(argv)))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from sparda_jax.runtime import configure_cache, configure_offload
+
+    configure_offload()
+    configure_cache()
+    import jax
+
+    from sparda_jax.models.presets import get_preset
+    from sparda_jax.planning.traces import read_trace
+
+    preset = get_preset(arguments.model)
+    config = dataclasses.replace(
+        preset.model,
+        num_layers=arguments.layers or preset.model.num_layers,
+        max_context=max(preset.model.max_context, arguments.context * 2),
+    )
+    sparse, new = preset.sparse, arguments.steps + 4 * CHUNK
+    begun = _BEGUN
+    found = jax.devices()
+    _phase(f"{len(found)} devices", begun)
+    begun = time.perf_counter()
+    trace = read_trace(arguments.trace)
+    choice = imposed_choice(arguments, trace, config, sparse, arguments.batch, new)
+    assert choice.lists is not None
+    _phase("lists", begun)
+    request = decode_request(config, arguments.batch, arguments.context, new)
+    about = {
+        "device": found[0].device_kind,
+        "jax": jax.__version__,
+        "model": arguments.model,
+        "layers": config.num_layers,
+        "context": arguments.context,
+        "batch": arguments.batch,
+        "slots": arguments.slots,
+        "codec": arguments.codec,
+        "lists": choice.lists.source,
+    }
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        meshes = [
+            _cases(devices, config, sparse, choice, new, arguments)
+            for devices in arguments.devices
+        ]
+        programs = {
+            id(case): pool.submit(_compile, case, request)
+            for cases in meshes
+            for case in cases
+            if _fits(case, arguments)
         }
-        lines.append(json.dumps(about | measure(arguments, mesh)))
-        print(lines[-1], flush=True)
-        if arguments.out is not None:
-            arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for cases in meshes:
+            rows = []
+            for row in _measure_mesh(
+                cases, programs, request, choice, sparse, arguments
+            ):
+                rows.append(row)
+                _write(row, about, arguments)
+            hidden = {"devices": cases[0].devices, "hidden": hidden_share(rows)}
+            _write(hidden, about, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -34,6 +34,7 @@ import time
 from benchmarks.traced import (
     DEFAULT_TRACE,
     TracedLists,
+    begin_rows,
     check_room,
     install,
     map_trace,
@@ -157,7 +158,7 @@ def _selector(mode: str, choice: Choice):
     return Drifting(choice.rate)
 
 
-def _choice(arguments, trace, config, sparse, batch: int, new: int) -> Choice:
+def imposed_choice(arguments, trace, config, sparse, batch: int, new: int) -> Choice:
     """What one batch's steps choose."""
     if trace is None:
         return Choice(None, arguments.context, arguments.miss * sparse.largest_budget)
@@ -175,8 +176,6 @@ def _choice(arguments, trace, config, sparse, batch: int, new: int) -> Choice:
 
 def _state(model, settings, batch: int, context: int, new: int, cache, lists):
     """A state whose rows hold `context` tokens of arbitrary bytes."""
-    import jax.numpy as jnp
-
     from sparda_jax.inference.generate import new_state
     from sparda_jax.inference.shapes import Shapes
 
@@ -186,14 +185,10 @@ def _state(model, settings, batch: int, context: int, new: int, cache, lists):
     state = new_state(model, settings, batch, shapes, cache)
     if lists is not None:
         state = state._replace(cache=install(state.cache, lists))
-    return state._replace(
-        lengths=jnp.full((batch,), context, jnp.int32),
-        pending=jnp.arange(batch, dtype=jnp.int32) + 5,
-        done=jnp.zeros((batch,), bool),
-    )
+    return begin_rows(state, context)
 
 
-def _settings(config, sparse, mode: str, choice: Choice, slots: float, arguments):
+def mode_settings(config, sparse, mode: str, choice: Choice, slots: float, arguments):
     """A mode's cache and how its layers run."""
     from sparda_jax.cache.settings import LayerSettings
     from sparda_jax.config import CacheConfig
@@ -216,7 +211,7 @@ def _settings(config, sparse, mode: str, choice: Choice, slots: float, arguments
     return cache, LayerSettings(config, sparse, selector, offload=offload)
 
 
-def _request(config, batch: int, context: int, new: int):
+def decode_request(config, batch: int, context: int, new: int):
     import jax.numpy as jnp
 
     from sparda_jax.inference.generate import Request
@@ -265,20 +260,11 @@ def _compile(model, state, request, settings: list) -> list:
         return [first, *pool.map(compiled, lowered[1:])]
 
 
-def _time(call, settings, model, state, request, mode: str, arguments) -> tuple:
+def time_steps(call, settings, model, state, request, mode: str, arguments) -> tuple:
     """Seconds a step by chunk, blocks fetched a step, and the state behind them."""
     import jax
     import jax.numpy as jnp
     import numpy as np
-
-    batch = state.lengths.shape[0]
-
-    def rewound(state):
-        return state._replace(
-            lengths=jnp.full((batch,), arguments.context, jnp.int32),
-            generated=jnp.zeros((batch,), jnp.int32),
-            done=jnp.zeros((batch,), bool),
-        )
 
     def chunk(state, steps=CHUNK):
         begun = time.perf_counter()
@@ -288,10 +274,10 @@ def _time(call, settings, model, state, request, mode: str, arguments) -> tuple:
 
     # Modes of one kind follow each other on one state: rows begin anew, and every
     # mode finds its slots as a whole pass leaves them.
-    state = rewound(state)
+    state = begin_rows(state, arguments.context)
     for _ in range(arguments.steps // CHUNK):
         state, _ = chunk(state)
-    state = rewound(state)
+    state = begin_rows(state, arguments.context)
     for _ in range(2):
         state, _ = chunk(state)
     outside = 0.0
@@ -310,7 +296,7 @@ def _time(call, settings, model, state, request, mode: str, arguments) -> tuple:
         seconds.append((taken - outside) / CHUNK)
     fetched = int(np.sum(state.fetches.fetched.to_numpy())) - before
     if arguments.profile is not None:
-        with jax.profiler.trace(arguments.profile / f"{mode}-{batch}"):
+        with jax.profiler.trace(arguments.profile / f"{mode}-{state.done.size}"):
             state, _ = chunk(state)
     return seconds, fetched / (len(seconds) * CHUNK), state
 
@@ -365,15 +351,16 @@ def measure_batch(model, sparse, batch: int, modes: list, arguments, rates, trac
 
     config, context = model.config, arguments.context
     new = arguments.steps + 4 * CHUNK
-    request = _request(config, batch, context, new)
-    choice = _choice(arguments, trace, config, sparse, batch, new)
+    request = decode_request(config, batch, context, new)
+    choice = imposed_choice(arguments, trace, config, sparse, batch, new)
     cases = [(True, 1.0), *((False, slots) for slots in arguments.slots)]
     for resident, slots in cases:
         group = [mode for mode in modes if mode.startswith("resident") == resident]
         if not group:
             continue
         ways = [
-            _settings(config, sparse, mode, choice, slots, arguments) for mode in group
+            mode_settings(config, sparse, mode, choice, slots, arguments)
+            for mode in group
         ]
         state = _state(model, ways[0][1], batch, context, new, ways[0][0], choice.lists)
         capacity = state.cache.capacity
@@ -381,7 +368,7 @@ def measure_batch(model, sparse, batch: int, modes: list, arguments, rates, trac
         for mode, (cache, how), (call, compiling) in zip(
             group, ways, programs, strict=True
         ):
-            seconds, fetched, state = _time(
+            seconds, fetched, state = time_steps(
                 call, how, model, state, request, mode, arguments
             )
             row = _row(

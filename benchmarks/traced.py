@@ -37,6 +37,7 @@ from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.cache.resident import KVCache
 from sparda_jax.checks import ConfigError
 from sparda_jax.config import ModelConfig, SparseConfig
+from sparda_jax.inference.generate import GenerateState
 from sparda_jax.planning.traces import BlockTrace
 from sparda_jax.sparse.index import (
     IndexPart,
@@ -92,6 +93,12 @@ def _walk(length: int, count: int, begin: int) -> Int[np.ndarray, " count"]:
     period = max(1, 2 * (length - 1))
     at = (begin + np.arange(count)) % period
     return np.minimum(at, period - at)
+
+
+def standing(lists: TracedLists) -> TracedLists:
+    """Lists that stay what each stream's first one is: nothing new is ever listed."""
+    bits = np.broadcast_to(lists.bits[:, :, :, :1], lists.bits.shape)
+    return dataclasses.replace(lists, bits=np.ascontiguousarray(bits))
 
 
 def _part_of(
@@ -348,13 +355,13 @@ def traced_scores(
 
 def _installed(index: IndexState, lists: TracedLists, first: int) -> IndexState:
     held = index[PART]
-    piece = jnp.asarray(lists.bits[first : first + held.shape[0]])
+    piece = lists.bits[first : first + held.shape[0]]
     if piece.shape != held.shape:
         raise ConfigError(
             f"lists={lists.bits.shape} are not allowed: this cache takes {held.shape} "
             f"from layer {first} on"
         )
-    return {**index, PART: piece}
+    return {**index, PART: jax.device_put(piece, held.sharding)}
 
 
 def install(cache: KVCache | OffloadCache, lists: TracedLists) -> Any:
@@ -369,6 +376,22 @@ def install(cache: KVCache | OffloadCache, lists: TracedLists) -> Any:
         whole.append(layer._replace(index=index))
         first += index[PART].shape[0]
     return cache._replace(layers=tuple(whole))
+
+
+def begin_rows(state: GenerateState, context: int) -> GenerateState:
+    """The state with rows that hold `context` tokens and have given none."""
+    batch = state.lengths.shape[0]
+    begun = {
+        "lengths": np.full(batch, context, np.int32),
+        "pending": np.arange(batch, dtype=np.int32) + 5,
+        "generated": np.zeros(batch, np.int32),
+        "done": np.zeros(batch, bool),
+    }
+    placed = {
+        name: jax.device_put(value, getattr(state, name).sharding)
+        for name, value in begun.items()
+    }
+    return state._replace(**placed)
 
 
 def prefill_lists(

@@ -197,7 +197,7 @@ _MEASURED = {
     "benchmarks.host_writes": "--blocks 8 --repeats 1",
     "benchmarks.layer_storage": "--model smollm2-135m --layers 2 --batch 1 --calls 2",
     "benchmarks.look_ahead": "benchmarks/traces/{own}.npz",
-    "benchmarks.mesh": "--model tiny --context 256 --tokens 8 --batch 1 --devices 1",
+    "benchmarks.mesh": f"{_TINY} --context 1024 --steps 8 --devices 1 --mode resident",
     "benchmarks.offload": f"{_TINY} --context 1024 --batch 2 --steps 8 --limit 4",
     "benchmarks.prefill": f"{_TINY} --context 640 --repeats 1 --attention sparda",
     "benchmarks.trace show": "benchmarks/traces/{own}.npz",

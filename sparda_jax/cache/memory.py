@@ -14,7 +14,6 @@ from jax.sharding import (
     Mesh,
     NamedSharding,
     PartitionSpec,
-    Sharding,
     SingleDeviceSharding,
 )
 from jax.typing import DTypeLike
@@ -77,17 +76,33 @@ def host_zeros(
       ConfigError: If the device has no host memory kind.
     """
     # NumPy's zeros are untouched pages, so that only the pinned array takes memory.
-    sharding: Sharding = host_sharding()
-    if mesh is not None:
-        spec = spec or PartitionSpec()
-        sharding = NamedSharding(mesh, spec, memory_kind=HOST_KIND)
-    return jax.device_put(np.zeros(shape, jnp.dtype(dtype)), sharding)
+    if mesh is None:
+        return jax.device_put(np.zeros(shape, jnp.dtype(dtype)), host_sharding())
+    sharding = _divided(mesh, spec)
+    # Zeros of a part's own: a part of the whole's would first be copied together.
+    part = np.zeros(sharding.shard_shape(shape), jnp.dtype(dtype))
+    return jax.make_array_from_callback(shape, sharding, lambda _: part)
 
 
-def host_shape(shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
-    """The type of a host array, to lower programs without allocating it."""
-    device = host_sharding().device_set
-    # Of a shape without values, only a named sharding makes the space part of the type.
-    mesh = jax.make_mesh((1,), ("one",), (AxisType.Auto,), devices=tuple(device))
-    sharding = NamedSharding(mesh, PartitionSpec(), memory_kind=HOST_KIND)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+def host_shape(
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    *,
+    mesh: Mesh | None = None,
+    spec: PartitionSpec | None = None,
+) -> jax.ShapeDtypeStruct:
+    """The type of a host array, to lower programs without allocating it.
+
+    Args:
+      shape, dtype, mesh, spec: As of `host_zeros`.
+    """
+    if mesh is None:
+        # Of a shape without values, only a named sharding makes the space part of the
+        # type.
+        device = tuple(host_sharding().device_set)
+        mesh = jax.make_mesh((1,), ("one",), (AxisType.Auto,), devices=device)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=_divided(mesh, spec))
+
+
+def _divided(mesh: Mesh, spec: PartitionSpec | None) -> NamedSharding:
+    return NamedSharding(mesh, spec or PartitionSpec(), memory_kind=HOST_KIND)

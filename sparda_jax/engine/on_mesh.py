@@ -16,12 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from sparda_jax.cache.counters import WideCount
 from sparda_jax.cache.host_store import HostStore
-from sparda_jax.cache.memory import host_zeros
+from sparda_jax.cache.memory import host_shape, host_zeros
 from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig, ModelConfig
@@ -100,6 +100,30 @@ class StateLayout:
     def specs(self) -> GenerateState:
         """Partition of every array: an axis that grows with the devices is divided."""
         return _specs(self)
+
+    def types(self) -> GenerateState:
+        """The whole state's types with their places, to compile before it is made."""
+        mesh = self.mesh.devices
+        whole = self.abstract(data=self.mesh.data, model=self.mesh.model)
+        specs = self.specs()
+
+        def on_devices(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+            sharding = NamedSharding(mesh, spec)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        types = jax.tree.map(on_devices, whole, specs)
+        if not self.settings.offload:
+            return types
+        parts = tuple(
+            host_shape(part.shape, part.dtype, mesh=mesh, spec=spec)
+            for part, spec in zip(
+                whole.cache.store.parts,  # pyrefly: ignore
+                specs.cache.store.parts,  # pyrefly: ignore
+                strict=True,
+            )
+        )
+        store = dataclasses.replace(types.cache.store, parts=parts)
+        return types._replace(cache=types.cache._replace(store=store))
 
 
 @functools.lru_cache(64)

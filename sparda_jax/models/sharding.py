@@ -7,6 +7,7 @@ device a decoder is one of fewer heads and a narrower MLP.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 
@@ -22,7 +23,11 @@ from sparda_jax.config import ConfigError, ModelConfig
 from sparda_jax.mesh import MODEL, MeshConfig
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.models.spec import layer_shapes, split_axis, split_parts
-from sparda_jax.models.weights import from_query_heads
+from sparda_jax.models.weights import (
+    abstract_decoder,
+    draw_weight,
+    from_query_heads,
+)
 
 
 def config_of_device(config: ModelConfig, parts: int) -> ModelConfig:
@@ -131,6 +136,26 @@ def place_decoder(model: Decoder, config: ModelConfig, mesh: MeshConfig) -> Deco
         model,
         model_specs(model, config),
     )
+
+
+def random_on_mesh(config: ModelConfig, mesh: MeshConfig, dtype: DTypeLike) -> Decoder:
+    """A decoder of random weights with Forecast heads (speed experiments).
+
+    Every device draws its own part: none ever holds more.
+
+    Args:
+      config: The whole model.
+      mesh: The devices.
+      dtype: Type of the weights, an array a layer.
+    """
+    like = abstract_decoder(config, dtype, storage="per_layer", forecast=True)
+    keys = map(jax.random.key, itertools.count())
+
+    def draw(x: jax.ShapeDtypeStruct, spec: PartitionSpec) -> Array:
+        sharding = NamedSharding(mesh.devices, spec)
+        return draw_weight(next(keys), x.shape, x.dtype, sharding)
+
+    return jax.tree.map(draw, like, model_specs(like, config))
 
 
 def on_device(model: Decoder, config: ModelConfig) -> Decoder:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -198,18 +199,32 @@ def abstract_decoder(
     return jax.eval_shape(make)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def _draw(key: Array, shape: Shape, dtype: DTypeLike) -> Array:
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "sharding"))
+def draw_weight(
+    key: Array, shape: Shape, dtype: DTypeLike, sharding: Sharding | None = None
+) -> Array:
+    """Random numbers for one array of a layer, made where they stay.
+
+    Args:
+      key: Of the generator.
+      shape: Of the array.
+      dtype: Its type.
+      sharding: Devices that divide it; None for the default one.
+    """
     if len(shape) == 1:  # Norms, and biases, of which ones are as good as any.
-        return jnp.ones(shape, dtype)
-    return (0.02 * jax.random.normal(key, shape)).astype(dtype)
+        drawn = jnp.ones(shape, dtype)
+    else:
+        drawn = (0.02 * jax.random.normal(key, shape)).astype(dtype)
+    if sharding is None:
+        return drawn
+    return jax.lax.with_sharding_constraint(drawn, sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("layers", "shape", "dtype"))
 def _draw_stack(key: Array, layers: int, shape: Shape, dtype: DTypeLike) -> Array:
     # Layer by layer: the generator's intermediates are several times as large.
     keys = jax.random.split(key, layers)
-    return jax.lax.map(lambda key: _draw(key, shape, dtype), keys)
+    return jax.lax.map(lambda key: draw_weight(key, shape, dtype), keys)
 
 
 def random_decoder(
@@ -225,7 +240,7 @@ def random_decoder(
     layer = layer_shapes(config)
 
     def draw(shape: Shape) -> Array:
-        return _draw(next(keys), shape, dtype)
+        return draw_weight(next(keys), shape, dtype)
 
     def draw_stack(shape: Shape) -> Array:
         return _draw_stack(next(keys), config.num_layers, shape, dtype)

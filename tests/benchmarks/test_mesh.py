@@ -5,13 +5,36 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+from benchmarks.mesh import hidden_share
+from benchmarks.traced import TracedLists, standing
+
+
+def test_hidden_is_the_part_of_the_waiting_that_looking_ahead_saves():
+    rows = [
+        {"mode": "sparse", "step_ms": 10.0, "standing_ms": 6.0},
+        {"mode": "sparda", "step_ms": 6.5, "standing_ms": 5.5},
+        {"mode": "resident", "step_ms": 5.0},
+    ]
+    assert hidden_share(rows) == pytest.approx(0.75)
+    assert hidden_share(rows[1:]) is None
+
+
+def test_lists_that_stand_still_are_those_of_the_first_token():
+    bits = np.random.default_rng(0).integers(0, 256, (2, 1, 2, 5, 3), np.uint8)
+    still = standing(TracedLists(bits, places=24, scored=4, source="random"))
+    assert np.array_equal(still.bits, np.repeat(bits[:, :, :, :1], 5, axis=3))
 
 
 @pytest.mark.slow
 def test_one_device_and_two_stand_beside_each_other(tmp_path):
     out = tmp_path / "mesh.jsonl"
-    arguments = "--model tiny --context 512 --batch 2 --tokens 8 --devices 2 --out"
+    arguments = (
+        "--model tiny --context 8192 --batch 2 --steps 8 --devices 1 2 "
+        "--mode sparda sparse --out"
+    )
     subprocess.run(
         [sys.executable, "-m", "benchmarks.mesh", *arguments.split(), str(out)],
         env=os.environ
@@ -22,7 +45,10 @@ def test_one_device_and_two_stand_beside_each_other(tmp_path):
         check=True,
         timeout=300,
     )
-    one, two = (json.loads(line) for line in out.read_text().splitlines())
-    assert one["mesh"] == "one device" and two["mesh"] == "data=1,model=2"
-    assert one["decode_blocks"] == two["decode_blocks"]
-    assert one["decode_tokens_per_s"] > 0 < two["decode_tokens_per_s"]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    modes = [(row["devices"], row.get("mode")) for row in rows]
+    assert modes == [(n, mode) for n in (1, 2) for mode in ("sparda", "sparse", None)]
+    one, two = (row for row in rows if row.get("mode") == "sparda")
+    assert one["fetched_share"] == two["fetched_share"] > 0
+    assert one["sums_ms"] == 0 < two["sums_ms"]
+    assert one["tokens_per_second"] > 0 < two["tokens_per_second"]
