@@ -200,8 +200,9 @@ def cells_by_worth(
 ) -> Iterator[Cell]:
     """First the best of every way, then smaller batches.
 
-    Of each round the largest host store comes first: pinned memory is not given back,
-    and a store fits in what one before it took, but not beside it.
+    Of each round the resident one comes first, which is what all others are compared
+    with, then the largest host store: pinned memory is not given back, and a store fits
+    in what one before it took, but not beside it.
     """
     found = [
         planner.best(mode, codec, keys, most)
@@ -210,7 +211,9 @@ def cells_by_worth(
     ]
     for number in range(max(map(len, found), default=0)):
         round_ = [way[number] for way in found if number < len(way)]
-        yield from sorted(round_, key=lambda cell: -cell.host_gib)
+        yield from sorted(
+            round_, key=lambda cell: (cell.slots > 0, -cell.host_gib, -cell.promise)
+        )
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
