@@ -362,7 +362,9 @@ def measure_batch(model, sparse, batch: int, modes: list, arguments, rates, trac
             mode_settings(config, sparse, mode, choice, slots, arguments)
             for mode in group
         ]
-        state = _state(model, ways[0][1], batch, context, new, ways[0][0], choice.lists)
+        # "lookahead" before "none": the most fetches under way, and areas for them.
+        cache, how = min(ways, key=lambda way: (way[0].prefetch, -way[0].layers_ahead))
+        state = _state(model, how, batch, context, new, cache, choice.lists)
         capacity = state.cache.capacity
         programs = _compile(model, state, request, [how for _, how in ways])
         for mode, (cache, how), (call, compiling) in zip(
@@ -415,8 +417,7 @@ def _run(arguments: argparse.Namespace) -> None:
         source = f"lists of {trace.model}, {trace.text}, {trace.attention}"
     print(
         f"{arguments.model}, {config.num_layers} layers, {arguments.context} tokens, "
-        f"budget {sparse.largest_budget}, {source}, {device}, "
-        f"JAX {jax.__version__}",
+        f"budget {sparse.largest_budget}, {source}, {device}, JAX {jax.__version__}",
         flush=True,
     )
     rates = measure_rates(route=arguments.route).rates
@@ -447,10 +448,9 @@ def _run(arguments: argparse.Namespace) -> None:
         f"{'reached':>7} {'compile, s':>10}"
     )
     for batch in arguments.batch:
-        token_bytes = 2 * config.num_kv_heads * config.head_dim * 2 * config.num_layers
-        resident_gb = (
-            num_parameters(config) * 2 + batch * arguments.context * token_bytes
-        ) / 1e9
+        token_bytes = 4 * config.num_kv_heads * config.head_dim * config.num_layers
+        kv_bytes = batch * arguments.context * token_bytes
+        resident_gb = (num_parameters(config) * 2 + kv_bytes) / 1e9
         modes = list(arguments.mode)
         if resident_gb > arguments.limit:
             modes = [mode for mode in modes if not mode.startswith("resident")]
