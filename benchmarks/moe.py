@@ -5,7 +5,8 @@
         python -m benchmarks.moe --model qwen3-30b-a3b
 
 Random weights, inputs whose experts are spread evenly. Times are medians of calls that
-run the layer several times in a loop; bytes are those of the experts in use.
+run the layer several times in a loop; bytes are those of the experts in use. `temp` is
+what a form's program needs beside its arguments and results, by the compiler.
 """
 
 import argparse
@@ -26,8 +27,8 @@ from sparda_jax.models.presets import get_preset
 _CALLS = 7
 
 
-def _seconds(layer, x: Array, *weights: Array, repeats: int) -> dict[str, float]:
-    """Median and largest seconds of one application of the layer."""
+def _seconds(layer, x: Array, *weights: Array, repeats: int) -> dict[str, float | None]:
+    """Seconds of one application of the layer, and its memory."""
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(layer, x, *weights):
@@ -37,13 +38,20 @@ def _seconds(layer, x: Array, *weights: Array, repeats: int) -> dict[str, float]
 
         return jax.lax.fori_loop(0, repeats, again, x)
 
+    program = run.lower(layer, x, *weights).compile()
+    found = program.memory_analysis()
+    temp = None if found is None else found.temp_size_in_bytes
     jax.block_until_ready(run(layer, x, *weights))
     times = []
     for _ in range(_CALLS):
         begun = time.perf_counter()
         jax.block_until_ready(run(layer, x, *weights))
         times.append((time.perf_counter() - begun) / repeats)
-    return {"median_s": statistics.median(times), "most_s": max(times)}
+    return {
+        "median_s": statistics.median(times),
+        "most_s": max(times),
+        "temp_bytes": temp,
+    }
 
 
 def main() -> None:
@@ -54,7 +62,10 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", default="qwen3-30b-a3b", help="preset with experts")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 1024])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 1024, 4096])
+    parser.add_argument(
+        "--together", type=int, nargs="+", default=[1, 8, 32, 128], help="tiles"
+    )
     parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args()
     config, dtype = get_preset(arguments.model).model, default_dtype()
@@ -78,7 +89,10 @@ def main() -> None:
         x = x.astype(dtype)
         routes = moe.route(x, router, used, normalize=True)
         in_use = int(jnp.unique(routes.experts).size)
-        forms = {"tiled": moe.tiled_mlp, "ragged_dot": moe.grouped_mlp}
+        forms = {"ragged_dot": moe.grouped_mlp}
+        for together in arguments.together:
+            form = functools.partial(moe.tiled_mlp, together=together)
+            forms[f"tiled by {together}"] = form
         if tokens * used < config.num_experts:
             forms["chosen"] = moe.chosen_mlp
         found = {

@@ -124,11 +124,17 @@ def tiled_mlp(
     routes: Routes,
     gate_up: Float[Array, "E D F2"],
     down: Float[Array, "E F D"],
+    *,
+    together: int = 1,
 ) -> Float[Array, "T D"]:
     """`routed_mlp` by a loop over tiles of rows of one expert each.
 
     An expert's last tile may be part empty. The loop ends with the last tile in use, so
     that experts without tokens are not read.
+
+    Args:
+      x, routes, gate_up, down: As of `routed_mlp`.
+      together: Tiles of one turn of the loop, whose experts' weights are gathered.
     """
     tokens, used = routes.experts.shape
     experts, picks = gate_up.shape[0], tokens * used
@@ -140,19 +146,24 @@ def tiled_mlp(
     tiles = -(-sizes // rows)
     first_tile = jnp.cumsum(tiles) - tiles
     first_row = jnp.cumsum(sizes) - sizes
-    most = picks // rows + experts
+    most = -(-(picks // rows + experts) // together) * together
 
-    def one(number: Int[Array, ""], out: Float[Array, "rows D"]) -> Array:
-        expert = jnp.searchsorted(first_tile + tiles, number, side="right")
-        begin = first_row[expert] + (number - first_tile[expert]) * rows
-        at = jnp.minimum(begin + jnp.arange(rows), picks - 1)
-        inner = _gated(x[order[at] // used] @ gate_up[expert])
-        return jax.lax.dynamic_update_slice(
-            out, inner @ down[expert], (number * rows, 0)
+    def some(turn: Int[Array, ""], out: Float[Array, "rows D"]) -> Array:
+        numbers = turn * together + jnp.arange(together)
+        expert = jnp.searchsorted(first_tile + tiles, numbers, side="right")
+        # Tiles of the last turn that nobody needs take the last expert.
+        expert = jnp.minimum(expert, experts - 1)
+        begin = first_row[expert] + (numbers - first_tile[expert]) * rows
+        at = jnp.minimum(begin[:, None] + jnp.arange(rows), picks - 1)
+        inner = _gated(
+            jnp.einsum("nrd,ndf->nrf", x[order[at] // used], gate_up[expert])
         )
+        done = jnp.einsum("nrf,nfd->nrd", inner, down[expert])
+        done = done.reshape(together * rows, -1)
+        return jax.lax.dynamic_update_slice(out, done, (turn * together * rows, 0))
 
     out = jnp.zeros((most * rows, x.shape[1]), x.dtype)
-    out = jax.lax.fori_loop(0, jnp.sum(tiles), one, out)
+    out = jax.lax.fori_loop(0, -(-jnp.sum(tiles) // together), some, out)
     # Where each pick's row lies among the tiles.
     place = jnp.zeros_like(order).at[order].set(jnp.arange(picks, dtype=order.dtype))
     place = first_tile[picked] * rows + place - first_row[picked]
