@@ -219,6 +219,14 @@ class Run:
         parts = (np.asarray(x, kind) for x in (low.gain, low.down, low.up))
         return LowRankHeads(*(x.astype(np.float32) for x in parts))
 
+    def written(self, state: TrainState) -> tuple[LowRankHeads | None, TrainState]:
+        """What a file holds of the heads, and a state with the heads that it gives."""
+        low = self.low_rank(state.heads)
+        if low is None:
+            return None, state
+        heads = jnp.stack(low.whole(self.own_queries()))
+        return low, self.placed(state._replace(heads=heads))
+
     def input_moments(self) -> np.ndarray:
         """XᵀX of what the heads read, by layer; summed now if nobody did."""
         if self.moments is None:
@@ -329,7 +337,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     Everything goes to `config.out`: checkpoints, log.jsonl, curves.png, config.json,
     forecast.safetensors (the last step) and forecast-best.safetensors (the kept
     checkpoint with the best held-out recall); with `export_best` that one is the first
-    file.
+    file. Where least squares began it, forecast-regression.safetensors comes first of
+    all.
 
     Raises:
       ConfigError: Something in the configuration or the data cannot be used, or the
@@ -354,6 +363,9 @@ def _train(config: TrainConfig, *, progress: bool) -> TrainResult:
             run.data.set_state(restored.data)
         elif config.init == "regression":
             run.fit_heads(progress=progress)
+            # They may be all that a run leaves that is cut off.
+            low, state = run.written(run.state)
+            run.export(state, None, "forecast-regression.safetensors", low)
         start = int(run.state.step)
         steps = config.optimizer.steps
         log: RunLog | NoLog = NoLog()
@@ -390,11 +402,9 @@ def _export(
         assert held is not None
         state, best = held.state, None
         evaluation = run.measure_heads(state.heads)
-    low = run.low_rank(state.heads)
+    low, state = run.written(state)
     if low is not None:
         # What is written is measured.
-        heads = jnp.stack(low.whole(run.own_queries()))
-        state = run.placed(state._replace(heads=heads))
         evaluation = run.measure_heads(state.heads)
         if evaluation is not None:
             print(json.dumps({"low rank": evaluation.means()}), file=sys.stderr)
@@ -402,8 +412,8 @@ def _export(
     if best is not None:
         held = checkpoints.restore(run.state, best)
         assert held is not None
-        low = run.low_rank(held.state.heads)
-        run.export(held.state, None, "forecast-best.safetensors", low)
+        low, kept = run.written(held.state)
+        run.export(kept, None, "forecast-best.safetensors", low)
     return state, evaluation, path
 
 

@@ -134,6 +134,12 @@ def test_the_regression_is_exported_where_no_step_beats_it(shards, tmp_path):
     )
     result = train(config, progress=False)
     assert int(result.state.step) == 0
+    # It was written before the first step too.
+    early = read_safetensors(tmp_path / "forecast-regression.safetensors")[0]
+    best = read_safetensors(tmp_path / "forecast.safetensors")[0]
+    assert early.keys() == best.keys()
+    for name, tensor in best.items():
+        np.testing.assert_array_equal(early[name](), tensor())
     again = train(config, progress=False)  # nothing is left to do
     assert again.resumed_from == 2 and int(again.state.step) == 0
     np.testing.assert_array_equal(again.state.heads, result.state.heads)
