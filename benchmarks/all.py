@@ -72,7 +72,7 @@ def _decode(name: str, seconds: int, *arguments: str) -> Part:
 
 CARD = (
     # The default trace's lists go through more blocks than 32k tokens have.
-    _decode("decode_36k", 100, *"--context 36864 --batch 16 --slots 1 3".split()),
+    _decode("decode_36k", 90, *"--context 36864 --batch 16 --slots 1".split()),
     _decode("decode_128k", 140, *"--context 131072 --batch 8 --slots 1 3".split()),
     Part(
         "prefill",
@@ -88,9 +88,9 @@ CARD = (
         (
             "benchmarks.prefill",
             *"--context 131072 --attention sparda --cache offload".split(),
-            *("--repeats", "2", "--json", "{json}"),
+            *("--repeats", "1", "--json", "{json}"),
         ),
-        70,
+        100,
     ),
     Part(
         "prefill_dense",
@@ -105,7 +105,7 @@ CARD = (
     _decode(
         "decode_128k_20",
         120,
-        *"--context 131072 --batch 20 --mode sparse sparda".split(),
+        *"--context 131072 --batch 20 --mode sparse sparda --steps 48".split(),
     ),
     *(
         Part(

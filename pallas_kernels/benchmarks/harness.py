@@ -10,12 +10,13 @@ that nothing is served from cache), and the time of the chain is divided by its 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import gzip
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,32 @@ class Timing:
     error: str = ""
 
 
+def compile_side_by_side(
+    calls: Sequence[Callable[..., Any]], operands: Sequence[Any]
+) -> list[Any]:
+    """Compiles functions of the same operands, several at a time.
+
+    Args:
+      calls: functions, not compiled.
+      operands: arrays that all of them take.
+
+    Returns:
+      What `measure` takes for each of them: compiled, or the error that stands for it.
+    """
+
+    def compiled(f):
+        try:
+            return jax.jit(f).lower(*operands).compile()
+        except Exception as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
+        return list(pool.map(compiled, calls))
+
+
 def measure(
     name: str,
-    f: Callable[..., Any],
+    f: Callable[..., Any] | Exception,
     *args: Any,
     links: int = 1,
     repeats: int = 10,
@@ -62,7 +86,7 @@ def measure(
 
     Args:
       name: what is timed.
-      f: function of ``args``, compiled or not.
+      f: function of ``args``, compiled or not, or the error of compiling it.
       *args: arrays.
       links: operations chained in one call of ``f``.
       repeats: timed calls; at most 5 of a slow one.
@@ -72,6 +96,8 @@ def measure(
       The times, or the error, since one variant's failure must not lose the others.
     """
     try:
+        if isinstance(f, Exception):
+            raise f
         compiled = f
         if not isinstance(f, jax.stages.Compiled):
             compiled = jax.jit(f).lower(*args).compile()
@@ -151,7 +177,9 @@ def _device_times(compiled: Callable[..., Any], args: Any, calls: int) -> list[f
 
 def device_kernels(f: Callable[..., Any], *args: Any) -> dict[str, tuple[int, float]]:
     """Kernels of one call of ``f`` on a GPU: name to (launches, seconds in all)."""
-    compiled = jax.jit(f).lower(*args).compile()
+    compiled = f
+    if not isinstance(f, jax.stages.Compiled):
+        compiled = jax.jit(f).lower(*args).compile()
     jax.block_until_ready(compiled(*args))
     found: dict[str, tuple[int, float]] = {}
     for e in _device_events(lambda: jax.block_until_ready(compiled(*args))):

@@ -6,6 +6,7 @@ GPU, and XLA) over as many keys laid out contiguously, which needs no list.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -16,6 +17,7 @@ from pallas_kernels._common.devices import current_platform
 from pallas_kernels.benchmarks.harness import (
     Report,
     arguments,
+    compile_side_by_side,
     copy_bandwidth,
     device_kernels,
     measure,
@@ -39,6 +41,37 @@ def inputs(layers, batch, heads, kv_heads, head_dim, block, capacity, listed, dt
     order = jax.random.uniform(keys[2], (batch, kv_heads, capacity))
     slots = lax.top_k(order, listed)[1].astype(jnp.int32)
     return q, kv, slots, jnp.full_like(slots, block)
+
+
+def decode_chain(form: Implementation, layers: int) -> Callable[..., jax.Array]:
+    """Decode attention, layer after layer, each asked by what the last one gave."""
+
+    def decode(q, kv, slots, lengths):
+        for layer in range(layers):
+            q = paged_decode_attention(
+                q,
+                kv,
+                slots=slots,
+                slot_lengths=lengths,
+                layer=layer,
+                implementation=form,
+            )
+        return q
+
+    return decode
+
+
+def dense_chain(form: Literal["cudnn", "xla"], layers: int) -> Callable[..., jax.Array]:
+    """The same over keys in a row, in `jax.nn`."""
+
+    def dense(q, k, v):
+        for layer in range(layers):
+            q = jax.nn.dot_product_attention(
+                q[:, None], k[layer], v[layer], implementation=form
+            )[:, 0]
+        return q
+
+    return dense
 
 
 def main() -> None:
@@ -76,32 +109,15 @@ def main() -> None:
                 f"{rate / alike:.0%} of one of this size"
             )
 
-        for form in forms:
-
-            def chain(
-                q,
-                kv,
-                slots,
-                lengths,
-                form: Implementation = form,
-                layers=layers,
-            ):
-                for layer in range(layers):
-                    q = paged_decode_attention(
-                        q,
-                        kv,
-                        slots=slots,
-                        slot_lengths=lengths,
-                        layer=layer,
-                        implementation=form,
-                    )
-                return q
-
+        operands = (q, kv, slots, lengths)
+        programs = compile_side_by_side(
+            [decode_chain(form, layers) for form in forms], operands
+        )
+        for form, run in zip(forms, programs, strict=True):
             name = f"{form} B={batch} P={listed} H={head_dim}"
-            operands = (q, kv, slots, lengths)
-            report.add(measure(name, chain, *operands, links=layers, note=note))
+            report.add(measure(name, run, *operands, links=layers, note=note))
             if gpu and form != "xla" and report.timings[-1].seconds is not None:
-                for kernel, (count, total) in device_kernels(chain, *operands).items():
+                for kernel, (count, total) in device_kernels(run, *operands).items():
                     print(
                         f"    {kernel[:60]} x{count}: {total / count * 1e6:.1f} us",
                         flush=True,
@@ -110,27 +126,16 @@ def main() -> None:
         part = kv[:, :, :, :listed].reshape(*kv.shape[:3], -1, 2, head_dim)
         part = jnp.moveaxis(part, 2, 3)
         k, v = (part[..., i, :].reshape(contiguous) for i in range(2))
-        del part, kv
+        del part, kv, operands
 
         peer_forms: tuple[Literal["cudnn", "xla"], ...]
         peer_forms = ("cudnn", "xla") if gpu else ("xla",)
-        for dense_form in peer_forms:
-
-            def peer(
-                q,
-                k,
-                v,
-                layers=layers,
-                form: Literal["cudnn", "xla"] = dense_form,
-            ):
-                for layer in range(layers):
-                    q = jax.nn.dot_product_attention(
-                        q[:, None], k[layer], v[layer], implementation=form
-                    )[:, 0]
-                return q
-
-            name = f"{dense_form} dense B={batch} keys={listed * block}"
-            report.add(measure(name, peer, q, k, v, links=layers, note=note))
+        programs = compile_side_by_side(
+            [dense_chain(form, layers) for form in peer_forms], (q, k, v)
+        )
+        for form, run in zip(peer_forms, programs, strict=True):
+            name = f"{form} dense B={batch} keys={listed * block}"
+            report.add(measure(name, run, q, k, v, links=layers, note=note))
         del k, v
     report.finish()
 

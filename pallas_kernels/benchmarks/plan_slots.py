@@ -10,7 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels._common.devices import current_platform
-from pallas_kernels.benchmarks.harness import Report, arguments, measure
+from pallas_kernels.benchmarks.harness import (
+    Report,
+    arguments,
+    compile_side_by_side,
+    measure,
+)
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.plan_slots.api import plan_slots
 from pallas_kernels.plan_slots.arg_specs import ArgSpec
@@ -53,10 +58,11 @@ def main() -> None:
     sizes += [(64, slots, 2048) for slots in (192, 384, 1024, 1536)] if gpu else []
     for rows, slots, blocks in sizes:
         operands = inputs(16, rows, slots, 96, blocks)
-        for form in forms:
-            plan = functools.partial(plan_slots, implementation=form)
+        plans = [functools.partial(plan_slots, implementation=form) for form in forms]
+        chains = [functools.partial(chain, plan) for plan in plans]
+        programs = compile_side_by_side(chains, operands)
+        for form, run in zip(forms, programs, strict=True):
             name = f"{form}, 96 of {blocks} blocks, {slots} slots, {rows} rows"
-            run = functools.partial(chain, plan)
             report.add(measure(name, run, *operands, links=16))
     report.finish()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import time
@@ -13,26 +12,10 @@ import jax
 
 from pallas_kernels._common.devices import current_device_kind
 from pallas_kernels._common.tolerances import relative_error, tolerance
-from pallas_kernels.benchmarks.harness import Timing, measure
+from pallas_kernels.benchmarks.harness import Timing, compile_side_by_side, measure
 from pallas_kernels.tuning.case import Case
 from pallas_kernels.tuning.cases import CASES
 from pallas_kernels.tuning.record import case_orders, default_order
-
-
-def _compile_all(
-    case: Case, name: str, candidates: Sequence[Any]
-) -> list[tuple[Any, Any]]:
-    """Compiles every candidate, several at a time; an error stands for its result."""
-
-    def compiled(config):
-        try:
-            f = jax.jit(functools.partial(case.run, name, config))
-            return f.lower(*case.operands).compile()
-        except Exception as error:
-            return error
-
-    with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
-        return list(zip(candidates, pool.map(compiled, candidates), strict=True))
 
 
 def _best(
@@ -40,7 +23,10 @@ def _best(
 ) -> tuple[dict[str, Any] | None, float]:
     """The record's entry of the fastest candidate that is right, and its error."""
     best, worst = None, 0.0
-    for config, compiled in _compile_all(case, name, case.configs[name]):
+    configs = case.configs[name]
+    calls = [functools.partial(case.run, name, config) for config in configs]
+    programs = compile_side_by_side(calls, case.operands)
+    for config, compiled in zip(configs, programs, strict=True):
         title = f"{case.when} {name} {config}"
         if isinstance(compiled, Exception):
             print(f"{title} failed: {compiled}"[:300], flush=True)
