@@ -3,24 +3,11 @@
 import math
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 from sparda_jax.config import ConfigError
-from sparda_jax.engine.api import forward
 from sparda_jax.engine.model import LanguageModel
-
-
-@jax.jit
-def _surprises(
-    logits: Float[Array, "T V"], ids: Int[Array, " T"]
-) -> Float[Array, " T-1"]:
-    """−log p of every token but the first."""
-    logits = logits[:-1].astype(jnp.float32)
-    found = jnp.take_along_axis(logits, ids[1:, None], axis=-1)[:, 0]
-    return jax.nn.logsumexp(logits, axis=-1) - found
+from sparda_jax.evaluation.token_scores import score_tokens
 
 
 def perplexity(
@@ -45,8 +32,8 @@ def perplexity(
                 f"first={first} is not allowed: it must be below the {len(ids)} tokens "
                 "of every row"
             )
-        surprises = _surprises(forward(lm, ids), jnp.asarray(ids))
-        parts.append(np.asarray(surprises[max(first, 1) - 1 :], np.float64))
+        surprises = score_tokens(lm, ids.tolist()).surprises
+        parts.append(surprises[max(first, 1) - 1 :].astype(np.float64))
     if not parts:
         raise ConfigError("rows is empty: it must hold at least one row")
     return math.exp(float(np.mean(np.concatenate(parts))))
