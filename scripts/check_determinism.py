@@ -26,7 +26,9 @@ def results(lm: sj.LanguageModel, tokens: int) -> dict[str, bool]:
     streamed: list[list[int]] = [[] for _ in prompts]
     for event in sj.stream(lm, prompts, seed=seeds, **how):
         streamed[event.index].append(event.token)
-    host = dataclasses.replace(lm, cache=sj.CacheConfig(kind="offload"))
+    host = dataclasses.replace(
+        lm, cache=sj.CacheConfig(kind="offload", device_blocks=None)
+    )
     return {
         "equal calls give equal tokens": again == want,
         "a row alone is the row in a batch": alone == want,

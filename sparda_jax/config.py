@@ -394,14 +394,15 @@ class CacheConfig:
 
     Attributes:
       kind: `resident`: all KV on the device. `offload`: all KV in host memory, the
-        blocks in use in device slots. `auto`: resident if it fits, else offload.
+        blocks in use in device slots. `auto`: resident if it fits, else offload (what
+        the command line and the server take where nothing is said).
         `evict`: on the device, and of a prompt only the blocks that its answer can
         still list, with an attention that drops the others for good (`snapkv`,
         `window`); no further turn reads such a cache.
       device_blocks: C, slots per layer, row and kv head (`offload`); more than a block
         list is long are a larger cache with least-recently-used reuse. `auto`: as many
-        as the device has room for beside all else, up to all blocks. None is `auto`
-        with kind='auto', and with kind='offload' the length of a block list.
+        as the device has room for beside all else, up to all blocks. None is the length
+        of a block list, the least that there can be.
       prefetch: `lookahead`: layer l's Forecast starts the fetch for layer l + 1, while
         layer l computes. `none`: a layer selects and fetches for itself, and waits.
         `auto`: decided by measurement (`planning.auto`). None is `lookahead` where
@@ -434,7 +435,7 @@ class CacheConfig:
     """
 
     kind: CacheKind = "resident"
-    device_blocks: int | Literal["auto"] | None = None
+    device_blocks: int | Literal["auto"] | None = "auto"
     prefetch: Prefetch | None = None
     layers_ahead: int = 1
     layer0: Literal["resident", "offload"] = "resident"

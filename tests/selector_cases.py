@@ -33,7 +33,7 @@ def check_everywhere(name: str) -> None:
     whole = sj.forward(lm, [*prompts[0], *expected.tokens[0][:-1]])
     greedy = np.argmax(np.asarray(whole)[len(prompts[0]) - 1 :], axis=1)
     assert greedy.tolist() == expected.tokens[0]
-    cache = sj.CacheConfig(kind="offload", exactness="verify")
+    cache = sj.CacheConfig(kind="offload", device_blocks=None, exactness="verify")
     offloaded = sj.with_attention(lm, name, cache=cache)
     out = sj.generate(offloaded, prompts, max_new_tokens=70, ignore_eos=True)
     assert out.tokens == expected.tokens

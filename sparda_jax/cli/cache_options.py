@@ -25,10 +25,11 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
         "--cache",
         choice(*get_args(CacheKind)),
         words=get_args(CacheKind),
-        default="resident",
-        help="where KV lives: on the device, in host memory with the blocks in use on "
-        "the device, or whichever fits and pays; evict (snapkv, window): on the "
-        "device, and only the blocks of a prompt that its answer can list",
+        default="auto",
+        help="where KV lives: on the device (resident), in host memory with the blocks "
+        "in use on the device (offload), or on the device if it fits, else in host "
+        "memory (auto); evict (snapkv, window): on the device, and only the blocks of "
+        "a prompt that its answer can list",
     )
     add_device_blocks_option(group, default="auto")
     add_option(

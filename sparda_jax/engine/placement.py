@@ -129,7 +129,7 @@ def place(
         cache, reason = _decide_slots(lm, cache, settings, rows, close, state)
         notes.append(reason)
     elif cache.kind == "offload" and cache.device_blocks is None and state is not None:
-        # The conversation may have begun with more, by kind='auto'.
+        # A list may have become longer than the slots are.
         cache, _ = _decide_slots(lm, cache, settings, rows, close, state)
     return Placement(*shared, cache, settings, tuple(notes))
 
@@ -217,6 +217,8 @@ def _check_cache(lm: LanguageModel, shapes: Shapes) -> None:
         if cache.exactness == "verify":
             offload_settings(CacheConfig("offload", exactness="verify"), lm.selector)
         return
+    if cache.kind == "auto" and lm.selector.attends_tokens:
+        return
     offload_settings(dataclasses.replace(cache, kind="offload"), lm.selector)
     blocks = shapes.capacity // lm.sparse.block_size
     cache.slots(blocks, lm.selector.list_width(blocks, lm.sparse))
@@ -229,8 +231,10 @@ def _decide_kind(
     cache = lm.cache
     if cache.kind != "auto":
         return cache, None
-    slots = "auto" if cache.device_blocks is None else cache.device_blocks
-    offload = dataclasses.replace(cache, kind="offload", device_blocks=slots)
+    if lm.selector.attends_tokens:
+        decided = dataclasses.replace(cache, kind="resident")
+        return decided, f"resident: {lm.selector.name} attends to single tokens"
+    offload = dataclasses.replace(cache, kind="offload")
     if state is not None:
         if isinstance(state.cache, OffloadCache):
             return offload, "offload: as the conversation began"
@@ -301,8 +305,7 @@ def refuse_on_mesh(
 
 def _without_effect(lm: LanguageModel, cache: CacheConfig) -> list[str]:
     """What of the cache's configuration has no effect, in words."""
-    # The command line asks for `auto` slots whatever the kind.
-    usual = CacheConfig(device_blocks="auto" if cache.device_blocks == "auto" else None)
+    usual = CacheConfig()
     given = [
         f"{name}={getattr(cache, name)!r}"
         for name in _OFFLOAD_ONLY

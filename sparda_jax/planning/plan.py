@@ -151,7 +151,7 @@ class Plan:
                 )
             return text
         text = f"do not offload: {ratio:.2f}x the tokens/s ({many}; {beside})"
-        if resident.batch < self.batch <= offload.batch:
+        if self.batch > resident.batch and self.offload.fits:
             text += f". Only if {self.batch} sequences must run at a time: they fit"
         return text
 

@@ -34,7 +34,7 @@ _OTHERS = {
         lm, sparse=dataclasses.replace(lm.sparse, block_budget=7)
     ),
     "kind='resident'.*'offload'": lambda lm: _replaced(
-        lm, cache=CacheConfig(kind="offload")
+        lm, cache=CacheConfig(kind="offload", device_blocks=None)
     ),
     "exactness='forecast'": lambda lm: _replaced(
         lm, cache=CacheConfig(exactness="verify")

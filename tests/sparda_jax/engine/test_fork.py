@@ -12,7 +12,7 @@ from sparda_jax.checks import ConfigError
 
 HOW = {"max_new_tokens": 6, "ignore_eos": True}
 QUESTIONS = [[5, 6, 7], [9] * 20, [100]]
-OFFLOAD = sj.CacheConfig(kind="offload", prefetch="lookahead")
+OFFLOAD = sj.CacheConfig(kind="offload", device_blocks=None, prefetch="lookahead")
 IN_BOTH_CACHES = pytest.mark.parametrize(
     "cache",
     [sj.CacheConfig(), pytest.param(OFFLOAD, marks=pytest.mark.slow)],

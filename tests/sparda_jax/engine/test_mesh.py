@@ -39,7 +39,8 @@ DEVICES = """
     asked = dict(max_new_tokens=70, ignore_eos=True, temperature=1.5)
     sparse = sj.SparseConfig(local_blocks=2, block_budget=6)
     how = dict(attention="sparda", forecast="from_query", storage="stacked")
-    here, there = CacheConfig(), CacheConfig(kind="offload", route="dynamic_slice")
+    there = CacheConfig(kind="offload", device_blocks=None, route="dynamic_slice")
+    here = CacheConfig()
     found = {}
 
     def load(model, mesh, cache=here):
@@ -173,7 +174,7 @@ def test_no_kv_is_exchanged(found):
 @pytest.mark.slow
 def test_a_mesh_of_one_device_changes_nothing(token_ids):
     """The same programs under `shard_map`: resident, then offloaded."""
-    cache = sj.CacheConfig(kind="offload", route="dynamic_slice")
+    cache = sj.CacheConfig(kind="offload", device_blocks=None, route="dynamic_slice")
     outcomes = []
     for mesh in (None, MeshConfig()):
         lm = sj.load(

@@ -129,7 +129,9 @@ def test_a_further_turn_follows_the_stop_string(text_lm, whole):
     "route", ["dynamic_slice", pytest.param("host_loop", marks=pytest.mark.slow)]
 )
 def test_stop_strings_of_an_offloaded_cache(text_lm, whole, route):
-    cache = sj.CacheConfig(kind="offload", route=route, prefetch="none")
+    cache = sj.CacheConfig(
+        kind="offload", device_blocks=None, route=route, prefetch="none"
+    )
     lm = dataclasses.replace(text_lm, cache=cache)
     stops = _stops(whole)
     out = sj.generate(lm, PROMPTS, seed=7, stop=stops, **HOW)

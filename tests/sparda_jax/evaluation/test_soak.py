@@ -19,7 +19,9 @@ from sparda_jax.evaluation.soak import draw, sizes_of, soak
 def lms():
     """The tiny model, offloaded and resident."""
     lm = sj.load("tiny", attention="infllm_v2", storage="stacked")
-    return dataclasses.replace(lm, cache=sj.CacheConfig(kind="offload")), lm
+    return dataclasses.replace(
+        lm, cache=sj.CacheConfig(kind="offload", device_blocks=None)
+    ), lm
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ def test_sampling_every_token_is_dense_and_few_of_them_is_not(runner):
 
 
 def test_the_form_for_evaluation_refuses_what_it_cannot_do():
-    cache = sj.CacheConfig(kind="offload")
+    cache = sj.CacheConfig(kind="offload", device_blocks=None)
     lm = sj.load("tiny", attention="magicpig_tokens", cache=cache)
     with pytest.raises(
         sj.ConfigError, match=r"kind='offload'.*magicpig_tokens.*single"

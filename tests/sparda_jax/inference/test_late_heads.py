@@ -69,7 +69,11 @@ def test_the_first_lists_of_two_layers_ahead_are_made_of_what_heads_read(lm, rea
     """No layer makes layer 1's: it is of layer 0's input, in the norm of its head."""
     model = lm.model.with_forecast(from_query_heads(lm.model), reads)
     cache = CacheConfig(
-        kind="offload", layers_ahead=2, prefetch="none", route="dynamic_slice"
+        kind="offload",
+        device_blocks=None,
+        layers_ahead=2,
+        prefetch="none",
+        route="dynamic_slice",
     )
     settings = dataclasses.replace(
         lm.settings, config=model.config, offload=offload_settings(cache, lm.selector)
@@ -166,7 +170,9 @@ def test_offloaded_equals_resident(token_ids, storage):
     assert np.any(sj.forward(lm, prompts[0]) != sj.forward(plain, prompts[0]))
     routes = ["dynamic_slice", "host_loop"] if storage == "stacked" else ["host_loop"]
     for route in routes:
-        cache = CacheConfig(kind="offload", route=route, prefetch="lookahead")
+        cache = CacheConfig(
+            kind="offload", device_blocks=None, route=route, prefetch="lookahead"
+        )
         out = sj.generate(sj.with_attention(lm, "sparda", cache=cache), prompts, **hot)
         assert out.tokens == expected.tokens, route
         assert out.stats.offload.fetched_bytes > 0

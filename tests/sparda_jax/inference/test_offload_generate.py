@@ -25,10 +25,14 @@ def expected(lm, prompts):
 @pytest.mark.parametrize(
     "cache",
     [
-        CacheConfig(kind="offload", route="dynamic_slice"),
-        CacheConfig(kind="offload", route="host_loop"),
+        CacheConfig(kind="offload", device_blocks=None, route="dynamic_slice"),
+        CacheConfig(kind="offload", device_blocks=None, route="host_loop"),
         CacheConfig(
-            kind="offload", route="host_loop", prefetch="none", layer0="offload"
+            kind="offload",
+            device_blocks=None,
+            route="host_loop",
+            prefetch="none",
+            layer0="offload",
         ),
     ],
     ids=["dynamic_slice", "host_loop", "host_loop, none, layer 0 offloaded"],
@@ -65,7 +69,7 @@ def test_conversation_grows(lm, prompts, token_ids):
     """A second turn that needs a larger cache, streamed, against a resident one."""
     more = [token_ids(length, seed=9 + length) for length in (400, 900, 2)]
     results = []
-    for cache in (CacheConfig(), CacheConfig(kind="offload")):
+    for cache in (CacheConfig(), CacheConfig(kind="offload", device_blocks=None)):
         chosen = sj.with_attention(lm, "sparda", cache=cache)
         first = sj.generate(chosen, prompts, **HOT)
         stream = sj.stream(
@@ -79,7 +83,9 @@ def test_conversation_grows(lm, prompts, token_ids):
 
 @pytest.mark.slow
 def test_lengths_share_a_program(lm, token_ids):
-    chosen = sj.with_attention(lm, "sparda", cache=CacheConfig(kind="offload"))
+    chosen = sj.with_attention(
+        lm, "sparda", cache=CacheConfig(kind="offload", device_blocks=None)
+    )
     sj.generate(chosen, [token_ids(400)], max_new_tokens=20)
     for length in (390, 420, 450):
         out = sj.generate(chosen, [token_ids(length)], max_new_tokens=25)
@@ -133,7 +139,9 @@ def test_no_host_memory_kind_is_refused(lm, token_ids, monkeypatch):
     from sparda_jax.cache import memory
 
     monkeypatch.setattr(memory, "HOST_KIND", "tape")
-    chosen = sj.with_attention(lm, "sparda", cache=CacheConfig(kind="offload"))
+    chosen = sj.with_attention(
+        lm, "sparda", cache=CacheConfig(kind="offload", device_blocks=None)
+    )
     with pytest.raises(ConfigError, match="needs the memory kind 'tape'"):
         sj.generate(chosen, [token_ids(700)], max_new_tokens=4)
 
@@ -143,7 +151,7 @@ def test_no_host_memory_kind_is_refused(lm, token_ids, monkeypatch):
 )
 def test_old_names_of_routes_warn(old, new, without_type_checks):
     with pytest.warns(FutureWarning, match=f"route='{old}' is called '{new}' now"):
-        cache = CacheConfig(kind="offload", route=old)
+        cache = CacheConfig(kind="offload", device_blocks=None, route=old)
     assert cache.route == new
 
 
@@ -153,7 +161,7 @@ def test_experts_change_nothing(prompts):
     lm = sj.load(
         "tiny-moe", attention="sparda", forecast="from_query", storage="stacked"
     )
-    cache = CacheConfig(kind="offload", route="dynamic_slice")
+    cache = CacheConfig(kind="offload", device_blocks=None, route="dynamic_slice")
     settings = {"max_new_tokens": 40, "ignore_eos": True}
     tokens = [
         sj.generate(model, prompts[:1], **settings).tokens

@@ -28,7 +28,7 @@ from sparda_jax.sparse.selectors import get_selector
 
 SHORT, LONG = 32_768, 131_072
 PRESET = get_preset("minicpm4.1-8b")
-CACHE = CacheConfig(kind="offload", layer0="offload")
+CACHE = CacheConfig(kind="offload", device_blocks=None, layer0="offload")
 
 
 def _compiled(call, context, **static):

@@ -36,7 +36,9 @@ def test_what_is_not_worth_it_stays_on_demand(change):
 
 
 def test_who_looks_several_layers_ahead():
-    cache = CacheConfig(kind="offload", layers_ahead=2, route="dynamic_slice")
+    cache = CacheConfig(
+        kind="offload", device_blocks=None, layers_ahead=2, route="dynamic_slice"
+    )
     found = offload_settings(cache, get_selector("sparda"))
     assert found is not None and found.layers_ahead == 2
     with pytest.raises(ConfigError, match="layers_ahead=2 is not allowed with atten"):
@@ -55,7 +57,9 @@ def test_measured_prefetch_gives_the_same_tokens(lm, token_ids):
     settings = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 1.5}
     prompt = [token_ids(700)]
     expected = sj.generate(lm, prompt, **settings)
-    cache = CacheConfig(kind="offload", prefetch="auto", route="dynamic_slice")
+    cache = CacheConfig(
+        kind="offload", device_blocks=None, prefetch="auto", route="dynamic_slice"
+    )
     chosen = sj.with_attention(lm, "sparda", cache=cache)
     first = sj.generate(chosen, prompt, **settings)
     assert first.tokens == expected.tokens
@@ -74,7 +78,9 @@ def test_a_stream_of_small_calls_decides_as_well(lm, token_ids):
     settings = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 1.5}
     prompts = [token_ids(700), token_ids(650)]
     expected = sj.generate(lm, prompts, **settings)
-    cache = CacheConfig(kind="offload", prefetch="auto", route="dynamic_slice")
+    cache = CacheConfig(
+        kind="offload", device_blocks=None, prefetch="auto", route="dynamic_slice"
+    )
     chosen = sj.with_attention(lm, "sparda", cache=cache)
     stream = sj.stream(chosen, prompts, tokens_per_call=4, **settings)
     assert len(list(stream)) == 80
@@ -132,14 +138,16 @@ def _limit_between(lm, prompt) -> int:
 
 @pytest.mark.slow
 def test_auto_without_a_forecast(lm, token_ids):
-    cache = CacheConfig(kind="offload", prefetch="auto")
+    cache = CacheConfig(kind="offload", device_blocks=None, prefetch="auto")
     chosen = sj.with_attention(lm, "infllm_v2", cache=cache)
     out = sj.generate(chosen, [token_ids(700)], max_new_tokens=4)
     assert "makes no forecast" in out.stats.policy
 
 
 def test_one_dispatch_cannot_measure(lm, token_ids):
-    cache = CacheConfig(kind="offload", prefetch="auto", route="dynamic_slice")
+    cache = CacheConfig(
+        kind="offload", device_blocks=None, prefetch="auto", route="dynamic_slice"
+    )
     chosen = sj.with_attention(lm, "sparda", cache=cache)
     with pytest.raises(sj.ConfigError, match="prefetch='auto'"):
         sj.generate(chosen, [token_ids(900)], max_new_tokens=4, single_call=True)

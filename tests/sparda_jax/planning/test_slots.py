@@ -1,5 +1,6 @@
 """`device_blocks="auto"`: C fills what is left, and never more."""
 
+import argparse
 import dataclasses
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from planning_cases import Case
 
 import sparda_jax as sj
+from sparda_jax.cli.cache_options import add_cache_options, cache_config
 from sparda_jax.config import ConfigError
 from sparda_jax.machine import Limit
 from sparda_jax.planning.limits import MemoryLimits
@@ -116,3 +118,22 @@ def test_all_blocks_fetch_nothing_and_a_conversation_keeps_its_slots(token_ids):
     assert turns[1][2] == blocks and turns[1][0].stats.offload.misses == 0
     assert 6 <= turns[2][2] < blocks and turns[2][0].stats.offload.misses > 0
     assert np.asarray(turns[1][0].stats.offload.hits) > 0
+
+
+def test_what_is_taken_where_nothing_is_said(capsys):
+    """Slots that fill the device, wherever an offloaded cache is asked for."""
+    assert sj.CacheConfig(kind="offload").device_blocks == "auto"
+    parser = argparse.ArgumentParser()
+    add_cache_options(parser)
+    assert cache_config(parser.parse_args([])) == sj.CacheConfig(kind="auto")
+    offload = parser.parse_args(["--cache", "offload"])
+    assert cache_config(offload) == sj.CacheConfig(kind="offload")
+    # None is the least that there can be.
+    assert sj.CacheConfig(kind="offload", device_blocks=None).slots(100, 8) == 8
+
+
+def test_auto_stays_on_the_device_where_single_tokens_are_attended(token_ids):
+    lm = sj.load("tiny", attention="magicpig_tokens", storage="stacked")
+    lm = dataclasses.replace(lm, cache=sj.CacheConfig(kind="auto"))
+    out = sj.generate(lm, [token_ids(90)], max_new_tokens=2, ignore_eos=True)
+    assert "resident: magicpig_tokens attends" in out.stats.policy

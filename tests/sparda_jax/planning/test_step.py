@@ -25,7 +25,7 @@ def _step(prefetch=None, layer0="resident", rates=RATES, miss=0.5, kind="offload
     settings = LayerSettings(config, sparse, get_selector("sparda"), offload=offload)
     return step_time(
         settings,
-        CacheConfig(kind="offload", layer0=layer0),
+        CacheConfig(kind="offload", device_blocks=None, layer0=layer0),
         rates,
         batch=16,
         capacity=131072,
@@ -92,7 +92,7 @@ def test_what_an_h100_took_is_expected(
     )
     found = step_time(
         settings,
-        CacheConfig(kind="offload"),
+        CacheConfig(kind="offload", device_blocks=None),
         MEASURED,
         batch=batch,
         capacity=context,

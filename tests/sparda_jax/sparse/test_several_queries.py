@@ -181,7 +181,9 @@ def test_offloaded_equals_resident(token_ids):
     hot = {"temperature": 1.5, "ignore_eos": True, "max_new_tokens": 80}
     expected = sj.generate(lm, prompts, **hot)
     assert np.any(sj.forward(lm, prompts[0]) != sj.forward(plain, prompts[0]))
-    cache = CacheConfig(kind="offload", route="dynamic_slice", recall_every=8)
+    cache = CacheConfig(
+        kind="offload", device_blocks=None, route="dynamic_slice", recall_every=8
+    )
     out = sj.generate(sj.with_attention(lm, "sparda", cache=cache), prompts, **hot)
     assert out.tokens == expected.tokens
     # Layer 0's heads are its own query weights, so it finds all of its choice.
