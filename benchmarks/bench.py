@@ -155,7 +155,11 @@ def _several(
             found.append(value)
             continue
         digits = value.isdecimal() and len(value) < 20
-        found.append(check(field, int(value) if digits else value))
+        try:
+            found.append(check(field, int(value) if digits else value))
+        except ConfigError as error:
+            known = "".join(f" or {word!r}" for word in words)
+            raise ConfigError(f"{error}{known}") from None
     return found
 
 

@@ -11,11 +11,14 @@ link), a gather on the host array (which XLA computes on the host), NumPy and
 
 import argparse
 import dataclasses
-import pathlib
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+
+from sparda_jax.checks import file_to_write, integer, number
+from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import HelpFormatter, Parser, add_option
 
 BLOCK_BYTES = 2 * 64 * 2 * 128
 
@@ -112,19 +115,28 @@ def _calls(store, chosen) -> dict[str, Callable]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
+    size = number(above=0, most=2**20)
+    add_option(
+        parser, "--gib", size, metavar="X", default=4, help="size of the host array"
     )
-    parser.add_argument("--gib", type=float, default=4, help="size of the host array")
-    parser.add_argument("--blocks", type=int, default=1536, help="blocks to fetch")
-    parser.add_argument("--repeats", type=int, default=15, help="timed calls")
-    parser.add_argument("--json", type=pathlib.Path, help="also write figures here")
+    for name, default, what in (
+        ("--blocks", 1536, "blocks to fetch"),
+        ("--repeats", 15, "timed calls"),
+    ):
+        add_option(parser, name, integer(1), metavar="N", default=default, help=what)
+    add_option(
+        parser, "--json", file_to_write, metavar="FILE", help="also write figures here"
+    )
     return parser
 
 
-def main() -> None:
-    """Runs the benchmark."""
-    arguments = _parser().parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return run_command(lambda: _run(_parser().parse_args(argv)))
+
+
+def _run(arguments: argparse.Namespace) -> None:
     import jax
 
     from sparda_jax.checkpoint.atomic import write_json
@@ -149,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

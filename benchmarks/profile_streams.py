@@ -9,6 +9,11 @@ import gzip
 import json
 import pathlib
 import re
+from collections.abc import Sequence
+
+from sparda_jax.checks import ConfigError, integer
+from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import HelpFormatter, Parser, add_option
 
 
 def device_events(folder: pathlib.Path):
@@ -69,17 +74,21 @@ def is_fetch(name: str) -> bool:
     return "host_gather" in name
 
 
-def main() -> None:
-    """Prints a table by stream and by kernel, and the overlap of the fetch."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("--most", type=int, default=24, help="kernels to list")
-    arguments = parser.parse_args()
+    add_option(
+        parser, "--most", integer(1), metavar="N", default=24, help="kernels to list"
+    )
+    return run_command(lambda: _show(parser.parse_args(argv)))
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    """Prints a table by stream and by kernel, and the overlap of the fetch."""
     events = list(device_events(arguments.folder))
     if not events:
-        raise SystemExit(f"{arguments.folder} holds no device events")
+        raise ConfigError(f"{arguments.folder} holds no device events")
     streams = collections.defaultdict(list)
     kernels = collections.Counter()
     counts = collections.Counter()
@@ -109,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

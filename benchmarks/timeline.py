@@ -21,8 +21,9 @@ from benchmarks.profile_streams import (
     shared_time,
 )
 from sparda_jax.checkpoint.atomic import new_file
-from sparda_jax.checks import ConfigError, number
+from sparda_jax.checks import ConfigError, file_to_write, number
 from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import HelpFormatter, Parser, add_option
 from sparda_jax.evaluation import plots
 
 if TYPE_CHECKING:
@@ -127,24 +128,38 @@ def draw(figure: "Figure", spans: Sequence[Span], *, title: str = "") -> None:
     axes.legend(ncols=2, loc="upper right", bbox_to_anchor=(1, -0.15))
 
 
-def main() -> None:
-    """Draws a profile."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="a .png")
-    parser.add_argument("--length", type=float, default=2000, help="microseconds shown")
-    arguments = parser.parse_args()
-    number(above=0.0)("--length", arguments.length)
+    add_option(
+        parser,
+        "--out",
+        file_to_write,
+        metavar="FILE",
+        required=True,
+        help="a .png",
+    )
+    add_option(
+        parser,
+        "--length",
+        number(above=0.0),
+        metavar="X",
+        default=2000,
+        help="microseconds shown",
+    )
+    return run_command(lambda: _draw_profile(parser.parse_args(argv)))
+
+
+def _draw_profile(arguments: argparse.Namespace) -> None:
     spans = read_spans(arguments.folder)
     took, hidden = overlap(spans)
     print(f"fetches or copies {took:.0f} us, {hidden:.0f} us beside other operations")
     shown = middle_part(spans, arguments.length)
     picture = plots.png(lambda figure: draw(figure, shown), size=(10, 3))
-    with new_file(arguments.out) as temporary:
+    with new_file(pathlib.Path(arguments.out)) as temporary:
         pathlib.Path(temporary).write_bytes(picture)
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main))
+    raise SystemExit(main())

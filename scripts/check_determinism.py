@@ -3,13 +3,14 @@
 python scripts/check_determinism.py [--model tiny] [--tokens 24]
 """
 
-import argparse
 import dataclasses
 
 import numpy as np
 
 import sparda_jax as sj
+from sparda_jax.checks import integer
 from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import HelpFormatter, Parser, add_option
 
 
 def results(lm: sj.LanguageModel, tokens: int) -> dict[str, bool]:
@@ -41,10 +42,12 @@ def results(lm: sj.LanguageModel, tokens: int) -> dict[str, bool]:
 
 def main() -> None:
     """Runs the checks and prints them."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--attention", default="infllm_v2")
-    parser.add_argument("--tokens", type=int, default=24)
+    add_option(
+        parser, "--tokens", integer(1), metavar="N", default=24, help="output tokens"
+    )
     arguments = parser.parse_args()
     lm = sj.load(arguments.model, attention=arguments.attention, storage="stacked")
     found = results(lm, arguments.tokens)

@@ -8,14 +8,15 @@ figures are SVG with their own background, follow the reader's light or dark sch
 say everything by shape or number as well as by colour.
 """
 
-import argparse
 import pathlib
 from xml.sax.saxutils import escape
 
 import numpy as np
 
 from sparda_jax.checkpoint.atomic import new_file
+from sparda_jax.checks import integer
 from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import HelpFormatter, Parser, add_option
 from sparda_jax.planning.traces import BlockTrace, read_trace
 
 _STYLE = """
@@ -191,11 +192,15 @@ def draw_misses(own: BlockTrace, forecast: BlockTrace, path: pathlib.Path) -> No
 
 def main() -> None:
     """Draws them all."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--traces", type=pathlib.Path, default="benchmarks/traces")
     parser.add_argument("--out", type=pathlib.Path, default="docs/figures")
-    parser.add_argument("--layer", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=40)
+    add_option(
+        parser, "--layer", integer(0), metavar="N", default=10, help="whose lists"
+    )
+    add_option(
+        parser, "--steps", integer(1), metavar="N", default=40, help="tokens shown"
+    )
     arguments = parser.parse_args()
     own, forecast = (
         read_trace(arguments.traces / f"smollm2-135m_4k_prose_{name}.npz")

@@ -23,6 +23,7 @@ from sparda_jax.checkpoint.atomic import write_text
 from sparda_jax.checkpoint.files import read_json
 from sparda_jax.checks import ConfigError
 from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import HelpFormatter, Parser
 from sparda_jax.evaluation import plots
 from sparda_jax.evaluation.answers import DENSE, Record
 from sparda_jax.evaluation.report import Report, read_report, tables_of
@@ -253,13 +254,10 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("what", choices=("take", "write", "check"))
     parser.add_argument("files", nargs="*", help="of take: the file, then directories")
-    arguments = parser.parse_args(words)
-    return run_command(lambda: _run(arguments))
+    return run_command(lambda: _run(parser.parse_args(words)))
 
 
 if __name__ == "__main__":

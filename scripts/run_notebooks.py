@@ -18,28 +18,32 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
+from sparda_jax.checks import ConfigError, integer
+from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import HelpFormatter, Parser, add_option
+
 
 def execute(
+    book: nbformat.NotebookNode,
     source: pathlib.Path,
-    target: pathlib.Path,
     seconds: int,
     on_cell: Callable[[nbformat.NotebookNode], None] | None = None,
-) -> nbformat.NotebookNode:
-    """Runs a notebook from the folder that this process runs in; returns it too.
+) -> None:
+    """Runs a notebook from the folder that this process runs in.
 
     Args:
-      source, target: The notebook, and where it is written with its outputs.
+      book: It gets its outputs.
+      source: Its file, for what is printed.
       seconds: Limit of a cell.
       on_cell: Is called with the notebook after each cell.
     """
-    book = nbformat.read(source, as_version=4)
     begun = time.monotonic()
 
     def executed(cell: nbformat.NotebookNode, cell_index: int, **_: object) -> None:
@@ -58,8 +62,6 @@ def execute(
         on_cell_executed=executed,
     )
     client.execute()
-    nbformat.write(book, target)
-    return book
 
 
 def keep(book: nbformat.NotebookNode, target: pathlib.Path, commit: str) -> None:
@@ -98,25 +100,35 @@ def smaller(picture: str) -> str:
     return base64.b64encode(held.getvalue()).decode()
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs them all; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("notebooks", nargs="+", type=pathlib.Path)
     parser.add_argument("--out", type=pathlib.Path, default="build/notebooks")
-    parser.add_argument("--seconds", type=int, default=900, help="limit of a cell")
+    add_option(
+        parser, "--seconds", integer(1), metavar="N", default=900, help="of a cell"
+    )
     parser.add_argument("--keep", type=pathlib.Path, help="folder for outputs alone")
     parser.add_argument("--commit", default="", help="what to say was run, with --keep")
-    arguments = parser.parse_args()
-    for source in arguments.notebooks:
-        if not source.is_file():
-            print(f"{source}: no such file", file=sys.stderr)
-            return 2
+    failed: list[pathlib.Path] = []
+    status = run_command(lambda: _run(parser.parse_args(argv), failed))
+    return status or int(bool(failed))
+
+
+def _read(source: pathlib.Path) -> nbformat.NotebookNode:
+    try:
+        return nbformat.read(source, as_version=4)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{source}: no such file") from error
+    except (nbformat.ValidationError, nbformat.reader.NotJSONError) as error:
+        raise ConfigError(f"{source} is no notebook: {error}") from error
+
+
+def _run(arguments: argparse.Namespace, failed: list[pathlib.Path]) -> None:
+    books = [(source, _read(source)) for source in arguments.notebooks]
     for folder in filter(None, (arguments.out, arguments.keep)):
         folder.mkdir(parents=True, exist_ok=True)
-    failed = False
-    for source in arguments.notebooks:
+    for source, book in books:
         begun = time.monotonic()
         kept, on_cell = None, None
         if arguments.keep is not None:
@@ -124,17 +136,16 @@ def main() -> int:
             part = kept.with_suffix(".json.part")
             on_cell = functools.partial(keep, target=part, commit=arguments.commit)
         try:
-            target = arguments.out / source.name
-            book = execute(source, target, arguments.seconds, on_cell)
+            execute(book, source, arguments.seconds, on_cell)
         except CellExecutionError as error:
             print(f"{source}: {error}", file=sys.stderr, flush=True)
-            failed = True
+            failed.append(source)
             continue
+        nbformat.write(book, arguments.out / source.name)
         if kept is not None:
             keep(book, kept, arguments.commit)
             part.unlink(missing_ok=True)
         print(f"{source}: {time.monotonic() - begun:.0f} s", flush=True)
-    return int(failed)
 
 
 if __name__ == "__main__":

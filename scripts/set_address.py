@@ -7,7 +7,6 @@ every notebook gets a badge under its title that opens it in Colab, and SOURCE i
 first cell, which is what is installed there. Another address replaces the first.
 """
 
-import argparse
 import json
 import pathlib
 import re
@@ -18,6 +17,7 @@ from docs_hooks import ROOT, colab_badge, is_badge
 from sparda_jax.checkpoint.atomic import write_text
 from sparda_jax.checks import ConfigError
 from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import HelpFormatter, Parser
 
 # With its comment behind it, in brackets; or with the comment above it, which a
 # formatter leaves as it is, whatever the length of the address.
@@ -88,9 +88,7 @@ def _write_json(place: pathlib.Path, value: Any) -> None:
 
 def main() -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("address", help="such as https://github.com/OWNER/NAME")
     set_address(ROOT, parser.parse_args().address)
 

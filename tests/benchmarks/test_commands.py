@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import all as every
-from benchmarks import best, offload, trace
+from benchmarks import best, host_routes, offload, profile_streams, timeline, trace
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,9 @@ from benchmarks import best, offload, trace
         (offload.main, ["--steps", "4"], "--steps=4 is not allowed: it must be"),
         (best.main, ["--steps", "4"], "--steps=4 is not allowed: it must be"),
         (best.main, ["--most", "few"], "--most: invalid int value: 'few'"),
+        (host_routes.main, ["--blocks", "0"], "--blocks=0 is not allowed: it must be"),
+        (profile_streams.main, ["none"], "none holds no device events"),
+        (timeline.main, ["none"], "required: --out"),
         (every.main, [], "--card, --tables or both"),
         (every.main, ["--minutes", "few"], "--minutes: invalid float value: 'few'"),
     ],
