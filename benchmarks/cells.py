@@ -2,6 +2,7 @@
 
 import dataclasses
 import statistics
+from typing import Literal
 
 import jax
 import numpy as np
@@ -22,11 +23,14 @@ class Way:
       attention: A selector's name.
       cache: "resident" or "offload".
       prefetch: "lookahead", "none", or "" for a resident cache.
+      slots: Of an offloaded cache, as `CacheConfig.device_blocks`; None, as many as a
+        list has blocks, keeps within a limit below the device's memory.
     """
 
     attention: str
     cache: str
     prefetch: str = ""
+    slots: int | Literal["auto"] | None = None
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.attention, self.cache, self.prefetch)))
@@ -37,7 +41,7 @@ class Way:
         if self.cache == "resident":
             return sj.CacheConfig()
         ahead = "lookahead" if self.prefetch == "lookahead" else "none"
-        return sj.CacheConfig(kind="offload", prefetch=ahead)
+        return sj.CacheConfig(kind="offload", prefetch=ahead, device_blocks=self.slots)
 
 
 @dataclasses.dataclass(frozen=True)
