@@ -2,7 +2,7 @@
 
 import dataclasses
 import statistics
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import numpy as np
@@ -13,6 +13,8 @@ from sparda_jax.checks import ConfigError
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.planning.plan import Option, Plan
 from sparda_jax.sparse.selectors import get_selector
+
+_Times = list[tuple[float, float, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,17 +207,32 @@ def share_of_limit(limit: float, seconds: float) -> float | None:
     return limit / seconds if limit <= seconds else None
 
 
+def _hidden_share(ahead: Cell, waits: Cell, none: Cell) -> float | None:
+    """How much of the waiting look-ahead saves; None where nothing waits.
+
+    Something waits if every step on demand was longer than every resident one.
+    """
+    times = [
+        (cell.token_ms, cell.token_ms_least, cell.token_ms_most)
+        for cell in (ahead, waits, none)
+    ]
+    if any(value is None for cell in times for value in cell):
+        return None
+    (step, _, _), (longest, least, _), (shortest, _, most) = cast(_Times, times)
+    return (longest - step) / (longest - shortest) if least > most else None
+
+
 def with_hidden_shares(cells: list[Cell]) -> list[Cell]:
     """Fills in how much of the waiting look-ahead hides, where all three cells ran."""
-    times = {cell.key: cell.token_ms for cell in cells}
+    by_key = {cell.key: cell for cell in cells}
     found = []
     for cell in cells:
-        if cell.prefetch == "lookahead" and cell.token_ms is not None:
+        if cell.prefetch == "lookahead":
             beside = (cell.context, cell.batch)
-            waits = times.get((f"{cell.attention} offload none", *beside))
-            none = times.get((f"{cell.attention} resident", *beside))
-            if waits is not None and none is not None and waits > none:
-                share = (waits - cell.token_ms) / (waits - none)
+            waits = by_key.get((f"{cell.attention} offload none", *beside))
+            none = by_key.get((f"{cell.attention} resident", *beside))
+            if waits is not None and none is not None:
+                share = _hidden_share(cell, waits, none)
                 cell = dataclasses.replace(cell, hidden_share=share)
         found.append(cell)
     return found

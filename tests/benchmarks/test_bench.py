@@ -79,6 +79,9 @@ def test_the_table_says_best_against_best_and_what_does_not_fit():
 def test_hidden_is_the_share_of_waiting_that_look_ahead_saves():
     shares = [cell.hidden_share for cell in with_hidden_shares(list(CELLS))]
     assert shares == [None, pytest.approx(0.8), None, None, None]
+    # Steps that scatter by more than they differ say nothing.
+    cells = [dataclasses.replace(CELLS[0], token_ms_most=21.0), *CELLS[1:]]
+    assert with_hidden_shares(cells)[1].hidden_share is None
 
 
 def test_a_limit_that_was_passed_is_none():
