@@ -2,8 +2,9 @@
 
 Closed loop: `--concurrency` users, each asks again when it is answered. Open loop:
 requests come by `--rate` a second at random times (a Poisson process), whether the
-server keeps up or not. Requests that fail are counted, and stand in every percentile as
-answers that never came; the first `--warm-up` requests are in no figure.
+server keeps up or not; with `--sweep` at several rates, one after another. Requests
+that fail are counted, and stand in every percentile as answers that never came; the
+first `--warm-up` requests are in no figure.
 
 With `--url` the server is another process, of ours or of anybody's with the same API.
 Without, a model is served by this process to users in another one, and measured first:
@@ -116,6 +117,14 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     for name, (check, default, metavar, help) in LOAD_OPTIONS.items():
         option = "--" + name.replace("_", "-")
         add_option(load, option, check, metavar=metavar, default=default, help=help)
+    add_option(
+        load,
+        "--sweep",
+        number(least=1e-4, most=1e6),
+        metavar="R",
+        repeated=True,
+        help="then an open loop at this rate; may be given several times",
+    )
     written = file_to_write
     add_option(parser, "--json", written, metavar="F", help="write the figures there")
 
@@ -377,6 +386,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def sweep_name(rate: float) -> str:
+    """Of an open loop's figures among those of a sweep."""
+    return f"load_at_{rate:g}_a_second"
+
+
+def _of_url(arguments: argparse.Namespace) -> dict[str, Any]:
+    requests = bodies(arguments, arguments.vocab, arguments.model)
+    load = run_load(arguments, arguments.url, requests, arguments.api_key)
+    results, seconds = asyncio.run(load)
+    return figures(results, seconds, arguments.max_batch)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `sparda bench serve`; status 1 if no request was completed."""
     arguments = build_parser().parse_args(argv)
@@ -392,10 +413,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"together may have {_MOST_TOKENS} prompt tokens, and these have {tokens}"
         )
     if arguments.url is not None:
-        requests = bodies(arguments, arguments.vocab, arguments.model)
-        load = run_load(arguments, arguments.url, requests, arguments.api_key)
-        results, seconds = asyncio.run(load)
-        found = {"load": figures(results, seconds, arguments.max_batch)}
+        found = {"load": _of_url(arguments)}
+        for place, rate in enumerate(arguments.sweep, start=1):
+            other = {"rate": rate, "seed": arguments.seed + place}
+            again = argparse.Namespace(**{**vars(arguments), **other})
+            found[sweep_name(rate)] = _of_url(again)
     else:
         from benchmarks.load_here import measure_here
 
@@ -407,7 +429,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.json is not None:
         write_json(arguments.json, found)
     for name, one in found.items():
-        if name in ("load", "one_user"):
+        if "between_tokens_seconds" in one:
             print(f"{name.replace('_', ' ')}\n{table(one)}")
         elif name in ("generate", "engine", "served"):
             print(f"{name:<11}" + json.dumps(one))

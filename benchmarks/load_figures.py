@@ -1,6 +1,7 @@
 """What requests against a server got: `sparda bench serve`'s figures."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -124,6 +125,12 @@ def figures(results: Sequence[Result], seconds: float, rows: int) -> dict[str, A
         if len(result.times) > 1
     ]
     gaps += [math.inf] * (len(stayed) - len(good))
+    pauses = [
+        max(b - a for a, b in itertools.pairwise(result.times))
+        for result in good
+        if len(result.times) > 1
+    ]
+    pauses += [math.inf] * (len(stayed) - len(good))
     wholes = [
         result.ended - result.begun if result.failure is None else math.inf
         for result in stayed
@@ -142,6 +149,7 @@ def figures(results: Sequence[Result], seconds: float, rows: int) -> dict[str, A
         "cached_tokens": sum(result.cached for result in results),
         "first_token_seconds": percentiles(firsts),
         "between_tokens_seconds": percentiles(gaps),
+        "longest_pause_seconds": percentiles(pauses),
         "whole_seconds": percentiles(wholes),
         "same_question": steadiness(results),
         "failures": sorted({str(r.failure)[:200] for r in stayed if r.failure})[:5],
@@ -161,6 +169,7 @@ def table(found: dict[str, Any]) -> str:
     for name, label in (
         ("first_token_seconds", "first token"),
         ("between_tokens_seconds", "between tokens"),
+        ("longest_pause_seconds", "longest pause"),
         ("whole_seconds", "whole answer"),
     ):
         values = (found[name][f"p{p}"] for p in _MOST_SHOWN)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 
 from benchmarks.bench import language_model
-from benchmarks.load import LOAD_OPTIONS
+from benchmarks.load import LOAD_OPTIONS, sweep_name
 from sparda_jax.checkpoint.files import read_json
 from sparda_jax.checks import ConfigError
 from sparda_jax.cli.console import note
@@ -186,6 +187,13 @@ def measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
         alone |= dict.fromkeys(("rate", "cancel", "same_every"))
         one_user = _users(arguments, url, vocab, alone)
         load = _users(arguments, url, vocab, {})
+        note(f"load {load['between_tokens_seconds']}")
+        swept = {}
+        for place, rate in enumerate(arguments.sweep, start=2):
+            other = {"rate": rate, "seed": arguments.seed + place}
+            found = _users(arguments, url, vocab, other)
+            swept[sweep_name(rate)] = found
+            note(f"at {rate:g} a second {json.dumps(found)}")
     finally:
         server.should_exit = True
         thread.join()
@@ -199,5 +207,6 @@ def measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
         "engine": engine,
         "one_user": one_user,
         "load": load,
+        **swept,
         "served": _shares(alone_rates, engine, one_user, load, arguments.max_batch),
     }

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from sparda_jax.engine.placement import Placement
 from sparda_jax.engine.results import StreamEvent
 from sparda_jax.engine.row_outputs import RowOutputs, row_tokens
 from sparda_jax.engine.row_request import RowOutput, RowRequest, joined_request
+from sparda_jax.inference.ahead import Seen, decode_one_and_show
 from sparda_jax.inference.generate import (
     GenerateState,
     Request,
@@ -29,6 +31,26 @@ from sparda_jax.models.rope import Rope
 from sparda_jax.planning.auto import on_demand
 
 _PREFILLS = (prefill_and_sample, prefill_row_and_sample, prefill_row_and_score)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfWeights:
+    """A function of (model, ...) that takes the model's arrays as a plain list.
+
+    A module of many layers takes a millisecond to flatten, each time that a program is
+    called with it.
+    """
+
+    function: Callable
+    tree: jax.tree_util.PyTreeDef
+
+    @property
+    def __name__(self) -> str:
+        return self.function.__name__
+
+    def __call__(self, weights: list[jax.Array], *others: Any, **static: Any) -> Any:
+        model = jax.tree.unflatten(self.tree, weights)
+        return self.function(model, *others, **static)
 
 
 class Batch:
@@ -67,7 +89,11 @@ class Batch:
         self.rows, self.shapes = placement.rows, placement.shapes
         self.cache, self.settings = placement.cache, placement.settings
         self.compile_seconds = 0.0
+        self._weights, self._tree = jax.tree.flatten(lm.model)
         self._state = state
+        # Of the last step but one and the last, where `step_ahead` was called last.
+        self._shown: Seen | None = None
+        self._shown_next: Seen | None = None
         self._layout = state_layout(lm, placement)
         self._programs: dict[tuple[Callable, Hashable], Callable] = {}
         self._given = RowOutputs(lm.tokenizer, self.rows)
@@ -149,15 +175,18 @@ class Batch:
         arguments: tuple,
         *,
         donate: tuple[int, ...],
+        of_weights: bool = False,
         **static: Hashable,
     ) -> Callable:
         """The compiled program of a function for this session."""
         settings = static.setdefault("settings", self.settings)
+        self._shown = self._shown_next = None
         # In one session the types of all arguments are the same in every call.
         program = self._programs.get((function, settings))
         if program is None:
+            own = on_devices(self.lm, function, self._layout)
             program, seconds = PROGRAMS.get(
-                on_devices(self.lm, function, self._layout),
+                _OfWeights(own, self._tree) if of_weights else own,
                 arguments,
                 static,
                 donate=donate,
@@ -192,8 +221,11 @@ class Batch:
                     self.settings, offload=on_demand(offload)
                 )
         donate = (1,) if state else ()
-        given = (self.lm.model, *state, *arguments)
-        return self._program(function, given, donate=donate, **static), given
+        given = (self._weights, *state, *arguments)
+        program = self._program(
+            function, given, donate=donate, of_weights=True, **static
+        )
+        return program, given
 
     def prefill_row(self, row: int, piece: Sequence[int], *, last: bool) -> float:
         """Runs a piece of one row's prompt in its place; returns the seconds."""
@@ -232,12 +264,46 @@ class Batch:
           Seconds without compilation.
         """
         seconds = 0.0
+        self._shown = self._shown_next = None
         while steps > 0 and not self.finished:
             before = np.asarray(self.state.generated)
             seconds += self._advance(steps)
             steps -= int(np.max(np.asarray(self.state.generated) - before))
             self.end_matched_rows()
         return seconds
+
+    @property
+    def can_step_ahead(self) -> bool:
+        """Whether nothing that rows ask for is looked at between two steps."""
+        offload = self.settings.offload
+        in_program = offload is None or offload.route.in_program
+        logged = any(asked.logprobs for asked in self._given.asked)
+        looked_at = self.has_stop_strings or logged
+        return in_program and self.lm.mesh is None and not looked_at
+
+    def step_ahead(self) -> None:
+        """Waits for the step that has begun, and has the next one begun meanwhile.
+
+        The device computes while the caller looks: `take_events` and `running` then
+        tell of the step before the one that runs, until anything else is called.
+        Allowed where `can_step_ahead`.
+        """
+        before = self._shown_next or self._begin_step()
+        self._begin_step()
+        self._shown = jax.block_until_ready(before)
+
+    def _begin_step(self) -> Seen:
+        program, given = self._part(decode_one_and_show, (self.request(1),), {})
+        self._state, shown = program(*given)
+        for array in shown:
+            array.copy_to_host_async()
+        self._shown_next = shown
+        return shown
+
+    @property
+    def shown(self) -> GenerateState | Seen:
+        """What `step_ahead` has waited for, else where generation stands."""
+        return self._shown or self.state
 
     def _advance(self, steps: int) -> float:
         request, offload = self.request(steps), self.settings.offload
@@ -271,7 +337,7 @@ class Batch:
 
     def _read(self) -> None:
         """Takes in the new tokens, and ends the rows whose stop string is complete."""
-        done = self._given.read(self.state)
+        done = self._given.read(self.shown)
         if done is not None:
             self._state = self.state._replace(done=jax.device_put(done))
 

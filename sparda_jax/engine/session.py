@@ -167,7 +167,7 @@ class Session(Batch):
     @property
     def running(self) -> list[int]:
         """Rows that the next decode step gives a token."""
-        return np.flatnonzero(~np.asarray(self.state.done)).tolist()
+        return np.flatnonzero(~np.asarray(self.shown.done)).tolist()
 
     @property
     def max_context(self) -> int:
@@ -378,8 +378,11 @@ class Session(Batch):
             kept.pop(row, None)
         return output
 
-    def warm_up(self) -> int:
+    def warm_up(self, *, ahead: bool = False) -> int:
         """Compiles all that requests need; returns how many programs that were.
+
+        Args:
+          ahead: `step_ahead` will be called.
 
         Raises:
           ConfigError: If requests have joined already.
@@ -397,6 +400,8 @@ class Session(Batch):
             self.prefill(row)
             self.decode(1)
             self.leave(row)
+        if ahead and self.can_step_ahead:
+            self.step_ahead()
         if self._store is not None:
             self._warm_up_store(self._store)
         return PROGRAMS.compiled - before

@@ -280,6 +280,30 @@ def must_pause(state: GenerateState, request: Request) -> Bool[Array, ""]:
     return jnp.any(request.pause[state.pending] & ~state.done)
 
 
+def decode_one(
+    model: Decoder, state: GenerateState, request: Request, settings: LayerSettings
+) -> GenerateState:
+    """The state after one more token of every row that has not ended.
+
+    Args:
+      model: The decoder.
+      state: Where generation stands.
+      request: Sampling and limits; its steps and pauses are not looked at.
+      settings: The model and how to attend.
+    """
+    carry = decode_step(
+        model,
+        state.cache,
+        state.pending,
+        state.lengths,
+        ~state.done,
+        request.rope,
+        settings,
+    )
+    scores = logits(model, carry.hidden[:, 0])
+    return after_step(state, carry, scores, request, settings)
+
+
 def decode_loop(
     model: Decoder, state: GenerateState, request: Request, *, settings: LayerSettings
 ) -> GenerateState:
@@ -293,18 +317,7 @@ def decode_loop(
         loop: tuple[Array, Array, GenerateState],
     ) -> tuple[Array, Array, GenerateState]:
         number, _, state = loop
-        active = ~state.done
-        carry = decode_step(
-            model,
-            state.cache,
-            state.pending,
-            state.lengths,
-            active,
-            request.rope,
-            settings,
-        )
-        scores = logits(model, carry.hidden[:, 0])
-        state = after_step(state, carry, scores, request, settings)
+        state = decode_one(model, state, request, settings)
         return number + 1, must_pause(state, request), state
 
     begun = (jnp.int32(0), jnp.bool_(False), state)

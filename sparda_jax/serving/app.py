@@ -309,15 +309,15 @@ class Server:
         while not answer.complete:
             index, what = await deliveries.get()
             if not isinstance(what, Ended):
-                for chunk in answer.chunks(index, what):
-                    yield _event(chunk)
+                # In one piece: each is a write to the socket.
+                if chunks := [*map(_event, answer.chunks(index, what))]:
+                    yield b"".join(chunks)
                 continue
             error = error_of_end(what)
             if error is not None:
                 yield _event(error.body())
                 break
-            for chunk in answer.last_chunk(index, what):
-                yield _event(chunk)
+            yield b"".join(map(_event, answer.last_chunk(index, what)))
         if answer.complete and asked.usage:
             yield _event(answer.usage_chunk())
         yield b"data: [DONE]\n\n"

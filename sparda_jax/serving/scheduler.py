@@ -8,10 +8,12 @@ The rules, all of them:
   prefill     one piece of one prompt a round, or some from the prefix store; of several
               rows that still read their prompts, each has its turn. Outputs of one
               prompt, and prompts that begin alike, run each whole piece once.
-  decode      the tokens of all other rows that a tenth of a second holds, in one call,
-              at least one and at most `decode_steps`: a call costs something beside its
-              steps, and who comes or goes meanwhile waits for its end. While a prompt
-              is read it is one token a round: each piece of it waits for no more.
+  decode      a token of all other rows. The next step begins before this one's tokens
+              are handed out, so that the device has no pause; who goes meanwhile waits
+              for its end. Where steps are short, what a call costs beside them does not
+              hide so: then it is as many as 40 ms hold, at most `decode_steps`. While a
+              prompt is read, and with `decode_steps` 1, it is one token a round with
+              nothing begun behind it.
   preemption  none: a job that has a row keeps it until it ends.
   the end     when it has its tokens, is cancelled, or its time is up; the row is free
               before the next round.
@@ -34,7 +36,9 @@ from sparda_jax.serving.jobs import Delivery, Ended, Job, Refused
 from sparda_jax.serving.observer import Observer
 
 # Of one call of decode, where more than one step fits.
-_MOST_SECONDS = 0.1
+_MOST_SECONDS = 0.04
+# Of a step behind which the host's work for the one before has room.
+_LONG_STEP = 0.003
 
 
 class Scheduler:
@@ -54,7 +58,10 @@ class Scheduler:
     ):
         self._session, self._observer = session, observer
         self._max_waiting, self._decode_steps = max_waiting, decode_steps
-        self._steps = 1
+        # Seconds of a step with what the call costs beside it; 0: not known yet.
+        self._step = 0.0
+        # When the last round's step was waited for, with the next one begun behind it.
+        self._stepped: float | None = None
         self._waiting: collections.deque[Job] = collections.deque()
         self._running: dict[int, Job] = {}
         # Rows whose prompts have not all run; the first is next.
@@ -179,14 +186,24 @@ class Scheduler:
         self._observer.round(self._session, waiting=waiting, running=taken)
 
     def _decode(self) -> None:
-        """Some steps of all rows; learns how many the next call may have."""
-        if self._filling:
-            self._session.decode(1)
-            return
-        seconds = self._session.decode(self._steps)
-        fit = int(_MOST_SECONDS * self._steps / max(seconds, 1e-6))
-        # Rows that ended early make a call look short: it at most doubles.
-        self._steps = max(1, min(fit, 2 * self._steps, self._decode_steps))
+        """Some steps of all rows; learns how long one is."""
+        session, before = self._session, self._stepped
+        self._stepped = None
+        if self._filling or self._decode_steps == 1:
+            session.decode(1)
+        elif self._step > _LONG_STEP and session.can_step_ahead:
+            session.step_ahead()
+            self._stepped = time.perf_counter()
+            if before is not None:
+                self._learn(self._stepped - before)
+        else:
+            fit = int(_MOST_SECONDS / self._step) if self._step else 1
+            steps = max(1, min(fit, self._decode_steps))
+            self._learn(session.decode(steps) / steps)
+
+    def _learn(self, seconds: float) -> None:
+        """Takes in the time of a step; at most halves it: rows may have ended early."""
+        self._step = max(seconds, self._step / 2, 1e-6)
 
     def _gone(self, job: Job, now: float) -> str | None:
         """Why a job must end now, or None."""

@@ -142,7 +142,7 @@ class Serving:
 
     def warm_up(self) -> list[str]:
         """Compiles all that requests need; returns the programs' names."""
-        self.session.warm_up()
+        self.session.warm_up(ahead=self.settings.decode_steps > 1)
         return self.session.programs
 
     def app(self) -> ASGIApp:
@@ -179,7 +179,7 @@ class Serving:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Takes an address; nobody can connect to it until `uvicorn` runs.
+    """Takes an address, for this process alone; who connects waits for `uvicorn`.
 
     Args:
       host: A name or an address, of version 4 or 6.
@@ -193,6 +193,8 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind((host, port))
+        # Two processes may bind the same address until one of them listens.
+        taken.listen()
     # The last two: names that no machine has, too long or with a null character.
     except (OSError, ValueError, TypeError) as error:
         taken.close()

@@ -32,6 +32,7 @@ def test_what_never_came_stands_in_the_percentiles():
     assert told["output_tokens_per_second"] == 0.5 and told["cached_tokens"] == 4
     assert told["first_token_seconds"] == {"p50": 1.0, "p90": None, "p99": None}
     assert told["between_tokens_seconds"]["p50"] == 0.5
+    assert told["longest_pause_seconds"] == {"p50": 0.5, "p90": None, "p99": None}
     assert told["whole_seconds"] == {"p50": 2.25, "p90": None, "p99": None}
 
 
@@ -129,6 +130,7 @@ def test_answers_that_do_not_end_have_failed():
     [
         (["--requests", "0"], "--requests=0"),
         (["--rate", "0"], "--rate=0"),
+        (["--sweep", "0.5", "--sweep", "-1"], "--sweep=-1"),
         (["--cancel", "2"], "--cancel=2"),
         (["--shared-tokens", "300"], "--shared-tokens=300"),
         (["--rate", "1e-300"], "--rate=1e-300"),
@@ -154,7 +156,8 @@ def test_bad_options_are_one_line(capsys, options, named):
 def test_a_server_that_is_not_there_is_a_failure(capsys, tmp_path):
     where = ["--url", "http://127.0.0.1:9", "--json", str(tmp_path / "a.json")]
     with pytest.raises(SystemExit) as stop:
-        main(["serve", *where, "--requests", "2", "--warm-up", "0"])
+        main(["serve", *where, "--requests", "2", "--warm-up", "0", "--sweep", "1e3"])
     assert stop.value.code == 1
     assert "0 completed, 2 failed" in capsys.readouterr().out
-    assert json.loads((tmp_path / "a.json").read_text())["load"]["failed"] == 2
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert written["load"]["failed"] == written["load_at_1000_a_second"]["failed"] == 2

@@ -101,7 +101,13 @@ class _Timed:
 
     def __init__(self, seconds):
         self.seconds, self.steps, self.free, self.running = seconds, [], [0, 1], []
+        self.can_step_ahead, self.now = True, 0.0
         self._left = {}
+
+    def monotonic(self):
+        return self.now
+
+    perf_counter = monotonic
 
     def join(self, prompt, config, **_):
         row = self.free.pop(0)
@@ -122,13 +128,19 @@ class _Timed:
 
     def decode(self, steps):
         self.steps.append(steps)
+        self.now += self.seconds * steps
         return self.seconds * steps
+
+    def step_ahead(self):
+        self.steps.append("ahead")
+        self.now += self.seconds
 
 
 @pytest.mark.usefixtures("without_type_checks")
-def test_a_call_has_as_many_steps_as_a_tenth_of_a_second_holds():
+def test_long_steps_begin_ahead_and_short_ones_share_a_call(monkeypatch):
     """And one while a prompt is read, which waits for no more between its pieces."""
-    session = _Timed(0.0095)
+    session = _Timed(0.0029)
+    monkeypatch.setattr("sparda_jax.serving.scheduler.time", session)
     scheduler = Scheduler(session, Observer(), max_waiting=4, decode_steps=16)
 
     def rounds(count):
@@ -138,13 +150,73 @@ def test_a_call_has_as_many_steps_as_a_tenth_of_a_second_holds():
         return session.steps
 
     scheduler.submit([_Client([5], _config(100)).job])
-    assert rounds(3 + 5) == [1, 2, 4, 8, 10, 10]
+    assert rounds(3 + 3) == [1, 13, 13, 13]
     scheduler.submit([_Client([5], _config(100)).job])
-    assert rounds(4) == [1, 1, 10, 10]
-    session.seconds = 0.3  # longer contexts: a step is more than a tenth of a second
-    assert rounds(3) == [10, 1, 1]
-    session.seconds = 0.0001
-    assert rounds(6) == [1, 2, 4, 8, 16, 16]
+    assert rounds(4) == [1, 1, 13, 13]
+    session.seconds = 0.0052  # longer contexts
+    assert rounds(4) == [13, "ahead", "ahead", "ahead"]
+    session.can_step_ahead = False  # stop strings
+    assert rounds(3) == [7, 7, 7]
+    session.can_step_ahead, session.seconds = True, 0.0001
+    # One look of a step that had ended long before is not believed at once.
+    assert rounds(5) == ["ahead", "ahead", 15, 16, 16]
+    session.seconds = 0.3
+    assert rounds(3) == [16, "ahead", "ahead"]
+    strict = Scheduler(_Timed(0.3), Observer(), max_waiting=4, decode_steps=1)
+    session = strict._session
+    strict.submit([_Client([5], _config(100)).job])
+    for _ in range(5):
+        strict.round()
+    assert session.steps == [1, 1, 1]
+
+
+def test_what_a_step_ahead_shows_is_the_step_before(server):
+    """Rows that end, leave and come between two steps get what `generate` gives."""
+    server.settle()
+    session, lm = server.serving.session, server.lm
+    prompts = [[5], [6, 7], [8, 9, 10]]
+    alone = [sj.generate(lm, [p], _config(9)).tokens[0] for p in prompts]
+    given: dict[int, list[int]] = {0: [], 1: [], 2: []}
+
+    def take():
+        for event in session.take_events():
+            given[event.index].append(event.token)
+
+    def begin(index, new):
+        row = session.join(prompts[index], _config(new))
+        assert session.prefill(row)
+        return row
+
+    rows = [begin(0, 4), begin(1, 9)]
+    assert rows == [0, 1] and session.can_step_ahead
+    take()
+    session.step_ahead()
+    take()
+    assert [len(given[row]) for row in (0, 1)] == [2, 2]  # and a third has begun
+    session.step_ahead()
+    take()
+    assert [len(given[row]) for row in (0, 1)] == [3, 3]
+    assert session.running == [0, 1]
+    session.step_ahead()
+    assert session.running == [1]
+    take()
+    assert session.leave(0).tokens == alone[0][:4] == given[0]
+    given[0] = []
+    assert begin(2, 9) == 0
+    while session.running:
+        session.step_ahead()
+        take()
+    assert given[0] == alone[2] and given[1] == alone[1]
+    for row in (0, 1):
+        assert session.leave(row).finish_reason == "length"
+    assert begin(0, 3) == 0  # the step that has begun is its last
+    session.step_ahead()
+    assert session.running == [0]
+    session.decode(4)
+    assert session.running == [] and session.leave(0).tokens == alone[0][:3]
+    row = session.join([5], _config(4, stop=("e",)))
+    assert not session.can_step_ahead
+    session.leave(row)
 
 
 def _random_requests(
