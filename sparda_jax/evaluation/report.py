@@ -20,6 +20,7 @@ from sparda_jax.evaluation.plots import Point
 from sparda_jax.evaluation.run_files import Cell, RunFiles
 from sparda_jax.evaluation.statistics import paired_difference
 from sparda_jax.evaluation.sweep_tables import (
+    OWN_QUERIES,
     against_table,
     nearness_table,
     solved_means,
@@ -160,8 +161,8 @@ def tables_of(scores: Scores) -> list[Table]:
             *(make(scores, length) for make in _TABLES),
             *task_sweep_tables(scores, length),
             solved_means(scores, length),
-            nearness_table(scores, length),
-            against_table(scores, length),
+            *(nearness_table(scores, length, ours) for ours in OWN_QUERIES),
+            *(against_table(scores, length, ours) for ours in OWN_QUERIES),
         )
         if made is not None
     ]

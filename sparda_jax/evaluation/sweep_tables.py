@@ -12,7 +12,9 @@ from sparda_jax.evaluation.statistics import (
 )
 from sparda_jax.evaluation.tables import MISSING, Scores, Table, Variant
 
-_OURS, _OWN_QUERY = "sparda", "infllm_v2"
+_OURS = "sparda"
+# The ways to use a Forecast, and who scores in the same way by own queries.
+OWN_QUERIES = {_OURS: "infllm_v2", "sparda_bounds": "quest"}
 # A task that dense solves, and what is as good as it.
 SOLVED, WITHIN = 90.0, 2.0
 
@@ -82,29 +84,30 @@ def _read_share(scores: Scores, task: str, length: int, budget: int) -> str:
     return f", {100 * max(found):.1f} % read" if found else ""
 
 
-def against_table(scores: Scores, length: int) -> Table | None:
+def against_table(scores: Scores, length: int, ours: str = _OURS) -> Table | None:
     """SparDA less each other way to attend, on the same samples and at equal budget.
 
     Args:
       scores: All records.
       length: Tokens.
+      ours: Which way to use a Forecast.
 
     Returns:
       None without results of SparDA, or with nothing beside them.
     """
     budgets = _budgets(scores, length)
-    others = [DENSE, *(n for n in _names(scores, length) if n != _OURS)]
+    others = [DENSE, *(n for n in _names(scores, length) if n != ours)]
     rows = []
     for name in others:
         row = [scores.label(Variant(name, 0))]
         for budget in budgets:
-            row.append(_difference(scores, length, name, budget))
+            row.append(_difference(scores, length, ours, name, budget))
         if any(text != MISSING for text in row[1:]):
             rows.append(tuple(row))
     if not rows:
         return None
     return Table(
-        f"sparda less the others at {length:,} tokens",
+        f"{ours} less the others at {length:,} tokens",
         ("attention", *(f"{budget} blocks" for budget in budgets)),
         tuple(rows),
         "Points, on the same samples, mean over the measured tasks that both have run; "
@@ -112,16 +115,16 @@ def against_table(scores: Scores, length: int) -> Table | None:
     )
 
 
-def _difference(scores: Scores, length: int, name: str, budget: int) -> str:
+def _difference(scores: Scores, length: int, ours: str, name: str, budget: int) -> str:
     other = Variant(name, 0 if name == DENSE else budget)
     first: list[Sequence[float]] = []
     second: list[Sequence[float]] = []
     for task in _measured(scores, length):
         theirs = scores.values(task, length, other, "score")
-        ours = scores.values(task, length, Variant(_OURS, budget), "score")
-        if ours and len(ours) == len(theirs):
+        mine = scores.values(task, length, Variant(ours, budget), "score")
+        if mine and len(mine) == len(theirs):
             first.append(theirs)
-            second.append(ours)
+            second.append(mine)
     if not first:
         return MISSING
     return f"{paired_difference(first, second).text('+.1f')} ({len(first)})"
@@ -232,30 +235,32 @@ def solved_series(scores: Scores, length: int) -> dict[str, list[Point]]:
     return series
 
 
-def nearness_table(scores: Scores, length: int) -> Table | None:
+def nearness_table(scores: Scores, length: int, ours: str = _OURS) -> Table | None:
     """Whether SparDA is near dense and own queries, on each task that dense solves.
 
     Args:
       scores: All records.
       length: Tokens.
+      ours: Which way to use a Forecast.
 
     Returns:
-      None without results of SparDA on such a task.
+      None without results of it on such a task.
     """
+    own_name = OWN_QUERIES[ours]
     rows = []
     for task in _solved(scores, length):
         dense = scores.values(task, length, Variant(DENSE, 0), "score")
         for budget in reversed(_budgets(scores, length)):
-            ours = scores.values(task, length, Variant(_OURS, budget), "score")
-            own = scores.values(task, length, Variant(_OWN_QUERY, budget), "score")
-            if not ours:
+            mine = scores.values(task, length, Variant(ours, budget), "score")
+            own = scores.values(task, length, Variant(own_name, budget), "score")
+            if not mine:
                 continue
-            row = [task, str(budget), f"{estimate(ours).mean:.1f}"]
+            row = [task, str(budget), f"{estimate(mine).mean:.1f}"]
             for theirs in (dense, own):
-                if len(theirs) != len(ours):
+                if len(theirs) != len(mine):
                     row += [MISSING, MISSING]
                     continue
-                less = paired_difference([theirs], [ours])
+                less = paired_difference([theirs], [mine])
                 row.append(f"{estimate(theirs).mean:.1f}, {less.text('+.1f')}")
                 row.append("yes" if less.mean >= -WITHIN else "**no**")
             rows.append(tuple(row))
@@ -263,10 +268,10 @@ def nearness_table(scores: Scores, length: int) -> Table | None:
         return None
     within = f"within {WITHIN:g}"
     return Table(
-        f"sparda beside dense and own queries, at {length:,} tokens",
-        ("task", "blocks", "sparda", "dense", within, "own queries", within),
+        f"{ours} beside dense and own queries, at {length:,} tokens",
+        ("task", "blocks", ours, "dense", within, f"own queries ({own_name})", within),
         tuple(rows),
         f"Tasks on which dense scores at least {SOLVED:g}. Behind the others' scores: "
-        "sparda less theirs on the same samples, with 95 % bootstrap intervals; "
+        f"{ours} less theirs on the same samples, with 95 % bootstrap intervals; "
         f"'{within}': not more than {WITHIN:g} points below.",
     )

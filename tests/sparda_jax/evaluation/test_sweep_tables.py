@@ -132,3 +132,25 @@ def test_near_is_two_points():
             *(MISSING, MISSING),
         ),
     )
+
+
+def test_each_way_to_use_a_forecast_has_own_queries_of_its_kind():
+    scores = _scores(
+        ("passkey", "dense", 0, [100]),
+        ("passkey", "sparda", 8, [90]),
+        ("passkey", "infllm_v2", 8, [90]),
+        ("passkey", "sparda_bounds", 8, [96]),
+        ("passkey", "quest", 8, [97]),
+    )
+    near = nearness_table(scores, 100, "sparda_bounds")
+    assert near is not None and near.head[2] == "sparda_bounds"
+    assert near.rows[0][2:] == (
+        *("96.0", "100.0, -4.0 [-4.0, -4.0]", "**no**"),
+        *("97.0, -1.0 [-1.0, -1.0]", "yes"),
+    )
+    against = against_table(scores, 100, "sparda_bounds")
+    assert against is not None and against.title.startswith("sparda_bounds less")
+    assert [row[0] for row in against.rows] == [
+        *("dense", "sparda", "Quest-style", "infllm_v2"),
+    ]
+    assert against.rows[1][1] == "+6.0 [+6.0, +6.0] (1)"

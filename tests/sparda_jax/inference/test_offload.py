@@ -270,7 +270,7 @@ CASES = (
             Case("infinigen", slots=7, recall_every=4),
             Case("infinigen", storage="per_layer", layer0="offload", prefetch="none"),
             Case("infllm", slots=7, layer0="offload"),
-            Case("sparda_bounds"),
+            Case("sparda_bounds", exactness="verify"),
             Case("sparda_bounds", storage="per_layer", layer0="offload", slots=7),
             Case("magicpig"),
             Case("nosa", nosa=True, storage="per_layer", sparse=BY_LAYER),

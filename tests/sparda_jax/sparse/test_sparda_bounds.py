@@ -67,5 +67,24 @@ def test_a_page_divides_a_block():
 
 
 @pytest.mark.slow
-def test_it_runs_everywhere():
-    cases.check_everywhere("sparda_bounds")
+def test_offloaded_it_looks_ahead_and_gives_the_same(token_ids):
+    lm = sj.load(
+        "tiny",
+        attention="sparda_bounds",
+        forecast="from_query",
+        sparse=SPARSE,
+        storage="stacked",
+    )
+    prompts = [token_ids(600), token_ids(70)]
+    expected = sj.generate(lm, prompts, max_new_tokens=70, ignore_eos=True)
+    # A decode step chooses what a prompt's row chooses.
+    whole = sj.forward(lm, [*prompts[0], *expected.tokens[0][:-1]])
+    greedy = np.argmax(np.asarray(whole)[len(prompts[0]) - 1 :], axis=1)
+    assert greedy.tolist() == expected.tokens[0]
+    offloaded = sj.with_attention(
+        lm, "sparda_bounds", cache=sj.CacheConfig(kind="offload")
+    )
+    out = sj.generate(offloaded, prompts, max_new_tokens=70, ignore_eos=True)
+    assert out.tokens == expected.tokens
+    stats = out.stats.offload
+    assert stats is not None and stats.lookahead and stats.hits > 0
