@@ -21,6 +21,7 @@ from sparda_jax.engine.api import generate, stream
 from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.engine.conversation import Conversation
 from sparda_jax.engine.model import LanguageModel
+from sparda_jax.inference.shapes import capacity_blocks
 
 # Cut, with its further turn, as often as whole: these are what users do.
 _KINDS = ("whole", "stop", "cancel", "turns")
@@ -226,7 +227,7 @@ def soak(
         _take(report, request, output)
         _compare(report, request, output, run(resident, request))
         return report
-    for request in _warm_up(seed, sizes, vocab):
+    for request in _warm_up(seed, sizes, vocab, offload.sparse.block_size):
         for lm in (offload, resident):
             run(lm, request)
         report.warm_up += 1
@@ -260,7 +261,9 @@ def soak(
     return report
 
 
-def _warm_up(seed: int, sizes: list[Size], vocab: int) -> Iterator[SoakRequest]:
+def _warm_up(
+    seed: int, sizes: list[Size], vocab: int, block_size: int
+) -> Iterator[SoakRequest]:
     """Requests that meet every program: both ends of every size, of all kinds."""
     for index, size in enumerate(sizes):
         for end, extreme in enumerate(("least", "most")):
@@ -270,6 +273,29 @@ def _warm_up(seed: int, sizes: list[Size], vocab: int) -> Iterator[SoakRequest]:
             length = size.longest * 3 // 4 + 1 if extreme == "least" else size.longest
             prompts = [row[:length] for row in request.prompts]
             yield dataclasses.replace(request, kind="whole", prompts=prompts)
+            if extreme == "least":
+                yield from _between(request, block_size)
+
+
+def _between(request: SoakRequest, block_size: int) -> Iterator[SoakRequest]:
+    """Further turns in caches larger than the least one, and smaller than the largest.
+
+    Behind a long first turn there are some: how much of it there was decides.
+    """
+    size = request.size
+
+    def room(tokens: int) -> int:
+        blocks = -(-(size.longest + tokens + size.new) // block_size)
+        return capacity_blocks(blocks)
+
+    ends = {room(2), room(size.new + _TURN)}
+    for blocks, taken in itertools.groupby(range(1, size.new), lambda n: room(n + 1)):
+        if blocks not in ends:
+            # Not at an end of them: calls take several tokens at a time.
+            middle = list(taken)
+            yield dataclasses.replace(
+                request, events=middle[len(middle) // 2] * size.rows
+            )
 
 
 def _take(report: SoakReport, request: SoakRequest, tokens: Tokens) -> None:

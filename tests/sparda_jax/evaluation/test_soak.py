@@ -13,6 +13,7 @@ from sparda_jax.cli import soak as cli_soak
 from sparda_jax.cli.main import main
 from sparda_jax.evaluation import soak as soaking
 from sparda_jax.evaluation.soak import draw, sizes_of, soak
+from sparda_jax.inference.shapes import capacity_blocks
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,19 @@ def test_programs_after_the_warm_up_are_found(lms, sizes, monkeypatch):
     monkeypatch.setattr(soaking, "_warm_up", lambda *_: iter(()))
     report = _soak(lms, sizes, compiling, requests=60)
     assert report.problems == ["request 6 compiled 1 programs after the warm-up"]
+
+
+def test_the_warm_up_meets_caches_of_every_size():
+    """A second turn behind a long first one takes sizes between the two ends too."""
+    size = soaking.Size(3, 256, 400, 6)
+    rooms = [
+        capacity_blocks(-(-(256 + request.events // 3 + 401) // 64))
+        for request in soaking._warm_up(1, [size], 100, 64)
+        if request.kind == "turns"
+    ]
+    assert set(rooms) == {12, 16, 24} and len(rooms) == 3
+    short = soaking.Size(3, 256, 24, 6)
+    assert len(list(soaking._warm_up(1, [short], 100, 64))) == 4
 
 
 def test_a_process_that_grows_is_found(lms, sizes, monkeypatch):
