@@ -14,11 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Int, Shaped
 
-from pallas_kernels._common.triton import require_launch
-from pallas_kernels.lowering import silence_triton_deprecation
+from pallas_kernels._common.triton import launch, require_launch
 
 # The smallest part that is worth a program's turn.
 MIN_PART_BYTES = 256
@@ -50,7 +48,12 @@ class CopyConfig:
             raise ValueError(
                 f"part_bytes is {part}; it must be a power of two >= {MIN_PART_BYTES}"
             )
-        require_launch(self.num_warps, num_stages=1)
+        require_launch(self.num_warps, self.num_stages)
+
+    @property
+    def num_stages(self) -> int:
+        """Depth of the load pipeline."""
+        return 1
 
 
 def copy_listed(
@@ -65,7 +68,6 @@ def copy_listed(
     beside: Sequence[Array] = (),
     in_place: bool = False,
     staggered: bool = False,
-    num_stages: int = 1,
     interpret: bool = False,
 ) -> Shaped[Array, " R *E"]:
     """Runs ``move`` for every part of every listed entry.
@@ -82,7 +84,6 @@ def copy_listed(
       in_place: the result is the first operand, updated.
       staggered: a program has another place in every turn. Where each so-and-so-many-th
         entry belongs to one row, no program then has all of that row's.
-      num_stages: stages of the pipeline.
       interpret: run in Pallas's interpreter, on any device.
 
     Raises:
@@ -122,16 +123,17 @@ def copy_listed(
 
         lax.fori_loop(0, lax.div(units + programs - 1, programs), body, 0)
 
-    silence_triton_deprecation()
-    result = pl.pallas_call(
+    result = launch(
         kernel,
+        *(x.reshape(-1, elements) for x in operands),
+        *beside,
+        indices,
+        count.reshape(1),
         grid=(programs,),
         out_shape=jax.ShapeDtypeStruct((out.shape[0], elements), dtype),
-        input_output_aliases={0: 0} if in_place else {},
-        compiler_params=plt.CompilerParams(
-            num_warps=config.num_warps, num_stages=num_stages
-        ),
+        config=config,
         interpret=interpret,
         name=name,
-    )(*(x.reshape(-1, elements) for x in operands), *beside, indices, count.reshape(1))
+        aliases={0: 0} if in_place else {},
+    )
     return result.reshape(out.shape[0], *shape)

@@ -18,6 +18,7 @@ from jaxlib.mlir.dialects import gpu
 
 from pallas_kernels._common.devices import require_cuda
 from pallas_kernels._common.numerics import LOG2_E
+from pallas_kernels._common.operands import Attended
 
 # A warpgroup's matrix instruction has 64 rows.
 WARPGROUP_ROWS = 64
@@ -53,22 +54,22 @@ def require_mosaic_sizes(dtype: Any, head_dim: int, block: int) -> None:
     require_cuda("mosaic_gpu", 9.0, below=10.0)
 
 
-def require_attention_sizes(
-    dtype: Any, head_dim: int, block: int, groups: int, scale: float
-) -> None:
+def require_attention_sizes(operands: Attended, groups: int) -> None:
     """Refuses what the attention kernels cannot tile.
 
     Raises:
       NotImplementedError: naming the size, or the missing device.
     """
-    require_mosaic_sizes(dtype, head_dim, block)
+    require_mosaic_sizes(operands.kv.dtype, operands.head_dim, operands.block)
     if groups > WARPGROUP_ROWS:
         raise NotImplementedError(
             f"mosaic_gpu needs at most {WARPGROUP_ROWS} query heads a kv head, not "
             f"{groups}"
         )
-    if scale <= 0:
-        raise NotImplementedError(f"mosaic_gpu needs a positive scale, not {scale}")
+    if operands.scale <= 0:
+        raise NotImplementedError(
+            f"mosaic_gpu needs a positive scale, not {operands.scale}"
+        )
 
 
 def fill_and_refill(

@@ -5,17 +5,20 @@ Triton tiles have power-of-two sizes and dot operands of at least 16 rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
 from pallas_kernels._common.devices import require_cuda
 from pallas_kernels._common.numerics import NEG_INF, dot_precision, finite_or_zero
+from pallas_kernels.lowering import silence_triton_deprecation
 
 MIN_ROWS = 16
 
@@ -92,7 +95,69 @@ class WarpsConfig:
     num_warps: int = 4
 
     def __post_init__(self):
-        require_launch(self.num_warps, 1)
+        require_launch(self.num_warps, self.num_stages)
+
+    @property
+    def num_stages(self) -> int:
+        """Depth of the load pipeline: there is no loop of loads."""
+        return 1
+
+
+@runtime_checkable
+class _Launch(Protocol):
+    """Settings of every kernel."""
+
+    @property
+    def num_warps(self) -> int: ...
+
+    @property
+    def num_stages(self) -> int: ...
+
+
+def launch(
+    kernel: Callable[..., None],
+    *operands: Array | None,
+    grid: tuple[int, ...],
+    out_shape: Any,
+    config: _Launch,
+    interpret: bool,
+    name: str,
+    aliases: Mapping[int, int] | None = None,
+) -> Any:
+    """Launches a kernel that takes None where a call lacks an operand.
+
+    Args:
+      kernel: takes a reference, or None, for each operand, then those of the results.
+      *operands: arrays; None for what this call does without.
+      grid: programs.
+      out_shape: shapes and dtypes of the results.
+      config: the kernel's settings.
+      interpret: run in Pallas's interpreter, on any device.
+      name: of the kernel, in profiles and messages.
+      aliases: results, by number, that take the place of operands, likewise.
+
+    Returns:
+      The results.
+    """
+    present = [x is not None for x in operands]
+
+    def without_gaps(*refs: Any) -> None:
+        given = iter(refs)
+        inputs = [next(given) if there else None for there in present]
+        kernel(*inputs, *given)
+
+    silence_triton_deprecation()
+    return pl.pallas_call(
+        without_gaps,
+        grid=grid,
+        out_shape=out_shape,
+        input_output_aliases=aliases or {},
+        compiler_params=plt.CompilerParams(
+            num_warps=config.num_warps, num_stages=config.num_stages
+        ),
+        interpret=interpret,
+        name=name,
+    )(*(x for x in operands if x is not None))
 
 
 type Softmax = tuple[jax.Array, jax.Array, jax.Array]

@@ -133,34 +133,35 @@ def require_non_negative(name: str, value: int) -> int:
     return value
 
 
-def with_layer_axis(
+def attended(
+    q: Float[Array, "*rows N H"],
     kv: Float[Array, "*L B K M block 2 H"],
-    key_bias: Float[Array, "*L B K M block"] | None,
     layer: Int[Array, ""] | int | None,
-    heads: int,
-) -> tuple[
-    Float[Array, "L B K M block 2 H"],
-    Float[Array, "L B K M block"] | None,
-    Int[Array, ""],
-]:
-    """Brings blocks with or without a layer axis to one form.
+    key_bias: Float[Array, "*L B K M block"] | None,
+    scale: float | None,
+) -> dict[str, Any]:
+    """Checks what both attentions read, with or without a layer axis.
 
     Adding an axis of 1 is free, whereas slicing a layer out of the stack would copy
     it; the kernels therefore always take the stack and a layer index.
 
     Args:
+      q: queries, the batch B first.
       kv: blocks of keys (index 0 of the axis of 2) and values (index 1).
-      key_bias: what is added to the scaled logits of a key, or None.
       layer: index into the leading axis; None when ``kv`` has no such axis.
-      heads: number of query heads, for the check against K.
+      key_bias: what is added to the scaled logits of a key, or None.
+      scale: factor of the logits, or None for the default.
 
     Returns:
-      ``kv``, ``key_bias`` and ``layer`` with the leading axis present.
+      The fields of ``operands.Attended``, the leading axis present.
 
     Raises:
-      ValueError: on a wrong rank, an axis of 2 that is not one, a missing or
+      ValueError: on a wrong rank or dtype, an axis of 2 that is not one, a missing or
         superfluous ``layer``, heads that do not divide, or a bias that does not fit.
     """
+    require_float("q", q)
+    batch, heads, head_dim = q.shape[0], *q.shape[-2:]
+    scale = require_scale(scale, head_dim)
     rank = 6 if layer is None else 7
     axes = "B K C block 2 H" if layer is None else "L B K C block 2 H"
     if kv.ndim != rank or kv.shape[-2] != 2 or min(kv.shape) < 1:
@@ -175,15 +176,29 @@ def with_layer_axis(
     if layer is None:
         kv = kv[None]
         key_bias = None if key_bias is None else key_bias[None]
+    layer = layer_index(layer, kv.shape[0])
+    require_groups(heads, kv.shape[2])
+    size = (None, batch, None, None, None, 2, head_dim)
+    require_shape("kv", kv, size, "L B K C block 2 H")
+    require_dtype("kv", kv, q.dtype)
+    return {"kv": kv, "layer": layer, "key_bias": key_bias, "scale": scale}
+
+
+def layer_index(layer: Int[Array, ""] | int | None, layers: int) -> Int[Array, ""]:
+    """An index into a stack of layers as int32; 0 for the only one if None.
+
+    Raises:
+      ValueError: for a number that is outside, or what is no scalar integer.
+    """
+    if layer is None:
         layer = 0
     elif isinstance(layer, int):
-        if not 0 <= layer < kv.shape[0]:
-            raise ValueError(f"layer is {layer}; allowed: 0 .. {kv.shape[0] - 1}")
+        if not 0 <= layer < layers:
+            raise ValueError(f"layer is {layer}; allowed: 0 .. {layers - 1}")
     else:
         require_integer("layer", layer)
         require_shape("layer", layer, (), "")
-    require_groups(heads, kv.shape[2])
-    return kv, key_bias, jnp.asarray(layer, jnp.int32)
+    return jnp.asarray(layer, jnp.int32)
 
 
 def is_concrete(*arrays: Any) -> bool:

@@ -25,6 +25,7 @@ from pallas_kernels._common.triton_merge import merge_splits_triton
 from pallas_kernels.benchmarks.harness import copy_bandwidth, device_kernels
 from pallas_kernels.benchmarks.paged_decode_attention import inputs
 from pallas_kernels.paged_decode_attention import pallas_triton as triton
+from pallas_kernels.paged_decode_attention.operands import checked
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 2, 128, 64
 LISTED = (24, 48, 96, 192)
@@ -51,17 +52,8 @@ def attention_microseconds(config: triton.Config, batch: int, listed: int) -> fl
 
     def chain(q, kv, slots, lengths):
         for layer in range(layers):
-            q, _ = triton.paged_decode_attention_triton(
-                q,
-                kv,
-                slots,
-                lengths,
-                None,
-                jnp.int32(layer),
-                None,
-                scale=HEAD_DIM**-0.5,
-                config=config,
-            )
+            decode = checked(q, kv, slots=slots, slot_lengths=lengths, layer=layer)
+            q, _ = triton.paged_decode_attention_triton(decode, config=config)
         return q
 
     found = device_kernels(chain, *operands)

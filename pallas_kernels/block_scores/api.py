@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common import validation
-from pallas_kernels.block_scores.rule import Rule
+from pallas_kernels.block_scores.operands import Scoring, checked
 from pallas_kernels.block_scores.xla import scratch_bytes
 from pallas_kernels.dispatch import Implementation, dispatch
 
@@ -73,7 +72,7 @@ def block_scores(
       ValueError: on shapes, dtypes or sizes other than the above.
       NotImplementedError: when the named implementation cannot serve the call.
     """
-    args, rule = _checked(
+    operands = checked(
         query,
         compressed_keys,
         q_start,
@@ -89,8 +88,7 @@ def block_scores(
         local_blocks=local_blocks,
         mask_future_blocks=mask_future_blocks,
     )
-
-    return _serve(0, args, implementation, return_lse, rule)
+    return _serve(0, operands, implementation, return_lse)
 
 
 def select_blocks(
@@ -146,7 +144,7 @@ def select_blocks(
       NotImplementedError: when the named implementation cannot serve the call.
     """
     validation.require_positive("budget", budget)
-    args, rule = _checked(
+    operands = checked(
         query,
         compressed_keys,
         q_start,
@@ -162,24 +160,22 @@ def select_blocks(
         local_blocks=local_blocks,
         mask_future_blocks=mask_future_blocks,
     )
-
-    return _serve(1, args, implementation, return_lse, rule, budget=budget)
+    return _serve(1, operands, implementation, return_lse, budget=budget)
 
 
 def _serve(
     which: int,
-    args,
+    operands: Scoring,
     implementation: Implementation | None,
     return_lse: bool,
-    rule: Rule,
     **more: int,
 ) -> Any:
     """Calls one of the two functions of the implementation that takes the call."""
 
     def run(name: str) -> tuple[Array, Array | None]:
-        return _module(name)[which](*args, lse=return_lse, rule=rule, **more)
+        return _module(name)[which](operands, lse=return_lse, **more)
 
-    result, lse = dispatch(OP, implementation, run, {"softmax": rule.softmax})
+    result, lse = dispatch(OP, implementation, run, {"softmax": operands.rule.softmax})
     if not return_lse:
         return result
     assert lse is not None
@@ -199,65 +195,3 @@ def _module(name: str) -> tuple[Any, Any]:
     from pallas_kernels.block_scores import xla
 
     return xla.block_scores_xla, xla.select_blocks_xla
-
-
-def _checked(
-    query, compressed_keys, q_start, num_windows, layer, softmax, scale, **sizes
-):
-    """Checks the arguments and brings them to one form."""
-    validation.require_shape("query", query, (None,) * 4, "B T N H")
-    validation.require_float("query", query)
-    batch, tokens, heads, head_dim = query.shape
-    if tokens < 1:
-        raise ValueError("query holds no token (T = 0); T must be at least 1")
-    rank = 4 if layer is None else 5
-    if compressed_keys.ndim != rank:
-        raise ValueError(
-            f"compressed_keys has shape {tuple(compressed_keys.shape)} with "
-            f"layer={layer!r}; it must be [B K W H], with a leading L axis exactly "
-            "when layer is given"
-        )
-    if layer is None:
-        compressed_keys, layer = compressed_keys[None], 0
-    elif isinstance(layer, int):
-        if not 0 <= layer < compressed_keys.shape[0]:
-            count = compressed_keys.shape[0]
-            raise ValueError(f"layer is {layer}; allowed: 0 .. {count - 1}")
-    else:
-        validation.require_integer("layer", layer)
-        validation.require_shape("layer", layer, (), "")
-    validation.require_shape(
-        "compressed_keys",
-        compressed_keys,
-        (None, batch, None, None, head_dim),
-        "L B K W H",
-    )
-    validation.require_dtype("compressed_keys", compressed_keys, query.dtype)
-    kv_heads, windows = compressed_keys.shape[2:4]
-    groups = validation.require_groups(heads, kv_heads)
-    if groups > 1 and not softmax:
-        raise ValueError(
-            f"query has {heads} heads for {kv_heads} kv heads; the raw form takes one "
-            "head a kv head (softmax=True sums the heads' weights)"
-        )
-    validation.require_shape("q_start", q_start, (batch,), "B")
-    validation.require_integer("q_start", q_start)
-    if num_windows is None:
-        num_windows = jnp.full((batch,), windows, jnp.int32)
-    validation.require_shape("num_windows", num_windows, (batch,), "B")
-    validation.require_integer("num_windows", num_windows)
-    if scale is None and not softmax:
-        scale = 1.0
-    rule = Rule(
-        softmax=softmax,
-        scale=validation.require_scale(scale, head_dim),
-        **sizes,
-    )
-    args = (
-        query,
-        compressed_keys,
-        q_start.astype(jnp.int32),
-        num_windows.astype(jnp.int32),
-        jnp.asarray(layer, jnp.int32),
-    )
-    return args, rule

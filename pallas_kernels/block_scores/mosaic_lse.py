@@ -21,6 +21,7 @@ from pallas_kernels._common.mosaic import (
 )
 from pallas_kernels._common.numerics import LN_2, LOG2_E, NEG_INF
 from pallas_kernels.block_scores.mosaic_tiles import COMPUTE, TOKENS, Keys, product
+from pallas_kernels.block_scores.operands import Scoring
 from pallas_kernels.block_scores.rule import Rule
 
 
@@ -101,7 +102,7 @@ def _lse_body(refs, scoped, *, rule: Rule, stages: int, keys: int, sizes):
         plgpu.wait_smem_to_gmem(0)
 
 
-def log_sum_exp(query, keys: Keys, q_start, num_windows, rule: Rule):
+def log_sum_exp(query, keys: Keys, operands: Scoring):
     """Log-sum-exp [B, K, G, padded T] of queries by head."""
     batch, kv_heads, groups, padded, head_dim = query.shape
     columns = 128 if head_dim <= 128 else 64
@@ -116,7 +117,7 @@ def log_sum_exp(query, keys: Keys, q_start, num_windows, rule: Rule):
             lambda *scoped: _lse_body(
                 dict(zip(names, refs, strict=True)),
                 scoped,
-                rule=rule,
+                rule=operands.rule,
                 stages=stages,
                 keys=columns,
                 sizes=(kv_heads, groups, tiles, keys.windows),
@@ -141,8 +142,8 @@ def log_sum_exp(query, keys: Keys, q_start, num_windows, rule: Rule):
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(
-        q_start,
-        num_windows,
+        operands.q_start,
+        operands.num_windows,
         query.reshape(-1, head_dim),
         keys.by_window,
     )

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels._common.mosaic import (
     SHARED_BYTES,
@@ -56,13 +56,14 @@ from pallas_kernels.block_scores.mosaic_tiles import (
     lay_out,
     product,
 )
+from pallas_kernels.block_scores.operands import Scoring
 from pallas_kernels.block_scores.rule import Rule
 from pallas_kernels.block_scores.slabs import (
     Chosen,
     by_head,
     by_token,
     over_slabs,
-    slab_tokens,
+    own_blocks,
 )
 from pallas_kernels.choose_blocks.api import choose_blocks
 
@@ -233,13 +234,13 @@ def _softmax_body(
         at.write(refs["out"], out_smem, tiles)
 
 
-def _check(query, compressed_keys, rule: Rule) -> None:
-    """Refuses what the kernels do not serve."""
+def _laid_out(operands: Scoring) -> Keys:
+    """The layer's keys in the kernels' order, of a call that they serve."""
+    rule, head_dim = operands.rule, operands.head_dim
     if rule.scale <= 0:
         raise NotImplementedError(f"mosaic_gpu needs a positive scale: {rule.scale}")
-    head_dim = query.shape[-1]
-    require_mosaic_sizes(query.dtype, head_dim, 64)
-    if compressed_keys.shape[3] < 1:
+    require_mosaic_sizes(operands.query.dtype, head_dim, 64)
+    if operands.compressed_keys.shape[3] < 1:
         raise NotImplementedError("mosaic_gpu needs at least one window")
     stages = QUERY_STAGES if rule.softmax else 1
     needed = 2 * head_dim * (stages * TOKENS + rule.offsets * BLOCKS)
@@ -249,21 +250,22 @@ def _check(query, compressed_keys, rule: Rule) -> None:
             f"mosaic_gpu has no room for {rule.offsets} window offsets of head dim "
             f"{head_dim} in 227 KiB of shared memory"
         )
+    return lay_out(operands.compressed_keys, operands.layer, rule)
 
 
-def _call(query, keys: Keys, q_start, num_windows, rule: Rule, lse: bool):
+def _call(operands: Scoring, keys: Keys, lse: bool):
     """Scores [B, K, T, M] and log-sum-exp [B, T, N] (None unless asked or needed)."""
+    query, rule, kv_heads = operands.query, operands.rule, operands.kv_heads
     batch, length, _, head_dim = query.shape
-    kv_heads = keys.by_window.shape[0] // batch
     grouped = by_head(query, kv_heads, TOKENS)
     groups, padded = grouped.shape[2:4]
     tiles, block_tiles = padded // TOKENS, cdiv(rule.blocks, BLOCKS)
     found = None
     if lse or rule.softmax:
-        found = log_sum_exp(grouped, keys, q_start, num_windows, rule)
-    operands = {
-        "start": q_start,
-        "count": num_windows,
+        found = log_sum_exp(grouped, keys, operands)
+    inputs = {
+        "start": operands.q_start,
+        "count": operands.num_windows,
         "query": grouped.reshape(-1, head_dim),
         "keys": keys.by_block,
     }
@@ -281,7 +283,7 @@ def _call(query, keys: Keys, q_start, num_windows, rule: Rule, lse: bool):
     )
     if rule.softmax:
         assert found is not None
-        operands["lse"] = found.reshape(-1)
+        inputs["lse"] = found.reshape(-1)
         body = functools.partial(_softmax_body, groups=groups, **static)
         scratch = (
             plgpu.SMEM((QUERY_STAGES, *query_tile), query.dtype, transforms=tiled),
@@ -299,7 +301,7 @@ def _call(query, keys: Keys, q_start, num_windows, rule: Rule, lse: bool):
             plgpu.Barrier(num_barriers=COMPUTE),
             plgpu.Barrier(num_arrivals=rule.offsets),
         )
-    names = (*operands, "out")
+    names = (*inputs, "out")
 
     def block_scores_mosaic_gpu(*refs):
         pl.run_scoped(
@@ -317,7 +319,7 @@ def _call(query, keys: Keys, q_start, num_windows, rule: Rule, lse: bool):
         num_threads=COMPUTE + 1 if rule.softmax else COMPUTE,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*operands.values())
+    )(*inputs.values())
     out = out.reshape(batch, kv_heads, padded, block_tiles * BLOCKS)
     out = out[:, :, :length, : rule.blocks]
     return out, None if found is None else by_token(found, length)
@@ -325,48 +327,25 @@ def _call(query, keys: Keys, q_start, num_windows, rule: Rule, lse: bool):
 
 @in_32_bit
 def block_scores_mosaic_gpu(
-    query: Float[Array, "B T N H"],
-    compressed_keys: Float[Array, "L B K W H"],
-    q_start: Int[Array, " B"],
-    num_windows: Int[Array, " B"],
-    layer: Int[Array, ""],
-    *,
-    rule: Rule,
-    lse: bool = True,
+    operands: Scoring, *, lse: bool = True
 ) -> tuple[Float[Array, "B K T M"], Float[Array, "B T N"] | None]:
-    """Computes scores and log-sum-exp; the arguments are those of the reference.
+    """Computes scores and log-sum-exp.
 
     Raises:
       NotImplementedError: for sizes or dtypes that the kernels cannot tile, or without
         a Hopper device.
     """
-    _check(query, compressed_keys, rule)
-    keys = lay_out(compressed_keys, layer, rule)
-    return _call(query, keys, q_start, num_windows, rule, lse)
+    return _call(operands, _laid_out(operands), lse)
 
 
 @in_32_bit
 def select_blocks_mosaic_gpu(
-    query: Float[Array, "B T N H"],
-    compressed_keys: Float[Array, "L B K W H"],
-    q_start: Int[Array, " B"],
-    num_windows: Int[Array, " B"],
-    layer: Int[Array, ""],
-    *,
-    rule: Rule,
-    budget: int,
-    lse: bool = False,
-    slab: int | None = None,
+    operands: Scoring, *, budget: int, lse: bool = False, slab: int | None = None
 ) -> Chosen:
-    """Scores and chooses slab by slab; the arguments not named are the reference's.
+    """Scores and chooses slab by slab.
 
     Args:
-      query: Forecast or own queries.
-      compressed_keys: means of windows.
-      q_start: first positions.
-      num_windows: complete windows of rows.
-      layer: index into the leading axis.
-      rule: sizes and form.
+      operands: queries, keys and the rule.
       budget: how many blocks each query lists.
       lse: whether to return the log-sum-exp.
       slab: tokens scored at a time.
@@ -377,16 +356,11 @@ def select_blocks_mosaic_gpu(
     Raises:
       NotImplementedError: as ``block_scores_mosaic_gpu``.
     """
-    _check(query, compressed_keys, rule)
-    keys = lay_out(compressed_keys, layer, rule)
-    kv_heads = compressed_keys.shape[2]
+    keys = _laid_out(operands)
 
-    def one(query, start):
-        scores, found = _call(query, keys, start, num_windows, rule, lse)
-        position = start[:, None] + jnp.arange(query.shape[1])
-        own = (position // rule.block_size)[:, None]
+    def one(part: Scoring):
+        scores, found = _call(part, keys, lse)
         # Mosaic makes the scores; who chooses is what the device's record says.
-        return choose_blocks(scores, own, budget=budget), found
+        return choose_blocks(scores, own_blocks(part), budget=budget), found
 
-    size = slab_tokens(query.shape[0] * kv_heads * rule.blocks, TOKENS, slab)
-    return over_slabs(query, q_start, size, one)
+    return over_slabs(operands, TOKENS, slab, one)

@@ -34,26 +34,28 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels._common.numerics import NEG_INF, cdiv, finite_or_zero, in_32_bit
 from pallas_kernels._common.triton import (
     MIN_ROWS,
     dot,
+    launch,
     next_power_of_two,
     require_launch,
     require_triton_sizes,
 )
+from pallas_kernels.block_scores.operands import Scoring
 from pallas_kernels.block_scores.rule import Rule
 from pallas_kernels.block_scores.slabs import (
+    Chosen,
     by_head,
     by_token,
     over_slabs,
-    slab_tokens,
+    own_blocks,
 )
 from pallas_kernels.choose_blocks.pallas_triton import choose_blocks_triton
 from pallas_kernels.dispatch import tuned_config
-from pallas_kernels.lowering import silence_triton_deprecation
 
 
 @dataclass(frozen=True)
@@ -203,56 +205,56 @@ def _lse_kernel(
     lse_ref[b, k, g, tokens] = jnp.where(empty, NEG_INF, top + jnp.log(total))
 
 
-def _call(query, keys, q_start, num_windows, layer, *, rule, config, interpret, lse):
+def _call(operands: Scoring, *, config: Config, interpret: bool, lse: bool):
     """Scores [B, K, T, M] and log-sum-exp [B, T, N] (None unless asked or needed)."""
+    query, keys, rule = operands.query, operands.compressed_keys, operands.rule
     batch, length, heads, head_dim = query.shape
     kv_heads, windows = keys.shape[2:4]
-    sizes = (batch * kv_heads, windows, head_dim)
     if keys.size >= 2**31:
         raise NotImplementedError(
             f"triton scores compressed_keys of fewer than 2**31 elements, not "
             f"{tuple(keys.shape)}"
         )
-    keys = keys.reshape(-1)
     tokens = min(config.tokens, max(MIN_ROWS, next_power_of_two(length)))
     tile = min(config.blocks, max(MIN_ROWS, next_power_of_two(rule.blocks)))
     config = Config(tokens, tile, config.num_warps, config.num_stages)
     grouped = by_head(query, kv_heads, tokens)
     padded = grouped.shape[3]
     block_tiles = cdiv(rule.blocks, tile)
-    scalars = (layer.reshape(1), q_start, num_windows)
-    params = plt.CompilerParams(
-        num_warps=config.num_warps, num_stages=config.num_stages
+    static = {
+        "rule": rule,
+        "config": config,
+        "sizes": (batch * kv_heads, windows, head_dim),
+    }
+    inputs = (
+        operands.layer.reshape(1),
+        operands.q_start,
+        operands.num_windows,
+        grouped,
+        keys.reshape(-1),
     )
-    silence_triton_deprecation()
     found = None
     if lse or rule.softmax:
-        found = pl.pallas_call(
-            functools.partial(_lse_kernel, rule=rule, config=config, sizes=sizes),
+        found = launch(
+            functools.partial(_lse_kernel, **static),
+            *inputs,
             grid=(padded // tokens, heads, batch),
             out_shape=jax.ShapeDtypeStruct(grouped.shape[:-1], jnp.float32),
-            compiler_params=params,
+            config=config,
             interpret=interpret,
             name="block_scores_lse_triton",
-        )(*scalars, grouped, keys)
-    operands = (*scalars, grouped, keys)
-    if rule.softmax:
-        operands = (*operands, found)
-
-    def kernel(*refs):
-        if not rule.softmax:
-            refs = (*refs[:-1], None, refs[-1])
-        _scores_kernel(*refs, rule=rule, config=config, sizes=sizes)
-
+        )
     shape = (batch, kv_heads, padded, block_tiles * tile)
-    scores = pl.pallas_call(
-        kernel,
+    scores = launch(
+        functools.partial(_scores_kernel, **static),
+        *inputs,
+        found if rule.softmax else None,
         grid=(padded // tokens, block_tiles, batch * kv_heads),
         out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
-        compiler_params=params,
+        config=config,
         interpret=interpret,
         name="block_scores_triton",
-    )(*operands)
+    )
     scores = scores[:, :, :length, : rule.blocks]
     if found is not None:
         found = by_token(found, length)
@@ -261,62 +263,42 @@ def _call(query, keys, q_start, num_windows, layer, *, rule, config, interpret, 
 
 @in_32_bit
 def block_scores_triton(
-    query: Float[Array, "B T N H"],
-    compressed_keys: Float[Array, "L B K W H"],
-    q_start: Int[Array, " B"],
-    num_windows: Int[Array, " B"],
-    layer: Int[Array, ""],
+    operands: Scoring,
     *,
-    rule: Rule,
     config: Config | None = None,
     interpret: bool = False,
     lse: bool = True,
 ) -> tuple[Float[Array, "B K T M"], Float[Array, "B T N"] | None]:
-    """Computes scores and log-sum-exp; the arguments are those of the reference.
+    """Computes scores and log-sum-exp.
 
     Raises:
       NotImplementedError: for sizes Triton cannot tile, or without a CUDA device.
     """
-    head_dim = query.shape[-1]
-    require_triton_sizes(query.dtype, head_dim, 64, interpret)
-    config = config or config_for(query.shape[2] // compressed_keys.shape[2], head_dim)
-    return _call(
-        query,
-        compressed_keys,
-        q_start,
-        num_windows,
-        layer,
-        rule=rule,
-        config=config,
-        interpret=interpret,
-        lse=lse,
-    )
+    config = _served(operands, config, interpret)
+    return _call(operands, config=config, interpret=interpret, lse=lse)
+
+
+def _served(operands: Scoring, config: Config | None, interpret: bool) -> Config:
+    """The settings of a call that Triton takes: recorded or default ones if None."""
+    head_dim = operands.head_dim
+    require_triton_sizes(operands.query.dtype, head_dim, 64, interpret)
+    return config or config_for(operands.groups, head_dim)
 
 
 @in_32_bit
 def select_blocks_triton(
-    query: Float[Array, "B T N H"],
-    compressed_keys: Float[Array, "L B K W H"],
-    q_start: Int[Array, " B"],
-    num_windows: Int[Array, " B"],
-    layer: Int[Array, ""],
+    operands: Scoring,
     *,
-    rule: Rule,
     budget: int,
     config: Config | None = None,
     interpret: bool = False,
     lse: bool = True,
     slab: int | None = None,
-) -> tuple[Int[Array, "B K T P"], Float[Array, "B T N"] | None]:
+) -> Chosen:
     """Scores and chooses slab by slab; returns the lists and the log-sum-exp.
 
     Args:
-      query: as in the reference, like the following ones.
-      compressed_keys: means of windows.
-      q_start: first positions.
-      num_windows: complete windows of rows.
-      layer: index into the leading axis.
-      rule: sizes and form.
+      operands: queries, keys and the rule.
       budget: how many blocks each query lists.
       config: settings; recorded or default ones if None.
       interpret: run in Pallas's interpreter, on any device.
@@ -329,27 +311,12 @@ def select_blocks_triton(
     Raises:
       NotImplementedError: for sizes Triton cannot tile, or without a CUDA device.
     """
-    batch, _, heads, head_dim = query.shape
-    kv_heads = compressed_keys.shape[2]
-    require_triton_sizes(query.dtype, head_dim, 64, interpret)
-    config = config or config_for(heads // kv_heads, head_dim)
+    config = _served(operands, config, interpret)
 
-    def one(query, start):
-        scores, found = _call(
-            query,
-            compressed_keys,
-            start,
-            num_windows,
-            layer,
-            rule=rule,
-            config=config,
-            interpret=interpret,
-            lse=lse,
-        )
-        position = start[:, None] + jnp.arange(query.shape[1])
-        own = (position // rule.block_size)[:, None]
+    def one(part: Scoring):
+        scores, found = _call(part, config=config, interpret=interpret, lse=lse)
+        own = own_blocks(part)
         lists = choose_blocks_triton(scores, own, budget=budget, interpret=interpret)
         return lists, found
 
-    size = slab_tokens(batch * kv_heads * rule.blocks, config.tokens, slab)
-    return over_slabs(query, q_start, size, one)
+    return over_slabs(operands, config.tokens, slab, one)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels._common.numerics import (
     NEG_INF,
@@ -11,35 +11,23 @@ from pallas_kernels._common.numerics import (
     finite_or_zero,
     in_32_bit,
 )
-from pallas_kernels.block_scores.rule import Rule
+from pallas_kernels.block_scores.operands import Scoring
 
 
 @in_32_bit
 def block_scores_reference(
-    query: Float[Array, "B T N H"],
-    compressed_keys: Float[Array, "L B K W H"],
-    q_start: Int[Array, " B"],
-    num_windows: Int[Array, " B"],
-    layer: Int[Array, ""],
-    *,
-    rule: Rule,
+    operands: Scoring,
 ) -> tuple[Float[Array, "B K T M"], Float[Array, "B T N"]]:
     """Scores every block; materialises T x W: an oracle, not an implementation.
-
-    Args:
-      query: Forecast (N = K) or own queries.
-      compressed_keys: means of windows.
-      q_start: position of the first query of each row.
-      num_windows: complete windows of each row.
-      layer: index into the leading axis.
-      rule: sizes and form.
 
     Returns:
       Scores, and the log-sum-exp of each head's logits (-inf where nothing is
       visible), both float32.
     """
+    query, rule = operands.query, operands.rule
+    q_start, num_windows = operands.q_start, operands.num_windows
     batch, tokens, heads, head_dim = query.shape
-    keys = compressed_keys[layer].astype(jnp.float32)
+    keys = operands.compressed_keys[operands.layer].astype(jnp.float32)
     kv_heads, windows = keys.shape[1:3]
     position = q_start[:, None] + jnp.arange(tokens)  # B T
     window = jnp.arange(windows)

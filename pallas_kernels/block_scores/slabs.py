@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common.numerics import cdiv
+from pallas_kernels.block_scores.operands import Scoring
 
 # Scores of one slab: rows x kv heads x tokens x blocks.
 SLAB_SCORES = 16 * 2**20
@@ -16,45 +18,37 @@ SLAB_SCORES = 16 * 2**20
 type Chosen = tuple[Int[Array, "B K T P"], Float[Array, "B T N"] | None]
 
 
-def slab_tokens(per_token: int, tile: int, slab: int | None) -> int:
-    """Tokens of a slab, a multiple of ``tile``.
-
-    Args:
-      per_token: scores that a token has, over all rows and kv heads.
-      tile: tokens of a kernel's tile.
-      slab: the caller's wish, or None.
-    """
-    if slab is None:
-        slab = SLAB_SCORES // per_token
-    return tile * max(1, slab // tile)
-
-
 def over_slabs(
-    query: Float[Array, "B T N H"],
-    q_start: Int[Array, " B"],
-    slab: int,
-    one: Callable[[Float[Array, "B t N H"], Int[Array, " B"]], Chosen],
+    operands: Scoring,
+    tile: int,
+    slab: int | None,
+    one: Callable[[Scoring], Chosen],
 ) -> Chosen:
     """Applies ``one`` to slabs of tokens in turn and joins what it returns.
 
     Args:
-      query: queries.
-      q_start: position of token 0 of each row.
-      slab: tokens of a slab.
-      one: from queries and first positions to lists and log-sum-exp (or None).
+      operands: of all tokens.
+      tile: tokens of a kernel's tile, of which a slab is a multiple.
+      slab: the caller's wish for the tokens of a slab, or None.
+      one: from operands of a slab to lists and log-sum-exp (or None).
 
     Returns:
       Lists and log-sum-exp of all tokens.
     """
+    query = operands.query
     batch, length, heads, head_dim = query.shape
+    if slab is None:
+        slab = SLAB_SCORES // (batch * operands.kv_heads * operands.rule.blocks)
+    slab = tile * max(1, slab // tile)
     if length <= slab:
-        return one(query, q_start)
+        return one(operands)
     slabs = cdiv(length, slab)
     query = jnp.pad(query, ((0, 0), (0, slabs * slab - length), (0, 0), (0, 0)))
     query = query.reshape(batch, slabs, slab, heads, head_dim)
 
     def step(i):
-        return one(query[:, i], q_start + i * slab)
+        start = operands.q_start + i * slab
+        return one(dataclasses.replace(operands, query=query[:, i], q_start=start))
 
     lists, found = lax.map(step, jnp.arange(slabs, dtype=jnp.int32))
     lists = jnp.moveaxis(lists, 0, 2)
@@ -64,6 +58,12 @@ def over_slabs(
         found = jnp.moveaxis(found, 0, 1)
         found = found.reshape(batch, slabs * slab, heads)[:, :length]
     return lists, found
+
+
+def own_blocks(operands: Scoring) -> Int[Array, "B 1 T"]:
+    """Number of each query's own block, for all kv heads."""
+    position = operands.q_start[:, None] + jnp.arange(operands.query.shape[1])
+    return (position // operands.rule.block_size)[:, None]
 
 
 def by_head(

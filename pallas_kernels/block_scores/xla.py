@@ -35,6 +35,7 @@ from pallas_kernels._common.numerics import (
     finite_or_zero,
     in_32_bit,
 )
+from pallas_kernels.block_scores.operands import Scoring
 from pallas_kernels.block_scores.rule import Rule
 from pallas_kernels.choose_blocks.xla import choose_blocks_xla
 
@@ -247,20 +248,23 @@ def _tile(query, keys, position, num_windows, rule: Rule, lse: bool):
     return scores, jnp.moveaxis(value, 3, 1).reshape(batch, tokens, heads)
 
 
-def _tiled(query, compressed_keys, q_start, num_windows, layer, rule, lse, finish):
+def _tiled(operands: Scoring, lse: bool, finish):
     """Maps ``finish(scores, position)`` over tiles; returns it and the log-sum-exp."""
-    batch, length, heads, head_dim = query.shape
-    keys = compressed_keys[layer]
+    batch, length, heads, head_dim = operands.query.shape
+    keys = operands.compressed_keys[operands.layer]
     size = _tile_size(batch, length, heads, keys.shape[2])
     count = cdiv(length, size)
     grow = ((0, 0), (0, count * size - length), (0, 0), (0, 0))
-    query = jnp.pad(query, grow).reshape(batch, count, size, heads, head_dim)
-    start = q_start[:, None] + jnp.arange(count) * size
+    query = jnp.pad(operands.query, grow)
+    query = query.reshape(batch, count, size, heads, head_dim)
+    start = operands.q_start[:, None] + jnp.arange(count) * size
     position = start[..., None] + jnp.arange(size)  # B tiles T
 
     def one(tile):
         query, position = tile
-        scores, value = _tile(query, keys, position, num_windows, rule, lse)
+        scores, value = _tile(
+            query, keys, position, operands.num_windows, operands.rule, lse
+        )
         return finish(scores, position), value
 
     if count == 1:
@@ -277,49 +281,23 @@ def _tiled(query, compressed_keys, q_start, num_windows, layer, rule, lse, finis
 
 @in_32_bit
 def block_scores_xla(
-    query: Float[Array, "B T N H"],
-    compressed_keys: Float[Array, "L B K W H"],
-    q_start: Int[Array, " B"],
-    num_windows: Int[Array, " B"],
-    layer: Int[Array, ""],
-    *,
-    rule: Rule,
-    lse: bool = True,
+    operands: Scoring, *, lse: bool = True
 ) -> tuple[Float[Array, "B K T M"], Float[Array, "B T N"] | None]:
-    """Computes scores and log-sum-exp; the arguments are those of the reference.
+    """Computes scores and log-sum-exp.
 
     Without ``lse`` there is no log-sum-exp, and None in its place.
     """
-    return _tiled(
-        query,
-        compressed_keys,
-        q_start,
-        num_windows,
-        layer,
-        rule,
-        lse,
-        lambda scores, position: scores,
-    )
+    return _tiled(operands, lse, lambda scores, position: scores)
 
 
 @in_32_bit
 def select_blocks_xla(
-    query: Float[Array, "B T N H"],
-    compressed_keys: Float[Array, "L B K W H"],
-    q_start: Int[Array, " B"],
-    num_windows: Int[Array, " B"],
-    layer: Int[Array, ""],
-    *,
-    rule: Rule,
-    budget: int,
-    lse: bool = True,
+    operands: Scoring, *, budget: int, lse: bool = True
 ) -> tuple[Int[Array, "B K T P"], Float[Array, "B T N"] | None]:
     """Scores and chooses tile by tile; returns the lists and the log-sum-exp."""
 
     def choose(scores, position):
-        own = (position // rule.block_size)[:, None]
+        own = (position // operands.rule.block_size)[:, None]
         return choose_blocks_xla(scores, own, budget=budget)
 
-    return _tiled(
-        query, compressed_keys, q_start, num_windows, layer, rule, lse, choose
-    )
+    return _tiled(operands, lse, choose)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common import validation
+from pallas_kernels.block_sparse_attention.operands import Prefill, checked
 from pallas_kernels.block_sparse_attention.xla import (
     block_sparse_attention_xla,
     block_sparse_attention_xla_backward,
@@ -99,43 +99,18 @@ def block_sparse_attention(
       ValueError: on shapes or dtypes other than the above.
       NotImplementedError: when the named implementation cannot serve the call.
     """
-    validation.require_shape("q", q, (None, None, None, None), "B T N H")
-    validation.require_float("q", q)
-    batch, tokens, heads, head_dim = q.shape
-    if tokens < 1:
-        raise ValueError("q holds no token (T = 0); T must be at least 1")
-    scale = validation.require_scale(scale, head_dim)
-    kv, key_bias, layer = validation.with_layer_axis(kv, key_bias, layer, heads)
-    _, _, kv_heads, blocks, block, _, _ = kv.shape
-    validation.require_shape(
-        "kv",
+    operands = checked(
+        q,
         kv,
-        (None, batch, kv_heads, blocks, block, 2, head_dim),
-        "L B K M block 2 H",
+        q_start=q_start,
+        block_indices=block_indices,
+        layer=layer,
+        key_bias=key_bias,
+        scale=scale,
     )
-    validation.require_dtype("kv", kv, q.dtype)
-    validation.require_shape("q_start", q_start, (batch,), "B")
-    validation.require_integer("q_start", q_start)
-    if block_indices is not None:
-        validation.require_shape(
-            "block_indices", block_indices, (batch, kv_heads, tokens, None), "B K T P"
-        )
-        validation.require_integer("block_indices", block_indices)
-        if block_indices.shape[-1] < 1:
-            raise ValueError("block_indices lists no block (P = 0); P must be >= 1")
-        block_indices = block_indices.astype(jnp.int32)
-    static = _Static(scale, implementation)
-    out, lse = _attend(
-        static, q, kv, q_start.astype(jnp.int32), block_indices, layer, key_bias
-    )
+    arrays = dict(vars(operands))
+    out, lse = _attend(arrays.pop("scale"), implementation, arrays)
     return (out, lse) if return_lse else out
-
-
-class _Static(NamedTuple):
-    """What a trace fixes."""
-
-    scale: float
-    implementation: Implementation | None
 
 
 def _implementation(name: str):
@@ -151,40 +126,24 @@ def _implementation(name: str):
     return block_sparse_attention_xla
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: _Static, q, kv, q_start, block_indices, layer, key_bias):
-    def run(name: str):
-        return _implementation(name)(
-            q, kv, q_start, block_indices, layer, key_bias, scale=static.scale
-        )
-
-    return dispatch(OP, static.implementation, run)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(scale: float, implementation: Implementation | None, arrays):
+    """Serves the call; ``arrays`` are the operands but for ``scale``, by name."""
+    operands = Prefill(**arrays, scale=scale)
+    return dispatch(OP, implementation, lambda name: _implementation(name)(operands))
 
 
-def _attend_forward(static: _Static, *args):
-    out, lse = _attend(static, *args)
-    return (out, lse), (args, out, lse)
+def _attend_forward(scale: float, implementation: Implementation | None, arrays):
+    out, lse = _attend(scale, implementation, arrays)
+    return (out, lse), (arrays, out, lse)
 
 
-def _attend_backward(static: _Static, residuals, cotangents):
+def _attend_backward(scale: float, _, residuals, cotangents):
     # A constant among the residuals comes back as a NumPy array.
-    args, out, lse = jax.tree.map(jnp.asarray, residuals)
-    q, kv, q_start, block_indices, layer, key_bias = args
-    d_out, d_lse = cotangents
-    d_q, d_kv, d_bias = block_sparse_attention_xla_backward(
-        q,
-        kv,
-        q_start,
-        block_indices,
-        layer,
-        key_bias,
-        out,
-        lse,
-        d_out,
-        d_lse,
-        scale=static.scale,
-    )
-    return d_q, d_kv, None, None, None, d_bias
+    arrays, out, lse = jax.tree.map(jnp.asarray, residuals)
+    operands = Prefill(**arrays, scale=scale)
+    gradients = block_sparse_attention_xla_backward(operands, out, lse, *cotangents)
+    return (dict.fromkeys(arrays) | gradients,)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

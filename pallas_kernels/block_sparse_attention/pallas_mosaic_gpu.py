@@ -43,7 +43,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels._common.mosaic import (
     SHARED_BYTES,
@@ -56,9 +56,9 @@ from pallas_kernels._common.mosaic import (
 )
 from pallas_kernels._common.numerics import LN_2, LOG2_E, NEG_INF, cdiv, in_32_bit
 from pallas_kernels._common.triton import next_power_of_two
+from pallas_kernels.block_sparse_attention.operands import Prefill
 from pallas_kernels.block_sparse_attention.rows import fold_queries, unfold_queries
-from pallas_kernels.block_sparse_attention.unions import tile_unions, values_are_finite
-from pallas_kernels.block_sparse_attention.xla import block_sparse_attention_xla
+from pallas_kernels.block_sparse_attention.unions import tile_unions, where_finite
 from pallas_kernels.dispatch import tuned_config
 
 COMPUTE = 2  # compute warpgroups
@@ -372,26 +372,12 @@ def static_pairs(refs, all_blocks: int, block: int) -> int:
 
 @in_32_bit
 def block_sparse_attention_mosaic_gpu(
-    q: Float[Array, "B T N H"],
-    kv: Float[Array, "L B K M block 2 H"],
-    q_start: Int[Array, " B"],
-    block_indices: Int[Array, "B K T P"] | None,
-    layer: Int[Array, ""],
-    key_bias: Float[Array, "L B K M block"] | None,
-    *,
-    scale: float,
-    config: Config | None = None,
+    operands: Prefill, *, config: Config | None = None
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Computes the output in the dtype of ``q`` and the float32 log-sum-exp.
 
     Args:
-      q: as in the reference, like the following ones.
-      kv: blocks.
-      q_start: first positions.
-      block_indices: lists or None.
-      layer: index into the leading axis.
-      key_bias: bias or None.
-      scale: factor of the logits.
+      operands: queries, blocks and lists.
       config: settings; recorded or default ones if None.
 
     Returns:
@@ -402,30 +388,22 @@ def block_sparse_attention_mosaic_gpu(
         a Hopper device.
       ValueError: for a ``config`` that does not fit in shared memory.
     """
-    head_dim = q.shape[-1]
-    block = kv.shape[4]
-    groups = q.shape[2] // kv.shape[2]
-    require_attention_sizes(q.dtype, head_dim, block, groups, scale)
-    listed = None if block_indices is None else block_indices.shape[-1]
-    config = config or config_for(groups, head_dim, block, listed)
+    require_attention_sizes(operands, operands.groups)
+    head_dim, block = operands.head_dim, operands.block
+    config = config or config_for(operands.groups, head_dim, block, operands.listed)
     if config.keys % block or config.shared_bytes(head_dim) > SHARED_BYTES - 4096:
         raise ValueError(
             f"{config} does not serve blocks of {block} tokens and head dim {head_dim}"
             " in 227 KiB of shared memory"
         )
-    args = (q, kv, q_start, block_indices, layer, key_bias)
-    return lax.cond(
-        values_are_finite(kv, layer),
-        lambda a: _call(*a, scale=scale, config=config),
-        lambda a: block_sparse_attention_xla(*a, scale=scale),
-        args,
-    )
+    return where_finite(lambda operands: _call(operands, config), operands)
 
 
-def _call(q, kv, q_start, block_indices, layer, key_bias, *, scale, config):
-    batch, length, heads, head_dim = q.shape
+def _call(operands: Prefill, config: Config):
+    q, kv, block_indices = operands.q, operands.kv, operands.block_indices
+    batch, length, _, head_dim = q.shape
     layers, _, kv_heads, all_blocks, block, _, _ = kv.shape
-    groups = heads // kv_heads
+    groups = operands.groups
     # At most 16 tokens a tile: small groups are padded to 8 rows.
     padded = max(ROWS // 16, next_power_of_two(groups))
     tokens = ROWS // padded
@@ -435,32 +413,36 @@ def _call(q, kv, q_start, block_indices, layer, key_bias, *, scale, config):
     if not in_place:
         query = fold_queries(q, kv_heads, tiles * tokens, padded)
     query = query.reshape(-1, head_dim)
-    operands = {
-        "layer": layer.reshape(1),
-        "start": q_start,
+    inputs = {
+        "layer": operands.layer.reshape(1),
+        "start": operands.q_start,
         "q": query,
         "kv": kv.reshape(-1, 2 * head_dim),
     }
     if block_indices is not None:
         lists = tile_unions(
-            block_indices, q_start, blocks=all_blocks, block=block, tokens=tokens
+            block_indices,
+            operands.q_start,
+            blocks=all_blocks,
+            block=block,
+            tokens=tokens,
         )
         per_step = config.keys // block
         width = lists.blocks.shape[-1]
         # Whole steps; what the padding fetches is block 0, which nobody lists there.
         grow = ((0, 0), (0, -width % per_step))
         flat = (batch * kv_heads * tiles, width)
-        operands["blocks"] = jnp.pad(lists.blocks.reshape(flat), grow)
-        operands["words"] = jnp.pad(lists.words.reshape(flat), grow)
-        operands["count"] = lists.count.reshape(-1)
-    if key_bias is not None:
-        operands["bias"] = key_bias.reshape(-1)
-    names = (*operands, "out", "lse")
+        inputs["blocks"] = jnp.pad(lists.blocks.reshape(flat), grow)
+        inputs["words"] = jnp.pad(lists.words.reshape(flat), grow)
+        inputs["count"] = lists.count.reshape(-1)
+    if operands.key_bias is not None:
+        inputs["bias"] = operands.key_bias.reshape(-1)
+    names = (*inputs, "out", "lse")
 
     def block_sparse_attention_mosaic_gpu(*refs):
         refs = dict(zip(names, refs, strict=True))
         refs["layers"] = layers
-        refs["scale"] = scale * LOG2_E
+        refs["scale"] = operands.scale * LOG2_E
         _entry(
             *refs.values(),
             names=tuple(refs),
@@ -486,7 +468,7 @@ def _call(q, kv, q_start, block_indices, layer, key_bias, *, scale, config):
         num_threads=COMPUTE + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*operands.values())
+    )(*inputs.values())
 
     if in_place:
         out = out.reshape(q.shape)

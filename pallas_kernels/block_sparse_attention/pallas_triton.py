@@ -22,19 +22,20 @@ can be deleted with it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels._common.numerics import NEG_INF, cdiv, in_32_bit
 from pallas_kernels._common.triton import (
     MIN_ROWS,
     dot,
+    launch,
     next_power_of_two,
     require_launch,
     require_triton_sizes,
@@ -42,11 +43,10 @@ from pallas_kernels._common.triton import (
     softmax_start,
     softmax_step,
 )
+from pallas_kernels.block_sparse_attention.operands import Prefill
 from pallas_kernels.block_sparse_attention.rows import fold_queries, unfold_queries
-from pallas_kernels.block_sparse_attention.unions import tile_unions, values_are_finite
-from pallas_kernels.block_sparse_attention.xla import block_sparse_attention_xla
+from pallas_kernels.block_sparse_attention.unions import tile_unions, where_finite
 from pallas_kernels.dispatch import tuned_config
-from pallas_kernels.lowering import silence_triton_deprecation
 
 
 @dataclass(frozen=True)
@@ -131,27 +131,12 @@ def _kernel(
 
 @in_32_bit
 def block_sparse_attention_triton(
-    q: Float[Array, "B T N H"],
-    kv: Float[Array, "L B K M block 2 H"],
-    q_start: Int[Array, " B"],
-    block_indices: Int[Array, "B K T P"] | None,
-    layer: Int[Array, ""],
-    key_bias: Float[Array, "L B K M block"] | None,
-    *,
-    scale: float,
-    config: Config | None = None,
-    interpret: bool = False,
+    operands: Prefill, *, config: Config | None = None, interpret: bool = False
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Computes the output in the dtype of ``q`` and the float32 log-sum-exp.
 
     Args:
-      q: as in the reference, like the following ones.
-      kv: blocks.
-      q_start: first positions.
-      block_indices: lists or None.
-      layer: index into the leading axis.
-      key_bias: bias or None.
-      scale: factor of the logits.
+      operands: queries, blocks and lists.
       config: settings; recorded or default ones if None.
       interpret: run in Pallas's interpreter, on any device.
 
@@ -161,25 +146,19 @@ def block_sparse_attention_triton(
     Raises:
       NotImplementedError: for sizes Triton cannot tile, or without a CUDA device.
     """
-    head_dim = q.shape[-1]
-    require_triton_sizes(q.dtype, head_dim, kv.shape[4], interpret)
-    args = (q, kv, q_start, block_indices, layer, key_bias)
-    groups = q.shape[2] // kv.shape[2]
-    listed = None if block_indices is None else block_indices.shape[-1]
-    config = config or config_for(groups, head_dim, listed)
-    return lax.cond(
-        values_are_finite(kv, layer),
-        lambda a: _call(*a, scale=scale, config=config, interpret=interpret),
-        lambda a: block_sparse_attention_xla(*a, scale=scale),
-        args,
+    head_dim = operands.head_dim
+    require_triton_sizes(operands.q.dtype, head_dim, operands.block, interpret)
+    config = config or config_for(operands.groups, head_dim, operands.listed)
+    return where_finite(
+        lambda operands: _call(operands, config=config, interpret=interpret), operands
     )
 
 
-def _call(q, kv, q_start, block_indices, layer, key_bias, *, scale, config, interpret):
-    batch, length, heads, head_dim = q.shape
-    _, _, kv_heads, all_blocks, block, _, _ = kv.shape
-    groups = heads // kv_heads
-    padded = next_power_of_two(groups)
+def _call(operands: Prefill, *, config: Config, interpret: bool):
+    q, block_indices = operands.q, operands.block_indices
+    batch, length, _, head_dim = q.shape
+    kv_heads, all_blocks, block = operands.kv.shape[2:5]
+    padded = next_power_of_two(operands.groups)
     # Short calls take a small tile; a word holds 31 tokens, of which 16 are used.
     tokens = max(1, min(config.rows // padded, 16, next_power_of_two(length)))
     rows = max(MIN_ROWS, tokens * padded)
@@ -190,37 +169,29 @@ def _call(q, kv, q_start, block_indices, layer, key_bias, *, scale, config, inte
     lists = (None, None, None)
     if block_indices is not None:
         lists = tile_unions(
-            block_indices, q_start, blocks=all_blocks, block=block, tokens=tokens
+            block_indices,
+            operands.q_start,
+            blocks=all_blocks,
+            block=block,
+            tokens=tokens,
         )
-    operands = (
-        layer.reshape(1),
-        q_start,
+    out, lse = launch(
+        functools.partial(_kernel, tokens=tokens, scale=operands.scale),
+        operands.layer.reshape(1),
+        operands.q_start,
         *lists,
         query,
-        kv.reshape(*kv.shape[:-2], 2 * head_dim),
-        key_bias,
-    )
-    present = [x is not None for x in operands]
-
-    def kernel(*refs):
-        refs = iter(refs)
-        inputs = [next(refs) if there else None for there in present]
-        _kernel(*inputs, *refs, tokens=tokens, scale=scale)
-
-    silence_triton_deprecation()
-    out, lse = pl.pallas_call(
-        kernel,
+        operands.kv.reshape(*operands.kv.shape[:-2], 2 * head_dim),
+        operands.key_bias,
         grid=(tiles, kv_heads, batch),
         out_shape=(
             jax.ShapeDtypeStruct(query.shape, q.dtype),
             jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32),
         ),
-        compiler_params=plt.CompilerParams(
-            num_warps=config.num_warps, num_stages=config.num_stages
-        ),
+        config=config,
         interpret=interpret,
         name="block_sparse_attention_triton",
-    )(*(x for x in operands if x is not None))
+    )
 
     return (
         unfold_queries(out, q, kv_heads, tiles * tokens, padded),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
 from pallas_kernels._common.numerics import cdiv
+from pallas_kernels.block_sparse_attention.operands import Prefill
+from pallas_kernels.block_sparse_attention.xla import block_sparse_attention_xla
 
 # One bit a token in an int32 word, the sign bit left alone.
 MAX_TOKENS = 31
@@ -118,13 +121,14 @@ def tile_unions(
     return Unions(*merged)
 
 
-def values_are_finite(
-    kv: Float[Array, "L B K M block 2 H"], layer: Int[Array, ""]
-) -> Bool[Array, ""]:
-    """Whether no value of the layer is NaN or infinite.
+def where_finite[Result](
+    kernel: Callable[[Prefill], Result], operands: Prefill
+) -> Result:
+    """Runs a kernel that shares a value tile among tokens, or else the XLA form.
 
     In a tile, a token's weight for a key that it does not list is 0, and 0 times a
-    non-finite value is NaN. Kernels that share a value tile among tokens therefore
-    run only behind this check, which reads the values once: small against a prefill.
+    non-finite value is NaN. Such kernels therefore run only where no value of the layer
+    is NaN or infinite, which reads the values once: small against a prefill.
     """
-    return jnp.isfinite(kv[layer, ..., 1, :]).all()
+    finite = jnp.isfinite(operands.kv[operands.layer, ..., 1, :]).all()
+    return lax.cond(finite, kernel, block_sparse_attention_xla, operands)

@@ -49,6 +49,7 @@ from pallas_kernels._common.numerics import (
     in_32_bit,
     softmax_finish,
 )
+from pallas_kernels.block_sparse_attention.operands import Prefill
 
 # Tile sizes for CPUs, where a chunk of K and V and its logits should stay in cache.
 DENSE_QUERIES = 256
@@ -81,8 +82,9 @@ class _Walk(NamedTuple):
     add: Callable[[Array, Array, Array], Array]
 
 
-def _dense_walk(kv, key_bias, layer, positions) -> _Walk:
+def _dense_walk(operands: Prefill, positions) -> _Walk:
     """Consecutive blocks up to the last position of the tile."""
+    kv, key_bias, layer = operands.kv, operands.key_bias, operands.layer
     _, batch, kv_heads, blocks, block, _, head_dim = kv.shape
     size = _chunk_blocks(blocks, block, listed=False)
     span = size * block
@@ -118,8 +120,9 @@ def _dense_walk(kv, key_bias, layer, positions) -> _Walk:
     return _Walk(cdiv(used, span), load, add)
 
 
-def _sparse_walk(kv, key_bias, layer, positions, block_indices) -> _Walk:
+def _sparse_walk(operands: Prefill, positions, block_indices) -> _Walk:
     """The union of the tile's lists, packed to the front, a few blocks a step."""
+    kv, key_bias, layer = operands.kv, operands.key_bias, operands.layer
     _, batch, kv_heads, blocks, block, _, _ = kv.shape
     tokens = block_indices.shape[2]
     size = _chunk_blocks(blocks, block, listed=True)
@@ -163,10 +166,10 @@ def _sparse_walk(kv, key_bias, layer, positions, block_indices) -> _Walk:
     return _Walk(cdiv(wanted.sum(-1).max(), size), load, add)
 
 
-def _walk(kv, key_bias, layer, positions, block_indices) -> _Walk:
-    if block_indices is None:
-        return _dense_walk(kv, key_bias, layer, positions)
-    return _sparse_walk(kv, key_bias, layer, positions, block_indices)
+def _walk(operands: Prefill, tile: _Tiles) -> _Walk:
+    if tile.block_indices is None:
+        return _dense_walk(operands, tile.positions)
+    return _sparse_walk(operands, tile.positions, tile.block_indices)
 
 
 def _logits(query, chunk: _Chunk, scale):
@@ -296,11 +299,12 @@ def scratch_bytes(
     return logits + chunk + accumulator + lists + outputs
 
 
-def _tiles(q, q_start, block_indices, kv_heads: int) -> tuple[_Tiles, int]:
+def _tiles(operands: Prefill) -> tuple[_Tiles, int]:
+    q, block_indices, kv_heads = operands.q, operands.block_indices, operands.kv_heads
     length = q.shape[1]
     listed = block_indices is not None
     tokens = _tile_size(length, q.shape[2] // kv_heads, listed)
-    positions = q_start[:, None] + jnp.arange(length)
+    positions = operands.q_start[:, None] + jnp.arange(length)
     lists = None
     if block_indices is not None:
         lists = _cut(block_indices, tokens, 2, -1)
@@ -311,24 +315,15 @@ def _tiles(q, q_start, block_indices, kv_heads: int) -> tuple[_Tiles, int]:
 
 @in_32_bit
 def block_sparse_attention_xla(
-    q: Float[Array, "B T N H"],
-    kv: Float[Array, "L B K M block 2 H"],
-    q_start: Int[Array, " B"],
-    block_indices: Int[Array, "B K T P"] | None,
-    layer: Int[Array, ""],
-    key_bias: Float[Array, "L B K M block"] | None,
-    *,
-    scale: float,
+    operands: Prefill,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Computes the output in the dtype of ``q`` and the float32 log-sum-exp.
-
-    The arguments are those of the reference; nothing is checked here.
-    """
-    tiles, tokens = _tiles(q, q_start, block_indices, kv.shape[2])
+    """Computes the output in the dtype of ``q`` and the float32 log-sum-exp."""
+    q = operands.q
+    tiles, tokens = _tiles(operands)
 
     def one(tile: _Tiles):
-        walk = _walk(kv, key_bias, layer, tile.positions, tile.block_indices)
-        out, lse = _tile_forward(tile.query, walk, scale)
+        walk = _walk(operands, tile)
+        out, lse = _tile_forward(tile.query, walk, operands.scale)
         return out.astype(q.dtype), lse
 
     out, lse = _map(one, tiles)
@@ -346,39 +341,28 @@ def _map(f, tiles):
 
 @in_32_bit
 def block_sparse_attention_xla_backward(
-    q: Float[Array, "B T N H"],
-    kv: Float[Array, "L B K M block 2 H"],
-    q_start: Int[Array, " B"],
-    block_indices: Int[Array, "B K T P"] | None,
-    layer: Int[Array, ""],
-    key_bias: Float[Array, "L B K M block"] | None,
+    operands: Prefill,
     out: Float[Array, "B T N H"],
     lse: Float[Array, "B T N"],
     d_out: Float[Array, "B T N H"],
     d_lse: Float[Array, "B T N"],
-    *,
-    scale: float,
-) -> tuple[Array, Array, Array | None]:
+) -> dict[str, Array | None]:
     """Gradients with respect to ``q``, ``kv`` and ``key_bias``.
 
     Args:
-      q: as in the forward pass, like the following ones.
-      kv: blocks.
-      q_start: first positions.
-      block_indices: lists or None.
-      layer: index into the leading axis.
-      key_bias: bias or None.
+      operands: those of the forward pass.
       out: the forward output.
       lse: the forward log-sum-exp.
       d_out: cotangent of ``out``.
       d_lse: cotangent of ``lse``.
-      scale: factor of the logits.
 
     Returns:
-      Cotangents in the dtypes and shapes of ``q``, ``kv`` and ``key_bias`` (or None).
+      Cotangents by name, in the dtypes and shapes of the operands (or None).
     """
+    q, kv, key_bias, layer = operands.q, operands.kv, operands.key_bias, operands.layer
+    scale = operands.scale
     _, batch, kv_heads, blocks, block, _, head_dim = kv.shape
-    tiles, tokens = _tiles(q, q_start, block_indices, kv_heads)
+    tiles, tokens = _tiles(operands)
     # d logit = weight * (d_out . value - d_out . out + d_lse)
     d_out32 = d_out.astype(jnp.float32)
     lean = d_lse - (d_out32 * out.astype(jnp.float32)).sum(-1)
@@ -396,7 +380,7 @@ def block_sparse_attention_xla_backward(
 
     def one(totals, xs):
         tile, (grad, lse, lean) = xs
-        walk = _walk(kv, key_bias, layer, tile.positions, tile.block_indices)
+        walk = _walk(operands, tile)
 
         def step(i, carry):
             d_query, (d_keys, d_values, d_bias) = carry
@@ -430,4 +414,5 @@ def block_sparse_attention_xla_backward(
     d_kv = jnp.zeros_like(kv).at[layer].set(d_kv)
     if key_bias is not None:
         d_bias = jnp.zeros_like(key_bias).at[layer].set(d_bias)
-    return _unrows(d_query, tokens, q.shape[1]), d_kv, d_bias
+    d_q = _unrows(d_query, tokens, q.shape[1])
+    return {"q": d_q, "kv": d_kv, "key_bias": d_bias}

@@ -29,10 +29,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common.devices import require_cuda
 from pallas_kernels._common.numerics import NEG_INF, in_32_bit
-from pallas_kernels._common.triton import WarpsConfig, next_power_of_two
+from pallas_kernels._common.triton import WarpsConfig, launch, next_power_of_two
 from pallas_kernels.choose_blocks.forced import Forced
 from pallas_kernels.dispatch import tuned_config
-from pallas_kernels.lowering import silence_triton_deprecation
 
 INT_MIN = -(2**31)
 MOST_BLOCKS = 16384
@@ -157,13 +156,14 @@ def choose_blocks_triton(
         **tuned_config("choose_blocks", "triton", {"M": blocks, "P": budget})
     )
     flat = scores.reshape(-1, blocks)
-    silence_triton_deprecation()
-    out = pl.pallas_call(
+    out = launch(
         functools.partial(_kernel, blocks=blocks, budget=budget, forced=forced),
+        flat,
+        jnp.broadcast_to(own, lead).reshape(-1),
         grid=(flat.shape[0],),
         out_shape=jax.ShapeDtypeStruct((flat.shape[0], budget + 1), jnp.int32),
-        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
+        config=config,
         interpret=interpret,
         name="choose_blocks_triton",
-    )(flat, jnp.broadcast_to(own, lead).reshape(-1))
+    )
     return out[:, :budget].reshape(*lead, budget)

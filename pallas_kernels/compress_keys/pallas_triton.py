@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels._common.devices import require_cuda
 from pallas_kernels._common.numerics import cdiv, in_32_bit
+from pallas_kernels._common.triton import WarpsConfig, launch
 from pallas_kernels.compress_keys.reference import window_count
-from pallas_kernels.lowering import silence_triton_deprecation
 
 WINDOWS = 8  # windows of a program
 
@@ -75,13 +75,13 @@ def compress_keys_triton(
 
     if windows == 0:
         return jnp.zeros((batch, kv_heads, 0, head_dim), keys.dtype)
-    silence_triton_deprecation()
-    out = pl.pallas_call(
+    out = launch(
         kernel,
+        keys.reshape(-1),
         grid=(cdiv(windows, WINDOWS), batch * kv_heads),
         out_shape=jax.ShapeDtypeStruct((results + 1,), keys.dtype),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        config=WarpsConfig(),
         interpret=interpret,
         name="compress_keys_triton",
-    )(keys.reshape(-1))
+    )
     return out[:results].reshape(batch, kv_heads, windows, head_dim)

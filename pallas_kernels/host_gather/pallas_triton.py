@@ -35,6 +35,11 @@ class Config(CopyConfig):
     part_bytes: int = 16 * 1024
     num_warps: int = 8
 
+    @property
+    def num_stages(self) -> int:
+        """Depth of the load pipeline."""
+        return 2
+
 
 @in_32_bit
 def host_gather_triton(
@@ -89,6 +94,5 @@ def host_gather_triton(
         config=config,
         name="host_gather_triton",
         staggered=True,
-        num_stages=2,
         interpret=interpret,
     )

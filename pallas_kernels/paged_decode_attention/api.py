@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Literal, overload
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._common import validation
 from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.paged_decode_attention.operands import checked
 from pallas_kernels.paged_decode_attention.xla import (
     paged_decode_attention_xla,
     scratch_bytes,
@@ -102,45 +101,19 @@ def paged_decode_attention(
       ValueError: on shapes, dtypes or argument combinations other than the above.
       NotImplementedError: when the named implementation cannot serve the call.
     """
-    validation.require_shape("q", q, (None, None, None), "B N H")
-    validation.require_float("q", q)
-    batch, heads, head_dim = q.shape
-    scale = validation.require_scale(scale, head_dim)
-    kv, key_bias, layer = validation.with_layer_axis(kv, key_bias, layer, heads)
-    _, _, kv_heads, capacity, block, _, _ = kv.shape
-    validation.require_shape(
-        "kv",
+    operands = checked(
+        q,
         kv,
-        (None, batch, kv_heads, capacity, block, 2, head_dim),
-        "L B K C block 2 H",
+        slots=slots,
+        slot_lengths=slot_lengths,
+        lengths=lengths,
+        layer=layer,
+        key_bias=key_bias,
+        scale=scale,
     )
-    validation.require_dtype("kv", kv, q.dtype)
-    if slots is None:
-        if lengths is None or slot_lengths is not None:
-            raise ValueError(
-                "slots is None: lengths must be given, and slot_lengths must not"
-            )
-        validation.require_shape("lengths", lengths, (batch,), "B")
-        validation.require_integer("lengths", lengths)
-        lengths = lengths.astype(jnp.int32)
-    else:
-        if slot_lengths is None or lengths is not None:
-            raise ValueError(
-                "slots is given: slot_lengths must be given, and lengths must not"
-            )
-        validation.require_shape("slots", slots, (batch, kv_heads, None), "B K P")
-        validation.require_shape("slot_lengths", slot_lengths, slots.shape, "B K P")
-        validation.require_integer("slots", slots)
-        validation.require_integer("slot_lengths", slot_lengths)
-        if slots.shape[-1] < 1:
-            raise ValueError("slots lists no slot (P = 0); P must be at least 1")
-        slots = slots.astype(jnp.int32)
-        slot_lengths = slot_lengths.astype(jnp.int32)
 
     def run(name: str) -> tuple[jax.Array, jax.Array]:
-        return _implementation(name)(
-            q, kv, slots, slot_lengths, lengths, layer, key_bias, scale=scale
-        )
+        return _implementation(name)(operands)
 
     out, lse = dispatch(OP, implementation, run)
     return (out, lse) if return_lse else out

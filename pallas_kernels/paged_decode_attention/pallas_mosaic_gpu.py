@@ -45,7 +45,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels._common.mosaic import (
     SHARED_BYTES,
@@ -62,6 +62,7 @@ from pallas_kernels._common.mosaic import (
 from pallas_kernels._common.numerics import LN_2, LOG2_E, NEG_INF, cdiv, in_32_bit
 from pallas_kernels._common.splits import merge_splits
 from pallas_kernels.paged_decode_attention.mosaic_config import Config, config_for
+from pallas_kernels.paged_decode_attention.operands import Decode
 
 # A row of log-sum-exps: 64 of queries, padded to what a warpgroup loads.
 LSE_ROWS = 128
@@ -308,28 +309,12 @@ def _merge(refs, smem, arrived, result, sizes: _Sizes):
 
 @in_32_bit
 def paged_decode_attention_mosaic_gpu(
-    q: Float[Array, "B N H"],
-    kv: Float[Array, "L B K C block 2 H"],
-    slots: Int[Array, "B K P"] | None,
-    slot_lengths: Int[Array, "B K P"] | None,
-    lengths: Int[Array, " B"] | None,
-    layer: Int[Array, ""],
-    key_bias: Float[Array, "L B K C block"] | None,
-    *,
-    scale: float,
-    config: Config | None = None,
+    operands: Decode, *, config: Config | None = None
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
     """Computes the output in the dtype of ``q`` and the float32 log-sum-exp.
 
     Args:
-      q: as in the reference, like the following ones.
-      kv: slots.
-      slots: list or None.
-      slot_lengths: valid tokens of listed slots.
-      lengths: valid tokens of rows.
-      layer: index into the leading axis.
-      key_bias: bias or None.
-      scale: factor of the logits.
+      operands: queries, slots and lists.
       config: settings; recorded or heuristic ones by default.
 
     Returns:
@@ -340,16 +325,16 @@ def paged_decode_attention_mosaic_gpu(
         a Hopper device.
       ValueError: for a ``config`` that does not fit in shared memory.
     """
+    q, key_bias, groups = operands.q, operands.key_bias, operands.groups
     batch, heads, head_dim = q.shape
-    _, _, kv_heads, capacity, block, _, _ = kv.shape
-    groups = heads // kv_heads
-    require_attention_sizes(q.dtype, head_dim, block, groups, scale)
+    kv_heads, capacity, block = operands.kv.shape[2:5]
+    require_attention_sizes(operands, groups)
     if block % 64:
         # Clearing the values beyond a length loads them in the layout of wgmma.
         raise NotImplementedError(
             f"mosaic_gpu decodes blocks of 64 or 128 tokens, not {block}"
         )
-    listed = capacity if slots is None else slots.shape[-1]
+    listed = operands.listed
     if Config(1).shared_bytes(head_dim, block) > SHARED_BYTES - 4096:
         raise NotImplementedError(
             f"mosaic_gpu has no room for blocks of {block} tokens with head dim "
@@ -367,23 +352,31 @@ def paged_decode_attention_mosaic_gpu(
     query = query.reshape(-1, head_dim)
     if query.shape[0] < WARPGROUP_ROWS:
         query = jnp.pad(query, ((0, WARPGROUP_ROWS - query.shape[0]), (0, 0)))
-    operands = {
-        "layer": layer.reshape(1),
+    inputs = {
+        "layer": operands.layer.reshape(1),
         "q": query,
-        "kv": kv.reshape(-1, 2 * head_dim),
+        "kv": operands.kv.reshape(-1, 2 * head_dim),
     }
-    if slots is None:
-        assert lengths is not None
-        operands["lengths"] = lengths
+    if operands.slots is None:
+        assert operands.lengths is not None
+        inputs["lengths"] = operands.lengths
     else:
-        assert slot_lengths is not None
-        operands["slots"] = slots.reshape(-1, listed)
-        operands["lengths"] = slot_lengths.reshape(-1, listed)
+        assert operands.slot_lengths is not None
+        inputs["slots"] = operands.slots.reshape(-1, listed)
+        inputs["lengths"] = operands.slot_lengths.reshape(-1, listed)
     if key_bias is not None:
-        operands["bias"] = key_bias.reshape(-1)
-    names = (*operands, "out", "lse")
+        inputs["bias"] = key_bias.reshape(-1)
+    names = (*inputs, "out", "lse")
     sizes = _Sizes(
-        config, batch, kv_heads, head_dim, block, listed, capacity, out_rows, scale
+        config,
+        batch,
+        kv_heads,
+        head_dim,
+        block,
+        listed,
+        capacity,
+        out_rows,
+        operands.scale,
     )
 
     def paged_decode_attention_mosaic_gpu(*refs):
@@ -440,7 +433,7 @@ def paged_decode_attention_mosaic_gpu(
         num_threads=config.warpgroups + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*operands.values())
+    )(*inputs.values())
     out = out.reshape(batch, kv_heads, clusters, out_rows, head_dim)[..., :groups, :]
     lse = lse.reshape(batch, kv_heads, clusters, LSE_ROWS)[..., :groups]
     if clusters > 1:

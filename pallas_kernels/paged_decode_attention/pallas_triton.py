@@ -25,6 +25,7 @@ JAX; this file can be deleted with it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -32,12 +33,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels._common.numerics import NEG_INF, cdiv, in_32_bit
 from pallas_kernels._common.triton import (
     MIN_ROWS,
     dot,
+    launch,
     next_power_of_two,
     require_launch,
     require_triton_sizes,
@@ -47,7 +49,7 @@ from pallas_kernels._common.triton import (
 )
 from pallas_kernels._common.triton_merge import merge_splits_triton
 from pallas_kernels.dispatch import tuned_config
-from pallas_kernels.lowering import silence_triton_deprecation
+from pallas_kernels.paged_decode_attention.operands import Decode
 
 
 @dataclass(frozen=True)
@@ -168,29 +170,12 @@ def _kernel(
 
 @in_32_bit
 def paged_decode_attention_triton(
-    q: Float[Array, "B N H"],
-    kv: Float[Array, "L B K C block 2 H"],
-    slots: Int[Array, "B K P"] | None,
-    slot_lengths: Int[Array, "B K P"] | None,
-    lengths: Int[Array, " B"] | None,
-    layer: Int[Array, ""],
-    key_bias: Float[Array, "L B K C block"] | None,
-    *,
-    scale: float,
-    config: Config | None = None,
-    interpret: bool = False,
+    operands: Decode, *, config: Config | None = None, interpret: bool = False
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
     """Computes the output in the dtype of ``q`` and the float32 log-sum-exp.
 
     Args:
-      q: as in the reference, like the following ones.
-      kv: slots.
-      slots: list or None.
-      slot_lengths: valid tokens of listed slots.
-      lengths: valid tokens of rows.
-      layer: index into the leading axis.
-      key_bias: bias or None.
-      scale: factor of the logits.
+      operands: queries, slots and lists.
       config: settings; recorded or heuristic ones by default.
       interpret: run in Pallas's interpreter, on any device.
 
@@ -200,55 +185,40 @@ def paged_decode_attention_triton(
     Raises:
       NotImplementedError: for sizes Triton cannot tile, or without a CUDA device.
     """
+    q, kv, slots = operands.q, operands.kv, operands.slots
     batch, heads, head_dim = q.shape
-    _, _, kv_heads, capacity, block, _, _ = kv.shape
-    require_triton_sizes(q.dtype, head_dim, block, interpret)
-    groups = heads // kv_heads
-    rows = max(MIN_ROWS, next_power_of_two(groups))
-    listed = capacity if slots is None else slots.shape[-1]
+    kv_heads, groups, listed = operands.kv_heads, operands.groups, operands.listed
+    require_triton_sizes(q.dtype, head_dim, operands.block, interpret)
     config = config or config_for(batch, kv_heads, listed, head_dim)
     splits = min(config.splits, listed)
-    operands = (
-        layer.reshape(1),
-        slots,
-        lengths if slots is None else slot_lengths,
-        q.reshape(-1),
-        kv.reshape(*kv.shape[:-2], 2 * head_dim),
-        key_bias,
-    )
-    present = [x is not None for x in operands]
-
-    def kernel(*refs):
-        refs = iter(refs)
-        inputs = [next(refs) if there else None for there in present]
-        _kernel(
-            *inputs,
-            *refs,
+    parts = heads * batch * splits
+    partial = q.dtype if splits == 1 else jnp.float32
+    out, lse = launch(
+        functools.partial(
+            _kernel,
             groups=groups,
-            rows=rows,
+            rows=max(MIN_ROWS, next_power_of_two(groups)),
             head_dim=head_dim,
             per_split=cdiv(listed, splits),
             listed=listed,
             unroll=config.unroll,
-            scale=scale,
-        )
-
-    parts = heads * batch * splits
-    partial = q.dtype if splits == 1 else jnp.float32
-    silence_triton_deprecation()
-    out, lse = pl.pallas_call(
-        kernel,
+            scale=operands.scale,
+        ),
+        operands.layer.reshape(1),
+        slots,
+        operands.lengths if slots is None else operands.slot_lengths,
+        q.reshape(-1),
+        kv.reshape(*kv.shape[:-2], 2 * head_dim),
+        operands.key_bias,
         grid=(splits, kv_heads, batch),
         out_shape=(
             jax.ShapeDtypeStruct((parts * head_dim,), partial),
             jax.ShapeDtypeStruct((parts,), jnp.float32),
         ),
-        compiler_params=plt.CompilerParams(
-            num_warps=config.num_warps, num_stages=config.num_stages
-        ),
+        config=config,
         interpret=interpret,
         name="paged_decode_attention_triton",
-    )(*(x for x in operands if x is not None))
+    )
     if splits > 1:
         lead = (batch * kv_heads, splits, groups)
         out, lse = merge_splits_triton(

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels._common.numerics import (
     NEG_INF,
@@ -34,6 +34,7 @@ from pallas_kernels._common.numerics import (
     in_32_bit,
     softmax_finish,
 )
+from pallas_kernels.paged_decode_attention.operands import Decode
 
 # Keys in one step of the loop: a chunk of K and V stays in a core's L2 cache.
 CHUNK_KEYS = 512
@@ -78,29 +79,20 @@ def scratch_bytes(
 
 @in_32_bit
 def paged_decode_attention_xla(
-    q: Float[Array, "B N H"],
-    kv: Float[Array, "L B K C block 2 H"],
-    slots: Int[Array, "B K P"] | None,
-    slot_lengths: Int[Array, "B K P"] | None,
-    lengths: Int[Array, " B"] | None,
-    layer: Int[Array, ""],
-    key_bias: Float[Array, "L B K C block"] | None,
-    *,
-    scale: float,
+    operands: Decode,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
-    """Computes the output in the dtype of ``q`` and the float32 log-sum-exp.
-
-    The arguments are those of the reference; nothing is checked here.
-    """
+    """Computes the output in the dtype of ``q`` and the float32 log-sum-exp."""
+    q, kv, key_bias, layer = operands.q, operands.kv, operands.key_bias, operands.layer
+    slots, slot_lengths = operands.slots, operands.slot_lengths
     batch, heads, head_dim = q.shape
-    _, _, kv_heads, capacity, block, _, _ = kv.shape
-    groups = heads // kv_heads
+    kv_heads, capacity, block = kv.shape[2:5]
+    groups = operands.groups
     query = q.reshape(batch, kv_heads, groups, head_dim)
 
     def attend(carry, keys, values, bias, valid):
         # keys, values: B K S H; bias, valid: B K S or broadcastable to it.
         top, total, acc = carry
-        logits = scale * einsum_f32("bksh,bkgh->bksg", keys, query)
+        logits = operands.scale * einsum_f32("bksh,bkgh->bksg", keys, query)
         if bias is not None:
             logits = logits + bias[..., None]
         logits = jnp.where(valid[..., None], logits, NEG_INF)
@@ -113,6 +105,7 @@ def paged_decode_attention_xla(
         return new_top, total * fade + weights.sum(2), acc * fade[..., None] + update
 
     if slots is None:
+        lengths = operands.lengths
         assert lengths is not None
         chunk = _chunk_slots(capacity, block, listed=False)
         steps = cdiv(jnp.clip(lengths.max(), 0, capacity * block), chunk * block)
@@ -142,7 +135,7 @@ def paged_decode_attention_xla(
 
     else:
         assert slot_lengths is not None
-        listed = slots.shape[-1]
+        listed = operands.listed
         chunk = _chunk_slots(listed, block, listed=True)
         steps = cdiv(listed, chunk)
         padding = ((0, 0), (0, 0), (0, steps * chunk - listed))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels._common import validation
 from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.plan_slots.operands import checked
 from pallas_kernels.plan_slots.plan import SlotPlan
 
 OP = "plan_slots"
@@ -57,38 +56,9 @@ def plan_slots(
       ValueError: on shapes, dtypes or sizes other than the above.
       NotImplementedError: when the named implementation cannot serve the call.
     """
-    validation.require_rows("blocks", blocks, "[*rows, C]")
-    rows, capacity = blocks.shape[:-1], blocks.shape[-1]
-    validation.require_shape("last_used", last_used, blocks.shape, "*rows C")
-    validation.require_rows("page_table", page_table, "[*rows, M]")
-    validation.require_shape(
-        "page_table", page_table, (*rows, page_table.shape[-1]), "*rows M"
+    operands = checked(
+        blocks, last_used, page_table, listed, step, tail_block, source, target
     )
-    validation.require_rows("listed", listed, "[*rows, P]")
-    validation.require_shape("listed", listed, (*rows, listed.shape[-1]), "*rows P")
-    if listed.shape[-1] > capacity:
-        raise ValueError(
-            f"listed has {listed.shape[-1]} blocks a row and blocks {capacity} slots; "
-            "there must be a slot for every listed block"
-        )
-    source, target = jnp.asarray(source), jnp.asarray(target)
-    for name, x in {"step": step, "tail_block": tail_block}.items():
-        validation.require_shape(name, x, rows, "*rows")
-    for name, x in {"source": source, "target": target}.items():
-        validation.require_shape(name, x, (), "")
-    named = {
-        "blocks": blocks,
-        "last_used": last_used,
-        "page_table": page_table,
-        "listed": listed,
-        "step": step,
-        "tail_block": tail_block,
-        "source": source,
-        "target": target,
-    }
-    for name, x in named.items():
-        validation.require_integer(name, x)
-    args = [x.astype(jnp.int32) for x in named.values()]
 
     def run(name: str) -> SlotPlan:
         if name == "mosaic_gpu":
@@ -99,9 +69,9 @@ def plan_slots(
         if name == "triton":
             from pallas_kernels.plan_slots import pallas_triton
 
-            return pallas_triton.plan_slots_triton(*args)
+            return pallas_triton.plan_slots_triton(operands)
         from pallas_kernels.plan_slots.xla import plan_slots_xla
 
-        return plan_slots_xla(*args)
+        return plan_slots_xla(operands)
 
     return dispatch(OP, implementation, run)

@@ -41,9 +41,9 @@ from jaxtyping import Array, Bool, Int
 
 from pallas_kernels._common.devices import require_cuda
 from pallas_kernels._common.numerics import in_32_bit
-from pallas_kernels._common.triton import WarpsConfig, next_power_of_two
+from pallas_kernels._common.triton import WarpsConfig, launch, next_power_of_two
 from pallas_kernels.dispatch import tuned_config
-from pallas_kernels.lowering import silence_triton_deprecation
+from pallas_kernels.plan_slots.operands import Slots
 from pallas_kernels.plan_slots.plan import SlotPlan
 
 LAST = 2**31 - 1
@@ -218,29 +218,12 @@ def _collect_victims(
 
 @in_32_bit
 def plan_slots_triton(
-    blocks: Int[Array, "*rows C"],
-    last_used: Int[Array, "*rows C"],
-    page_table: Int[Array, "*rows M"],
-    listed: Int[Array, "*rows P"],
-    step: Int[Array, "*rows"],
-    tail_block: Int[Array, "*rows"],
-    source: Int[Array, ""],
-    target: Int[Array, ""],
-    *,
-    config: Config | None = None,
-    interpret: bool = False,
+    operands: Slots, *, config: Config | None = None, interpret: bool = False
 ) -> SlotPlan:
     """Computes the result.
 
     Args:
-      blocks: as in the operation, like the following ones.
-      last_used: of the slots' blocks.
-      page_table: of the blocks.
-      listed: lists.
-      step: of the lists.
-      tail_block: of the rows.
-      source: where blocks begin.
-      target: where slots begin.
+      operands: tables and lists.
       config: settings; recorded or default ones if None.
       interpret: run in Pallas's interpreter, on any device.
 
@@ -252,25 +235,21 @@ def plan_slots_triton(
     """
     if not interpret:
         require_cuda("triton", 8.0)
-    lead, capacity = blocks.shape[:-1], blocks.shape[-1]
-    budget = listed.shape[-1]
+    capacity, budget = operands.capacity, operands.budget
+    rows, row_blocks = operands.rows, operands.row_blocks
     if capacity > MOST_SLOTS:
         raise NotImplementedError(
             f"triton plans at most {MOST_SLOTS} slots of a row, not {capacity}"
         )
-    rows, row_blocks = blocks.size // capacity, page_table.shape[-1]
     config = config or Config(
         **tuned_config("plan_slots", "triton", {"R": rows, "C": capacity, "P": budget})
     )
-    slots, entries, pages = rows * capacity, rows * budget, rows * row_blocks
-    sizes = [entries, slots, slots, pages, *[entries] * 5]
+    entries, of_slots = rows * budget, rows * capacity
+    sizes = [entries, of_slots, of_slots, rows * row_blocks, *[entries] * 5]
     # The interpreter also stores what is masked: behind the end, and back.
     spare = next_power_of_two(capacity) if interpret else 0
-    tables = [
-        jnp.pad(x.reshape(-1), (0, spare)) for x in (blocks, last_used, page_table)
-    ]
-    silence_triton_deprecation()
-    *flat, counts = pl.pallas_call(
+    flat = [x.reshape(-1) for x in jax.tree.leaves(operands)]
+    *flat, counts = launch(
         functools.partial(
             _kernel,
             rows=rows,
@@ -279,25 +258,28 @@ def plan_slots_triton(
             row_blocks=row_blocks,
             barrier=(lambda: None) if interpret else plt.debug_barrier,
         ),
+        *(jnp.pad(table, (0, spare)) for table in flat[:3]),
+        *flat[3:],
         grid=(rows,),
         out_shape=[
             *(jax.ShapeDtypeStruct((size + spare,), jnp.int32) for size in sizes),
             jax.ShapeDtypeStruct((3, rows), jnp.int32),
         ],
-        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
-        input_output_aliases={0: 1, 1: 2, 2: 3},
+        config=config,
         interpret=interpret,
         name="plan_slots_triton",
-    )(*tables, *(x.reshape(-1) for x in (listed, step, tail_block, source, target)))
+        aliases={0: 1, 1: 2, 2: 3},
+    )
     flat = [x[:size] for x, size in zip(flat, sizes, strict=True)]
+    slots, blocks, last_used, page_table, sources, targets, *_ = flat
     return SlotPlan(
-        slots=flat[0].reshape(*lead, budget),
-        blocks=flat[1].reshape(*lead, capacity),
-        last_used=flat[2].reshape(*lead, capacity),
-        page_table=flat[3].reshape(*lead, row_blocks),
-        sources=flat[4],
-        targets=flat[5],
+        slots,
+        blocks,
+        last_used,
+        page_table,
+        sources,
+        targets,
         bound=jnp.max(counts[0]),
         fetched=jnp.sum(counts[1]),
         hits=jnp.sum(counts[2]),
-    )
+    ).of_rows(operands.lead)

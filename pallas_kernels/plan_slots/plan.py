@@ -36,3 +36,12 @@ class SlotPlan(NamedTuple):
     bound: Int[Array, ""]
     fetched: Int[Array, ""]
     hits: Int[Array, ""]
+
+    def of_rows(self, lead: tuple[int, ...]) -> SlotPlan:
+        """The plan whose tables, of any shape here, are by row [*lead, ...]."""
+        return self._replace(
+            slots=self.slots.reshape(*lead, -1),
+            blocks=self.blocks.reshape(*lead, -1),
+            last_used=self.last_used.reshape(*lead, -1),
+            page_table=self.page_table.reshape(*lead, -1),
+        )

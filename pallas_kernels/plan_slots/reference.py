@@ -5,30 +5,24 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.plan_slots.operands import Slots
 from pallas_kernels.plan_slots.plan import SlotPlan
 
 
-def plan_slots_reference(
-    blocks: np.ndarray,
-    last_used: np.ndarray,
-    page_table: np.ndarray,
-    listed: np.ndarray,
-    step: np.ndarray,
-    tail_block: np.ndarray,
-    source: int,
-    target: int,
-) -> SlotPlan:
-    """Computes the result in NumPy; arguments as those of the operation."""
-    lead, budget = listed.shape[:-1], listed.shape[-1]
-    rows = int(np.prod(lead))
-    blocks, last_used = (
-        np.array(x, np.int32).reshape(rows, -1) for x in (blocks, last_used)
+def plan_slots_reference(operands: Slots) -> SlotPlan:
+    """Computes the result in NumPy."""
+    lead, rows, budget = operands.lead, operands.rows, operands.budget
+    row_blocks = operands.row_blocks
+    blocks, last_used, listed = (
+        np.array(x).reshape(rows, -1)
+        for x in (operands.blocks, operands.last_used, operands.listed)
     )
-    listed = np.asarray(listed).reshape(rows, budget)
-    step, tail_block = (np.asarray(x).reshape(rows) for x in (step, tail_block))
+    step, tail_block = (
+        np.asarray(x).reshape(rows) for x in (operands.step, operands.tail_block)
+    )
+    source, target = int(operands.source), int(operands.target)
     slots = np.full((rows, budget), -1, np.int32)
     sources, targets = np.full((2, budget, rows), -1, np.int32)
-    row_blocks = np.shape(page_table)[-1]
     pages = np.full((rows, row_blocks), -1, np.int32)
     fetched = hits = bound = 0
     for r in range(rows):

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from pallas_kernels._common.numerics import in_32_bit
+from pallas_kernels.plan_slots.operands import Slots
 from pallas_kernels.plan_slots.plan import SlotPlan
 
 EMPTY = -1
@@ -67,24 +68,13 @@ def _put(
 
 
 @in_32_bit
-def plan_slots_xla(
-    blocks: Int[Array, "*rows C"],
-    last_used: Int[Array, "*rows C"],
-    page_table: Int[Array, "*rows M"],
-    listed: Int[Array, "*rows P"],
-    step: Int[Array, "*rows"],
-    tail_block: Int[Array, "*rows"],
-    source: Int[Array, ""],
-    target: Int[Array, ""],
-) -> SlotPlan:
-    """Computes the result. Nothing is checked here."""
-    lead, budget = listed.shape[:-1], listed.shape[-1]
-    capacity, row_blocks = blocks.shape[-1], page_table.shape[-1]
-    blocks, last_used, page_table, listed = (
-        x.reshape(-1, x.shape[-1]) for x in (blocks, last_used, page_table, listed)
-    )
-    step, tail_block = step.reshape(-1, 1), tail_block.reshape(-1, 1)
-    rows = blocks.shape[0]
+def plan_slots_xla(operands: Slots) -> SlotPlan:
+    """Computes the result."""
+    rows, budget = operands.rows, operands.budget
+    capacity, row_blocks = operands.capacity, operands.row_blocks
+    tables = (operands.blocks, operands.last_used, operands.page_table, operands.listed)
+    blocks, last_used, page_table, listed = (x.reshape(-1, x.shape[-1]) for x in tables)
+    step, tail_block = (x.reshape(-1, 1) for x in (operands.step, operands.tail_block))
 
     asked = listed >= 0
     held = jnp.take_along_axis(page_table, jnp.maximum(listed, 0), axis=1)
@@ -115,17 +105,17 @@ def plan_slots_xla(
     sources, targets = by_number(
         come,
         number,
-        source + row * row_blocks + listed,
-        target + row * capacity + slots,
+        operands.source + row * row_blocks + listed,
+        operands.target + row * capacity + slots,
     )
     return SlotPlan(
-        slots=slots.reshape(*lead, budget),
-        blocks=_put(blocks, missing, slots, listed).reshape(*lead, capacity),
-        last_used=_put(last_used, asked, slots, step).reshape(*lead, capacity),
-        page_table=page_table.reshape(*lead, row_blocks),
+        slots=slots,
+        blocks=_put(blocks, missing, slots, listed),
+        last_used=_put(last_used, asked, slots, step),
+        page_table=page_table,
         sources=sources,
         targets=targets,
         bound=rows * (1 + jnp.max(jnp.where(come, number, -1))),
         fetched=jnp.sum(come, dtype=jnp.int32),
         hits=jnp.sum(hit, dtype=jnp.int32),
-    )
+    ).of_rows(operands.lead)

@@ -15,8 +15,8 @@ from kernel_cases import (
 )
 
 from pallas_kernels import block_sparse_attention, paged_decode_attention
-from pallas_kernels._common.validation import with_layer_axis
 from pallas_kernels.block_sparse_attention import arg_specs as prefill_specs
+from pallas_kernels.block_sparse_attention import operands as prefill_operands
 from pallas_kernels.block_sparse_attention.pallas_triton import (
     block_sparse_attention_triton,
 )
@@ -24,6 +24,7 @@ from pallas_kernels.block_sparse_attention.reference import (
     block_sparse_attention_reference,
 )
 from pallas_kernels.paged_decode_attention import arg_specs as decode_specs
+from pallas_kernels.paged_decode_attention import operands as decode_operands
 from pallas_kernels.paged_decode_attention.pallas_triton import (
     paged_decode_attention_triton,
 )
@@ -33,30 +34,22 @@ from pallas_kernels.paged_decode_attention.reference import (
 
 
 class Attention(NamedTuple):
-    """An operation whose forms take the same operands in the same order.
+    """An operation and its forms.
 
     Attributes:
       call: the operation.
       reference: its definition, compiled whole, once for each set of shapes.
       triton: its Triton form.
-      operands: names of the operands between the blocks and the layer.
+      operands_of: makes what its forms take of a call's arguments.
     """
 
     call: object
     reference: object
     triton: object
-    operands: tuple[str, ...]
-
-    def operands_of(self, args):
-        """Positional operands of the reference and of a form."""
-        kv, bias, layer = with_layer_axis(
-            args["kv"], args.get("key_bias"), args.get("layer"), args["q"].shape[-2]
-        )
-        return (args["q"], kv, *map(args.get, self.operands), layer, bias)
+    operands_of: object
 
     def expected(self, args):
-        scale = args["q"].shape[-1] ** -0.5
-        return self.reference(*self.operands_of(args), scale=scale)
+        return self.reference(self.operands_of(**args))
 
     def compiled(self, implementation):
         def f(args):
@@ -67,15 +60,15 @@ class Attention(NamedTuple):
 
 PREFILL = Attention(
     block_sparse_attention,
-    jax.jit(block_sparse_attention_reference, static_argnames="scale"),
+    jax.jit(block_sparse_attention_reference),
     block_sparse_attention_triton,
-    ("q_start", "block_indices"),
+    prefill_operands.checked,
 )
 DECODE = Attention(
     paged_decode_attention,
-    jax.jit(paged_decode_attention_reference, static_argnames="scale"),
+    jax.jit(paged_decode_attention_reference),
     paged_decode_attention_triton,
-    ("slots", "slot_lengths", "lengths"),
+    decode_operands.checked,
 )
 QUICK = {
     PREFILL: {"dense_g3_layers", "random_g4", "local_g16_layers_bias"},
@@ -111,13 +104,13 @@ def test_xla_matches_reference(op, spec, dtype):
 )
 def test_triton_matches_reference_in_the_interpreter(op, spec, dtype):
     args = spec.make(dtype)
-    run = functools.partial(op.triton, scale=spec.head_dim**-0.5, interpret=True)
-    operands = op.operands_of(args)
+    run = functools.partial(op.triton, interpret=True)
+    operands = op.operands_of(**args)
     if refused_by_triton(spec, dtype):
         with pytest.raises(NotImplementedError, match="no room for tiles"):
-            run(*operands)
+            run(operands)
         return
-    got = jax.jit(run)(*operands)
+    got = jax.jit(run)(operands)
     assert_attention_matches(got, op.expected(args), dtype)
 
 

@@ -12,8 +12,8 @@ from kernel_cases import in_ci, slow_but
 
 from pallas_kernels import block_scores, select_blocks
 from pallas_kernels._common.tolerances import relative_error
-from pallas_kernels.block_scores.api import _checked
 from pallas_kernels.block_scores.arg_specs import ARG_SPECS, ArgSpec
+from pallas_kernels.block_scores.operands import checked
 from pallas_kernels.block_scores.pallas_triton import (
     block_scores_triton,
     select_blocks_triton,
@@ -37,13 +37,13 @@ specs = pytest.mark.parametrize(
 )
 
 
-def checked(args):
-    """Arguments and rule in the form that implementations take."""
+def operands_of(args):
+    """What implementations take."""
     args = dict(args)
     local = args.pop("local_blocks", 33)
     mask = args.pop("mask_future_blocks", True)
     named = ("query", "compressed_keys", "q_start", "num_windows", "layer", "softmax")
-    return _checked(
+    return checked(
         *map(args.get, named),
         args.get("scale"),
         blocks=args["blocks"],
@@ -54,8 +54,7 @@ def checked(args):
 
 
 def reference(args):
-    operands, rule = checked(args)
-    return jax.jit(functools.partial(block_scores_reference, rule=rule))(*operands)
+    return jax.jit(block_scores_reference)(operands_of(args))
 
 
 def own_blocks(args):
@@ -115,14 +114,14 @@ def test_every_length_twice(softmax, head_dim):
 )
 def test_triton_in_the_interpreter(spec):
     args = spec.make("float32")
-    operands, rule = checked(args)
-    f = functools.partial(block_scores_triton, rule=rule, interpret=True)
-    got = jax.jit(f)(*operands)
+    operands = operands_of(args)
+    f = functools.partial(block_scores_triton, interpret=True)
+    got = jax.jit(f)(operands)
     assert_scores(got, reference(args))
     f = functools.partial(
-        select_blocks_triton, rule=rule, budget=spec.budget, interpret=True, slab=32
+        select_blocks_triton, budget=spec.budget, interpret=True, slab=32
     )
-    lists, lse = jax.jit(f)(*operands)
+    lists, lse = jax.jit(f)(operands)
     want = choose_blocks_reference(np.asarray(got[0]), own_blocks(args), spec.budget)
     np.testing.assert_array_equal(lists, want)
     assert relative_error(lse, got[1]) <= TOLERANCE

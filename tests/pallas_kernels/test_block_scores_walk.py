@@ -1,7 +1,5 @@
 """The XLA form of block scores where a tile walks over several chunks of windows."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 
 from pallas_kernels import block_scores, select_blocks
 from pallas_kernels._common.tolerances import relative_error
+from pallas_kernels.block_scores.operands import Scoring
 from pallas_kernels.block_scores.reference import block_scores_reference
 from pallas_kernels.block_scores.rule import Rule
 from pallas_kernels.block_scores.xla import CPU_TOKENS, CPU_WINDOWS
@@ -37,9 +36,15 @@ def test_several_tiles_and_chunks(softmax, kernel_size):
     sizes = {"block_size": 16, "kernel_size": kernel_size, "kernel_stride": 4}
     rule = {"blocks": BLOCKS, "softmax": softmax, "mask_future_blocks": False, **sizes}
     rule |= {"init_blocks": 1, "local_blocks": 2, "scale": 0.25 if softmax else 1.0}
-    oracle = functools.partial(block_scores_reference, rule=Rule(**rule))
-    args = (query, keys[None], jnp.asarray(start), complete, jnp.int32(0))
-    want = jax.jit(oracle)(*args)
+    operands = Scoring(
+        query=query,
+        compressed_keys=keys[None],
+        q_start=jnp.asarray(start),
+        num_windows=complete,
+        layer=jnp.int32(0),
+        rule=Rule(**rule),
+    )
+    want = jax.jit(block_scores_reference)(operands)
 
     def call(f, **more):
         more |= {"implementation": "xla", **rule}

@@ -19,9 +19,9 @@ from pallas_kernels._common.tolerances import (
     relative_error,
     tolerance,
 )
-from pallas_kernels._common.validation import with_layer_axis
 from pallas_kernels.block_sparse_attention import pallas_mosaic_gpu as mosaic
 from pallas_kernels.block_sparse_attention.arg_specs import ARG_SPECS, ArgSpec
+from pallas_kernels.block_sparse_attention.operands import checked
 from pallas_kernels.block_sparse_attention.reference import (
     block_sparse_attention_reference,
 )
@@ -30,22 +30,11 @@ from pallas_kernels.lowering import cuda_lowering_text
 BY_NAME = {s.name: s for s in ARG_SPECS}
 
 # Compiled whole, once for each set of shapes.
-COMPILED_REFERENCE = jax.jit(block_sparse_attention_reference, static_argnames="scale")
+COMPILED_REFERENCE = jax.jit(block_sparse_attention_reference)
 
 
 def reference(args):
-    kv, bias, layer = with_layer_axis(
-        args["kv"], args.get("key_bias"), args.get("layer"), args["q"].shape[2]
-    )
-    return COMPILED_REFERENCE(
-        args["q"],
-        kv,
-        args["q_start"],
-        args.get("block_indices"),
-        layer,
-        bias,
-        scale=args.get("scale") or args["q"].shape[-1] ** -0.5,
-    )
+    return COMPILED_REFERENCE(checked(**args))
 
 
 def compute(args, implementation="xla"):
@@ -93,11 +82,8 @@ def _mosaic(args, in_place):
     config = dataclasses.replace(
         mosaic.config_for(16, 128, 64, listed), in_place=in_place
     )
-    kv, bias, layer = args["kv"][None], args["key_bias"][None], jnp.int32(0)
-    rest = (kv, args["q_start"], args["block_indices"], layer, bias)
-    return mosaic.block_sparse_attention_mosaic_gpu(
-        args["q"], *rest, scale=0.1, config=config
-    )
+    operands = checked(**args, scale=0.1)
+    return mosaic.block_sparse_attention_mosaic_gpu(operands, config=config)
 
 
 def test_queries_in_place_lower_without_a_transpose():

@@ -15,11 +15,11 @@ from kernel_cases import (
 
 from pallas_kernels import paged_decode_attention
 from pallas_kernels._common.tolerances import relative_error, tolerance
-from pallas_kernels._common.validation import with_layer_axis
 from pallas_kernels.lowering import cuda_lowering_text
 from pallas_kernels.paged_decode_attention import pallas_mosaic_gpu as mosaic
 from pallas_kernels.paged_decode_attention import pallas_triton as triton
 from pallas_kernels.paged_decode_attention.arg_specs import ARG_SPECS, ArgSpec
+from pallas_kernels.paged_decode_attention.operands import checked
 from pallas_kernels.paged_decode_attention.pallas_triton import (
     paged_decode_attention_triton,
 )
@@ -30,23 +30,11 @@ from pallas_kernels.paged_decode_attention.reference import (
 BY_NAME = {s.name: s for s in ARG_SPECS}
 
 # Compiled whole, once for each set of shapes.
-COMPILED_REFERENCE = jax.jit(paged_decode_attention_reference, static_argnames="scale")
+COMPILED_REFERENCE = jax.jit(paged_decode_attention_reference)
 
 
 def reference(args):
-    kv, bias, layer = with_layer_axis(
-        args["kv"], args.get("key_bias"), args.get("layer"), args["q"].shape[1]
-    )
-    return COMPILED_REFERENCE(
-        args["q"],
-        kv,
-        args.get("slots"),
-        args.get("slot_lengths"),
-        args.get("lengths"),
-        layer,
-        bias,
-        scale=args.get("scale") or args["q"].shape[-1] ** -0.5,
-    )
+    return COMPILED_REFERENCE(checked(**args))
 
 
 def compute(args, implementation="xla"):
@@ -60,16 +48,13 @@ def compute(args, implementation="xla"):
 def test_triton_with_one_split_and_with_many():
     spec = BY_NAME["listed_g16_layers_bias"]
     args = spec.make(jnp.float32)
-    kv, bias, layer = with_layer_axis(args["kv"], args["key_bias"], args["layer"], 32)
     for splits, unroll in ((1, 1), (3, 2)):
         run = functools.partial(
             paged_decode_attention_triton,
-            scale=spec.head_dim**-0.5,
             config=triton.Config(splits=splits, unroll=unroll),
             interpret=True,
         )
-        lists = args["slots"], args["slot_lengths"], None
-        got = jax.jit(run)(args["q"], kv, *lists, layer, bias)
+        got = jax.jit(run)(checked(**args))
         assert_attention_matches(got, reference(args), "float32")
 
 
@@ -90,19 +75,10 @@ configs = pytest.mark.parametrize(
 
 
 def mosaic_with(config, args, return_text=False):
-    kv, bias, layer = with_layer_axis(
-        args["kv"], args.get("key_bias"), args.get("layer"), args["q"].shape[1]
-    )
-    names = ("slots", "slot_lengths", "lengths")
-    operands = (args["q"], kv, *map(args.get, names), layer, bias)
-    f = functools.partial(
-        mosaic.paged_decode_attention_mosaic_gpu,
-        scale=args["q"].shape[-1] ** -0.5,
-        config=config,
-    )
+    form = functools.partial(mosaic.paged_decode_attention_mosaic_gpu, config=config)
     if return_text:
-        return cuda_lowering_text(f, *operands)
-    return jax.jit(f)(*operands)
+        return cuda_lowering_text(lambda a: form(checked(**a)), args)
+    return jax.jit(form)(checked(**args))
 
 
 def test_mosaic_merges_within_a_cluster_without_another_kernel():

@@ -13,6 +13,7 @@ from kernel_cases import in_ci
 
 from pallas_kernels import plan_slots
 from pallas_kernels.plan_slots.arg_specs import ARG_SPECS
+from pallas_kernels.plan_slots.operands import Slots, checked
 from pallas_kernels.plan_slots.pallas_triton import (
     MOST_SLOTS,
     Config,
@@ -26,14 +27,18 @@ BLOCKS, LISTED = 24, 6
 TABLES = ("blocks", "last_used", "page_table")
 EMPTY_PAGES = np.full((1, 2, BLOCKS), -1, np.int32)
 PLANS = {
-    "triton": jax.jit(functools.partial(plan_slots_triton, interpret=True)),
+    "triton": jax.jit(
+        lambda *tables, **rest: plan_slots_triton(
+            checked(*tables, **rest), interpret=True
+        )
+    ),
     "xla": jax.jit(functools.partial(plan_slots, implementation="xla")),
 }
 
 
 def _want(args):
-    arrays = (*TABLES, "listed", "step", "tail_block")
-    return plan_slots_reference(**args | {k: np.asarray(args[k]) for k in arrays})
+    arrays = {name: jnp.asarray(x, jnp.int32) for name, x in args.items()}
+    return plan_slots_reference(Slots(**arrays))
 
 
 def _same(got, want):
@@ -236,11 +241,9 @@ def test_refusals():
     with pytest.raises(NotImplementedError, match="no plan_slots"):
         plan_slots(**args, implementation="mosaic_gpu")
     many = jnp.full((1, MOST_SLOTS + 1), -1)
-    first = jnp.int32(0)
     wide = CI_SPECS[5].make() | {"blocks": many, "last_used": many}
-    wide |= {"source": first, "target": first}
     with pytest.raises(NotImplementedError, match=f"at most {MOST_SLOTS} slots"):
-        plan_slots_triton(**wide, interpret=True)
+        plan_slots_triton(checked(**wide), interpret=True)
 
 
 @pytest.mark.parametrize(

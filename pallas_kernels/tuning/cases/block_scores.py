@@ -9,8 +9,21 @@ import jax.numpy as jnp
 
 from pallas_kernels.block_scores import pallas_triton as triton
 from pallas_kernels.block_scores.api import block_scores, select_blocks
+from pallas_kernels.block_scores.operands import Scoring
 from pallas_kernels.block_scores.rule import Rule
 from pallas_kernels.tuning.case import Case
+
+
+def _operands(query, compressed, start, rule: Rule) -> Scoring:
+    """Of one row, whose windows are all complete."""
+    return Scoring(
+        query=query,
+        compressed_keys=compressed[None],
+        q_start=start,
+        num_windows=jnp.full((1,), compressed.shape[2], jnp.int32),
+        layer=jnp.int32(0),
+        rule=rule,
+    )
 
 
 def cases(small: bool) -> Iterator[Case]:
@@ -26,14 +39,13 @@ def cases(small: bool) -> Iterator[Case]:
         rule = Rule(
             blocks, 64, 32, 16, 1, 33, softmax, True, 128**-0.5 if softmax else 1.0
         )
-        counts = jnp.full((1,), windows, jnp.int32)
 
-        def run(name, config, query, compressed, rule=rule, counts=counts):
+        def run(name, config, query, compressed, rule=rule):
             start = jnp.zeros((1,), jnp.int32)
             if name == "triton":
-                args = (query, compressed[None], start, counts, jnp.int32(0))
+                operands = _operands(query, compressed, start, rule)
                 return triton.select_blocks_triton(
-                    *args, rule=rule, budget=budget, config=config, lse=False
+                    operands, budget=budget, config=config, lse=False
                 )[0]
             return select_blocks(
                 query,
@@ -45,13 +57,13 @@ def cases(small: bool) -> Iterator[Case]:
                 implementation=name,
             )
 
-        def check(name, config, query, compressed, rule=rule, counts=counts):
+        def check(name, config, query, compressed, rule=rule):
             """Scores of the last tokens: near ties make lists differ, not scores."""
             query = query[:, -compared:]
             start = jnp.full((1,), tokens - compared, jnp.int32)
             if name == "triton":
-                args = (query, compressed[None], start, counts, jnp.int32(0))
-                return triton.block_scores_triton(*args, rule=rule, config=config)
+                operands = _operands(query, compressed, start, rule)
+                return triton.block_scores_triton(operands, config=config)
             return block_scores(
                 query,
                 compressed,

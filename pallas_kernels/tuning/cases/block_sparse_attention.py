@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.benchmarks import block_sparse_attention as prefill
 from pallas_kernels.block_sparse_attention import pallas_mosaic_gpu as mosaic
 from pallas_kernels.block_sparse_attention import pallas_triton as triton
+from pallas_kernels.block_sparse_attention.operands import checked
 from pallas_kernels.block_sparse_attention.xla import block_sparse_attention_xla
 from pallas_kernels.tuning.case import Case
 
@@ -29,10 +30,10 @@ def cases(small: bool) -> Iterator[Case]:
     lists = prefill.selector_lists(tokens, 2, listed, 64, local=33, drift=64)
 
     def run(name, config, q, kv, start, lists):
-        f = functools.partial(block_sparse_attention_xla)
+        f = block_sparse_attention_xla
         if name != "xla":
             f = functools.partial(functions[name], config=config)
-        return f(q, kv, start, lists, jnp.int32(0), None, scale=128**-0.5)
+        return f(checked(q, kv, q_start=start, block_indices=lists, layer=0))
 
     yield Case(
         {"G": 16, "H": 128, "P": listed},

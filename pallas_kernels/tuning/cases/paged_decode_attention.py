@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.benchmarks import paged_decode_attention as decode
 from pallas_kernels.paged_decode_attention import pallas_mosaic_gpu as mosaic
 from pallas_kernels.paged_decode_attention import pallas_triton as triton
+from pallas_kernels.paged_decode_attention.operands import checked
 from pallas_kernels.paged_decode_attention.xla import paged_decode_attention_xla
 from pallas_kernels.tuning.case import Case
 
@@ -38,13 +39,13 @@ def cases(small: bool) -> Iterator[Case]:
         )
 
         def run(name, config, q, kv, slots, lengths, layers=layers):
-            f = functools.partial(paged_decode_attention_xla)
+            f = paged_decode_attention_xla
             if name != "xla":
                 f = functools.partial(functions[name], config=config)
             lse = None
             for layer in range(layers):
-                args = (q, kv, slots, lengths, None, jnp.int32(layer), None)
-                q, lse = f(*args, scale=q.shape[-1] ** -0.5)
+                lists = {"slots": slots, "slot_lengths": lengths}
+                q, lse = f(checked(q, kv, layer=layer, **lists))
             return q, lse
 
         yield Case(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from pallas_kernels.benchmarks.plan_slots import chain, inputs
 from pallas_kernels.plan_slots import pallas_triton as triton
+from pallas_kernels.plan_slots.operands import Slots
 from pallas_kernels.plan_slots.xla import plan_slots_xla
 from pallas_kernels.tuning.case import Case
 
@@ -22,7 +23,7 @@ def cases(small: bool) -> Iterator[Case]:
             f = plan_slots_xla
             if name != "xla":
                 f = functools.partial(triton.plan_slots_triton, config=config)
-            return chain(f, *operands)
+            return chain(lambda **args: f(Slots(**args)), *operands)
 
         yield Case(
             {"R": rows, "C": slots, "P": budget},
