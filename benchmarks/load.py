@@ -17,7 +17,7 @@ import json
 import math
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,12 @@ LOAD_OPTIONS: Mapping[str, tuple[Check[Any], Any, str, str]] = {
     "requests": (integer(1, 2**24), 32, "N", "requests, without the warm-up"),
     "warm_up": (integer(0, 2**24), 2, "N", "requests before them, in no figure"),
     "concurrency": (integer(1, 2**16), 4, "N", "users of the closed loop"),
+    "minutes": (
+        number(least=1e-3, most=1e5),
+        None,
+        "M",
+        "send none after that time, however many are left",
+    ),
     "rate": (
         number(least=1e-4, most=1e6),
         None,
@@ -277,11 +283,20 @@ async def run_load(
         return result
 
     begun = time.perf_counter()
+    minutes = arguments.minutes or math.inf
+
+    def turns() -> Iterator[int]:
+        for index in range(len(counted)):
+            if time.perf_counter() - begun > minutes * 60:
+                note(f"{minutes:g} minutes are over: {index} requests were sent")
+                return
+            yield index
+
     if arguments.rate is None:
-        found = await _closed(arguments.concurrency, len(counted), one)
+        found = await _closed(arguments.concurrency, turns(), one)
     else:
         tasks = []
-        for index in range(len(counted)):
+        for index in turns():
             tasks.append(asyncio.ensure_future(one(index)))
             await asyncio.sleep(float(rng.exponential(1 / arguments.rate)))
         found = await asyncio.gather(*tasks)
@@ -289,9 +304,8 @@ async def run_load(
 
 
 async def _closed(
-    users: int, count: int, one: Callable[[int], Awaitable[Result]]
+    users: int, left: Iterator[int], one: Callable[[int], Awaitable[Result]]
 ) -> list[Result]:
-    left = iter(range(count))
     found: list[Result] = []
 
     async def user() -> None:

@@ -184,7 +184,7 @@ def measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         # Prompts of their own: those of the load shall not be in the prefix store.
         alone = {"requests": 3, "concurrency": 1, "seed": arguments.seed + 1}
-        alone |= dict.fromkeys(("rate", "cancel", "same_every"))
+        alone |= dict.fromkeys(("minutes", "rate", "cancel", "same_every"))
         one_user = _users(arguments, url, vocab, alone)
         load = _users(arguments, url, vocab, {})
         note(f"load {load['between_tokens_seconds']}")

@@ -4,12 +4,13 @@ import asyncio
 import json
 import math
 import subprocess
+import time
 
 import pytest
 
 from benchmarks import load_here
 from benchmarks.bench import main
-from benchmarks.load import ask, bodies, build_parser
+from benchmarks.load import ask, bodies, build_parser, run_load
 from benchmarks.load_figures import (
     Result,
     figures,
@@ -130,6 +131,7 @@ def test_answers_that_do_not_end_have_failed():
     [
         (["--requests", "0"], "--requests=0"),
         (["--rate", "0"], "--rate=0"),
+        (["--minutes", "0"], "--minutes=0"),
         (["--sweep", "0.5", "--sweep", "-1"], "--sweep=-1"),
         (["--cancel", "2"], "--cancel=2"),
         (["--shared-tokens", "300"], "--shared-tokens=300"),
@@ -161,3 +163,18 @@ def test_a_server_that_is_not_there_is_a_failure(capsys, tmp_path):
     assert "0 completed, 2 failed" in capsys.readouterr().out
     written = json.loads((tmp_path / "a.json").read_text())
     assert written["load"]["failed"] == written["load_at_1000_a_second"]["failed"] == 2
+
+
+@pytest.mark.parametrize("more", [[], ["--rate", "1000"]])
+def test_when_its_minutes_are_over_nothing_is_sent(monkeypatch, capsys, more):
+    clock = iter(range(0, 10_000, 25))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    options = ["--requests", "90", "--warm-up", "0", "--minutes", "3", *more]
+    arguments = build_parser().parse_args(options)
+    requests = bodies(arguments, 50, "m")
+    found, _ = asyncio.run(run_load(arguments, "http://127.0.0.1:9", requests, None))
+    assert 0 < len(found) < 10
+    assert (
+        f"3 minutes are over: {len(found)} requests were sent"
+        in capsys.readouterr().err
+    )

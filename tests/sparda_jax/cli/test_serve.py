@@ -75,6 +75,17 @@ def test_the_address_that_is_told_is_one_for_a_browser(host, url):
         assert server.url_of(taken) == f"{url}{taken.getsockname()[1]}"
 
 
+def test_an_address_is_one_servers_from_the_start():
+    """Not from when it answers: two that load models would both believe to have it."""
+    with server.bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        for host in ("127.0.0.1", "0.0.0.0"):
+            with pytest.raises(ConfigError, match=f"port={port} cannot be listened at"):
+                server.bind(host, port)
+    with server.bind("127.0.0.1", port):
+        pass
+
+
 @pytest.mark.slow
 def test_a_process_finishes_what_it_accepted(tmp_path):
     command = [sys.executable, "-m", "sparda_jax.cli", "serve", "--model", "tiny"]
