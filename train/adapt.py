@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import sparda_jax as sj
 from sparda_jax.checkpoint.atomic import new_file, write_json, write_text
+from sparda_jax.checkpoint.tokenizer import Tokenizer
 from sparda_jax.checks import (
     ConfigError,
     choice,
@@ -41,7 +42,7 @@ from sparda_jax.cli.console import advance
 from sparda_jax.config import ForecastReads, ModelConfig, SparseConfig
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.evaluation.documents import token_rows
-from sparda_jax.evaluation.passkey import passkey_task
+from sparda_jax.evaluation.passkey import PasskeyTask, passkey_task
 from sparda_jax.loading import default_dtype, open_model
 from train.adapt_card import card, told, verdict
 from train.adapt_work import first_evaluation, kept, read_kept, same_call
@@ -63,6 +64,8 @@ _HELD_OUT = 0.1
 # Steps of a run that the clock ends.
 _MANY = 100_000
 _DEPTHS = (0.1, 0.5, 0.9)
+# Tokens that a passkey's prompt leaves of a row.
+_ANSWER = 64
 _share = number(least=0, most=1)
 
 
@@ -281,6 +284,7 @@ def _check(asked: AdaptConfig) -> tuple[ModelConfig, int]:
     dtype = default_dtype() if asked.dtype is None else jnp.dtype(asked.dtype)
     wide = dataclasses.replace(config, forecast_queries=queries)
     refuse_too_little_memory(wide, dtype, tokens)
+    _passkey_tasks(asked, source.tokenizer, tokens)
     return config, tokens
 
 
@@ -429,6 +433,29 @@ def _training(
     )
 
 
+def _passkey_tasks(
+    asked: AdaptConfig, tokenizer: Tokenizer, tokens: int
+) -> list[PasskeyTask]:
+    """What is asked for at the end; none without a chat template."""
+    if not tokenizer.has_chat_template:
+        return []
+    try:
+        return [
+            passkey_task(
+                tokenizer,
+                tokens=tokens - _ANSWER,
+                depth=_DEPTHS[index % len(_DEPTHS)],
+                seed=asked.seed + index,
+            )
+            for index in range(asked.passkeys)
+        ]
+    except ConfigError as error:
+        raise ConfigError(
+            f"seq_len={tokens} is not allowed with passkeys={asked.passkeys}: without "
+            f"the {_ANSWER} for the answer, {error}; or passkeys must be 0"
+        ) from error
+
+
 def _passkeys(
     asked: AdaptConfig,
     heads: pathlib.Path,
@@ -437,22 +464,12 @@ def _passkeys(
     progress: bool,
 ) -> dict[str, Any] | None:
     """Passkeys that dense attention, own queries and the heads find."""
-    if not asked.passkeys:
+    tokenizer = open_model(asked.model).tokenizer
+    tasks = [] if tokenizer is None else _passkey_tasks(asked, tokenizer, tokens)
+    if not tasks:
         return None
     lm = _loaded(asked, heads, sparse)
-    tokenizer = lm.tokenizer
-    if tokenizer is None or not tokenizer.has_chat_template:
-        return None
-    tasks = [
-        passkey_task(
-            tokenizer,
-            tokens=tokens - 64,
-            depth=_DEPTHS[index % len(_DEPTHS)],
-            seed=asked.seed + index,
-        )
-        for index in range(asked.passkeys)
-    ]
-    found: dict[str, Any] = {"asked": len(tasks), "tokens": tokens - 64}
+    found: dict[str, Any] = {"asked": len(tasks), "tokens": tokens - _ANSWER}
     quiet = None if progress else True
     with tqdm(total=3 * len(tasks), desc="passkeys", disable=quiet) as bar:
         for name in ("dense", "infllm_v2", "sparda"):

@@ -70,10 +70,11 @@ def card(figures: dict[str, Any], name: str) -> str:
     sparse, held = geometry["sparse"], figures["held_out"]
     columns = ("recall", "recall_at_budget", "forecast_mass", "own_mass", "oracle_mass")
     titles = ("recall", "at budget", "mass", "own-query mass", "oracle mass")
-    rows = [("trained", *(held[x] for x in columns))]
+    cut = "" if call["rank"] is None else f", rank {call['rank']}"
+    rows = [(f"the file{cut}", *(held[x] for x in columns))]
     if figures["regression"] is not None:
         first = figures["regression"]
-        rows.insert(0, ("regression", *(first[x] for x in columns)))
+        rows.insert(0, ("regression, whole", *(first[x] for x in columns)))
     texts = ", ".join(call["text"] or ("stdlib", "pydoc"))
     queries = call["queries"] or "as many as query heads"
     layers = [

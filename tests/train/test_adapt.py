@@ -67,6 +67,8 @@ def test_from_a_directory_to_heads(model, text, tmp_path, monkeypatch):
     assert out.with_suffix(".png").stat().st_size > 10_000
     figures = json.loads(out.with_suffix(".json").read_text())
     # Two were made; none may have beaten the regression.
+    told = result.card.read_text()
+    assert "| the file, rank 8 |" in told and "| regression, whole |" in told
     assert figures["steps"] in (0, 2) and 0 < figures["held_out"]["recall"] <= 1
     assert result.fit == (not figures["verdict"]["reasons"])
     lm = sj.load(str(model), attention="sparda", forecast=out)
@@ -107,6 +109,9 @@ def test_refusals_come_before_the_work(model, text, tmp_path, text_tokenizer):
     alone = tiny_directory(tmp_path / "mha", text_tokenizer, config)
     with pytest.raises(sj.ConfigError, match="must have groups of query heads"):
         adapt(str(alone), out=out)
+    # Not after the training, when they would be asked for.
+    with pytest.raises(sj.ConfigError, match=r"seq_len=512 .*passkeys=3.* must be 0"):
+        adapt(str(model), out=out, text=(str(text),), seq_len=512)
     with pytest.raises(sj.ConfigError, match="has no tokenizer"):
         adapt(str(tiny_directory(tmp_path / "bare", None)), out=out)
     for option, value, told in (
@@ -122,7 +127,7 @@ def test_refusals_come_before_the_work(model, text, tmp_path, text_tokenizer):
         adapt(str(model), out="heads.bin")
     with pytest.raises(sj.ConfigError, match="budget=8 is not allowed: it must be at"):
         adapt(str(model), out=out, budget=8, seq_len=512)
-    rows = {"seq_len": 512, "progress": False}
+    rows = {"seq_len": 512, "progress": False, "passkeys": 0}
     with pytest.raises(sj.ConfigError, match="kernel_size=3"):
         adapt(str(model), out=out, kernel_size=3, **rows)
     for option in ({"model": "a\udcff"}, {"out": "\udcff.safetensors"}):
@@ -157,7 +162,7 @@ def test_what_was_kept_and_is_damaged_is_one_line(model, tmp_path, damaged, name
     (tmp_path / "heads.safetensors.work").mkdir()
     (tmp_path / "heads.safetensors.work" / name).write_text(damaged)
     with pytest.raises(CheckpointError, match=f"{name}: is damaged"):
-        adapt(str(model), out=str(heads), seq_len=512, progress=False)
+        adapt(str(model), out=str(heads), seq_len=512, passkeys=0, progress=False)
     assert heads.read_bytes() == b""
 
 
