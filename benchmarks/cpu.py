@@ -26,6 +26,10 @@ import subprocess
 import sys
 import time
 
+from sparda_jax.checks import ConfigError, integer
+from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import Parser, add_option
+
 THREADS = 2
 PROMPT = 2048
 SHORT, LONG = 1024, 8064
@@ -70,10 +74,19 @@ print(json.dumps(dict(prefill=prefill, decode=decode, versions=versions)))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        "python -m benchmarks.cpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each")
+    add_option(
+        parser,
+        "--repeats",
+        integer(1),
+        default=5,
+        metavar="N",
+        help="timed runs of each",
+    )
     parser.add_argument(
         "--peer-python",
         metavar="PYTHON",
@@ -111,7 +124,7 @@ def _ours(repeats: int, parts: list[str]) -> dict[str, list[float]]:
     text = python_manual()[:60_000]
     ids = np.asarray(lm.tokenizer.encode(text))[:LONG]
     if len(ids) < LONG:
-        raise SystemExit(f"the manual gave {len(ids)} tokens, {LONG} are needed")
+        raise ConfigError(f"the manual gave {len(ids)} tokens, {LONG} are needed")
     sparse = sj.with_attention(lm, "infllm_v2")
     ahead = sj.load("smollm2-135m", attention="sparda", dtype="float32", weights="int8")
     narrow = sj.with_attention(ahead, "dense")
@@ -150,7 +163,7 @@ def _peer(python: str, repeats: int) -> dict:
         [python, "-c", script], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise SystemExit(f"the peer failed:\n{done.stderr[-2000:]}")
+        raise ConfigError(f"the peer failed: {done.stderr.strip()[-800:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -173,7 +186,7 @@ def _first_token(cache: pathlib.Path) -> float:
         seconds = time.perf_counter() - begun
         process.stdout.read()
     if not first or process.returncode:
-        raise SystemExit(f"sparda generate failed with status {process.returncode}")
+        raise ConfigError(f"sparda generate failed with status {process.returncode}")
     return seconds
 
 
@@ -208,9 +221,12 @@ def _ratio(
     return name, ratio
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark and prints medians, spreads and ratios."""
-    arguments = _parser().parse_args()
+    return run_command(lambda: _run(_parser().parse_args(argv)))
+
+
+def _run(arguments: argparse.Namespace) -> None:
     # Before JAX starts: as many cores as the peer has threads.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
@@ -252,4 +268,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -64,10 +64,18 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="minicpm4.1-8b", help="preset")
-    parser.add_argument(
-        "--context", type=int, default=131072, help="tokens a row holds"
+    count = integer(1)
+    add_option(
+        parser,
+        "--context",
+        count,
+        default=131072,
+        metavar="N",
+        help="tokens a row holds",
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[8])
+    add_option(
+        parser, "--batch", count, many=True, default=[8], metavar="B", help="rows"
+    )
     parser.add_argument(
         "--mode",
         nargs="+",
@@ -96,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compressed-keys", default="exact", choices=["exact", "int8"])
     add_steps_option(parser)
     parser.add_argument("--route", default="auto")
-    parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
+    add_option(parser, "--layers", count, metavar="L", help="fewer than the preset has")
     parser.add_argument("--limit", type=float, default=80, help="GB of device memory")
     parser.add_argument("--profile", type=pathlib.Path, help="folder for a trace")
     parser.add_argument("--json", type=pathlib.Path, help="also write figures here")

@@ -22,41 +22,50 @@ import argparse
 import dataclasses
 import functools
 import pathlib
-import re
 import statistics
+import sys
 import tempfile
 import time
 from typing import Any
 
 from benchmarks.imposed import lists_of, selector_with
-from benchmarks.profile_streams import busy_time, device_events, kernel_name
+from benchmarks.parts import by_part
 from benchmarks.traced import DEFAULT_TRACE
+from sparda_jax.checks import ConfigError, integer
+from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import Parser, add_option
 
 # SparDA's published prefill of MiniCPM4.1-8B: an H100, batch 4.
 REFERENCE_TOKENS_PER_SECOND = 17_088
-PARTS = (
-    ("selection", r"block_scores"),
-    ("choice", r"choose_blocks|sort|top_?k"),
-    ("attention", r"block_sparse_attention"),
-    ("products", r"gemm|nvjet|cutlass|cublas"),
-)
-REST = "rest"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        "python -m benchmarks.prefill",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", default="minicpm4.1-8b", help="preset")
-    parser.add_argument("--context", type=int, nargs="+", default=[131072])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    count = integer(1)
+    add_option(
+        parser,
+        "--context",
+        count,
+        many=True,
+        default=[131072],
+        metavar="N",
+        help="tokens of a prompt",
+    )
+    add_option(
+        parser, "--batch", count, many=True, default=[1], metavar="B", help="rows"
+    )
     parser.add_argument(
         "--attention", nargs="+", default=["dense", "infllm_v2", "sparda"]
     )
     parser.add_argument(
         "--cache", nargs="+", default=["resident"], choices=["resident", "offload"]
     )
-    parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
+    add_option(parser, "--layers", count, metavar="L", help="fewer than the preset has")
     parser.add_argument(
         "--agree",
         type=int,
@@ -69,16 +78,27 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_TRACE,
         help="whose lists to impose (of `python -m benchmarks.trace`)",
     )
-    parser.add_argument(
+    add_option(
+        parser,
         "--tile",
-        type=int,
-        nargs="+",
+        integer(0),
+        many=True,
         default=[0],
+        metavar="T",
         help="most query tokens of a tile; 0 is automatic",
     )
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls of each")
+    add_option(
+        parser, "--repeats", count, default=3, metavar="N", help="timed calls of each"
+    )
     parser.add_argument("--parts", action="store_true", help="profile one more call")
-    parser.add_argument("--most", type=int, default=16, help="kernels of the rest")
+    add_option(
+        parser,
+        "--most",
+        integer(0),
+        default=16,
+        metavar="N",
+        help="kernels of the rest",
+    )
     parser.add_argument("--json", type=pathlib.Path, help="also write figures here")
     return parser
 
@@ -166,80 +186,6 @@ def matrix_rate(width: int) -> float:
     return 2 * width**3 / statistics.median(seconds[1:])
 
 
-def part_of(kernel: str) -> str:
-    """The part of a prefill that a kernel's name belongs to."""
-    for part, pattern in PARTS:
-        if re.search(pattern, kernel, re.IGNORECASE):
-            return part
-    return REST
-
-
-def largest_gaps(events: list[tuple], most: int) -> list[dict]:
-    """Time in which no kernel ran, by the kernels before and behind it.
-
-    Args:
-      events: Stream, kernel, begin and duration (in us).
-      most: Pairs to list.
-    """
-    gaps: dict[tuple[str, str], list[float]] = {}
-    ordered = sorted(events, key=lambda event: event[2])
-    last, end = ordered[0][1], ordered[0][2]
-    for _, name, begin, duration in ordered:
-        if begin > end:
-            pair = kernel_name(last), kernel_name(name)
-            gaps.setdefault(pair, []).append((begin - end) / 1e3)
-        if begin + duration > end:
-            last, end = name, begin + duration
-    largest = sorted(gaps.items(), key=lambda entry: -sum(entry[1]))[:most]
-    return [
-        {
-            "behind": before,
-            "before": after,
-            "milliseconds": sum(times),
-            "longest_ms": max(times),
-            "times": len(times),
-        }
-        for (before, after), times in largest
-    ]
-
-
-def by_part(folder: pathlib.Path, most: int) -> dict:
-    """Kernel time of a profile by part, in milliseconds, and the largest of the rest.
-
-    Args:
-      folder: What `jax.profiler.trace` wrote.
-      most: Kernels of the rest to list.
-
-    Raises:
-      ValueError: If the profile holds none, as on a CPU.
-    """
-    parts = dict.fromkeys([part for part, _ in PARTS] + [REST], 0.0)
-    launches = dict.fromkeys(parts, 0)
-    rest: dict[str, list[float]] = {}
-    events = list(device_events(folder))
-    if not events:
-        raise ValueError("the profile holds no kernels: only GPUs give their names")
-    for _, name, _, duration in events:
-        part = part_of(name)
-        parts[part] += duration / 1e3
-        launches[part] += 1
-        if part == REST:
-            rest.setdefault(kernel_name(name), []).append(duration / 1e3)
-    largest = sorted(rest.items(), key=lambda entry: -sum(entry[1]))[:most]
-    spans = [(begin, begin + duration) for _, _, begin, duration in events]
-    return {
-        "milliseconds": parts,
-        "launches": launches,
-        "busy_ms": busy_time(spans) / 1e3,
-        "span_ms": (max(e for _, e in spans) - min(b for b, _ in spans)) / 1e3,
-        "largest_gaps": largest_gaps(events, most // 2),
-        "largest_of_rest": [
-            {"kernel": name, "milliseconds": sum(times), "launches": len(times)}
-            for name, times in largest
-        ],
-    }
-
-
 def _prefill(lm, tokens: int, batch: int, seed: int):
     """One call; returns its figures, and its seconds without compilation."""
     import numpy as np
@@ -264,7 +210,7 @@ def _profiled(lm, tokens: int, batch: int, most: int) -> dict:
         try:
             return by_part(pathlib.Path(folder), most)
         except ValueError as error:
-            raise SystemExit(f"--parts: {error}") from error
+            raise ConfigError(f"--parts is not possible here: {error}") from error
 
 
 def _tile(lm, case) -> int:
@@ -400,21 +346,25 @@ def _cases(arguments) -> list[Case]:
     ]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark."""
-    arguments = _parser().parse_args()
+    return run_command(lambda: _run(_parser().parse_args(argv)))
+
+
+def _run(arguments: argparse.Namespace) -> None:
     from sparda_jax.runtime import configure_offload
 
     configure_offload()
     import jax
 
     from sparda_jax.checkpoint.atomic import write_json
-    from sparda_jax.checkpoint.errors import CheckpointError
-    from sparda_jax.config import ConfigError
     from sparda_jax.engine.compile_cache import PROGRAMS
     from sparda_jax.models.presets import get_preset
     from sparda_jax.models.weights import random_decoder
+    from sparda_jax.sparse.selectors import get_selector
 
+    for name in arguments.attention:
+        get_selector(name)
     preset = get_preset(arguments.model)
     config = dataclasses.replace(
         preset.model,
@@ -424,10 +374,7 @@ def main() -> None:
     cpu = jax.default_backend() == "cpu"
     rate = matrix_rate(1024 if cpu else 8192)
     device = jax.devices()[0].device_kind
-    try:
-        traced = lists_of(_trace(arguments), config, preset.sparse, 1)
-    except (ConfigError, CheckpointError) as error:
-        raise SystemExit(f"--trace: {error}") from error
+    traced = lists_of(_trace(arguments), config, preset.sparse, 1)
     lists = f"{arguments.agree} neighbours share a list"
     if traced is not None:
         lists = traced.source
@@ -456,6 +403,8 @@ def main() -> None:
     for case in _cases(arguments):
         try:
             rows.append(_measure(case, model, preset, arguments, rate))
+        except ConfigError:
+            raise
         except Exception as error:  # one case's failure must not hide the others
             print(f"{case} failed: {type(error).__name__}: {str(error)[:300]}")
             continue
@@ -472,4 +421,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

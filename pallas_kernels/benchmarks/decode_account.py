@@ -40,7 +40,13 @@ def straight_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 def _settings(text: str) -> triton.Config:
     """ "8,4,3,1" as splits, warps, stages and unroll."""
-    return triton.Config(*(int(word) for word in text.split(",")))
+    try:
+        return triton.Config(*(int(word) for word in text.split(",")))
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not allowed: it must be splits,warps,stages,unroll, as in "
+            f"8,4,3,1 ({error})"
+        ) from error
 
 
 def attention_microseconds(config: triton.Config, batch: int, listed: int) -> float:

@@ -29,7 +29,12 @@ from pallas_kernels.tuning.search import tune
 def _sizes(text: str) -> dict[str, int]:
     """ "B=64,K=2" as a dict."""
     pairs = (part.split("=") for part in text.split(","))
-    return {name: int(value) for name, value in pairs}
+    try:
+        return {name: int(value) for name, value in pairs}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not allowed: it must be sizes of a case, as in B=64,K=2"
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -43,9 +43,10 @@ def add_option(
     default: Any = None,
     required: bool = False,
     repeated: bool = False,
+    many: bool = False,
     words: tuple[str, ...] = (),
 ) -> None:
-    """Adds an option that takes one value.
+    """Adds an option that takes one value, or with `many` one or more.
 
     Args:
       parser: A parser or a group of one.
@@ -57,11 +58,14 @@ def add_option(
       default: Its value if it is not given.
       required: It must be given.
       repeated: It may be given several times, and the value is a list.
+      many: It takes one value or more behind its name, and the value is a list.
       words: The words that it takes, to be shown in place of `metavar`.
     """
     settings: dict[str, Any] = {"required": required, "help": help, "default": default}
     if repeated:
         settings |= {"action": "append", "default": []}
+    if many:
+        settings["nargs"] = "+"
     shown = "{" + ",".join(words) + "}" if words else metavar
     convert = functools.partial(_convert, name, check)
     parser.add_argument(name, type=convert, metavar=shown, **settings)

@@ -3,7 +3,16 @@
 import pytest
 
 from benchmarks import all as every
-from benchmarks import best, host_routes, offload, profile_streams, timeline, trace
+from benchmarks import (
+    best,
+    cpu,
+    host_routes,
+    offload,
+    prefill,
+    profile_streams,
+    timeline,
+    trace,
+)
 
 
 @pytest.mark.parametrize(
@@ -14,7 +23,13 @@ from benchmarks import best, host_routes, offload, profile_streams, timeline, tr
         (trace.main, ["record"], "required: --out"),
         (trace.main, ["record", "--out", "x", "--context", "0"], "--context=0"),
         (trace.main, ["show"], "required: traces"),
-        (offload.main, ["--batch", "few"], "--batch: invalid int value: 'few'"),
+        (offload.main, ["--batch", "few"], "--batch='few' is not allowed"),
+        (offload.main, ["--context", "0"], "--context=0 is not allowed"),
+        (prefill.main, ["--batch", "1", "few"], "--batch='few' is not allowed"),
+        (prefill.main, ["--layers", "0"], "--layers=0 is not allowed"),
+        (prefill.main, ["--attention", "all"], "attention='all' is not allowed"),
+        (cpu.main, ["--repeats", "0"], "--repeats=0 is not allowed"),
+        (cpu.main, ["--parts", "peers"], "invalid choice: 'peers'"),
         (offload.main, ["--steps", "4"], "--steps=4 is not allowed: it must be"),
         (best.main, ["--steps", "4"], "--steps=4 is not allowed: it must be"),
         (best.main, ["--most", "few"], "--most: invalid int value: 'few'"),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from trace_cases import drifting_trace
 
-from benchmarks import imposed, prefill
+from benchmarks import imposed, parts, prefill
 from benchmarks.traced import map_trace, prefill_lists
 from sparda_jax.config import SparseConfig
 from sparda_jax.models.presets import get_preset
@@ -68,7 +68,7 @@ def test_gaps_lie_between_what_ends_last_and_what_begins_next():
         ("s", "a_4", 1015.0, 5.0),
         ("s", "c_5", 3020.0, 5.0),
     ]
-    [gap] = prefill.largest_gaps(events, 4)
+    [gap] = parts.largest_gaps(events, 4)
     assert (gap["behind"], gap["before"], gap["times"]) == ("a", "c", 2)
     assert (gap["milliseconds"], gap["longest_ms"]) == (3.0, 2.0)
 
@@ -86,7 +86,7 @@ def test_gaps_lie_between_what_ends_last_and_what_begins_next():
     ],
 )
 def test_kernels_belong_to_parts(kernel, part):
-    assert prefill.part_of(kernel) == part
+    assert parts.part_of(kernel) == part
 
 
 def test_ratios_name_what_is_faster():
