@@ -25,6 +25,7 @@ from sparda_jax.checks import (
     number,
     path,
 )
+from sparda_jax.cli.cache_options import add_device_blocks_option
 from sparda_jax.cli.console import note
 from sparda_jax.cli.ending import run_command
 from sparda_jax.cli.options import HelpFormatter, Parser, add_option
@@ -34,8 +35,9 @@ _EXAMPLES = """\
 examples:
   sparda bench --model smollm2-135m --context 1024 4096
       dense, own query and forecast, resident and offloaded
-  sparda bench --random minicpm4.1-8b --context 131072 --batch best --hbm 80
-      best against best: each way with as many rows as fit
+  sparda bench --random minicpm4.1-8b --context 131072 --batch best --hbm 80 \\
+      --device-blocks auto
+      best against best: each way with as many rows as fit, and slots in what is left
   sparda bench serve --model smollm2-135m --concurrency 4
       requests against a server: sparda bench serve --help
   sparda bench --json a.json; sparda bench --compare a.json b.json
@@ -96,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(
             f"--{name}", nargs="+", default=default.split(","), metavar=words, help=help
         )
+    add_device_blocks_option(parser)
     add_option(
         parser,
         "--new",
@@ -279,10 +282,11 @@ def _run(
     limits = Limits(hbm, host, rates)
     rng = np.random.default_rng(arguments.seed)
     cells = []
-    planned = len(contexts) * len(batches) * len(ways(attentions, caches))
+    every = ways(attentions, caches, arguments.device_blocks)
+    planned = len(contexts) * len(batches) * len(every)
     for context in contexts:
         for batch in batches:
-            for way in ways(attentions, caches):
+            for way in every:
                 rows = batch
                 if batch == "best":
                     rows = max(
@@ -315,6 +319,7 @@ def _run(
         "weights": "random" if arguments.random else "real",
         "dtype": dtype,
         "budget": lm.sparse.block_budget,
+        "device_blocks": arguments.device_blocks or "a list's length",
         "hbm_gib": hbm,
         "host_gib": host,
         "rates": dataclasses.asdict(rates),
@@ -324,6 +329,7 @@ def _run(
     print(
         f"{run['model']}, {run['layers']} layers, {run['weights']} weights, {dtype}, "
         f"budget {run['budget']}, {run['device']}, JAX {run['jax']}, {run['date']}"
+        + (f", slots {run['device_blocks']}" if "offload" in caches else "")
     )
     print(table(figures))
     if arguments.json is not None:

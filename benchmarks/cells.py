@@ -25,8 +25,7 @@ class Way:
       attention: A selector's name.
       cache: "resident" or "offload".
       prefetch: "lookahead", "none", or "" for a resident cache.
-      slots: Of an offloaded cache, as `CacheConfig.device_blocks`; None, as many as a
-        list has blocks, keeps within a limit below the device's memory.
+      slots: Of an offloaded cache, as `CacheConfig.device_blocks`.
     """
 
     attention: str
@@ -37,13 +36,17 @@ class Way:
     def __str__(self) -> str:
         return " ".join(filter(None, (self.attention, self.cache, self.prefetch)))
 
-    @property
-    def config(self) -> sj.CacheConfig:
-        """The cache's configuration."""
+    def config(self, limits: "Limits") -> sj.CacheConfig:
+        """The cache's configuration; slots that fill the device fill the limit."""
         if self.cache == "resident":
             return sj.CacheConfig()
-        ahead = "lookahead" if self.prefetch == "lookahead" else "none"
-        return sj.CacheConfig(kind="offload", prefetch=ahead, device_blocks=self.slots)
+        return sj.CacheConfig(
+            kind="offload",
+            prefetch="lookahead" if self.prefetch == "lookahead" else "none",
+            device_blocks=self.slots,
+            device_limit=int(limits.hbm_gib * 2**30),
+            host_limit=int(limits.host_gib * 2**30),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,11 @@ class Limits:
     rates: sj.Rates
 
 
-def ways(attentions: list[str], caches: list[str]) -> list[Way]:
+def ways(
+    attentions: list[str],
+    caches: list[str],
+    slots: int | Literal["auto"] | None = None,
+) -> list[Way]:
     """All ways to run; an attention that forecasts is offloaded in both."""
     found = []
     for attention in attentions:
@@ -68,8 +75,8 @@ def ways(attentions: list[str], caches: list[str]) -> list[Way]:
             found.append(Way(attention, "resident"))
         if "offload" in caches:
             if get_selector(attention).looks_ahead:
-                found.append(Way(attention, "offload", "lookahead"))
-            found.append(Way(attention, "offload", "none"))
+                found.append(Way(attention, "offload", "lookahead", slots))
+            found.append(Way(attention, "offload", "none", slots))
     return found
 
 
@@ -92,7 +99,7 @@ def planned(
         batch=batch,
         attention=way.attention,
         sparse=lm.sparse,
-        cache=way.config,
+        cache=way.config(limits),
         miss=miss,
         dtype=str(lm.model.embedding[...].dtype),
         max_new_tokens=new,
@@ -148,7 +155,7 @@ def measure(
         return dataclasses.replace(
             cell, status="does not fit", reason=f"it needs {need}, {host}"
         )
-    chosen = sj.with_attention(lm, way.attention, cache=way.config)
+    chosen = sj.with_attention(lm, way.attention, cache=way.config(limits))
     rows = prompts[:batch, :context]
     try:
         stats = [

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
+import sparda_jax as sj
 from benchmarks import bench
-from benchmarks.cells import Way, share_of_limit, ways, with_hidden_shares
+from benchmarks.cells import Limits, Way, share_of_limit, ways, with_hidden_shares
 from benchmarks.figures import Cell, Figures, compare, read_figures, table
 
 
@@ -107,6 +108,10 @@ def test_ways_that_forecast_are_offloaded_twice():
         Way("sparda", "offload", "lookahead"),
         Way("sparda", "offload", "none"),
     ]
+    (way,) = ways(["dense"], ["offload"], "auto")
+    limits = Limits(2.0, 3.0, sj.Rates(memory=1e11, fetch=1e10))
+    assert way.config(limits).device_blocks == "auto"
+    assert way.config(limits).device_limit == 2 * 2**30
     assert str(Way("sparda", "offload", "none")) == "sparda offload none"
     assert str(Way("dense", "resident")) == "dense resident"
 
@@ -121,6 +126,7 @@ def test_ways_that_forecast_are_offloaded_twice():
         (["--batch", "worst"], "--batch='worst'"),
         (["--new", "1"], "--new=1"),
         (["--calls", "0"], "--calls=0"),
+        (["--device-blocks", "some"], "--device-blocks='some'"),
         (["--hbm", "0"], "--hbm=0"),
         (["--host", "nan"], "--host="),
         (["--seed", "-1"], "--seed=-1"),
