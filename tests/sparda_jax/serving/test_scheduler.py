@@ -94,6 +94,29 @@ def test_who_is_cancelled_leaves_within_one_round(scheduler):
     assert going.ended.reason == "aborted" and len(going.ended.output.tokens) == 2
 
 
+def test_who_is_cancelled_gets_two_more_steps_at_most(server):
+    """The one that ran, and the one that had begun behind it."""
+    server.settle()
+    session = server.serving.session
+    scheduler = Scheduler(session, Observer(), max_waiting=4, decode_steps=16)
+    scheduler._step = 1e6  # steps are long, however fast this machine is
+    clients = [_Client([5 + i], _config(60)) for i in range(2)]
+    scheduler.submit([client.job for client in clients])
+    while len(clients[1].tokens) < 5:
+        scheduler.round()
+    seen = len(clients[0].tokens)
+    scheduler.end([clients[0].job])
+    scheduler.round()
+    assert clients[0].ended.reason == "cancelled" and len(session.free) == 2
+    assert seen <= len(clients[0].ended.output.tokens) <= seen + 2
+    while not clients[1].done.is_set():
+        scheduler.round()
+    assert len(clients[1].tokens) == 60 and scheduler.idle
+    assert clients[1].tokens[: len(clients[1].ended.output.tokens)] == (
+        clients[1].ended.output.tokens
+    )
+
+
 class _Timed:
     """Two rows whose steps take a given time, and prompts of three pieces."""
 
@@ -171,11 +194,10 @@ def test_long_steps_begin_ahead_and_short_ones_share_a_call(monkeypatch):
 
 
 def test_what_a_step_ahead_shows_is_the_step_before(server):
-    """Rows that end, leave and come between two steps get what `generate` gives."""
+    """Rows that end, leave and come between two steps get what one alone is given."""
     server.settle()
-    session, lm = server.serving.session, server.lm
+    session = server.serving.session
     prompts = [[5], [6, 7], [8, 9, 10]]
-    alone = [sj.generate(lm, [p], _config(9)).tokens[0] for p in prompts]
     given: dict[int, list[int]] = {0: [], 1: [], 2: []}
 
     def take():
@@ -187,6 +209,11 @@ def test_what_a_step_ahead_shows_is_the_step_before(server):
         assert session.prefill(row)
         return row
 
+    alone = []
+    for index in range(3):
+        row = begin(index, 9)
+        session.decode(9)
+        alone.append(session.leave(row).tokens)
     rows = [begin(0, 4), begin(1, 9)]
     assert rows == [0, 1] and session.can_step_ahead
     take()
