@@ -44,7 +44,7 @@ from sparda_jax.sparse.index import (
     IndexShape,
     IndexState,
     Indices,
-    TokenKV,
+    NewTokens,
 )
 from sparda_jax.sparse.selection import SelectionTile, force_blocks, top_blocks
 from sparda_jax.sparse.selectors import Selector
@@ -210,6 +210,9 @@ def check_room(lists: TracedLists, context: int, sparse: SparseConfig) -> int:
     return room
 
 
+_State = UInt8[Array, "layers B K tokens bytes"]
+
+
 @dataclasses.dataclass(frozen=True)
 class TracedPart(IndexPart):
     """A layer's lists, beside what the selector keeps of its keys.
@@ -220,26 +223,15 @@ class TracedPart(IndexPart):
     tokens: int
     width: int
 
-    def init(
-        self, shape: IndexShape, sparse: SparseConfig
-    ) -> UInt8[Array, "layers B K tokens bytes"]:
+    def init(self, shape: IndexShape, sparse: SparseConfig) -> _State:
         """Empty lists."""
         del sparse
         lead = (shape.layers, shape.batch, shape.kv_heads)
         return jnp.zeros((*lead, self.tokens, self.width), jnp.uint8)
 
-    def append(
-        self,
-        state: UInt8[Array, "layers B K tokens bytes"],
-        layer: int | Int[Array, ""],
-        new: TokenKV,
-        *,
-        start: Int[Array, " B"],
-        count: Int[Array, " B"],
-        sparse: SparseConfig,
-    ) -> UInt8[Array, "layers B K tokens bytes"]:
+    def append(self, state: _State, new: NewTokens, sparse: SparseConfig) -> _State:
         """The same lists."""
-        del layer, new, start, count, sparse
+        del new, sparse
         return state
 
 

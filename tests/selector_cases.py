@@ -12,6 +12,7 @@ import sparda_jax as sj
 from sparda_jax.models.presets import get_preset
 from sparda_jax.sparse.index import (
     IndexShape,
+    NewTokens,
     PromptEnd,
     TokenKV,
     append_to_index,
@@ -129,9 +130,7 @@ def make_index(selector, layer: Layer, pieces, num_blocks: int, *, ends: bool = 
 
     @jax.jit
     def append(index, new, held, count):
-        return append_to_index(
-            indices, index, 0, new, start=held, count=count, sparse=SPARSE
-        )
+        return append_to_index(indices, index, NewTokens(new, 0, held, count), SPARSE)
 
     @jax.jit
     def end_prefill(index, end):

@@ -17,7 +17,7 @@ from sparda_jax.cache.offload import OffloadLayer
 from sparda_jax.cache.prefetch import BlockFetch, Lookahead, order_fetch, plan_fetch
 from sparda_jax.cache.settings import LayerSettings, TileState
 from sparda_jax.cache.slots import SlotTable, put_table, slot_of, table_at
-from sparda_jax.sparse.index import TokenKV, append_to_index
+from sparda_jax.sparse.index import NewTokens, TokenKV, append_to_index
 from sparda_jax.sparse.selectors import Selector
 
 
@@ -83,15 +83,8 @@ class OffloadView(NamedTuple):
         """Extends the selector's index; the token itself waits for its slot."""
         cache, sparse = self.layer_cache, settings.sparse
         place, start = self.layer_in_stack, tile.start
-        index = append_to_index(
-            settings.indices,
-            cache.index,
-            place,
-            new,
-            start=start,
-            count=tile.count,
-            sparse=sparse,
-        )
+        tokens = NewTokens(new, place, start, tile.count)
+        index = append_to_index(settings.indices, cache.index, tokens, sparse)
         cache = cache._replace(index=index)
         if new.key_bias is not None:
             assert cache.key_bias is not None

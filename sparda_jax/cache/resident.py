@@ -22,6 +22,7 @@ from sparda_jax.sparse.index import (
     IndexShape,
     IndexState,
     Indices,
+    NewTokens,
     PromptEnd,
     TokenKV,
     append_to_index,
@@ -273,9 +274,8 @@ def append_tokens(
         return _write_rows(flat, new, layer, start).reshape(store.shape)
 
     kv = write(cache.kv, jnp.stack((new.k, new.v), axis=3))
-    index = append_to_index(
-        indices, cache.index, layer, new, start=start, count=count, sparse=sparse
-    )
+    tokens = NewTokens(new, layer, start, count)
+    index = append_to_index(indices, cache.index, tokens, sparse)
     key_bias = cache.key_bias
     if key_bias is not None:
         assert new.key_bias is not None

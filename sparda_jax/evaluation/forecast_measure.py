@@ -36,6 +36,7 @@ from sparda_jax.planning.traces import WARM_STEPS, slot_misses
 from sparda_jax.sparse.index import (
     IndexShape,
     IndexState,
+    NewTokens,
     TokenKV,
     append_to_index,
     init_index,
@@ -232,15 +233,10 @@ def filled_index(settings: LayerSettings, tokens: TokenKV) -> IndexState:
     _, count, heads, dim = tokens.k.shape
     blocks = -(-count // settings.sparse.block_size)
     shape = IndexShape(1, 1, heads, blocks, dim, tokens.k.dtype)
-    return append_to_index(
-        settings.indices,
-        init_index(settings.indices, shape, settings.sparse),
-        0,
-        tokens,
-        start=jnp.zeros((1,), jnp.int32),
-        count=jnp.full((1,), count, jnp.int32),
-        sparse=settings.sparse,
-    )
+    empty = init_index(settings.indices, shape, settings.sparse)
+    start, count = jnp.zeros((1,), jnp.int32), jnp.full((1,), count, jnp.int32)
+    new = NewTokens(tokens, 0, start, count)
+    return append_to_index(settings.indices, empty, new, settings.sparse)
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "plan"))

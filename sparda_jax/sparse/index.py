@@ -29,6 +29,22 @@ class TokenKV(NamedTuple):
     q: Float[Array, "B T N H"] | None = None
 
 
+class NewTokens(NamedTuple):
+    """A tile's tokens on their way into a layer.
+
+    Attributes:
+      tokens: Keys, values and queries.
+      layer: Index on the leading axis of what they are put into.
+      start: Tokens that each row holds already.
+      count: How many of the tile's tokens each row gets.
+    """
+
+    tokens: TokenKV
+    layer: int | Int[Array, ""]
+    start: Int[Array, " B"]
+    count: Int[Array, " B"]
+
+
 class PromptEnd(NamedTuple):
     """A layer's cache when a prefill call has run all of its tiles.
 
@@ -77,17 +93,8 @@ class IndexPart:
         """The state of a cache without tokens."""
         raise NotImplementedError
 
-    def append(
-        self,
-        state: Any,
-        layer: int | Int[Array, ""],
-        new: TokenKV,
-        *,
-        start: Int[Array, " B"],
-        count: Int[Array, " B"],
-        sparse: SparseConfig,
-    ) -> Any:
-        """The state with `count` tokens more in every row of a layer.
+    def append(self, state: Any, new: NewTokens, sparse: SparseConfig) -> Any:
+        """The state with more tokens in every row of a layer.
 
         Tokens may come one by one or all at once: the result must be the same.
         """
@@ -120,21 +127,11 @@ def init_index(indices: Indices, shape: IndexShape, sparse: SparseConfig) -> Ind
 
 
 def append_to_index(
-    indices: Indices,
-    index: IndexState,
-    layer: int | Int[Array, ""],
-    new: TokenKV,
-    *,
-    start: Int[Array, " B"],
-    count: Int[Array, " B"],
-    sparse: SparseConfig,
+    indices: Indices, index: IndexState, new: NewTokens, sparse: SparseConfig
 ) -> IndexState:
-    """The states of all parts with `count` tokens more in every row of a layer."""
+    """The states of all parts with more tokens in every row of a layer."""
     return {
-        name: part.append(
-            index[name], layer, new, start=start, count=count, sparse=sparse
-        )
-        for name, part in indices.items()
+        name: part.append(index[name], new, sparse) for name, part in indices.items()
     }
 
 

@@ -27,6 +27,30 @@ def two_stage_indices(config: ModelConfig) -> Indices:
 
 
 @dataclasses.dataclass(frozen=True)
+class QuerySelector(Selector):
+    """Queries score blocks by an index: those of `next_query` where it looks ahead."""
+
+    def score_by(
+        self, q: Float[Array, "B T N H"], tile: SelectionTile, sparse: SparseConfig
+    ) -> Float[Array, "B K T M"]:
+        """Scores of all blocks by these queries, as `Selector.score`."""
+        raise NotImplementedError
+
+    def score(
+        self,
+        tile: SelectionTile,
+        config: ModelConfig,
+        sparse: SparseConfig,
+        implementation: Implementation | None,
+    ) -> Float[Array, "B K T M"]:
+        """As `Selector.score`."""
+        del config, implementation
+        q = tile.forecast if self.looks_ahead else tile.q
+        assert q is not None
+        return self.score_by(q, tile, sparse)
+
+
+@dataclasses.dataclass(frozen=True)
 class OwnQuerySelector(Selector):
     """The layer's own queries score the windows. A subclass says its name."""
 

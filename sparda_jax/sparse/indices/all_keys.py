@@ -4,10 +4,10 @@ import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from sparda_jax.config import SparseConfig
-from sparda_jax.sparse.index import IndexPart, IndexShape, TokenKV
+from sparda_jax.sparse.index import IndexPart, IndexShape, NewTokens
 
 
 class Keys(NamedTuple):
@@ -41,18 +41,10 @@ class AllKeys(IndexPart):
             bias=jnp.zeros(lead, jnp.float32) if self.biased else None,
         )
 
-    def append(
-        self,
-        state: Keys,
-        layer: int | Int[Array, ""],
-        new: TokenKV,
-        *,
-        start: Int[Array, " B"],
-        count: Int[Array, " B"],
-        sparse: SparseConfig,
-    ) -> Keys:
+    def append(self, state: Keys, new: NewTokens, sparse: SparseConfig) -> Keys:
         """As `IndexPart.append`."""
-        batch, steps, kv_heads, _ = new.k.shape
+        tokens, layer, start, count = new
+        batch, steps, kv_heads, _ = tokens.k.shape
         step, rows = jnp.arange(steps), jnp.arange(batch)[:, None, None]
         heads = jnp.arange(kv_heads)
         position = jnp.where(
@@ -61,7 +53,7 @@ class AllKeys(IndexPart):
         at = (layer, rows, heads, position[:, :, None])
         bias = state.bias
         if bias is not None:
-            assert new.key_bias is not None
-            bias = bias.at[at].set(new.key_bias, mode="drop")
-        k = state.k.at[at].set(new.k.astype(state.k.dtype), mode="drop")
+            assert tokens.key_bias is not None
+            bias = bias.at[at].set(tokens.key_bias, mode="drop")
+        k = state.k.at[at].set(tokens.k.astype(state.k.dtype), mode="drop")
         return Keys(k, bias)

@@ -3,11 +3,11 @@
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from sparda_jax.checks import require
 from sparda_jax.config import SparseConfig
-from sparda_jax.sparse.index import IndexPart, IndexShape, TokenKV
+from sparda_jax.sparse.index import IndexPart, IndexShape, NewTokens
 
 
 def pages_per_block(page: int | None, sparse: SparseConfig) -> int:
@@ -19,6 +19,9 @@ def pages_per_block(page: int | None, sparse: SparseConfig) -> int:
     size = sparse.block_size
     require(size % (page or size) == 0, "page", page, f"a divisor of {size}")
     return size // (page or size)
+
+
+Bounds = Float[Array, "layers B K pages 2 H"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,40 +37,30 @@ class KeyBounds(IndexPart):
 
     page: int | None = None
 
-    def init(
-        self, shape: IndexShape, sparse: SparseConfig
-    ) -> Float[Array, "layers B K pages 2 H"]:
+    def init(self, shape: IndexShape, sparse: SparseConfig) -> Bounds:
         """As `IndexPart.init`."""
         pages = shape.blocks * pages_per_block(self.page, sparse)
         lead = (shape.layers, shape.batch, shape.kv_heads, pages)
         ends = jnp.array([jnp.inf, -jnp.inf], shape.dtype)[:, None]
         return jnp.broadcast_to(ends, (*lead, 2, shape.head_dim))
 
-    def append(
-        self,
-        state: Float[Array, "layers B K pages 2 H"],
-        layer: int | Int[Array, ""],
-        new: TokenKV,
-        *,
-        start: Int[Array, " B"],
-        count: Int[Array, " B"],
-        sparse: SparseConfig,
-    ) -> Float[Array, "layers B K pages 2 H"]:
+    def append(self, state: Bounds, new: NewTokens, sparse: SparseConfig) -> Bounds:
         """As `IndexPart.append`."""
-        batch, steps, kv_heads, dim = new.k.shape
+        tokens, layer, start, count = new
+        batch, steps, kv_heads, dim = tokens.k.shape
         size, pages = self.page or sparse.block_size, state.shape[3]
         # The tile's tokens by page: its first one stands somewhere in a page.
         touched = 1 if steps == 1 else -(-(steps + size - 1) // size)
         first = start // size
         if steps == 1:
-            k, valid = new.k, (count > 0)[:, None]
+            k, valid = tokens.k, (count > 0)[:, None]
             width = 1
         else:
             width = size
             source = jnp.arange(touched * size) - (start % size)[:, None]
             valid = (source >= 0) & (source < count[:, None])
             index = jnp.clip(source, 0, steps - 1)[:, :, None, None]
-            k = jnp.take_along_axis(new.k, index, axis=1)
+            k = jnp.take_along_axis(tokens.k, index, axis=1)
         valid = valid[:, :, None, None]
         shape = (batch, touched, width, kv_heads, dim)
         least = jnp.where(valid, k, jnp.inf).reshape(shape).min(2)

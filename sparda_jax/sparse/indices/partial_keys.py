@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sparda_jax.config import SparseConfig
-from sparda_jax.sparse.index import IndexPart, IndexShape, PromptEnd, TokenKV
+from sparda_jax.sparse.index import IndexPart, IndexShape, NewTokens, PromptEnd
 from sparda_jax.sparse.indices.query_window import (
     append_queries,
     empty_window,
@@ -86,20 +86,14 @@ class PartialKeys(IndexPart):
         )
 
     def append(
-        self,
-        state: PartialState,
-        layer: int | Int[Array, ""],
-        new: TokenKV,
-        *,
-        start: Int[Array, " B"],
-        count: Int[Array, " B"],
-        sparse: SparseConfig,
+        self, state: PartialState, new: NewTokens, sparse: SparseConfig
     ) -> PartialState:
         """As `IndexPart.append`; before the first prompt's end keys have no axes."""
-        batch, steps, kv_heads, _ = new.k.shape
-        queries = append_queries(state.queries, layer, new.q, start=start, count=count)
+        tokens, layer, start, count = new
+        batch, steps, kv_heads, _ = tokens.k.shape
+        queries = append_queries(state.queries, new)
         partial = jnp.einsum(
-            "btkh,bkhr->btkr", new.k.astype(jnp.float32), state.axes[layer]
+            "btkh,bkhr->btkr", tokens.k.astype(jnp.float32), state.axes[layer]
         )
         step, rows = jnp.arange(steps), jnp.arange(batch)[:, None, None]
         position = jnp.where(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparda_jax.config import SparseConfig
-from sparda_jax.sparse.index import IndexPart, IndexShape, PromptEnd, TokenKV
+from sparda_jax.sparse.index import IndexPart, IndexShape, NewTokens, PromptEnd
 from sparda_jax.sparse.indices.query_window import (
     append_queries,
     empty_window,
@@ -89,18 +89,10 @@ class PromptAttention(IndexPart):
         )
 
     def append(
-        self,
-        state: PromptState,
-        layer: int | Int[Array, ""],
-        new: TokenKV,
-        *,
-        start: Int[Array, " B"],
-        count: Int[Array, " B"],
-        sparse: SparseConfig,
+        self, state: PromptState, new: NewTokens, sparse: SparseConfig
     ) -> PromptState:
         """As `IndexPart.append`."""
-        queries = append_queries(state.queries, layer, new.q, start=start, count=count)
-        return state._replace(queries=queries)
+        return state._replace(queries=append_queries(state.queries, new))
 
     def end_prefill(
         self,

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from sparda_jax.sparse.index import NewTokens
+
 Window = Float[Array, "layers B w N H"]
 
 
@@ -18,22 +20,16 @@ def empty_window(
     return jnp.zeros((layers, batch, size, heads, head_dim), dtype)
 
 
-def append_queries(
-    window: Window,
-    layer: int | Int[Array, ""],
-    q: Float[Array, "B T N H"] | None,
-    *,
-    start: Int[Array, " B"],
-    count: Int[Array, " B"],
-) -> Window:
-    """The ring with `count` queries more in every row."""
+def append_queries(window: Window, new: NewTokens) -> Window:
+    """The ring with the new tokens' queries."""
+    q, start = new.tokens.q, new.start
     assert q is not None
     size = window.shape[2]
     position = start[:, None] + jnp.arange(q.shape[1])
-    end = (start + count)[:, None]
+    end = (start + new.count)[:, None]
     kept = (position < end) & (position >= end - size)
     at = (
-        layer,
+        new.layer,
         jnp.arange(q.shape[0])[:, None],
         jnp.where(kept, position % size, size),
     )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sparda_jax.config import SparseConfig
-from sparda_jax.sparse.index import IndexPart, IndexShape, TokenKV
+from sparda_jax.sparse.index import IndexPart, IndexShape, NewTokens
 
 # Queries whose votes are counted at a time.
 _QUERIES = 128
@@ -55,26 +55,20 @@ class Representatives(IndexPart):
         )
 
     def append(
-        self,
-        state: RepresentativeState,
-        layer: int | Int[Array, ""],
-        new: TokenKV,
-        *,
-        start: Int[Array, " B"],
-        count: Int[Array, " B"],
-        sparse: SparseConfig,
+        self, state: RepresentativeState, new: NewTokens, sparse: SparseConfig
     ) -> RepresentativeState:
         """As `IndexPart.append`."""
-        assert new.q is not None
+        tokens, layer, start, count = new
+        assert tokens.q is not None
         size, local = sparse.block_size, sparse.local_blocks
-        batch, steps, kv_heads, _ = new.k.shape
+        batch, steps, kv_heads, _ = tokens.k.shape
         end = start + count
         # From the first block that any of the new queries may look at.
         first_block = start // size - local
         touched = local + -(-(steps + size - 1) // size)
         position = (first_block * size)[:, None] + jnp.arange(touched * size)
-        keys, votes = _gather(state, layer, new, position, start, end)
-        votes = votes + _new_votes(new.q, keys, position, start, end, size, local)
+        keys, votes = _gather(state, new, position, end)
+        votes = votes + _new_votes(tokens.q, keys, position, start, end, size, local)
 
         rows, heads = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None]
         means = _means(keys, votes, touched, self.tokens)
@@ -96,20 +90,19 @@ class Representatives(IndexPart):
 
 def _gather(
     state: RepresentativeState,
-    layer: int | Int[Array, ""],
-    new: TokenKV,
+    new: NewTokens,
     position: Int[Array, "B S"],
-    start: Int[Array, " B"],
     end: Int[Array, " B"],
 ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S"]]:
     """Keys at the positions, old or new, and their votes so far."""
-    room, steps = state.recent.shape[3], new.k.shape[1]
+    tokens, layer, start, _ = new
+    room, steps = state.recent.shape[3], tokens.k.shape[1]
     at = (position % room)[:, None]
     keys = jnp.take_along_axis(state.recent[layer], at[..., None], axis=2)
     votes = jnp.take_along_axis(state.votes[layer], at, axis=2)
     old = position < start[:, None]
     step = jnp.clip(position - start[:, None], 0, steps - 1)[:, :, None, None]
-    fresh = jnp.swapaxes(jnp.take_along_axis(new.k, step, axis=1), 1, 2)
+    fresh = jnp.swapaxes(jnp.take_along_axis(tokens.k, step, axis=1), 1, 2)
     keys = jnp.where(old[:, None, :, None], keys, fresh.astype(keys.dtype))
     held = (position >= 0) & (position < end[:, None])
     keys = jnp.where(held[:, None, :, None], keys, 0)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparda_jax.config import SparseConfig
-from sparda_jax.sparse.index import IndexPart, IndexShape, PromptEnd, TokenKV
+from sparda_jax.sparse.index import IndexPart, IndexShape, NewTokens, PromptEnd
 
 
 class SignatureState(NamedTuple):
@@ -75,20 +75,14 @@ class Signatures(IndexPart):
         return directions(head_dim, self.bits, self.tables, self.seed)
 
     def append(
-        self,
-        state: SignatureState,
-        layer: int | Int[Array, ""],
-        new: TokenKV,
-        *,
-        start: Int[Array, " B"],
-        count: Int[Array, " B"],
-        sparse: SparseConfig,
+        self, state: SignatureState, new: NewTokens, sparse: SparseConfig
     ) -> SignatureState:
         """As `IndexPart.append`; a prompt's tokens wait for its end."""
-        batch, steps, kv_heads, dim = new.k.shape
+        tokens, layer, start, count = new
+        batch, steps, kv_heads, dim = tokens.k.shape
         if steps > 1:
             return state
-        centred = new.k[:, 0].astype(jnp.float32) - state.centre[layer]
+        centred = tokens.k[:, 0].astype(jnp.float32) - state.centre[layer]
         codes = hash_codes(centred, self._planes(dim), self.bits)
         rows, heads = jnp.ogrid[:batch, :kv_heads]
         room = state.codes.shape[3]

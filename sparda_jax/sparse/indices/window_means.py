@@ -6,7 +6,7 @@ Source: docs/algorithm.md §2.2.
 import dataclasses
 
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from sparda_jax.config import SparseConfig
 from sparda_jax.sparse.compression import (
@@ -15,7 +15,9 @@ from sparda_jax.sparse.compression import (
     append_windows,
     empty_windows,
 )
-from sparda_jax.sparse.index import IndexPart, IndexShape, TokenKV
+from sparda_jax.sparse.index import IndexPart, IndexShape, NewTokens, TokenKV
+
+Means = CompressedKeys | Int8CompressedKeys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +35,7 @@ class WindowMeans(IndexPart):
         """What is averaged of a tile's tokens."""
         raise NotImplementedError
 
-    def init(
-        self, shape: IndexShape, sparse: SparseConfig
-    ) -> CompressedKeys | Int8CompressedKeys:
+    def init(self, shape: IndexShape, sparse: SparseConfig) -> Means:
         """As `IndexPart.init`."""
         lead = (shape.layers, shape.batch, shape.kv_heads)
         windows = shape.blocks * sparse.windows_per_block
@@ -43,16 +43,16 @@ class WindowMeans(IndexPart):
 
     def append(
         self,
-        state: CompressedKeys | Int8CompressedKeys,
-        layer: int | Int[Array, ""],
-        new: TokenKV,
-        *,
-        start: Int[Array, " B"],
-        count: Int[Array, " B"],
+        state: Means,
+        new: NewTokens,
         sparse: SparseConfig,
-    ) -> CompressedKeys | Int8CompressedKeys:
+    ) -> Means:
         """As `IndexPart.append`."""
-        tokens = self.averaged(new)
         return append_windows(
-            state, layer, tokens, start=start, count=count, sparse=sparse
+            state,
+            new.layer,
+            self.averaged(new.tokens),
+            start=new.start,
+            count=new.count,
+            sparse=sparse,
         )

@@ -18,7 +18,6 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Implementation
 from sparda_jax.checks import integer, number, require, settle
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.models.decoder import Decoder
@@ -26,12 +25,13 @@ from sparda_jax.models.query import project_query, query_projection
 from sparda_jax.models.rope import RopeCosSin
 from sparda_jax.sparse.index import Indices
 from sparda_jax.sparse.indices.partial_keys import PartialKeys
+from sparda_jax.sparse.own_query import QuerySelector
 from sparda_jax.sparse.selection import SelectionTile
 from sparda_jax.sparse.selector import Selector
 
 
 @dataclasses.dataclass(frozen=True)
-class InfiniGen(Selector):
+class InfiniGen(QuerySelector):
     """Speculated queries on partial keys; needs no trained weights.
 
     Attributes:
@@ -76,16 +76,19 @@ class InfiniGen(Selector):
         """The layer's real queries on the same partial keys."""
         return _ByOwnQuery(self.ratio, self.window)
 
-    def score(
-        self,
-        tile: SelectionTile,
-        config: ModelConfig,
-        sparse: SparseConfig,
-        implementation: Implementation | None,
+    def score_by(
+        self, q: Float[Array, "B T N H"], tile: SelectionTile, sparse: SparseConfig
     ) -> Float[Array, "B K T M"]:
-        """As `Selector.score`."""
-        assert tile.forecast is not None
-        return _scores(tile.forecast, tile, sparse)
+        """The best token of each block, by the sum of a group's partial scores."""
+        part = tile.index["partial_keys"]
+        batch, steps, heads, dim = q.shape
+        kv_heads = part.axes.shape[1]
+        group = q.astype(jnp.float32).reshape(
+            batch, steps, kv_heads, heads // kv_heads, dim
+        )
+        partial = jnp.einsum("btkh,bkhr->btkr", group.sum(3), part.axes)
+        scores = jnp.einsum("btkr,bksr->bkts", partial, part.keys.astype(jnp.float32))
+        return scores.reshape(*scores.shape[:3], -1, sparse.block_size).max(-1)
 
     def prompt_end_bytes(
         self, config: ModelConfig, sparse: SparseConfig, tokens: int
@@ -98,21 +101,6 @@ class InfiniGen(Selector):
         return sparse.block_size
 
 
-def _scores(
-    q: Float[Array, "B T N H"], tile: SelectionTile, sparse: SparseConfig
-) -> Float[Array, "B K T M"]:
-    """The best token of each block, by the sum of a group's partial scores."""
-    part = tile.index["partial_keys"]
-    batch, steps, heads, dim = q.shape
-    kv_heads = part.axes.shape[1]
-    group = q.astype(jnp.float32).reshape(
-        batch, steps, kv_heads, heads // kv_heads, dim
-    )
-    partial = jnp.einsum("btkh,bkhr->btkr", group.sum(3), part.axes)
-    scores = jnp.einsum("btkr,bksr->bkts", partial, part.keys.astype(jnp.float32))
-    return scores.reshape(*scores.shape[:3], -1, sparse.block_size).max(-1)
-
-
 @dataclasses.dataclass(frozen=True)
 class _ByOwnQuery(InfiniGen):
     """What the layers' own queries choose, of the same index."""
@@ -123,17 +111,6 @@ class _ByOwnQuery(InfiniGen):
         self, model: Decoder, layer: int | Int[Array, ""]
     ) -> Any | None:
         """None."""
-
-    def score(
-        self,
-        tile: SelectionTile,
-        config: ModelConfig,
-        sparse: SparseConfig,
-        implementation: Implementation | None,
-    ) -> Float[Array, "B K T M"]:
-        """As `Selector.score`."""
-        assert tile.q is not None
-        return _scores(tile.q, tile, sparse)
 
 
 SELECTOR = InfiniGen()

@@ -12,17 +12,16 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import Implementation
 from sparda_jax.checks import integer, settle
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.sparse.index import Indices
 from sparda_jax.sparse.indices.representatives import Representatives
+from sparda_jax.sparse.own_query import QuerySelector
 from sparda_jax.sparse.selection import SelectionTile
-from sparda_jax.sparse.selector import Selector
 
 
 @dataclasses.dataclass(frozen=True)
-class InfLLM(Selector):
+class InfLLM(QuerySelector):
     """The sum of a group's queries against one mean key a block.
 
     Attributes:
@@ -42,22 +41,18 @@ class InfLLM(Selector):
         """Representatives, and what they are made of."""
         return {"representatives": Representatives(self.tokens)}
 
-    def score(
-        self,
-        tile: SelectionTile,
-        config: ModelConfig,
-        sparse: SparseConfig,
-        implementation: Implementation | None,
+    def score_by(
+        self, q: Float[Array, "B T N H"], tile: SelectionTile, sparse: SparseConfig
     ) -> Float[Array, "B K T M"]:
-        """As `Selector.score`."""
-        assert tile.q is not None
-        batch, steps, heads, dim = tile.q.shape
-        kv_heads = config.num_kv_heads
-        q = tile.q.reshape(batch, steps, kv_heads, heads // kv_heads, dim).sum(3)
+        """As `QuerySelector.score_by`."""
+        batch, steps, heads, dim = q.shape
+        means = tile.index["representatives"].means
+        kv_heads = means.shape[1]
+        q = q.reshape(batch, steps, kv_heads, heads // kv_heads, dim).sum(3)
         return jnp.einsum(
             "btkh,bkmh->bktm",
             q,
-            tile.index["representatives"].means.astype(q.dtype),
+            means.astype(q.dtype),
             preferred_element_type=jnp.float32,
         )
 

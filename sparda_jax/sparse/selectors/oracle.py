@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Implementation
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.sparse.index import Indices
 from sparda_jax.sparse.indices.all_keys import AllKeys, Keys
+from sparda_jax.sparse.own_query import QuerySelector
 from sparda_jax.sparse.selection import SelectionTile
-from sparda_jax.sparse.selector import Selector
 
 # Blocks whose logits a prefill tile holds at a time, at most: of a small one, a large.
 _CHUNK, _FEW = 16, 4
@@ -79,7 +78,7 @@ def attention_mass(
 
 
 @dataclasses.dataclass(frozen=True)
-class Oracle(Selector):
+class Oracle(QuerySelector):
     """Ranks blocks by the attention that the layer's own queries pay to them."""
 
     name = "oracle"
@@ -89,17 +88,12 @@ class Oracle(Selector):
         """Every key."""
         return {"all_keys": AllKeys(biased=config.key_bias)}
 
-    def score(
-        self,
-        tile: SelectionTile,
-        config: ModelConfig,
-        sparse: SparseConfig,
-        implementation: Implementation | None,
+    def score_by(
+        self, q: Float[Array, "B T N H"], tile: SelectionTile, sparse: SparseConfig
     ) -> Float[Array, "B K T M"]:
-        """As `Selector.score`."""
-        assert tile.q is not None
+        """As `QuerySelector.score_by`."""
         keys = tile.index["all_keys"]
-        return attention_mass(tile.q, keys, tile.positions, sparse.block_size)
+        return attention_mass(q, keys, tile.positions, sparse.block_size)
 
     def scored_heads(
         self, config: ModelConfig, sparse: SparseConfig, *, decoding: bool

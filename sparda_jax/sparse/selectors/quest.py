@@ -12,18 +12,17 @@ from typing import Literal
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import Implementation
 from sparda_jax.checks import choice, integer, optional, settle
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.sparse.bound_scores import bound_scores
 from sparda_jax.sparse.index import Indices
 from sparda_jax.sparse.indices.key_bounds import KeyBounds, pages_per_block
+from sparda_jax.sparse.own_query import QuerySelector
 from sparda_jax.sparse.selection import SelectionTile
-from sparda_jax.sparse.selector import Selector
 
 
 @dataclasses.dataclass(frozen=True)
-class Quest(Selector):
+class Quest(QuerySelector):
     """The bounds of a group's query heads, summed or the largest of them.
 
     Attributes:
@@ -47,18 +46,13 @@ class Quest(Selector):
         """Least and largest key of each page."""
         return {"key_bounds": KeyBounds(self.page)}
 
-    def score(
-        self,
-        tile: SelectionTile,
-        config: ModelConfig,
-        sparse: SparseConfig,
-        implementation: Implementation | None,
+    def score_by(
+        self, q: Float[Array, "B T N H"], tile: SelectionTile, sparse: SparseConfig
     ) -> Float[Array, "B K T M"]:
-        """As `Selector.score`."""
-        assert tile.q is not None
+        """As `QuerySelector.score_by`."""
         largest = self.over_group == "max"
         bounds = tile.index["key_bounds"]
-        return bound_scores(tile.q, bounds, tile.num_blocks, largest=largest)
+        return bound_scores(q, bounds, tile.num_blocks, largest=largest)
 
     def scored_heads(
         self, config: ModelConfig, sparse: SparseConfig, *, decoding: bool

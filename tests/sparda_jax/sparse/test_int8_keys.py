@@ -7,7 +7,7 @@ import numpy as np
 
 from sparda_jax.config import SparseConfig
 from sparda_jax.sparse.compression import compress_keys
-from sparda_jax.sparse.index import IndexShape, TokenKV
+from sparda_jax.sparse.index import IndexShape, NewTokens, TokenKV
 from sparda_jax.sparse.indices.key_means import KeyMeans
 
 SPARSE = SparseConfig(local_blocks=2, block_budget=6, query_blocks=2)
@@ -28,14 +28,9 @@ def _appended(k, pieces, sparse):
     state = part.init(IndexShape(2, 2, 2, 4, 16, jnp.float32), sparse)
     for size in pieces:
         piece = k[:, start : start + size]
-        state = part.append(
-            state,
-            1,
-            TokenKV(piece, piece, None),
-            start=jnp.minimum(start, LENGTHS),
-            count=jnp.clip(LENGTHS - start, 0, size),
-            sparse=sparse,
-        )
+        held, count = jnp.minimum(start, LENGTHS), jnp.clip(LENGTHS - start, 0, size)
+        new = NewTokens(TokenKV(piece, piece, None), 1, held, count)
+        state = part.append(state, new, sparse)
         start += size
     return state
 
