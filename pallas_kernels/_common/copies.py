@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Shaped
 
+from pallas_kernels._common.operands import Listed
 from pallas_kernels._common.triton import launch, require_launch
 
 # The smallest part that is worth a program's turn.
@@ -58,9 +59,8 @@ class CopyConfig:
 
 def copy_listed(
     move: Move,
-    operands: Sequence[Shaped[Array, " _ *E"]],
-    indices: Int[Array, " J"],
-    count: Int[Array, ""] | None,
+    blocks: Sequence[Shaped[Array, " _ *E"]],
+    rows: Listed,
     *,
     out: jax.ShapeDtypeStruct,
     config: CopyConfig,
@@ -74,14 +74,13 @@ def copy_listed(
 
     Args:
       move: copies one part; sees blocks as rows of their elements.
-      operands: arrays of blocks, all of one shape.
-      indices: the list.
-      count: entries that are looked at; all if None.
+      blocks: arrays of blocks, all of one shape.
+      rows: the list.
       out: shape and dtype of the result.
       config: settings.
       name: of the kernel, in profiles and messages.
-      beside: further arrays, which ``move`` sees behind the operands, as they are.
-      in_place: the result is the first operand, updated.
+      beside: further arrays, which ``move`` sees behind the blocks, as they are.
+      in_place: the result is the first array of blocks, updated.
       staggered: a program has another place in every turn. Where each so-and-so-many-th
         entry belongs to one row, no program then has all of that row's.
       interpret: run in Pallas's interpreter, on any device.
@@ -90,17 +89,15 @@ def copy_listed(
       NotImplementedError: for blocks whose size has no power of two of bytes in it.
     """
     shape, dtype = out.shape[1:], out.dtype
-    elements, itemsize = operands[0].size // operands[0].shape[0], dtype.itemsize
+    elements, itemsize = blocks[0].size // blocks[0].shape[0], dtype.itemsize
     size = min(elements & -elements, config.part_bytes // itemsize)
     if size * itemsize < MIN_PART_BYTES:
         raise NotImplementedError(
             f"triton needs blocks of a multiple of {MIN_PART_BYTES} bytes, not "
             f"{elements} elements of {dtype}"
         )
-    listed, parts = indices.shape[0], elements // size
+    listed, parts = rows.listed, elements // size
     programs = min(config.programs, listed * parts)
-    if count is None:
-        count = jnp.int32(listed)
 
     def kernel(*refs):
         *blocks_refs, indices_ref, count_ref, out_ref = refs
@@ -125,10 +122,10 @@ def copy_listed(
 
     result = launch(
         kernel,
-        *(x.reshape(-1, elements) for x in operands),
+        *(x.reshape(-1, elements) for x in blocks),
         *beside,
-        indices,
-        count.reshape(1),
+        rows.indices,
+        rows.looked_at().reshape(1),
         grid=(programs,),
         out_shape=jax.ShapeDtypeStruct((out.shape[0], elements), dtype),
         config=config,

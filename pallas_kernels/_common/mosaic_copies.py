@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
+
+from pallas_kernels._common.operands import Listed
 
 # Elements that one warpgroup holds in registers at a time: 64 or 128 each thread.
 PART_BYTES = 32 * 1024
@@ -32,27 +35,42 @@ class WalkConfig:
             raise ValueError(f"programs is {self.programs}; it must be at least 1")
 
 
-def part_size(elements: int, itemsize: int) -> int:
+@dataclass(frozen=True)
+class Walk:
+    """Persistent programs over the (entry, part of a block) pairs of a list.
+
+    Attributes:
+      listed: entries in all.
+      elements: numbers of a block.
+      size: numbers of a part.
+      programs: programs of the grid's axis "program".
+    """
+
+    listed: int
+    elements: int
+    size: int
+    programs: int
+
+    @property
+    def parts(self) -> int:
+        """Parts of a block."""
+        return self.elements // self.size
+
+
+def part_size(elements: int, dtype: DTypeLike) -> int:
     """Elements of a part: the largest power of two that divides a block and fits.
 
     Args:
       elements: elements of a block.
-      itemsize: bytes of one.
-    """
-    size = elements & -elements
-    while size * itemsize > PART_BYTES:
-        size //= 2
-    return size
-
-
-def checked_part_size(elements: int, dtype: DTypeLike) -> int:
-    """``part_size`` of a block that a warpgroup can copy.
+      dtype: of each.
 
     Raises:
-      NotImplementedError: for blocks of an odd size.
+      NotImplementedError: for blocks of an odd size, which a warpgroup cannot copy.
     """
-    size = part_size(elements, jnp.dtype(dtype).itemsize)
-    if size * jnp.dtype(dtype).itemsize < 1024:
+    size, itemsize = elements & -elements, jnp.dtype(dtype).itemsize
+    while size * itemsize > PART_BYTES:
+        size //= 2
+    if size * itemsize < 1024:
         raise NotImplementedError(
             f"mosaic_gpu needs blocks of a multiple of 1024 bytes, not {elements} "
             f"elements of {jnp.dtype(dtype)}"
@@ -60,27 +78,60 @@ def checked_part_size(elements: int, dtype: DTypeLike) -> int:
     return size
 
 
-def walk_listed(
+def launch_walk(
+    move: Callable[..., None],
+    blocks: Sequence[Any],
+    rows: Listed,
+    walk: Walk,
+    *,
+    out_type: Any,
+    name: str,
+) -> Any:
+    """Launches a kernel that moves what is listed, part by part.
+
+    Args:
+      move: takes an entry, the row that it lists, the columns of the part, and the
+        references to the blocks and results.
+      blocks: arrays, or mutable references to them, of rows of a block's elements.
+      rows: the list.
+      walk: sizes and programs.
+      out_type: shapes and dtypes of the results.
+      name: of the kernel, in profiles and messages.
+
+    Returns:
+      The results.
+    """
+
+    def kernel(*refs: Any) -> None:
+        held, (indices_ref, count_ref, *results) = (
+            refs[: len(blocks)],
+            refs[len(blocks) :],
+        )
+        _walk_listed(
+            lambda entry, row, columns: move(entry, row, columns, *held, *results),
+            indices_ref,
+            count_ref[0],
+            walk,
+        )
+
+    kernel.__name__ = name
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        grid=(walk.programs,),
+        grid_names=("program",),
+    )(*blocks, rows.indices, rows.looked_at().reshape(1))
+
+
+def _walk_listed(
     move: Callable[[jax.Array, jax.Array, Any], None],
     indices_ref: Any,
     count: jax.Array,
-    *,
-    listed: int,
-    parts: int,
-    size: int,
-    programs: int,
+    walk: Walk,
 ) -> None:
-    """Walks a persistent program over its (entry, part of a block) pairs.
-
-    Args:
-      move: takes an entry, the row that it lists and the columns of the part.
-      indices_ref: rows of the entries.
-      count: entries that are looked at.
-      listed: entries in all.
-      parts: parts of a block.
-      size: elements of a part.
-      programs: programs of the grid's axis "program".
-    """
+    """Walks a program over its pairs of an entry that is looked at and a part."""
+    listed, parts, size = walk.listed, walk.parts, walk.size
+    programs = walk.programs
     program = lax.axis_index("program")
     units = jnp.minimum(count, listed) * parts
     most, step = listed * parts, programs * AHEAD

@@ -1,9 +1,10 @@
-"""Operands that both attentions read, as one group for every back end."""
+"""Operands that two operations share, as one group for every back end."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
@@ -43,3 +44,32 @@ class Attended:
     def head_dim(self) -> int:
         """H."""
         return self.kv.shape[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """Rows that are copied from or to, by their numbers.
+
+    Attributes:
+      indices: int32 rows, negative for none.
+      count: int32, how many entries are looked at; None for all.
+    """
+
+    indices: Int[Array, " J"]
+    count: Int[Array, ""] | None
+
+    @property
+    def listed(self) -> int:
+        """J, entries in all."""
+        return self.indices.shape[0]
+
+    def looked_at(self) -> Int[Array, ""]:
+        """How many entries are looked at."""
+        return jnp.int32(self.listed) if self.count is None else self.count
+
+    def masked(self) -> Int[Array, " J"]:
+        """The list with -1 where nobody looks."""
+        if self.count is None:
+            return self.indices
+        entry = jnp.arange(self.listed, dtype=jnp.int32)
+        return jnp.where(entry < self.count, self.indices, -1)

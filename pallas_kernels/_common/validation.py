@@ -201,6 +201,30 @@ def layer_index(layer: Int[Array, ""] | int | None, layers: int) -> Int[Array, "
     return jnp.asarray(layer, jnp.int32)
 
 
+def listed(
+    indices: Int[Array, " J"], count: Int[Array, ""] | None
+) -> dict[str, Any]:
+    """Checks a list of rows.
+
+    Args:
+      indices: rows, negative for none.
+      count: how many entries are looked at, or None.
+
+    Returns:
+      The fields of ``operands.Listed``.
+
+    Raises:
+      ValueError: on other shapes or dtypes.
+    """
+    require_shape("indices", indices, (None,), "J")
+    require_integer("indices", indices)
+    if count is not None:
+        require_shape("count", count, (), "")
+        require_integer("count", count)
+        count = count.astype(jnp.int32)
+    return {"indices": indices.astype(jnp.int32), "count": count}
+
+
 def is_concrete(*arrays: Any) -> bool:
     """Whether the values can be looked at (no tracer among ``arrays``)."""
     return not any(isinstance(x, jax.core.Tracer) for x in arrays)

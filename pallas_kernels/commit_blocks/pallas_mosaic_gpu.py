@@ -23,16 +23,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels._common.devices import require_cuda
 from pallas_kernels._common.mosaic_copies import (
+    Walk,
     WalkConfig,
-    checked_part_size,
-    walk_listed,
+    launch_walk,
+    part_size,
 )
 from pallas_kernels._common.numerics import in_32_bit
+from pallas_kernels.commit_blocks.operands import Commit
 from pallas_kernels.dispatch import tuned_config
 
 
@@ -45,12 +46,7 @@ class Config(WalkConfig):
 
 @in_32_bit
 def commit_blocks_mosaic_gpu(
-    slots: Float[Array, " R *E"],
-    staged: Float[Array, " J *E"],
-    indices: Int[Array, " J"],
-    count: Int[Array, ""] | None = None,
-    *,
-    config: Config | None = None,
+    operands: Commit, *, config: Config | None = None
 ) -> Float[Array, " R *E"]:
     """Computes the result in place; the arguments are those of the Triton form.
 
@@ -58,39 +54,26 @@ def commit_blocks_mosaic_gpu(
       NotImplementedError: for blocks of an odd size, or without such a device.
     """
     require_cuda("mosaic_gpu", 9.0)
-    rows, listed = slots.shape[0], indices.shape[0]
-    elements = slots.size // rows
-    size = checked_part_size(elements, slots.dtype)
-    parts = elements // size
+    slots, listed, elements = operands.slots, operands.listed, operands.elements
+    rows, size = slots.shape[0], part_size(elements, slots.dtype)
     config = config or Config(
         **tuned_config("commit_blocks", "mosaic_gpu", {"elements": elements})
     )
-    programs = min(config.programs, listed * parts)
-    if count is None:
-        count = jnp.int32(listed)
+    programs = min(config.programs, listed * (elements // size))
 
-    def commit_blocks_mosaic_gpu(slots_ref, staged_ref, indices_ref, count_ref):
-        def move(entry, row, columns):
-            @pl.when(row >= 0)
-            def _copy():
-                there = lax.min(row, jnp.int32(rows - 1))
-                slots_ref[there, columns] = staged_ref[entry, columns]
-
-        walk_listed(
-            move,
-            indices_ref,
-            count_ref[0],
-            listed=listed,
-            parts=parts,
-            size=size,
-            programs=programs,
-        )
+    def move(entry, row, columns, slots_ref, staged_ref):
+        @pl.when(row >= 0)
+        def _copy():
+            there = lax.min(row, jnp.int32(rows - 1))
+            slots_ref[there, columns] = staged_ref[entry, columns]
 
     held = jax.new_ref(slots.reshape(rows, elements))
-    plgpu.kernel(
-        commit_blocks_mosaic_gpu,
+    launch_walk(
+        move,
+        [held, operands.staged.reshape(listed, elements)],
+        operands,
+        Walk(listed, elements, size, programs),
         out_type=(),
-        grid=(programs,),
-        grid_names=("program",),
-    )(held, staged.reshape(listed, elements), indices, count.reshape(1))
+        name="commit_blocks_mosaic_gpu",
+    )
     return jax.freeze(held).reshape(slots.shape)

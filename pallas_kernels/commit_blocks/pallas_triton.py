@@ -25,11 +25,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common.copies import CopyConfig, copy_listed
 from pallas_kernels._common.devices import require_cuda
 from pallas_kernels._common.numerics import in_32_bit
+from pallas_kernels.commit_blocks.operands import Commit
 from pallas_kernels.dispatch import tuned_config
 
 
@@ -44,23 +45,12 @@ class Config(CopyConfig):
 
 @in_32_bit
 def commit_blocks_triton(
-    slots: Float[Array, " R *E"],
-    staged: Shaped[Array, " J *E"],
-    indices: Int[Array, " J"],
-    count: Int[Array, ""] | None = None,
-    *,
-    scales: Float[Array, "J S"] | None = None,
-    config: Config | None = None,
-    interpret: bool = False,
+    operands: Commit, *, config: Config | None = None, interpret: bool = False
 ) -> Float[Array, " R *E"]:
     """Computes the result in place.
 
     Args:
-      slots: rows to write to.
-      staged: blocks to write, in the dtype of ``slots`` or with ``scales`` as int8.
-      indices: row of each block, negative for none.
-      count: entries that are looked at; all if None.
-      scales: of staged blocks in 8 bits (``int8.py``).
+      operands: slots, staged blocks and the list.
       config: settings; recorded or default ones if None.
       interpret: run in Pallas's interpreter, on any device.
 
@@ -72,17 +62,18 @@ def commit_blocks_triton(
     """
     if not interpret:
         require_cuda("triton", 8.0)
+    slots, scales = operands.slots, operands.scales
     rows = slots.shape[0]
     config = config or Config(
         **tuned_config(
             "commit_blocks",
             "triton",
-            {"elements": slots.size // rows, "int8": scales is not None},
+            {"elements": operands.elements, "int8": scales is not None},
         )
     )
 
-    def move(operands, slots_ref, j, row, columns):
-        _, staged_ref, *scales_ref = operands
+    def move(refs, slots_ref, j, row, columns):
+        _, staged_ref, *scales_ref = refs
 
         @pl.when(row >= 0)
         def _():
@@ -96,9 +87,8 @@ def commit_blocks_triton(
     dim = slots.shape[-1]
     return copy_listed(
         move,
-        (slots, staged),
-        indices,
-        count,
+        (slots, operands.staged),
+        operands,
         out=jax.ShapeDtypeStruct(slots.shape, slots.dtype),
         config=config,
         name="commit_blocks_triton",

@@ -10,24 +10,22 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float
 
 from pallas_kernels._common.devices import current_platform
 from pallas_kernels._common.numerics import in_32_bit
 from pallas_kernels.commit_blocks.int8 import decoded
+from pallas_kernels.commit_blocks.operands import Commit
 from pallas_kernels.commit_blocks.reference import commit_blocks_reference
 
 
 @in_32_bit
-def commit_blocks_xla(
-    slots: Float[Array, " R *E"],
-    staged: Shaped[Array, " J *E"],
-    indices: Int[Array, " J"],
-    scales: Float[Array, "J S"] | None = None,
-) -> Float[Array, " R *E"]:
-    """Computes the result. Nothing is checked here."""
+def commit_blocks_xla(operands: Commit) -> Float[Array, " R *E"]:
+    """Computes the result."""
     if current_platform() != "cpu":
-        return commit_blocks_reference(slots, staged, indices, scales)
+        return commit_blocks_reference(operands)
+    slots, staged, scales = operands.slots, operands.staged, operands.scales
+    indices = operands.masked()
     order = jnp.argsort(indices < 0, stable=True)
     count = jnp.sum(indices >= 0, dtype=jnp.int32)
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels._common import validation
 from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.host_gather.operands import checked
 
 OP = "host_gather"
 
@@ -47,48 +48,25 @@ def host_gather(
       ValueError: on shapes, dtypes or settings other than the above.
       NotImplementedError: when the named implementation cannot serve the call.
     """
-    validation.require_rows("blocks", blocks, "[R, ...]")
-    validation.require_shape("indices", indices, (None,), "J")
-    validation.require_integer("indices", indices)
-    if skipped not in ("zero", "undefined"):
-        raise ValueError(f"skipped is {skipped!r}; allowed: 'zero', 'undefined'")
-    if count is not None:
-        if skipped != "undefined":
-            raise ValueError(
-                f"skipped is {skipped!r} with a count; entries behind it are not "
-                "looked at: allowed: 'undefined'"
-            )
-        validation.require_shape("count", count, (), "")
-        validation.require_integer("count", count)
-        count = count.astype(jnp.int32)
+    operands = checked(blocks, indices, count=count, skipped=skipped)
     if programs is not None:
         validation.require_positive("programs", programs)
-    indices = indices.astype(jnp.int32)
-    if indices.shape[0] == 0:
+    if operands.listed == 0:
         return jnp.zeros((0, *blocks.shape[1:]), blocks.dtype)
-
-    zero_skipped = skipped == "zero"
 
     def run(name: str) -> Shaped[Array, " J *E"]:
         if name == "mosaic_gpu":
             from pallas_kernels.host_gather import pallas_mosaic_gpu as mosaic
 
             config = None if programs is None else mosaic.Config(programs=programs)
-            return mosaic.host_gather_mosaic_gpu(
-                blocks, indices, count, zero_skipped=zero_skipped, config=config
-            )
+            return mosaic.host_gather_mosaic_gpu(operands, config=config)
         if name == "triton":
             from pallas_kernels.host_gather import pallas_triton as triton
 
             config = None if programs is None else triton.Config(programs=programs)
-            return triton.host_gather_triton(
-                blocks, indices, count, zero_skipped=zero_skipped, config=config
-            )
+            return triton.host_gather_triton(operands, config=config)
         from pallas_kernels.host_gather.xla import host_gather_xla
 
-        if count is not None:
-            listed = jnp.arange(indices.shape[0], dtype=jnp.int32) < count
-            return host_gather_xla(blocks, jnp.where(listed, indices, -1))
-        return host_gather_xla(blocks, indices)
+        return host_gather_xla(operands)
 
     return dispatch(OP, implementation, run)

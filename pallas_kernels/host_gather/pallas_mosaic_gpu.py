@@ -22,17 +22,18 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Shaped
 
 from pallas_kernels._common.devices import require_cuda
 from pallas_kernels._common.mosaic_copies import (
+    Walk,
     WalkConfig,
-    checked_part_size,
-    walk_listed,
+    launch_walk,
+    part_size,
 )
 from pallas_kernels._common.numerics import in_32_bit
 from pallas_kernels.dispatch import tuned_config
+from pallas_kernels.host_gather.operands import Gather
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,12 @@ class Config(WalkConfig):
 
 @in_32_bit
 def host_gather_mosaic_gpu(
-    blocks: Shaped[Array, " R *E"],
-    indices: Int[Array, " J"],
-    count: Int[Array, ""] | None = None,
-    *,
-    zero_skipped: bool = True,
-    config: Config | None = None,
+    operands: Gather, *, config: Config | None = None
 ) -> Shaped[Array, " J *E"]:
     """Computes the result in device memory.
 
     Args:
-      blocks: operand in pinned host or device memory.
-      indices: listed rows, negative for none.
-      count: entries that are looked at; all if None.
-      zero_skipped: write zeros where an entry was skipped, rather than nothing.
+      operands: blocks and the list.
       config: settings; recorded or default ones if None.
 
     Returns:
@@ -67,45 +60,32 @@ def host_gather_mosaic_gpu(
       NotImplementedError: for blocks of an odd size, or without a Hopper device.
     """
     require_cuda("mosaic_gpu", 9.0)
-    rows, shape = blocks.shape[0], blocks.shape[1:]
-    elements = blocks.size // rows
-    size = checked_part_size(elements, blocks.dtype)
-    listed, parts = indices.shape[0], elements // size
+    blocks, listed, elements = operands.blocks, operands.listed, operands.elements
+    rows, size = blocks.shape[0], part_size(elements, blocks.dtype)
+    parts = elements // size
     if config is None:
         found = tuned_config("host_gather", "mosaic_gpu", {"parts": parts})
         config = Config(**found) if found else Config()
-    programs = min(config.programs, listed * parts)
+    walk = Walk(listed, elements, size, min(config.programs, listed * parts))
 
-    if count is None:
-        count = jnp.int32(listed)
+    def move(entry, row, columns, blocks_ref, out_ref):
+        @pl.when(row >= 0)
+        def _copy():
+            source = jnp.minimum(row, rows - 1)
+            out_ref[entry, columns] = blocks_ref[source, columns]
 
-    def host_gather_mosaic_gpu(blocks_ref, indices_ref, count_ref, out_ref):
-        def move(entry, row, columns):
-            @pl.when(row >= 0)
-            def _copy():
-                source = jnp.minimum(row, rows - 1)
-                out_ref[entry, columns] = blocks_ref[source, columns]
+        if operands.zero_skipped:
 
-            if zero_skipped:
+            @pl.when(row < 0)
+            def _skip():
+                out_ref[entry, columns] = jnp.zeros((size,), blocks.dtype)
 
-                @pl.when(row < 0)
-                def _skip():
-                    out_ref[entry, columns] = jnp.zeros((size,), blocks.dtype)
-
-        walk_listed(
-            move,
-            indices_ref,
-            count_ref[0],
-            listed=listed,
-            parts=parts,
-            size=size,
-            programs=programs,
-        )
-
-    out = plgpu.kernel(
-        host_gather_mosaic_gpu,
+    out = launch_walk(
+        move,
+        [blocks.reshape(rows, elements)],
+        operands,
+        walk,
         out_type=jax.ShapeDtypeStruct((listed, elements), blocks.dtype),
-        grid=(programs,),
-        grid_names=("program",),
-    )(blocks.reshape(rows, elements), indices, count.reshape(1))
-    return out.reshape(listed, *shape)
+        name="host_gather_mosaic_gpu",
+    )
+    return out.reshape(listed, *blocks.shape[1:])

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Shaped
 
 from pallas_kernels._common.copies import CopyConfig, copy_listed
 from pallas_kernels._common.devices import require_cuda
 from pallas_kernels._common.numerics import in_32_bit
 from pallas_kernels.dispatch import tuned_config
+from pallas_kernels.host_gather.operands import Gather
 
 
 @dataclass(frozen=True)
@@ -43,21 +44,12 @@ class Config(CopyConfig):
 
 @in_32_bit
 def host_gather_triton(
-    blocks: Shaped[Array, " R *E"],
-    indices: Int[Array, " J"],
-    count: Int[Array, ""] | None = None,
-    *,
-    zero_skipped: bool = True,
-    config: Config | None = None,
-    interpret: bool = False,
+    operands: Gather, *, config: Config | None = None, interpret: bool = False
 ) -> Shaped[Array, " J *E"]:
     """Computes the result in device memory.
 
     Args:
-      blocks: operand in pinned host or device memory.
-      indices: listed rows, negative for none.
-      count: entries that are looked at; all if None.
-      zero_skipped: write zeros where an entry was skipped, rather than nothing.
+      operands: blocks and the list.
       config: settings; recorded or default ones if None.
       interpret: run in Pallas's interpreter, on any device.
 
@@ -69,28 +61,29 @@ def host_gather_triton(
     """
     if not interpret:
         require_cuda("triton", 8.0)
+    blocks = operands.blocks
     rows, shape = blocks.shape[0], blocks.shape[1:]
     config = config or Config(
-        **tuned_config("host_gather", "triton", {"elements": blocks.size // rows})
+        **tuned_config("host_gather", "triton", {"elements": operands.elements})
     )
 
     zero = 0.0 if jnp.issubdtype(blocks.dtype, jnp.floating) else 0
 
-    def move(operands, out_ref, j, row, columns):
-        [blocks_ref] = operands
+    def move(refs, out_ref, j, row, columns):
+        [blocks_ref] = refs
         # A masked load moves nothing for a skipped entry.
         wanted = jnp.full((columns.size,), row >= 0)
         part = plt.load(
             blocks_ref.at[jnp.clip(row, 0, rows - 1), columns], mask=wanted, other=zero
         )
-        plt.store(out_ref.at[j, columns], part, mask=None if zero_skipped else wanted)
+        kept = None if operands.zero_skipped else wanted
+        plt.store(out_ref.at[j, columns], part, mask=kept)
 
     return copy_listed(
         move,
         (blocks,),
-        indices,
-        count,
-        out=jax.ShapeDtypeStruct((indices.shape[0], *shape), blocks.dtype),
+        operands,
+        out=jax.ShapeDtypeStruct((operands.listed, *shape), blocks.dtype),
         config=config,
         name="host_gather_triton",
         staggered=True,

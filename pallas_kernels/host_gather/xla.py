@@ -13,9 +13,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Shaped
 
 from pallas_kernels._common.numerics import in_32_bit
+from pallas_kernels.host_gather.operands import Gather
 
 
 def on_host(x: jax.Array) -> bool:
@@ -24,11 +25,9 @@ def on_host(x: jax.Array) -> bool:
 
 
 @in_32_bit
-def host_gather_xla(
-    blocks: Shaped[Array, " R *E"], indices: Int[Array, " J"]
-) -> Shaped[Array, " J *E"]:
-    """Computes the result in device memory. Nothing is checked here."""
-    count = indices.shape[0]
+def host_gather_xla(operands: Gather) -> Shaped[Array, " J *E"]:
+    """Computes the result in device memory."""
+    blocks, indices, count = operands.blocks, operands.masked(), operands.listed
     if not on_host(blocks):
         rows = blocks.at[indices].get(mode="clip")
         skipped = (indices < 0).reshape(-1, *(1,) * (blocks.ndim - 1))

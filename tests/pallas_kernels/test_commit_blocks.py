@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels import commit_blocks
 from pallas_kernels.commit_blocks.arg_specs import ARG_SPECS
+from pallas_kernels.commit_blocks.operands import checked
 from pallas_kernels.commit_blocks.pallas_triton import Config, commit_blocks_triton
 from pallas_kernels.commit_blocks.reference import commit_blocks_reference
 from pallas_kernels.lowering import cuda_lowering_text
@@ -29,7 +30,7 @@ def _same(got, want):
 def test_xla(spec, dtype):
     args = spec.make(dtype)
     got = jax.jit(lambda a: commit_blocks(**a, implementation="xla"))(args)
-    _same(got, commit_blocks_reference(**args))
+    _same(got, commit_blocks_reference(checked(**args)))
 
 
 @pytest.mark.parametrize("programs", [1, 5, 528])
@@ -37,8 +38,8 @@ def test_xla(spec, dtype):
 def test_triton_in_the_interpreter(spec, programs):
     args = spec.make("bfloat16")
     config = Config(programs=programs, part_bytes=4096)
-    got = commit_blocks_triton(**args, config=config, interpret=True)
-    _same(got, commit_blocks_reference(**args))
+    got = commit_blocks_triton(checked(**args), config=config, interpret=True)
+    _same(got, commit_blocks_reference(checked(**args)))
 
 
 def test_int8_is_numpys():
@@ -57,7 +58,7 @@ def test_int8_is_numpys():
                     * scales[entry, dim + token]
                 )
                 want[row, token] = np.asarray(jnp.asarray((k, v), jnp.bfloat16))
-    _same(commit_blocks_reference(**args), jnp.asarray(want))
+    _same(commit_blocks_reference(checked(**args)), jnp.asarray(want))
 
 
 @pytest.mark.gpu
@@ -70,16 +71,17 @@ def test_native(spec, implementation):
             commit_blocks(**args, implementation=implementation)
         return
     got = jax.jit(lambda a: commit_blocks(**a, implementation=implementation))(args)
-    _same(got, commit_blocks_reference(**args))
+    _same(got, commit_blocks_reference(checked(**args)))
 
 
 def test_entries_behind_the_count_are_not_looked_at():
     args = CI_SPECS[0].make("bfloat16")
     first = dict(args, indices=args["indices"].at[4:].set(-1))
-    want = commit_blocks_reference(**first)
+    want = commit_blocks_reference(checked(**first))
     got = commit_blocks(**args, count=jnp.int32(4), implementation="xla")
     _same(got, want)
-    _same(commit_blocks_triton(**args, count=jnp.int32(4), interpret=True), want)
+    operands = checked(**args, count=jnp.int32(4))
+    _same(commit_blocks_triton(operands, interpret=True), want)
 
 
 def test_in_place():

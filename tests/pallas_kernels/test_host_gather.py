@@ -11,6 +11,7 @@ from kernel_cases import in_ci
 
 from pallas_kernels import host_gather
 from pallas_kernels.host_gather.arg_specs import ARG_SPECS
+from pallas_kernels.host_gather.operands import checked
 from pallas_kernels.host_gather.pallas_triton import Config, host_gather_triton
 from pallas_kernels.host_gather.reference import host_gather_reference
 from pallas_kernels.lowering import cuda_lowering_text
@@ -32,7 +33,7 @@ def to_host(x):
 @specs
 def test_xla(spec, host):
     args = spec.make("float32")
-    want = host_gather_reference(**args)
+    want = host_gather_reference(checked(**args))
     if host:
         args["blocks"] = to_host(args["blocks"])
     got = jax.jit(lambda a: host_gather(**a, implementation="xla"))(args)
@@ -45,9 +46,10 @@ def test_xla(spec, host):
 def test_triton_in_the_interpreter(spec, programs):
     args = spec.make("bfloat16")
     config = Config(programs=programs, part_bytes=4096)
-    got = host_gather_triton(**args, config=config, interpret=True)
+    got = host_gather_triton(checked(**args), config=config, interpret=True)
     np.testing.assert_array_equal(
-        got.astype(jnp.float32), host_gather_reference(**args).astype(jnp.float32)
+        got.astype(jnp.float32),
+        host_gather_reference(checked(**args)).astype(jnp.float32),
     )
 
 
@@ -57,7 +59,7 @@ def test_triton_in_the_interpreter(spec, programs):
 @specs
 def test_native_from_pinned_host_memory(spec, implementation, dtype):
     args = spec.make(dtype)
-    want = host_gather_reference(**args)
+    want = host_gather_reference(checked(**args))
     args["blocks"] = to_host(args["blocks"])
     got = jax.jit(lambda a: host_gather(**a, implementation=implementation))(args)
     np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
@@ -78,11 +80,11 @@ def test_pallas_lowers_for_more_than_2_to_the_31_elements(implementation):
 @pytest.mark.parametrize("implementation", ["triton", "xla"])
 def test_undefined_rows_leave_the_others_right(implementation):
     args = BY_NAME["skips"].make("float32")
-    want = host_gather_reference(**args)
+    want = host_gather_reference(checked(**args))
     if implementation == "xla":
         got = host_gather(**args, skipped="undefined", implementation="xla")
     else:
-        got = host_gather_triton(**args, zero_skipped=False, interpret=True)
+        got = host_gather_triton(checked(**args, skipped="undefined"), interpret=True)
     fetched = np.asarray(args["indices"]) >= 0
     assert not fetched.all()
     np.testing.assert_array_equal(got[fetched], want[fetched])
@@ -110,7 +112,7 @@ def test_native_on_a_stream_of_its_own(implementation, skipped, programs):
     got = reads_from_host(
         args, programs=programs, skipped=skipped, implementation=implementation
     )
-    want = np.asarray(host_gather_reference(**args))
+    want = np.asarray(host_gather_reference(checked(**args)))
     rows = np.asarray(args["indices"]) >= (0 if skipped == "undefined" else -1)
     np.testing.assert_array_equal(np.asarray(got)[rows], want[rows])
 
@@ -180,7 +182,7 @@ def test_blocks_of_integers_are_gathered(dtype):
     want = np.stack([blocks[2], np.zeros(256, blocks.dtype), blocks[0]])
     for got in (
         host_gather(blocks, indices, implementation="xla"),
-        host_gather_triton(blocks, indices, interpret=True),
+        host_gather_triton(checked(blocks, indices), interpret=True),
     ):
         assert got.dtype == dtype
         np.testing.assert_array_equal(got, want)
@@ -188,13 +190,11 @@ def test_blocks_of_integers_are_gathered(dtype):
 
 def test_entries_behind_the_count_are_not_looked_at():
     args = CI_SPECS[0].make("bfloat16")
-    want = np.asarray(host_gather_reference(**args).astype(jnp.float32))[:4]
+    want = np.asarray(host_gather_reference(checked(**args)).astype(jnp.float32))[:4]
     options = {"count": jnp.int32(4), "skipped": "undefined"}
     got = host_gather(**args, **options, implementation="xla")
     np.testing.assert_array_equal(got[:4].astype(jnp.float32), want)
-    got = host_gather_triton(
-        **args, count=jnp.int32(4), zero_skipped=False, interpret=True
-    )
+    got = host_gather_triton(checked(**args, **options), interpret=True)
     np.testing.assert_array_equal(got[:4].astype(jnp.float32), want)
 
 
@@ -214,7 +214,7 @@ def test_a_count_lowers_for_cuda(implementation):
 @pytest.mark.parametrize("count", [0, 1, 7, 10])
 def test_a_count_natively(implementation, count):
     args = CI_SPECS[0].make("bfloat16")
-    want = np.asarray(host_gather_reference(**args).astype(jnp.float32))
+    want = np.asarray(host_gather_reference(checked(**args)).astype(jnp.float32))
     args["blocks"] = to_host(args["blocks"])
     options = {"skipped": "undefined", "implementation": implementation}
     got = jax.jit(lambda a, n: host_gather(**a, count=n, **options))(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels.commit_blocks import pallas_mosaic_gpu as mosaic
 from pallas_kernels.commit_blocks import pallas_triton as triton
 from pallas_kernels.commit_blocks.api import commit_blocks
+from pallas_kernels.commit_blocks.operands import checked
 from pallas_kernels.tuning.case import Case
 
 
@@ -37,8 +38,8 @@ def cases(small: bool) -> Iterator[Case]:
                 return commit_blocks(
                     slots, staged, indices, scales=scales, implementation=name
                 )
-            more = {} if scales is None else {"scales": scales}
-            return functions[name](slots, staged, indices, config=config, **more)
+            operands = checked(slots, staged, indices, scales=scales)
+            return functions[name](operands, config=config)
 
         # A loop carries the slots, as decode does: they are updated in place.
         return jax.lax.fori_loop(0, links, step, slots)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels.host_gather import pallas_mosaic_gpu as mosaic
 from pallas_kernels.host_gather import pallas_triton as triton
 from pallas_kernels.host_gather.api import host_gather
+from pallas_kernels.host_gather.operands import checked
 from pallas_kernels.tuning.case import Case
 
 
@@ -29,7 +30,7 @@ def cases(small: bool) -> Iterator[Case]:
     def run(name, config, host, index):
         if config is None:
             return host_gather(host, index, implementation=name)
-        return functions[name](host, index, config=config)
+        return functions[name](checked(host, index), config=config)
 
     programs = (8, 16, 32, 64)
     yield Case(
