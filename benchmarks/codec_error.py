@@ -284,8 +284,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Compares the codecs."""
-    arguments = _parser().parse_args(argv)
-    return run_command(lambda: _run(arguments))
+    return run_command(lambda: _run(_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -148,20 +148,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", default="code", help="prose, code or a text file")
+    parser.add_argument("--json", type=pathlib.Path, help="also write figures here")
     parser.add_argument("--context", type=int, default=4096, help="tokens in all")
     parser.add_argument("--decode", type=int, default=128, help="tokens decoded")
     parser.add_argument("--ahead", type=int, nargs="+", default=[1, 2])
     parser.add_argument(
         "--slots", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="in budgets"
     )
-    parser.add_argument("--json", type=pathlib.Path, help="also write figures here")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measures every way."""
-    arguments = _parser().parse_args(argv)
-    return run_command(lambda: _run(arguments))
+    return run_command(lambda: _run(_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

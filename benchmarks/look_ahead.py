@@ -148,15 +148,14 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("own", type=pathlib.Path, help="trace of own queries")
-    parser.add_argument("--forecast", type=pathlib.Path, help="trace of the Forecast")
     parser.add_argument("--json", type=pathlib.Path, help="also write figures here")
+    parser.add_argument("--forecast", type=pathlib.Path, help="trace of the Forecast")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Compares what can be sent ahead."""
-    arguments = _parser().parse_args(argv)
-    return run_command(lambda: _run(arguments))
+    return run_command(lambda: _run(_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

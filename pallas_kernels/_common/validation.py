@@ -201,9 +201,7 @@ def layer_index(layer: Int[Array, ""] | int | None, layers: int) -> Int[Array, "
     return jnp.asarray(layer, jnp.int32)
 
 
-def listed(
-    indices: Int[Array, " J"], count: Int[Array, ""] | None
-) -> dict[str, Any]:
+def listed(indices: Int[Array, " J"], count: Int[Array, ""] | None) -> dict[str, Any]:
     """Checks a list of rows.
 
     Args:

@@ -71,8 +71,12 @@ class BlockCodec:
           targets: Slot of each, -1 for none.
           bound: Entries behind which all are -1.
         """
-        blocks = self.decode(staged, slots.dtype)
-        return commit_blocks(slots, blocks, targets, count=bound)
+        blocks, scales = self.committed(staged, slots.dtype)
+        return commit_blocks(slots, blocks, targets, scales=scales, count=bound)
+
+    def committed(self, staged: Parts, dtype: DTypeLike) -> tuple[Array, Array | None]:
+        """What `commit_blocks` takes of staged blocks: blocks and their scales."""
+        return self.decode(staged, dtype), None
 
     def stored(
         self, blocks: Float[Array, "*lead block two H"]
@@ -138,16 +142,10 @@ class Int8Codec(BlockCodec):
         whole, scales = parts
         return decoded(whole, scales, dtype)
 
-    def commit(
-        self,
-        slots: Float[Array, "R block two H"],
-        staged: Parts,
-        targets: Int[Array, " J"],
-        bound: Int[Array, ""] | None,
-    ) -> Float[Array, "R block two H"]:
-        """As `BlockCodec.commit`."""
+    def committed(self, staged: Parts, dtype: DTypeLike) -> tuple[Array, Array | None]:
+        """As they are stored: the kernel that commits decodes them."""
         whole, scales = staged
-        return commit_blocks(slots, whole, targets, scales=scales, count=bound)
+        return whole, scales
 
 
 _CODECS = types.MappingProxyType({"exact": BlockCodec(), "int8": Int8Codec()})

@@ -208,15 +208,8 @@ class HostStore:
             return put_row(jnp.int32(0), self)
         return lax.fori_loop(0, kv.shape[1], put_row, self)
 
-    def _put_by_kernel(
-        self,
-        kv: Float[Array, "1 R K M block 2 H"],
-        first: Int[Array, " R"],
-        end: Int[Array, " R"],
-        layer: int | Int[Array, ""],
-        row: Int[Array, ""],
-        route: FetchRoute,
-    ) -> "HostStore":
+    def _put_by_kernel(self, kv, first, end, layer, row, route) -> "HostStore":
+        """`put_new` where one kernel does it."""
         _, batch, heads, blocks = self.lead
         block = jnp.arange(blocks)
         fresh = (block >= first[:, None]) & (block < end[:, None])  # R M

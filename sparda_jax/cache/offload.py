@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparda_jax.cache.codecs import BlockCodec, Parts
 from sparda_jax.cache.host_store import CHUNK_BLOCKS, HostStore
-from sparda_jax.cache.one_row import as_all_rows, as_one_row
+from sparda_jax.cache.one_row import as_all_rows, as_one_row, layer_at, with_layer
 from sparda_jax.cache.resident import (
     LayerCache,
     check_capacity,
@@ -122,23 +122,13 @@ class OffloadCache(NamedTuple):
 
     def place(self, index: int | Array) -> tuple[OffloadLayer, int | Array]:
         """The `OffloadLayer` that holds offloaded layer `index`, and where in it."""
-        if len(self.layers) == 1:
-            layer, place = self.layers[0], index
-        else:
-            layer, place = self.layers[index], 0  # pyrefly: ignore[bad-index]
-        if self.row is None:
-            return layer, place
-        return as_one_row(layer, place, self.row)
+        return layer_at(self.layers, index, self.row)
 
     def replace_layer(self, index: int | Array, layer: OffloadLayer) -> "OffloadCache":
         """A copy in which `layer` holds offloaded layer `index`."""
         if self.row is not None:
             layer = as_all_rows(layer, self.rows)
-        if len(self.layers) == 1:
-            return self._replace(layers=(layer,))
-        assert isinstance(index, int)
-        changed = (*self.layers[:index], layer, *self.layers[index + 1 :])
-        return self._replace(layers=changed)
+        return self._replace(layers=with_layer(self.layers, index, layer))
 
     def layer0(self) -> tuple[LayerCache, int | Array]:
         """Resident layer 0, and where in it; as `place` for the offloaded ones."""

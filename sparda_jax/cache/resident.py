@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from sparda_jax.cache.one_row import as_all_rows, as_one_row
+from sparda_jax.cache.one_row import as_all_rows, layer_at, with_layer
 from sparda_jax.config import ConfigError, ModelConfig, SparseConfig
 from sparda_jax.sparse.index import (
     IndexShape,
@@ -94,23 +94,13 @@ class KVCache(NamedTuple):
 
     def layer(self, index: int | Array) -> tuple[LayerCache, int | Array]:
         """The `LayerCache` that holds layer `index`, and the index inside it."""
-        if len(self.layers) == 1:
-            layer, place = self.layers[0], index
-        else:
-            layer, place = self.layers[index], 0  # pyrefly: ignore[bad-index]
-        if self.row is None:
-            return layer, place
-        return as_one_row(layer, place, self.row)
+        return layer_at(self.layers, index, self.row)
 
     def replace_layer(self, index: int | Array, layer: LayerCache) -> "KVCache":
         """A copy in which `layer` holds layer `index`."""
         if self.row is not None:
             layer = as_all_rows(layer, self.rows)
-        if len(self.layers) == 1:
-            return self._replace(layers=(layer,))
-        assert isinstance(index, int)
-        changed = (*self.layers[:index], layer, *self.layers[index + 1 :])
-        return self._replace(layers=changed)
+        return self._replace(layers=with_layer(self.layers, index, layer))
 
 
 def check_capacity(capacity: int, sparse: SparseConfig) -> None:

@@ -72,6 +72,9 @@ def _failed(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
+_NOT_FINITE = "logits are not finite"
+
+
 def _record(sample: Sample, ids: list[int], **values: Any) -> Record:
     return {
         "index": sample.index,
@@ -80,6 +83,14 @@ def _record(sample: Sample, ids: list[int], **values: Any) -> Record:
         **({} if sample.depth is None else {"depth": round(sample.depth, 4)}),
         **values,
     }
+
+
+def _scored(
+    sample: Sample, ids: list[int], score: float, failed: bool, **values: Any
+) -> Record:
+    """A record of an answer; one whose logits are not finite scores nothing."""
+    record = _record(sample, ids, score=0.0 if failed else round(score, 4), **values)
+    return record | {"failed": _NOT_FINITE} if failed else record
 
 
 def _broken(sample: Sample, ids: list[int], error: Exception) -> Record:
@@ -187,19 +198,17 @@ class Runner:
         # The beginning of an object is a part of it.
         whole = sample.answer_prefix + text if name == "fields" else text
         failed = answer.finish == "non_finite"
-        record = _record(
+        return _scored(
             sample,
             ids,
-            score=0.0 if failed else round(METRICS[name](whole, sample.outputs), 4),
+            METRICS[name](whole, sample.outputs),
+            failed,
             output=text,
             outputs=list(sample.outputs),
             tokens=len(answer.tokens),
             finish=answer.finish,
             read=read,
         )
-        if failed:
-            record["failed"] = "logits are not finite"
-        return record
 
     def _fork(
         self,
@@ -236,19 +245,17 @@ class Runner:
             for text, question in zip(texts, sample.questions, strict=True)
         ]
         failed = any(answer.finish == "non_finite" for answer in answers)
-        record = _record(
+        return _scored(
             sample,
             rows[0],
-            score=0.0 if failed else round(float(np.mean(scores)), 4),
+            float(np.mean(scores)),
+            failed,
             output=texts,
             outputs=[list(question.outputs) for question in sample.questions],
             tokens=round(float(np.mean([len(a.tokens) for a in answers])), 2),
             finish=[answer.finish for answer in answers],
             read=_share(out.stats.decode_blocks),
         )
-        if failed:
-            record["failed"] = "logits are not finite"
-        return record
 
     def _perplexity(
         self,
@@ -269,7 +276,7 @@ class Runner:
             return _record(sample, ids, failed=_failed(error))
         surprises = scores.surprises.astype(np.float64)
         if not np.all(np.isfinite(surprises)):
-            return _record(sample, ids, failed="logits are not finite")
+            return _record(sample, ids, failed=_NOT_FINITE)
         parts = np.array_split(surprises, QUARTERS)
         return _record(
             sample,

@@ -22,7 +22,6 @@ from sparda_jax.inference.generate import (
     GenerateState,
     Prompt,
     Request,
-    prefill_and_sample,
     prefill_with_hidden,
 )
 from sparda_jax.inference.logprobs import TokenLogs, prompt_logs
@@ -85,15 +84,16 @@ def prefill_row_and_sample(
       settings: The model and how to attend.
       tile_size: Query tokens per prefill tile.
     """
-    one = prefill_and_sample(
-        model,
-        at_row(state, row),
-        prompt,
-        request,
-        settings=settings,
-        tile_size=tile_size,
-    )
+    one, _ = _prefill_one(model, state, prompt, request, row, settings, tile_size)
     return with_row(state, one, row)
+
+
+def _prefill_one(model, state, prompt, request, row, settings, tile_size):
+    """The row's state and its prompt's hidden states; arguments as above."""
+    one = at_row(state, row)
+    return prefill_with_hidden(
+        model, one, prompt, request, settings=settings, tile_size=tile_size
+    )
 
 
 def prefill_row_and_score(
@@ -115,14 +115,7 @@ def prefill_row_and_score(
       following: The token behind each of the prompt's.
     """
     assert state.logs is not None
-    one, hidden = prefill_with_hidden(
-        model,
-        at_row(state, row),
-        prompt,
-        request,
-        settings=settings,
-        tile_size=tile_size,
-    )
+    one, hidden = _prefill_one(model, state, prompt, request, row, settings, tile_size)
     logs = prompt_logs(model, hidden[0], following, state.logs.top.shape[-1])
     return with_row(state, one, row), logs
 

@@ -186,15 +186,7 @@ def abstract_decoder(
         ]
         outside = {name: zeros(shape) for name, shape in model_shapes(config).items()}
         heads = [zeros(forecast_shape(config)) for _ in layers]
-        return Decoder(
-            config,
-            embedding=outside["embedding"],
-            layers=layers,
-            final_norm=outside["final_norm"],
-            head=outside.get("head"),
-            forecast=heads if forecast else None,
-            storage=storage,
-        )
+        return _assembled(config, layers, outside, heads if forecast else None, storage)
 
     return jax.eval_shape(make)
 
@@ -255,12 +247,17 @@ def random_decoder(
         ]
     outside = {name: draw(shape) for name, shape in model_shapes(config).items()}
     heads = [draw(forecast_shape(config)) for _ in range(config.num_layers)]
+    return _assembled(config, layers, outside, heads if forecast else None, storage)
+
+
+def _assembled(config, layers, outside, heads, storage: Storage) -> Decoder:
+    """A decoder of its layers, the arrays outside of them by name, and its heads."""
     return Decoder(
         config,
         embedding=outside["embedding"],
         layers=layers,
         final_norm=outside["final_norm"],
         head=outside.get("head"),
-        forecast=heads if forecast else None,
+        forecast=heads,
         storage=storage,
     )
