@@ -214,6 +214,8 @@ _MEASURED_ELSEWHERE = {
     "benchmarks.layers_ahead",
     "benchmarks.trace record",
     "benchmarks.all",
+    # Reads a GPU's profile.
+    "pallas_kernels.benchmarks.decode_account",
     "pallas_kernels.tuning",
     "train.ablate",
     "train.main",

@@ -16,8 +16,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
 from pallas_kernels._common.numerics import NEG_INF, finite_or_zero
-from pallas_kernels._common.triton import next_power_of_two
-from pallas_kernels.lowering import silence_triton_deprecation
+from pallas_kernels._common.triton import WarpsConfig, launch, next_power_of_two
 
 # A warp holds this many float32 of the parts in registers.
 ELEMENTS_A_WARP = 2048
@@ -74,18 +73,17 @@ def merge_splits_triton(
     """
     pairs, splits, groups, head_dim = out.shape
     elements = next_power_of_two(splits) * head_dim
-    silence_triton_deprecation()
-    merged, total = pl.pallas_call(
+    merged, total = launch(
         functools.partial(_kernel, splits=splits, groups=groups, head_dim=head_dim),
+        out.reshape(-1),
+        lse.reshape(-1),
         grid=(pairs * groups,),
         out_shape=(
             jax.ShapeDtypeStruct((pairs * groups * head_dim,), dtype),
             jax.ShapeDtypeStruct((pairs * groups,), jnp.float32),
         ),
-        compiler_params=plt.CompilerParams(
-            num_warps=max(1, min(8, elements // ELEMENTS_A_WARP)), num_stages=1
-        ),
+        config=WarpsConfig(max(1, min(8, elements // ELEMENTS_A_WARP))),
         interpret=interpret,
         name="merge_splits_triton",
-    )(out.reshape(-1), lse.reshape(-1))
+    )
     return merged.reshape(pairs, groups, head_dim), total.reshape(pairs, groups)

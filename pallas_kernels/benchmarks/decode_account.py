@@ -3,7 +3,7 @@
 Durations of single kernels in a profile, for lists of several lengths: a straight line
 through them has the rate at which keys are read as its slope, and what a call costs
 whatever it reads as its value at no bytes. Each line of settings is Triton's
-``Config``: splits, warps, stages, unroll. Both merges are timed: Triton's and XLA's.
+``Config``: splits, warps, stages. Both merges are timed: Triton's and XLA's.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def straight_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _settings(text: str) -> triton.Config:
-    """ "8,4,3,1" as splits, warps, stages and unroll."""
+    """ "8,4,3" as splits, warps and stages."""
     try:
         return triton.Config(*(int(word) for word in text.split(",")))
     except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed: it must be splits,warps,stages,unroll, as in "
-            f"8,4,3,1 ({error})"
+            f"{text!r} is not allowed: it must be splits,warps,stages, as in "
+            f"8,4,3 ({error})"
         ) from error
 
 
@@ -112,7 +112,7 @@ def account(config: triton.Config, batch: int, bandwidth: float) -> dict[str, ob
     share = 96 * token / (whole * 1e-6) / bandwidth
     print(
         f"batch {batch:3} splits {config.splits:3} warps {config.num_warps} stages "
-        f"{config.num_stages} unroll {config.unroll}: "
+        f"{config.num_stages}: "
         + ", ".join(f"{listed}: {t:.2f}" for listed, t in times.items())
         + f" us; at no bytes {start:.2f} us, then {1e-3 / slope:.0f} GB/s; merge "
         f"{merges['triton']:.2f} us, XLA's {merges['xla']:.2f}; 96 blocks "
@@ -139,7 +139,7 @@ def main() -> None:
         type=_settings,
         nargs="+",
         default=[triton.Config(8, 4, 3)],
-        help="splits,warps,stages,unroll",
+        help="splits,warps,stages",
     )
     parser.add_argument("--json", type=Path, help="also write figures here")
     args = parser.parse_args()

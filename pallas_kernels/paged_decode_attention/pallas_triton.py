@@ -11,12 +11,18 @@ and bring no NaN.
 
 Measured by the durations of all kernels in a profile, the merge among them, beside a
 large device copy, reads and writes counted (jax 0.11.2, bfloat16, 32/2 heads, H = 128,
-96 slots of 64, spread at most 0.6 %). One H200 (4,308 GB/s): batch 8 19.7 us, 59 %;
-batch 16 31.8 us, 73 %; batch 64 101.0 us, 92 %. One H100 (3,030 GB/s): batch 1 12.7 us;
-8 25.2 us, 66 %; 16 41.1 us, 81 %; 64 143.2 us, 93 %. One program a multiprocessor is
-best from batch 4 on: two of them take 16.4 -> 20.5 us at batch 4 and 41.3 -> 46.0 at
-batch 16 (H100). What bounds the small batches is the fixed part: start and merge take 7
-to 8 us, and batch 8 reads 50 MB, 12 us at the H200's speed of batch 64.
+96 slots of 64, spread at most 0.6 %). One H100 (3,029 GB/s): batch 8 23.9 us, 69 %
+(25.2 us and 66 % while XLA merged); batch 16 41.2 us, 81 %; 64 143.2 us, 93 %; batch 1
+12.7 us, both with XLA's merge. One H200 (4,308 GB/s), with XLA's merge: batch 8
+19.7 us, 59 %; batch 16 31.8 us, 73 %; batch 64 101.0 us, 92 %.
+
+What bounds batch 8 (H100, ``benchmarks.decode_account``): 3.7 us whatever is read, then
+50.3 MB at 2,790 GB/s, 92 % of the copy, then 1.6 us for the merge (XLA's two kernels
+take 3.7). At the copy's own rate and without any merge it would be 20.3 us, 82 %: the
+aim of 85 % is out of reach. Tried beside it: deeper pipelines read faster and start
+later (5 stages: 5.2 us, then 3,010 GB/s; 23.7 us in all, and 44.8 at batch 16), two
+slots a step of the loop 24.1 us, eight warps 24.7, two programs a multiprocessor 24.3,
+one for every two 30.9.
 
 Limits: H and block powers of two (16-256 and 16-128) with tiles of block x H of at
 most 32 KiB. The back end is deprecated in
@@ -60,20 +66,15 @@ class Config:
       splits: programs that share the slots of one (row, kv head).
       num_warps: warps of a program.
       num_stages: depth of the load pipeline.
-      unroll: slots of a step of the loop, whose loads are in flight together.
     """
 
     splits: int
     num_warps: int = 4
     num_stages: int = 3
-    unroll: int = 1
 
     def __post_init__(self):
-        for name in ("splits", "unroll"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; it must be at least 1"
-                )
+        if self.splits < 1:
+            raise ValueError(f"splits is {self.splits}; it must be at least 1")
         require_launch(self.num_warps, self.num_stages)
 
 
@@ -104,7 +105,6 @@ def _kernel(
     head_dim: int,
     per_split: int,
     listed: int,
-    unroll: int,
     scale: float,
 ):
     split, k, b = (pl.program_id(i) for i in range(3))
@@ -127,15 +127,12 @@ def _kernel(
         # Slots after the row's last token hold nothing.
         last = jnp.minimum(last, cdiv(jnp.maximum(lengths_ref[b], 0), block))
 
-    def take(j, running):
+    def body(j, running):
         if slots_ref is None:
-            length = jnp.where(j < last, lengths_ref[b] - j * block, 0)
-            slot = jnp.minimum(j, kv_ref.shape[3] - 1)
+            slot, length = j, lengths_ref[b] - j * block
         else:
-            inside = j < last
-            j = jnp.minimum(j, listed - 1)
             slot = slots_ref[b, k, j]
-            length = jnp.where(inside & (slot >= 0), lengths_ref[b, k, j], 0)
+            length = jnp.where(slot < 0, 0, lengths_ref[b, k, j])
             slot = jnp.clip(slot, 0, kv_ref.shape[3] - 1)
         valid = offset < length
 
@@ -151,14 +148,8 @@ def _kernel(
         logits = jnp.where(valid[None], logits, NEG_INF)
         return softmax_step(running, logits, lambda: load(1))
 
-    def body(i, running):
-        for part in range(unroll):
-            running = take(first + i * unroll + part, running)
-        return running
-
     start = softmax_start(rows, head_dim)
-    steps = cdiv(jnp.maximum(last - first, 0), unroll)
-    out, lse = softmax_end(lax.fori_loop(0, steps, body, start))
+    out, lse = softmax_end(lax.fori_loop(first, last, body, start))
     part = (pair * pl.num_programs(0) + split) * groups
     plt.store(
         out_ref.at[part * head_dim + element],
@@ -201,7 +192,6 @@ def paged_decode_attention_triton(
             head_dim=head_dim,
             per_split=cdiv(listed, splits),
             listed=listed,
-            unroll=config.unroll,
             scale=operands.scale,
         ),
         operands.layer.reshape(1),
