@@ -49,6 +49,7 @@ def main() -> None:
         parser, "--tokens", integer(1), metavar="N", default=24, help="output tokens"
     )
     arguments = parser.parse_args()
+    sj.configure_offload()  # Before JAX computes anything.
     lm = sj.load(arguments.model, attention=arguments.attention, storage="stacked")
     found = results(lm, arguments.tokens)
     for promise, holds in found.items():
