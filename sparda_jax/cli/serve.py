@@ -47,8 +47,8 @@ _SETTINGS = (
     (
         "decode_steps",
         "N",
-        "most tokens that rows decode in a call, as far as 40 ms hold them; 1: one, "
-        "with no step begun ahead of what is looked at",
+        "most tokens that rows decode in a call, as far as a tenth of a second holds "
+        "them; 1: one, with no step begun ahead of what is looked at",
     ),
     ("max_waiting", "N", "outputs that may wait for a row; more are refused (503)"),
     ("top_logprobs", "N", "most likeliest tokens that a request can ask for"),

@@ -8,12 +8,11 @@ The rules, all of them:
   prefill     one piece of one prompt a round, or some from the prefix store; of several
               rows that still read their prompts, each has its turn. Outputs of one
               prompt, and prompts that begin alike, run each whole piece once.
-  decode      a token of all other rows. The next step begins before this one's tokens
-              are handed out, so that the device has no pause; who goes meanwhile waits
-              for its end. Where steps are short, what a call costs beside them does not
-              hide so: then it is as many as 40 ms hold, at most `decode_steps`. While a
-              prompt is read, and with `decode_steps` 1, it is one token a round with
-              nothing begun behind it.
+  decode      the tokens of all other rows that a tenth of a second holds, in one call,
+              at most `decode_steps`: a call costs something beside its steps, and who
+              comes or goes meanwhile waits for its end. Where that is one, the next
+              step begins before its tokens are handed out. While a prompt is read, and
+              with `decode_steps` 1, it is one token a round with nothing begun behind.
   preemption  none: a job that has a row keeps it until it ends.
   the end     when it has its tokens, is cancelled, or its time is up; the row is free
               before the next round.
@@ -36,9 +35,7 @@ from sparda_jax.serving.jobs import Delivery, Ended, Job, Refused
 from sparda_jax.serving.observer import Observer
 
 # Of one call of decode, where more than one step fits.
-_MOST_SECONDS = 0.04
-# Of a step behind which the host's work for the one before has room.
-_LONG_STEP = 0.003
+_MOST_SECONDS = 0.1
 
 
 class Scheduler:
@@ -191,7 +188,7 @@ class Scheduler:
         self._stepped = None
         if self._filling or self._decode_steps == 1:
             session.decode(1)
-        elif self._step > _LONG_STEP and session.can_step_ahead:
+        elif self._step > _MOST_SECONDS / 2 and session.can_step_ahead:
             session.step_ahead()
             self._stepped = time.perf_counter()
             if before is not None:

@@ -47,10 +47,10 @@ class ServeSettings:
       max_new_tokens: Most output tokens of a request.
       prefill_chunk: Tokens of a prompt that run between two decode steps of the others:
         the pause that a long prompt makes for them.
-      decode_steps: Most tokens of a call, as far as 40 ms hold them; a step of more
-        than 3 ms is a call of its own, with the next one begun behind it. A request
-        that is cancelled frees its row within that time, or two steps. With 1 nothing
-        is begun ahead: within one step.
+      decode_steps: Most tokens of a call, as far as a tenth of a second holds them;
+        where that is one, the next step begins behind it. A request that is cancelled
+        frees its row within that time, or two steps. With 1 nothing is begun ahead:
+        within one step.
       max_waiting: Outputs that may wait for a row; more are refused (503).
       top_logprobs: Most likeliest tokens that a request can ask for.
       prefix_bytes: Host memory for beginnings of prompts that others share; 0 is none.

@@ -1,10 +1,13 @@
 """What the commands that measure refuse, and how."""
 
+import json
+
 import pytest
 
 from benchmarks import all as every
 from benchmarks import (
     best,
+    calls,
     cpu,
     host_routes,
     offload,
@@ -28,6 +31,8 @@ from benchmarks import (
         (prefill.main, ["--batch", "1", "few"], "--batch='few' is not allowed"),
         (prefill.main, ["--layers", "0"], "--layers=0 is not allowed"),
         (prefill.main, ["--attention", "all"], "attention='all' is not allowed"),
+        (calls.main, ["--rows", "0"], "--rows=0 is not allowed"),
+        (calls.main, ["--json", "/no/such/f.json"], "/no/such/f.json"),
         (cpu.main, ["--repeats", "0"], "--repeats=0 is not allowed"),
         (cpu.main, ["--parts", "peers"], "invalid choice: 'peers'"),
         (offload.main, ["--steps", "4"], "--steps=4 is not allowed: it must be"),
@@ -46,3 +51,13 @@ def test_wrong_arguments_are_one_line(capsys, main, arguments, told):
     assert out == ""
     assert told in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_what_a_call_of_decode_costs_is_told(tmp_path):
+    small = ["--random", "tiny", "--layers", "2", "--context", "64", "--rows", "2"]
+    written = tmp_path / "calls.json"
+    assert calls.main([*small, "--json", str(written)]) == 0
+    lines = json.loads(written.read_text())["calls"]
+    assert [line.get("steps") for line in lines] == [1, 2, 4, 8, 16, 1, None]
+    assert all(line["ms_a_step"] > 0 for line in lines[:-1])

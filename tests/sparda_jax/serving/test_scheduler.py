@@ -162,7 +162,7 @@ class _Timed:
 @pytest.mark.usefixtures("without_type_checks")
 def test_long_steps_begin_ahead_and_short_ones_share_a_call(monkeypatch):
     """And one while a prompt is read, which waits for no more between its pieces."""
-    session = _Timed(0.0029)
+    session = _Timed(0.0095)
     monkeypatch.setattr("sparda_jax.serving.scheduler.time", session)
     scheduler = Scheduler(session, Observer(), max_waiting=4, decode_steps=16)
 
@@ -173,16 +173,16 @@ def test_long_steps_begin_ahead_and_short_ones_share_a_call(monkeypatch):
         return session.steps
 
     scheduler.submit([_Client([5], _config(100)).job])
-    assert rounds(3 + 3) == [1, 13, 13, 13]
+    assert rounds(3 + 3) == [1, 10, 10, 10]
     scheduler.submit([_Client([5], _config(100)).job])
-    assert rounds(4) == [1, 1, 13, 13]
-    session.seconds = 0.0052  # longer contexts
-    assert rounds(4) == [13, "ahead", "ahead", "ahead"]
+    assert rounds(4) == [1, 1, 10, 10]
+    session.seconds = 0.08  # longer contexts
+    assert rounds(4) == [10, "ahead", "ahead", "ahead"]
     session.can_step_ahead = False  # stop strings
-    assert rounds(3) == [7, 7, 7]
+    assert rounds(3) == [1, 1, 1]
     session.can_step_ahead, session.seconds = True, 0.0001
     # One look of a step that had ended long before is not believed at once.
-    assert rounds(5) == ["ahead", "ahead", 15, 16, 16]
+    assert rounds(6) == ["ahead", "ahead", 2, 5, 10, 16]
     session.seconds = 0.3
     assert rounds(3) == [16, "ahead", "ahead"]
     strict = Scheduler(_Timed(0.3), Observer(), max_waiting=4, decode_steps=1)
@@ -338,8 +338,10 @@ def _fuzz(server, count: int, seed: int, distinct: int) -> None:
 
 
 @pytest.mark.slow
-def test_random_requests_get_what_generate_gives(server):
-    _fuzz(server, count=240, seed=1, distinct=24)
+@pytest.mark.parametrize("most_seconds", [0.1, 1e-9], ids=["together", "ahead"])
+def test_random_requests_get_what_generate_gives(server, monkeypatch, most_seconds):
+    monkeypatch.setattr("sparda_jax.serving.scheduler._MOST_SECONDS", most_seconds)
+    _fuzz(server, count=150, seed=1, distinct=24)
 
 
 @pytest.mark.slow
