@@ -10,15 +10,21 @@ from sparda_jax.config import SparseConfig
 from sparda_jax.sparse.index import IndexPart, IndexShape, NewTokens
 
 
-def pages_per_block(page: int | None, sparse: SparseConfig) -> int:
-    """Pages of a block; one where a page is a block.
+def page_tokens(page: int | None, sparse: SparseConfig) -> int:
+    """Tokens of a page: a block's where no page is named or the block is smaller.
 
     Raises:
       ConfigError: If a block is no whole number of pages.
     """
-    size = sparse.block_size
-    require(size % (page or size) == 0, "page", page, f"a divisor of {size}")
-    return size // (page or size)
+    size = min(page or sparse.block_size, sparse.block_size)
+    allowed = f"a divisor of {sparse.block_size}"
+    require(sparse.block_size % size == 0, "page", page, allowed)
+    return size
+
+
+def pages_per_block(page: int | None, sparse: SparseConfig) -> int:
+    """Pages of a block."""
+    return sparse.block_size // page_tokens(page, sparse)
 
 
 Bounds = Float[Array, "layers B K pages 2 H"]
@@ -32,7 +38,7 @@ class KeyBounds(IndexPart):
     the tokens that it has.
 
     Attributes:
-      page: Tokens of a page, a divisor of a block's; None is a block.
+      page: Tokens of a page at most, a divisor of a block's; None is a block.
     """
 
     page: int | None = None
@@ -48,7 +54,7 @@ class KeyBounds(IndexPart):
         """As `IndexPart.append`."""
         tokens, layer, start, count = new
         batch, steps, kv_heads, dim = tokens.k.shape
-        size, pages = self.page or sparse.block_size, state.shape[3]
+        size, pages = page_tokens(self.page, sparse), state.shape[3]
         # The tile's tokens by page: its first one stands somewhere in a page.
         touched = 1 if steps == 1 else -(-(steps + size - 1) // size)
         first = start // size

@@ -1,8 +1,9 @@
 """SparDA whose forecasts are scored by extreme keys (Quest's bound), not by key means.
 
-A mean of 32 keys hides the one key that an answer needs; the extremes of a block keep
-it. The Forecast heads are those of `sparda`: what they make is a query. This pair is
-ours, of neither publication.
+A mean of 32 keys hides the one key that an answer needs; the extremes of a page of 16
+(Quest's published size) keep it, at twice the memory of those means. The Forecast heads
+are those of `sparda`: what they make is a query. This pair is ours, of neither
+publication.
 """
 
 import dataclasses
@@ -45,10 +46,10 @@ class SparDABounds(SparDA):
     """Forecasts, by the bounds of a block's products with them.
 
     Attributes:
-      page: As `Quest.page`.
+      page: Tokens that share a bound, as `Quest.page`; a smaller block is one page.
     """
 
-    page: int | None = None
+    page: int | None = 16
 
     name = "sparda_bounds"
     summary = "the layer before forecasts the blocks, scored by their extreme keys"

@@ -62,6 +62,8 @@ def test_lists_are_the_definition_s(kind, page, queries):
 def test_a_page_divides_a_block():
     with pytest.raises(sj.ConfigError, match=r"page=48 .*a divisor of 64"):
         SparDABounds(48).scores_per_block(SPARSE)
+    small = sj.SparseConfig(block_size=8, kernel_size=4, kernel_stride=2)
+    assert SparDABounds().scores_per_block(small) == 2
     with pytest.raises(sj.ConfigError, match=r"page=0 .*at least 1"):
         SparDABounds(0)
 
