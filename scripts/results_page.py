@@ -37,8 +37,8 @@ DATA = ROOT / "docs" / "results"
 _PART = re.compile(r"<!-- results: (\S+) -->\n.*?<!-- end of \1 -->", re.S)
 # Lists of settings that parts of one evaluation may have more or less of.
 _JOINED = ("attention", "tasks", "lengths", "devices", "commits")
-# What these say stands in the sweeps of single tasks.
-_LEFT_OUT = ("Scores at", "Budget sweep")
+# What these say stands in the sweeps of single tasks, where there are several budgets.
+_SWEPT, _LEFT_OUT = "Scores at", "Budget sweep"
 _FEWEST = 3  # Ways to attend that are worth a plot.
 _MEAN = "mean"
 _FACTS = (
@@ -143,7 +143,8 @@ def part(name: str) -> str:
     """The tables of one file, as they stand in the page."""
     every = read(DATA / f"{name}.json")
     scores, alone = _with_others(every)
-    tables = [t for t in tables_of(scores) if not t.title.startswith(_LEFT_OUT)]
+    without = (_SWEPT, _LEFT_OUT) if _swept(scores) else (_LEFT_OUT,)
+    tables = [t for t in tables_of(scores) if not t.title.startswith(without)]
     report = Report(DATA, scores.settings, {}, tuple(tables))
     facts = [f"* {key}: {value}" for key, value in report.facts() if key in _FACTS]
     if alone:
@@ -207,8 +208,15 @@ def _picture(name: str, task: str, length: int) -> pathlib.Path:
 
 
 def draw(name: str) -> None:
-    """Draws the sweeps of a file."""
-    scores, _ = _with_others(read(DATA / f"{name}.json"))
+    """Draws the sweeps of a file; variants of a way to attend stand in tables alone."""
+    every, _ = _with_others(read(DATA / f"{name}.json"))
+    labels = every.settings["labels"]
+    plain = {
+        cell: records
+        for cell, records in every.cells.items()
+        if "," not in labels.get(cell.attention, "")
+    }
+    scores = Scores(plain, every.settings)
     for task, length in _drawn(scores):
         cells = {c: r for c, r in scores.cells.items() if c.task == task}
         series, what = solved_series(scores, length), task
