@@ -23,29 +23,38 @@ from sparda_jax.checkpoint.hf_config import sparse_json
 from sparda_jax.checkpoint.source import CheckpointSource
 from sparda_jax.checkpoint.torch_writer import write_torch_file
 from sparda_jax.checks import ConfigError
-from sparda_jax.config import SparseConfig
+from sparda_jax.config import ForecastReads, SparseConfig
 
 _TORCH = (".pt", ".pth")
+
+
+def check_exportable(queries: int, reads: ForecastReads) -> None:
+    """Refuses heads that the reference's format does not hold.
+
+    Raises:
+      ConfigError: They make several queries for each kv head, or read what no other
+        engine gives them.
+    """
+    if reads != "input":
+        raise ConfigError(
+            "the heads read what a layer's MLP reads, and the reference's read the "
+            "layer's input: make such heads with `sparda adapt --queries 1`"
+        )
+    if queries > 1:
+        raise ConfigError(
+            f"the heads make {queries} queries for each kv head, and the "
+            "reference's format holds one: make such heads with `sparda adapt "
+            "--queries 1`"
+        )
 
 
 def reference_tensors(weights: ForecastWeights) -> dict[str, np.ndarray]:
     """The tensors under the reference's names, in bfloat16 where that loses nothing.
 
     Raises:
-      ConfigError: The heads make several queries for each kv head, or read what no
-        other engine gives them.
+      ConfigError: As `check_exportable`.
     """
-    if weights.reads != "input":
-        raise ConfigError(
-            "the heads read what a layer's MLP reads, and the reference's read the "
-            "layer's input: make such heads with `sparda adapt --queries 1`"
-        )
-    if weights.queries > 1:
-        raise ConfigError(
-            f"the heads make {weights.queries} queries for each kv head, and the "
-            "reference's format holds one: make such heads with `sparda adapt "
-            "--queries 1`"
-        )
+    check_exportable(weights.queries, weights.reads)
     last = np.zeros_like(weights.current)
     matrices = [*weights.future, last, weights.current]
     names = [layout.future_name(layer) for layer in range(len(weights.future) + 1)]

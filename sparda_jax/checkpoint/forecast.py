@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import ml_dtypes
 import numpy as np
@@ -314,6 +314,30 @@ def forecast_sparse(path: str | os.PathLike) -> SparseConfig | None:
       CheckpointError: The file is damaged.
     """
     return _held(pathlib.Path(path)).sparse
+
+
+class ForecastForm(NamedTuple):
+    """What kind of heads a file holds.
+
+    Attributes:
+      queries: For each kv head.
+      rank: Of the changes of the base model's query weights; None: whole matrices.
+      reads: As `ModelConfig.forecast_reads`.
+    """
+
+    queries: int
+    rank: int | None
+    reads: ForecastReads
+
+
+def forecast_form(path: str | os.PathLike) -> ForecastForm:
+    """What kind of heads a file holds; its tensors are not read.
+
+    Raises:
+      CheckpointError: The file is damaged.
+    """
+    held = _held(pathlib.Path(path))
+    return ForecastForm(held.queries, held.rank, held.reads)
 
 
 def _held(path: pathlib.Path) -> _Held:

@@ -4,13 +4,22 @@ import argparse
 import pathlib
 from typing import Any
 
-from sparda_jax.checkpoint.export import export_forecast_file, export_hf
-from sparda_jax.checkpoint.forecast import ForecastWeights, load_forecast
+from sparda_jax.checkpoint.export import (
+    check_exportable,
+    export_forecast_file,
+    export_hf,
+)
+from sparda_jax.checkpoint.forecast import (
+    ForecastWeights,
+    forecast_form,
+    load_forecast,
+)
 from sparda_jax.checkpoint.source import CheckpointSource
 from sparda_jax.checks import ConfigError, choice, path
+from sparda_jax.cli.console import note
 from sparda_jax.cli.options import HelpFormatter, add_option
 from sparda_jax.forecasts import published_forecast
-from sparda_jax.loading import open_model
+from sparda_jax.loading import load, open_model
 
 
 def add_export_parsers(commands: Any) -> None:
@@ -87,10 +96,10 @@ def _add_model(parser: Any) -> None:
 
 
 def _weights(
-    source: CheckpointSource, asked: str | None, *, needed: bool
+    source: CheckpointSource, arguments: argparse.Namespace, *, needed: bool
 ) -> ForecastWeights | None:
     """The heads of the file that is named, else the published ones, else None."""
-    file: pathlib.Path | str | None = asked
+    file: pathlib.Path | str | None = arguments.forecast
     if file is None:
         published = published_forecast(source.fingerprint)
         file = None if published is None else published.path
@@ -101,14 +110,31 @@ def _weights(
                 f"{source.config.name!r}, so a file must be named"
             )
         return None
+    form, model = forecast_form(file), None
+    try:
+        check_exportable(form.queries, form.reads)
+    except ConfigError as error:
+        if needed or arguments.forecast is not None:
+            raise
+        # Nobody asked for them by name.
+        note(f"the heads that are built in are left out: {error}")
+        return None
+    if form.rank is not None:  # changes of the model's query weights
+        model = load(
+            arguments.model, attention="dense", dtype="float32", storage="stacked"
+        ).model
     return load_forecast(
-        file, config=source.config, fingerprint=source.fingerprint, sparse=None
+        file,
+        config=source.config,
+        fingerprint=source.fingerprint,
+        sparse=None,
+        model=model,
     )
 
 
 def _export_forecast(arguments: argparse.Namespace) -> None:
     source = open_model(arguments.model)
-    weights = _weights(source, arguments.forecast, needed=True)
+    weights = _weights(source, arguments, needed=True)
     assert weights is not None
     export_forecast_file(arguments.out, weights, base=arguments.model)
     print(f"{arguments.out}: {len(weights.future)} q_future_proj, q_curr_proj")
@@ -116,7 +142,7 @@ def _export_forecast(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     source = open_model(arguments.model)
-    weights = _weights(source, arguments.forecast, needed=False)
+    weights = _weights(source, arguments, needed=False)
     sparse = source.sparse if weights is None else weights.sparse
     export_hf(arguments.out, source, weights, sparse=sparse, dtype=arguments.dtype)
     with_heads = "without Forecast heads" if weights is None else "with Forecast heads"

@@ -14,8 +14,12 @@ from sparda_jax.checkpoint.forecast import (
 )
 from sparda_jax.checkpoint.hf import save_hf
 from sparda_jax.checkpoint.torch_file import read_torch_file
+from sparda_jax.cli import export
 from sparda_jax.cli.main import main
 from sparda_jax.config import SparseConfig
+from sparda_jax.forecasts import Published
+from sparda_jax.models.low_rank import LowRankHeads
+from sparda_jax.models.weights import from_query_heads
 
 SPARSE = SparseConfig(local_blocks=4, block_budget=12)
 
@@ -85,3 +89,35 @@ def test_commands(kit, tmp_path, capsys):
     bare = ["--model", str(tmp_path / "base"), "--out", str(exported)]
     assert main(["export-forecast", *bare]) == 2
     assert "no heads are built in" in capsys.readouterr().err
+    # Changes of the model's query weights become whole matrices.
+    rng = np.random.default_rng(1)
+    layers, hidden = config.num_layers, config.hidden_size
+    outputs = config.num_kv_heads * config.head_dim
+    shapes = ((layers, hidden), (layers, hidden, 3), (layers, 3, outputs))
+    low = LowRankHeads(*(rng.standard_normal(x).astype(np.float32) for x in shapes))
+    matrices = np.stack(low.whole(from_query_heads(one.model, 1))).swapaxes(1, 2)
+    weights = ForecastWeights(
+        matrices[1:], matrices[0], None, SPARSE, queries=1, low_rank=low
+    )
+    save_forecast(heads, weights, base_name="m")
+    assert main(["export-forecast", *given, "--out", str(exported)]) == 0
+    again = load_forecast(exported, config=config, fingerprint=None, sparse=None)
+    np.testing.assert_array_equal(again.future, weights.future)
+
+
+def test_heads_that_others_cannot_read(kit, tmp_path, capsys, monkeypatch):
+    """Refused where they are asked for, left out where they come by themselves."""
+    save_hf(tmp_path / "base", kit.config, kit.tensors(kit.config))
+    heads = tmp_path / "heads.safetensors"
+    save_forecast(heads, _weights(kit.config, queries=2), base_name="m")
+    model = ["--model", str(tmp_path / "base"), "--out", str(tmp_path / "out")]
+    assert main(["export", *model, "--forecast", str(heads)]) == 2
+    assert "make 2 queries for each kv head" in capsys.readouterr().err
+    built_in = Published(str(heads), kernel_size=32, kernel_stride=16, block_size=64)
+    monkeypatch.setattr(export, "published_forecast", lambda _: built_in)
+    assert main(["export-forecast", *model]) == 2
+    assert "make 2 queries for each kv head" in capsys.readouterr().err
+    assert main(["export", *model]) == 0
+    told = capsys.readouterr()
+    assert "are left out" in told.err and "without Forecast heads" in told.out
+    assert sj.load(tmp_path / "out").model.forecast is None
