@@ -42,7 +42,8 @@ PUBLISHED = types.MappingProxyType(
         "68c407998cb0b48743775dcb452bf59362f8a5dfb86b98db3ebc02cec204bd61": Published(
             "smollm2-135m.safetensors", kernel_size=8, kernel_stride=4, block_size=64
         ),
-        # Qwen2.5-Coder-0.5B-Instruct, Q4_K_M: a query for each query head.
+        # Qwen2.5-Coder-0.5B-Instruct, Q4_K_M: a query for each query head, made behind
+        # a layer's attention.
         "2c721389e34ff94e8a179499d61e5817da48520b7654ea651532a5a0483391be": Published(
             "qwen2.5-coder-0.5b.safetensors",
             kernel_size=32,
