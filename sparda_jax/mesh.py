@@ -5,7 +5,9 @@ import functools
 import re
 
 import jax
-from jax.sharding import AxisType, Mesh
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from sparda_jax.checks import ConfigError, integer, require, settle, shown
 
@@ -66,6 +68,26 @@ class MeshConfig:
           ConfigError: If there are fewer of them.
         """
         return _mesh(self)
+
+
+def place(x: Array | np.ndarray, mesh: Mesh, spec: PartitionSpec) -> Array:
+    """An array laid out over a mesh: devices get their parts and no more.
+
+    Where the mesh spans several processes, each must hold all of the array; nothing is
+    exchanged.
+
+    Args:
+      x: The array.
+      mesh: The devices.
+      spec: How they divide it.
+    """
+    sharding = NamedSharding(mesh, spec)
+    if isinstance(x, jax.Array) and (
+        sharding.is_fully_addressable or not x.is_fully_addressable
+    ):
+        return jax.device_put(x, sharding)
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda at: whole[at])
 
 
 @functools.lru_cache(16)

@@ -11,44 +11,11 @@ import sys
 from sparda_jax.cli.starting import interrupt_ends
 
 with interrupt_ends("sparda: interrupted"):
-    import jax
-
-    from sparda_jax.checks import (
-        ConfigError,
-        integer,
-        one_line,
-        optional,
-        require,
-        shown,
-        text,
-    )
+    from sparda_jax.hosts import join_hosts
     from train.command import run_command
     from train.config import load_config, with_overrides
     from train.options import build_parser
     from train.run import train
-
-
-def _join(coordinator: str | None, count: int | None, index: int | None) -> None:
-    """Joins the processes of a run; nothing where this one is alone.
-
-    Raises:
-      ConfigError: The flags do not fit together, or the processes did not meet.
-    """
-    if coordinator is None:
-        for field, value in (("--num-processes", count), ("--process-id", index)):
-            require(value is None, field, value, "given together with --coordinator")
-        return
-    count = optional(integer(1))("--num-processes", count)
-    index = optional(integer(0))("--process-id", index)
-    if count is not None and index is not None:
-        require(index < count, "--process-id", index, f"below --num-processes={count}")
-    try:
-        jax.distributed.initialize(text("--coordinator", coordinator), count, index)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"--coordinator={shown(coordinator)} is not allowed: it must be an address "
-            f"that all processes reach ({one_line(str(error), 300)})"
-        ) from error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,7 +31,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.print:
         print(json.dumps(dataclasses.asdict(config), indent=2))
         return
-    _join(options.coordinator, options.num_processes, options.process_id)
+    join_hosts(options.coordinator, options.num_processes, options.process_id)
     result = train(config, progress=not options.quiet)
     print(f"{result.forecast}: step {int(result.state.step)}")
     if result.evaluation is not None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from sparda_jax.cli.options import Parser
+from sparda_jax.cli.options import Parser, add_hosts_options
 
 
 def build_parser(about: str | None = None) -> argparse.ArgumentParser:
@@ -19,8 +19,5 @@ def build_parser(about: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--print", action="store_true", help="show the configuration")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    group = parser.add_argument_group("several hosts (jax.distributed)")
-    group.add_argument("--coordinator", metavar="HOST:PORT")
-    group.add_argument("--num-processes", type=int)
-    group.add_argument("--process-id", type=int)
+    add_hosts_options(parser)
     return parser

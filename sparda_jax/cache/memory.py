@@ -46,7 +46,7 @@ def host_sharding() -> SingleDeviceSharding:
     Raises:
       ConfigError: If the device has no such memory kind.
     """
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     kinds = [memory.kind for memory in device.addressable_memories()]
     if HOST_KIND not in kinds:
         raise ConfigError(

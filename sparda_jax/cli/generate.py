@@ -1,8 +1,10 @@
 """`sparda generate`: continue a text, or ask about a document."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
 import sys
 from typing import Any
 
@@ -15,11 +17,17 @@ from sparda_jax.cli.console import advance, note, prefill_bar
 from sparda_jax.cli.figures import live_text, output_record, stats_lines
 from sparda_jax.cli.live import LiveLine
 from sparda_jax.cli.model_options import PREFILL_CHUNK, add_model_options, load_model
-from sparda_jax.cli.options import HelpFormatter, add_option
+from sparda_jax.cli.options import (
+    HOSTS_OPTIONS,
+    HelpFormatter,
+    add_hosts_options,
+    add_option,
+)
 from sparda_jax.cli.sampling_options import add_sampling_options, sampling_values
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.requests import encode_prompt
 from sparda_jax.evaluation.passkey import question_messages
+from sparda_jax.hosts import check_same_words, join_hosts, speaks
 
 EXAMPLES = """\
 examples:
@@ -50,6 +58,7 @@ def add_generate_parser(commands: Any) -> None:
         formatter_class=HelpFormatter,
     )
     add_model_options(generate)
+    add_hosts_options(generate)
     add_cache_options(generate)
     _add_prompt_options(generate)
     add_sampling_options(generate)
@@ -166,9 +175,23 @@ def _prompt_ids(lm: LanguageModel, arguments: argparse.Namespace) -> list[int]:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    given = vars(arguments)
+    join_hosts(*(given.pop(name) for name in HOSTS_OPTIONS))
+    words = [f"{k}={v!r}" for k, v in sorted(given.items()) if not callable(v)]
+    check_same_words(words)
     cache = cache_config(arguments)
     lm = dataclasses.replace(load_model(arguments, arguments.attention), cache=cache)
     ids = _prompt_ids(lm, arguments)
+    check_same_words([str(lm.fingerprint), str(ids)])
+    if speaks():
+        _answer(lm, ids, arguments)
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            _answer(lm, ids, arguments)
+
+
+def _answer(lm: LanguageModel, ids: list[int], arguments: argparse.Namespace) -> None:
     pieces = []
     with prefill_bar(len(ids)) as bar, LiveLine() as line:
         stream = sj.stream(

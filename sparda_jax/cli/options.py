@@ -4,7 +4,7 @@ import argparse
 import functools
 from typing import Any
 
-from sparda_jax.checks import Check, ConfigError
+from sparda_jax.checks import Check, ConfigError, integer, text
 
 
 class HelpFormatter(
@@ -93,3 +93,18 @@ def _number(written: str) -> int | float | None:
         except ValueError:  # no number, or one of thousands of digits
             continue
     return None
+
+
+# In the order of `sparda_jax.hosts.join_hosts`.
+HOSTS_OPTIONS = ("coordinator", "num_processes", "process_id")
+
+
+def add_hosts_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options by which processes of several hosts meet."""
+    group = parser.add_argument_group("several hosts (jax.distributed)")
+    for name, check, unit, about in (
+        ("--coordinator", text, "HOST:PORT", "address of the first process"),
+        ("--num-processes", integer(1), "N", "how many there are"),
+        ("--process-id", integer(0), "I", "which of them this is, from 0"),
+    ):
+        add_option(group, name, check, metavar=unit, help=about)

@@ -32,6 +32,16 @@ def check_same_geometry(trained: SparseConfig, asked: SparseConfig) -> None:
 def check_mesh(mesh: MeshConfig, config: ModelConfig, selector: Selector) -> None:
     """Raises ConfigError unless the devices are there and can divide the model."""
     _ = mesh.devices
+    if jax.process_count() > 1:
+        # Each process reads what all have: rows must not be another host's alone, and
+        # no process may be without a device.
+        require(
+            mesh.data == 1 and mesh.model == jax.device_count(),
+            "mesh",
+            mesh.text,
+            f"data=1,model={jax.device_count()}, all devices of the "
+            f"{jax.process_count()} processes",
+        )
     config_of_device(config, mesh.model)
     if mesh.model > 1 and not selector.divides_heads:
         raise ConfigError(
@@ -101,6 +111,12 @@ class LanguageModel:
                 own,
                 f"{made!r}, as the model's Forecast heads {verb}",
             )
+        require(
+            self.mesh is not None or jax.process_count() == 1,
+            "mesh",
+            None,
+            f"given with {jax.process_count()} processes",
+        )
         if self.mesh is not None:
             check_mesh(self.mesh, self.config, self.selector)
         has_forecast = self.model.forecast is not None
@@ -141,5 +157,5 @@ class LanguageModel:
     @property
     def tile_size(self) -> int:
         """Most query tokens of a prefill tile on the default device."""
-        memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         return tile_tokens(jax.default_backend(), memory)

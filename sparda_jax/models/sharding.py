@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from sparda_jax.config import ConfigError, ModelConfig
-from sparda_jax.mesh import MODEL, MeshConfig
+from sparda_jax.mesh import MODEL, MeshConfig, place
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.models.spec import layer_shapes, split_axis, split_parts
 from sparda_jax.models.weights import (
@@ -93,14 +93,13 @@ def placer(
     """What puts a loaded array, by its name, on its devices alone."""
     rank = {name: len(shape) for name, shape in layer_shapes(config).items()}
 
-    def place(name: str, array: np.ndarray) -> Array:
+    def put(name: str, array: np.ndarray) -> Array:
         if name in rank:
             array = device_order(name, array, config, mesh.model)
         spec = _spec(name, rank.get(name, array.ndim), array.ndim)
-        sharding = NamedSharding(mesh.devices, spec)
-        return jax.device_put(np.asarray(array).astype(jnp.dtype(dtype)), sharding)
+        return place(array.astype(jnp.dtype(dtype), copy=False), mesh.devices, spec)
 
-    return place
+    return put
 
 
 def _spec(name: str, rank: int, held: int) -> PartitionSpec:
@@ -132,7 +131,7 @@ def model_specs(model: Decoder, config: ModelConfig) -> Decoder:
 def place_decoder(model: Decoder, config: ModelConfig, mesh: MeshConfig) -> Decoder:
     """A decoder in the devices' order, laid out over the mesh."""
     return jax.tree.map(
-        lambda x, spec: jax.device_put(x, NamedSharding(mesh.devices, spec)),
+        lambda x, spec: place(x, mesh.devices, spec),
         model,
         model_specs(model, config),
     )

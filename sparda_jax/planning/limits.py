@@ -57,7 +57,7 @@ def memory_limits(cache: CacheConfig) -> MemoryLimits:
     machine's memory, whichever is smaller.
     """
     device = host = both = None
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     physical = physical_memory()
     if "bytes_limit" in stats:
         device = Limit(int(stats["bytes_limit"]), "the device's memory")
@@ -243,7 +243,7 @@ def _refuse_beside_others(plan: MemoryPlan, limit: Limit, *, held: bool) -> None
         ours = plan.persistent
 
     def others() -> int:
-        stats = jax.devices()[0].memory_stats() or {}
+        stats = jax.local_devices()[0].memory_stats() or {}
         return max(0, int(stats.get("bytes_in_use", 0)) - ours)
 
     if plan.device + others() <= limit.size:
@@ -278,7 +278,7 @@ def refuse_copy(state: GenerateState, rows: int, cache: CacheConfig) -> None:
     in_use = held_device
     if cache.device_limit is None and limits.device is not None:
         gc.collect()  # an earlier cache may only wait for this
-        stats = jax.devices()[0].memory_stats() or {}
+        stats = jax.local_devices()[0].memory_stats() or {}
         in_use = max(in_use, int(stats.get("bytes_in_use", 0)))
     device, host = in_use + share * held_device, held_host * (1 + share)
     for what, need, limit in (

@@ -112,5 +112,5 @@ def _free(plan: MemoryPlan, limits: MemoryLimits, others: int) -> int | None:
 def held_by_others(ours: int) -> int:
     """Bytes of the default device that arrays beside ours hold."""
     gc.collect()  # an earlier cache may only wait for this
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     return max(0, int(stats.get("bytes_in_use", 0)) - ours)
