@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--host-cards", integer(1), 8, "N", "cards of a host"),
         ("--hbm", above, 80.0, "GiB", "memory of a card"),
         ("--host", above, 1024.0, "GiB", "memory of a host, for KV"),
-        ("--sum-us", above, 20.0, "US", "microseconds of the smallest all-reduce"),
+        ("--sum-us", above, 19.0, "US", "microseconds of the smallest all-reduce"),
         ("--sum-rate", above, 350.0, "GB/s", "that a card sends in an all-reduce"),
     ):
         add_option(parser, name, check, metavar=unit, default=usual, help=about)

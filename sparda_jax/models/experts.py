@@ -4,10 +4,16 @@ Three forms of the same sum. Which one runs is a matter of shapes and of the pla
 
   chosen   the weights of each token's experts are gathered: a decode step of few
            tokens reads no others
-  grouped  tokens sorted by expert, `jax.lax.ragged_dot`, where that is one grouped
-           product
-  tiled    tokens sorted by expert and cut into tiles of one expert each, for platforms
-           on which `ragged_dot` multiplies every token with every expert
+  grouped  tokens sorted by expert, `jax.lax.ragged_dot`. Where that is no grouped
+           product it multiplies every token with every expert, from copies of the
+           tokens of which each has one expert's: pieces of the prompt bound them. On a
+           GPU that is still several times faster than tiles
+  tiled    tokens sorted by expert and cut into tiles of one expert each, for a CPU
+
+A step of picks (tokens times k) takes chosen below as many picks as there are experts;
+on a GPU up to half as many. An H200 takes (`benchmarks/moe.py`, 128 experts, JAX
+0.11.2): 8 picks 89 us chosen and 332 grouped, 32 picks 232 and 367, 128 picks 428
+grouped and 14,715 tiled, 8,192 picks 14,180 grouped and 50,407 tiled.
 """
 
 import os
@@ -22,6 +28,8 @@ from sparda_jax.models.layers import matmul
 # XLA's option by which `ragged_dot` is one grouped product on a GPU.
 GROUPED = "--xla_gpu_experimental_use_ragged_dot_grouped_gemm"
 _TILE = 64  # Most rows of a tile.
+# Bytes of the copies that `ragged_dot` may make of a piece.
+_COPIES = 2**29
 
 
 class Routes(NamedTuple):
@@ -70,10 +78,16 @@ def routed_mlp(
     """
     picks = routes.experts.size
     gate_up, down = gate_up.astype(x.dtype), down.astype(x.dtype)
-    if picks < gate_up.shape[0]:
+    on_gpu = jax.default_backend() == "gpu"
+    few = gate_up.shape[0] // 2 if on_gpu else gate_up.shape[0] - 1
+    if picks <= few:
         return chosen_mlp(x, routes, gate_up, down)
     if _has_grouped_product():
         return grouped_mlp(x, routes, gate_up, down)
+    if on_gpu:
+        copies = gate_up.shape[0] * routes.experts.shape[1]
+        copies *= x.shape[1] * x.dtype.itemsize
+        return in_pieces(x, routes, gate_up, down, tokens=max(1, _COPIES // copies))
     return tiled_mlp(x, routes, gate_up, down)
 
 
@@ -88,6 +102,13 @@ def _has_grouped_product() -> bool:
 def _gated(fused: Float[Array, "*rows F2"]) -> Float[Array, "*rows F"]:
     gate, up = jnp.split(fused, 2, axis=-1)
     return jax.nn.silu(gate) * up
+
+
+def copied_bytes(experts: int, picks: int, token: int) -> int:
+    """What `ragged_dot` may copy of picks of `token` bytes each; 0 but on a GPU."""
+    if jax.default_backend() != "gpu" or _has_grouped_product():
+        return 0
+    return min(_COPIES, experts * picks * token)
 
 
 def chosen_mlp(
@@ -117,6 +138,31 @@ def grouped_mlp(
     out = jax.lax.ragged_dot(inner, down, sizes)
     out = out[jnp.argsort(order)].reshape(*routes.experts.shape, -1)
     return jnp.einsum("tkd,tk->td", out, routes.weights)
+
+
+def in_pieces(
+    x: Float[Array, "T D"],
+    routes: Routes,
+    gate_up: Float[Array, "E D F2"],
+    down: Float[Array, "E F D"],
+    *,
+    tokens: int,
+) -> Float[Array, "T D"]:
+    """`grouped_mlp` of at most so many tokens at a time, one piece after the other."""
+    pieces = -(-x.shape[0] // tokens)
+    if pieces == 1:
+        return grouped_mlp(x, routes, gate_up, down)
+
+    def cut(a: Array) -> Array:
+        # What is added at the end goes to expert 0, with weight 0.
+        padded = jnp.pad(a, ((0, pieces * tokens - a.shape[0]), (0, 0)))
+        return padded.reshape(pieces, tokens, -1)
+
+    def one(piece: tuple[Array, Routes]) -> Array:
+        return grouped_mlp(*piece, gate_up, down)
+
+    out = jax.lax.map(one, (cut(x), jax.tree.map(cut, routes)))
+    return out.reshape(pieces * tokens, -1)[: x.shape[0]]
 
 
 def tiled_mlp(

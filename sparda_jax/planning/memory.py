@@ -28,6 +28,7 @@ from sparda_jax.inference.generate import GenerateState, new_state
 from sparda_jax.inference.prefill import padded_length
 from sparda_jax.inference.shapes import Shapes
 from sparda_jax.models.decoder import Decoder, Storage
+from sparda_jax.models.experts import copied_bytes
 from sparda_jax.models.weights import abstract_decoder
 
 GIB = 2**30
@@ -308,7 +309,8 @@ def _mlp_scratch(config: ModelConfig, rows: int, size: int) -> int:
     """The MLP: its input and output, gate and up, and their product.
 
     With experts the inputs and outputs of every pick, and where they are fewer than the
-    experts a copy of the experts that are gathered.
+    experts a copy of the experts that are gathered, else on this machine's GPU what
+    its product may copy.
     """
     hidden, ffn = config.hidden_size, config.ffn_size
     if config.dense_mlp:
@@ -317,7 +319,8 @@ def _mlp_scratch(config: ModelConfig, rows: int, size: int) -> int:
     needed = 2 * rows * hidden + 3 * rows * config.shared_ffn_size
     if picks < config.num_experts:
         return (needed + picks * (3 * hidden * ffn + 3 * ffn + hidden)) * size
-    return (needed + picks * (2 * hidden + 3 * ffn)) * size
+    copied = copied_bytes(config.num_experts, picks, hidden * size)
+    return (needed + picks * (2 * hidden + 3 * ffn)) * size + copied
 
 
 def _choice_scratch(

@@ -1,5 +1,7 @@
 """Experts: three forms of one sum, and what each of them reads."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +40,9 @@ def test_every_form_gives_the_oracles_sum(normalize):
     wanted = _oracle(x, *wide, normalize)
     rows = jnp.asarray(x, jnp.float32)
     routes = moe.route(rows, weights[0], USED, normalize=normalize)
-    for form in (moe.chosen_mlp, moe.grouped_mlp, moe.tiled_mlp):
+    together = functools.partial(moe.tiled_mlp, together=3)
+    pieces = functools.partial(moe.in_pieces, tokens=16)
+    for form in (moe.chosen_mlp, moe.grouped_mlp, moe.tiled_mlp, together, pieces):
         got = jax.jit(form)(rows, routes, *weights[1:])
         np.testing.assert_allclose(got, wanted, atol=2e-5, rtol=1e-5)
 
@@ -87,3 +91,15 @@ def test_what_is_not_in_use_is_not_read_by_tiles():
     spoiled = [jnp.where(others, jnp.nan, weights) for weights in (gate_up, down)]
     wanted = jax.jit(moe.tiled_mlp)(x, routes, gate_up, down)
     np.testing.assert_array_equal(jax.jit(moe.tiled_mlp)(x, routes, *spoiled), wanted)
+
+
+@pytest.mark.parametrize(("tokens", "form"), [(4, "chosen"), (5, "pieces")])
+def test_a_gpu_takes_the_form_that_is_faster_there(monkeypatch, tokens, form):
+    """Weights of up to half as many picks as experts are gathered."""
+    _, gate_up, down = _weights()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(moe, "_COPIES", 3 * EXPERTS * USED * WIDTH * 4)
+    x, picks = jnp.ones((tokens, WIDTH)), jnp.zeros((tokens, USED), jnp.int32)
+    routes = moe.Routes(picks, jnp.ones((tokens, USED)))
+    text = str(jax.make_jaxpr(moe.routed_mlp)(x, routes, gate_up, down))
+    assert ("ragged_dot" in text) == ("scan" in text) == (form == "pieces")
