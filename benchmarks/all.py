@@ -25,13 +25,13 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from benchmarks.parsers import benchmark_parser
 from benchmarks.tables import tables
 from pallas_kernels.device import device_slug
 from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checkpoint.files import read_json
 from sparda_jax.checks import ConfigError, number
 from sparda_jax.cli.ending import run_command
-from sparda_jax.cli.options import Parser
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 _OPS = (
@@ -239,11 +239,7 @@ def results(folder: pathlib.Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        "python -m benchmarks.all",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = benchmark_parser("all", __doc__)
     parser.add_argument("--card", action="store_true", help="measure this card")
     parser.add_argument("--tables", action="store_true", help="print the tables")
     parser.add_argument(

@@ -33,12 +33,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import offload
+from benchmarks.parsers import benchmark_parser
 from benchmarks.traced import DEFAULT_TRACE
 from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checkpoint.files import read_json
 from sparda_jax.checks import ConfigError
 from sparda_jax.cli.ending import run_command
-from sparda_jax.cli.options import Parser
 
 if TYPE_CHECKING:
     from sparda_jax.config import ModelConfig, SparseConfig
@@ -395,9 +395,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = benchmark_parser("best", __doc__)
     parser.add_argument("figures", nargs="?", type=pathlib.Path, help="for --plot")
     parser.add_argument("--plot", type=pathlib.Path, help="a PNG to draw instead")
     parser.add_argument("--model", default="minicpm4.1-8b", help="preset")

@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from benchmarks.fed_text import feed_text
+from benchmarks.parsers import benchmark_parser
 from benchmarks.trace import read_document
 from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checks import ConfigError, integer
@@ -266,9 +267,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = benchmark_parser("codec_error", __doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--attention", default="sparda")
     parser.add_argument(

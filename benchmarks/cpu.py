@@ -26,9 +26,10 @@ import subprocess
 import sys
 import time
 
+from benchmarks.parsers import benchmark_parser
 from sparda_jax.checks import ConfigError, integer
 from sparda_jax.cli.ending import run_command
-from sparda_jax.cli.options import Parser, add_option
+from sparda_jax.cli.options import add_option
 
 THREADS = 2
 PROMPT = 2048
@@ -74,11 +75,7 @@ print(json.dumps(dict(prefill=prefill, decode=decode, versions=versions)))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        "python -m benchmarks.cpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = benchmark_parser("cpu", __doc__)
     add_option(
         parser,
         "--repeats",

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.fed_text import feed_text
+from benchmarks.parsers import benchmark_parser
 from benchmarks.trace import read_document
 from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checks import ConfigError, integer
 from sparda_jax.cli.ending import run_command
-from sparda_jax.cli.options import Parser
 from sparda_jax.config import CacheConfig
 
 if TYPE_CHECKING:
@@ -143,9 +143,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = benchmark_parser("layers_ahead", __doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", default="code", help="prose, code or a text file")
     parser.add_argument("--json", type=pathlib.Path, help="also write figures here")

@@ -39,6 +39,7 @@ from benchmarks.offload import (
     mode_settings,
     time_steps,
 )
+from benchmarks.parsers import benchmark_parser
 from benchmarks.traced import (
     DEFAULT_TRACE,
     begin_rows,
@@ -46,18 +47,13 @@ from benchmarks.traced import (
     standing,
 )
 from sparda_jax.cli.ending import run_command
-from sparda_jax.cli.options import Parser
 
 MODES = ("sparda", "sparse", "resident", "sparda-none", "sparda-2", "sparda-verify")
 _BEGUN = time.perf_counter()
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        "python -m benchmarks.mesh",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = benchmark_parser("mesh", __doc__)
     parser.add_argument("--model", default="llama-3.1-8b", help="preset")
     parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
     parser.add_argument("--context", type=int, default=32768, help="tokens a row holds")

@@ -31,6 +31,7 @@ import statistics
 import sys
 import time
 
+from benchmarks.parsers import benchmark_parser
 from benchmarks.traced import (
     DEFAULT_TRACE,
     TracedLists,
@@ -42,7 +43,7 @@ from benchmarks.traced import (
 )
 from sparda_jax.checks import ConfigError, integer
 from sparda_jax.cli.ending import run_command
-from sparda_jax.cli.options import Parser, add_option
+from sparda_jax.cli.options import add_option
 
 CHUNK = 8
 # Modes whose fetches run beside compute.
@@ -60,9 +61,7 @@ def add_steps_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = benchmark_parser("offload", __doc__)
     parser.add_argument("--model", default="minicpm4.1-8b", help="preset")
     count = integer(1)
     add_option(

@@ -29,22 +29,19 @@ import time
 from typing import Any
 
 from benchmarks.imposed import lists_of, selector_with
+from benchmarks.parsers import benchmark_parser
 from benchmarks.parts import by_part
 from benchmarks.traced import DEFAULT_TRACE
 from sparda_jax.checks import ConfigError, integer
 from sparda_jax.cli.ending import run_command
-from sparda_jax.cli.options import Parser, add_option
+from sparda_jax.cli.options import add_option
 
 # SparDA's published prefill of MiniCPM4.1-8B: an H100, batch 4.
 REFERENCE_TOKENS_PER_SECOND = 17_088
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        "python -m benchmarks.prefill",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = benchmark_parser("prefill", __doc__)
     parser.add_argument("--model", default="minicpm4.1-8b", help="preset")
     count = integer(1)
     add_option(

@@ -8,6 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels._common.attended_specs import attended, normal
+
 
 @dataclass(frozen=True)
 class ArgSpec:
@@ -49,23 +51,15 @@ class ArgSpec:
     def make(self, dtype: Any, seed: int = 0) -> dict[str, Any]:
         """Draws keyword arguments of ``block_sparse_attention`` for these sizes."""
         rng = np.random.default_rng(seed)
-        lead = () if self.layers is None else (self.layers,)
-        shape = (*lead, self.batch, self.kv_heads, self.blocks, self.block)
-
-        def normal(*size: int) -> np.ndarray:
-            return rng.standard_normal(size, dtype=np.float32)
-
         start = np.resize(np.asarray(self.start, np.int32), self.batch)
         q_shape = (self.batch, self.tokens, self.heads, self.head_dim)
         args: dict[str, Any] = {
-            "q": jnp.asarray(normal(*q_shape), dtype),
-            "kv": jnp.asarray(normal(*shape, 2, self.head_dim), dtype),
+            "q": jnp.asarray(normal(rng, *q_shape), dtype),
             "q_start": jnp.asarray(start),
         }
-        if self.layers is not None:
-            args["layer"] = jnp.int32(self.layers - 1)
-        if self.bias:
-            args["key_bias"] = jnp.asarray(normal(*shape))
+        shape = (self.batch, self.kv_heads, self.blocks, self.block)
+        form = {"layers": self.layers, "bias": self.bias}
+        args |= attended(rng, shape, self.head_dim, dtype, **form)
         if self.listed is not None:
             args["block_indices"] = jnp.asarray(self.lists(start, rng))
         return args

@@ -8,6 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels._common.attended_specs import attended, normal
+
 
 @dataclass(frozen=True)
 class ArgSpec:
@@ -41,20 +43,11 @@ class ArgSpec:
     def make(self, dtype: Any, seed: int = 0) -> dict[str, Any]:
         """Draws keyword arguments of ``paged_decode_attention`` for these sizes."""
         rng = np.random.default_rng(seed)
-        lead = () if self.layers is None else (self.layers,)
-        shape = (*lead, self.batch, self.kv_heads, self.capacity, self.block)
-
-        def normal(*size: int) -> np.ndarray:
-            return rng.standard_normal(size, dtype=np.float32)
-
-        args: dict[str, Any] = {
-            "q": jnp.asarray(normal(self.batch, self.heads, self.head_dim), dtype),
-            "kv": jnp.asarray(normal(*shape, 2, self.head_dim), dtype),
-        }
-        if self.layers is not None:
-            args["layer"] = jnp.int32(self.layers - 1)
-        if self.bias:
-            args["key_bias"] = jnp.asarray(normal(*shape))
+        q = normal(rng, self.batch, self.heads, self.head_dim)
+        args: dict[str, Any] = {"q": jnp.asarray(q, dtype)}
+        shape = (self.batch, self.kv_heads, self.capacity, self.block)
+        form = {"layers": self.layers, "bias": self.bias}
+        args |= attended(rng, shape, self.head_dim, dtype, **form)
         lengths = self.lengths or (self.capacity * self.block,)
         lengths = np.resize(np.asarray(lengths, np.int32), self.batch)
         if self.listed is None:

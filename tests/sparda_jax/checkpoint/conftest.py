@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from sparda_jax.checkpoint import layout
+from sparda_jax.checkpoint.forecast import ForecastWeights, save_forecast
 from sparda_jax.checkpoint.hf import save_hf
+from sparda_jax.cli.main import main
 from sparda_jax.config import ModelConfig
 from sparda_jax.models.spec import base_shapes
 
@@ -97,6 +99,17 @@ class Kit:
             "tokenizer.chat_template": TEMPLATE,
             "tokenizer.chat_template.tool_use": "{{ tools|length }}",
         }
+
+    def exported(
+        self, folder: pathlib.Path, weights: ForecastWeights
+    ) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
+        """A base model, its heads, and both in one as `sparda export` writes it."""
+        base, heads, out = (folder / x for x in ("base", "heads.safetensors", "whole"))
+        save_hf(base, self.config, self.tensors(self.config))
+        save_forecast(heads, weights, base_name="m")
+        given = ["--model", str(base), "--forecast", str(heads), "--out", str(out)]
+        assert main(["export", *given, "--dtype", "float32"]) == 0
+        return base, heads, out
 
     def write_gguf(
         self,

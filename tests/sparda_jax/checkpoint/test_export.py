@@ -10,9 +10,7 @@ from sparda_jax.checkpoint.export import export_forecast_file, reference_tensors
 from sparda_jax.checkpoint.forecast import (
     ForecastWeights,
     load_forecast,
-    save_forecast,
 )
-from sparda_jax.checkpoint.hf import save_hf
 from sparda_jax.checkpoint.torch_file import read_torch_file
 from sparda_jax.cli import export
 from sparda_jax.cli.main import main
@@ -68,13 +66,8 @@ def test_several_queries_are_refused(kit, tmp_path):
 def test_commands(kit, tmp_path, capsys):
     """A model with its heads, out and in again: the same logits."""
     config = kit.config
-    save_hf(tmp_path / "base", config, kit.tensors(config))
-    heads = tmp_path / "heads.safetensors"
-    save_forecast(heads, _weights(config), base_name="m")
-    out = tmp_path / "whole"
-    given = ["--model", str(tmp_path / "base"), "--forecast", str(heads)]
-    assert main(["export", *given, "--dtype", "float32", "--out", str(out)]) == 0
-    one = sj.load(tmp_path / "base", attention="sparda", forecast=heads)
+    base, heads, out = kit.exported(tmp_path, _weights(config))
+    one = sj.load(base, attention="sparda", forecast=heads)
     other = sj.load(out, attention="sparda")
     for layer in range(config.num_layers):
         np.testing.assert_array_equal(
@@ -83,7 +76,8 @@ def test_commands(kit, tmp_path, capsys):
     assert other.sparse.block_budget == SPARSE.block_budget
     np.testing.assert_array_equal(one.model.embedding[...], other.model.embedding[...])
     exported = tmp_path / "reference.pt"
-    assert main(["export-forecast", *given, "--out", str(exported)]) == 0
+    given = ["--model", str(base), "--forecast", str(heads), "--out", str(exported)]
+    assert main(["export-forecast", *given]) == 0
     again = load_forecast(exported, config=config, fingerprint=None, sparse=None)
     np.testing.assert_array_equal(again.future, _weights(config).future)
     bare = ["--model", str(tmp_path / "base"), "--out", str(exported)]

@@ -5,9 +5,7 @@ import pytest
 
 import sparda_jax as sj
 from sparda_jax.checkpoint.export import export_forecast_file
-from sparda_jax.checkpoint.forecast import ForecastWeights, save_forecast
-from sparda_jax.checkpoint.hf import save_hf
-from sparda_jax.cli.main import main
+from sparda_jax.checkpoint.forecast import ForecastWeights
 from sparda_jax.config import SparseConfig
 
 # Of their own imports.
@@ -83,12 +81,7 @@ def test_transformers_opens_the_whole_model(kit, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = kit.config
-    save_hf(tmp_path / "base", config, kit.tensors(config))
-    heads = tmp_path / "heads.safetensors"
-    save_forecast(heads, _weights(config), base_name="m")
-    out = tmp_path / "whole"
-    given = ["--model", str(tmp_path / "base"), "--forecast", str(heads)]
-    assert main(["export", *given, "--dtype", "float32", "--out", str(out)]) == 0
+    *_, out = kit.exported(tmp_path, _weights(config))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         out, torch_dtype=torch.float32, local_files_only=True
     )

@@ -74,16 +74,9 @@ def served(lm: sj.LanguageModel, settings: ServeSettings) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def serve_lm(request):
+def serve_lm(request, lm):
     """SparDA with its KV in host memory; it ends at <|im_end|>."""
     text = request.getfixturevalue("text_lm")
-    lm = sj.load(
-        "tiny",
-        attention="sparda",
-        forecast="from_query",
-        sparse=sj.SparseConfig(local_blocks=2, block_budget=6),
-        storage="stacked",
-    )
     return dataclasses.replace(
         lm,
         config=text.config,

@@ -166,15 +166,9 @@ def test_planner_counts_them():
 
 
 @pytest.mark.slow
-def test_offloaded_equals_resident(token_ids):
+def test_offloaded_equals_resident(token_ids, lm):
     """Prefill, decode and look-ahead with a query for each query head."""
-    plain = sj.load(
-        "tiny",
-        attention="sparda",
-        forecast="from_query",
-        sparse=SparseConfig(local_blocks=2, block_budget=6),
-        storage="stacked",
-    )
+    plain = lm
     model = plain.model.with_forecast(from_query_heads(plain.model, 4))
     lm = dataclasses.replace(plain, model=model, config=model.config)
     prompts = [token_ids(600), token_ids(130, seed=1)]
