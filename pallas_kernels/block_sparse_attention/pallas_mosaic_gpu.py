@@ -58,7 +58,7 @@ from pallas_kernels._common.numerics import LN_2, LOG2_E, NEG_INF, cdiv, in_32_b
 from pallas_kernels._common.triton import next_power_of_two
 from pallas_kernels.block_sparse_attention.operands import Prefill
 from pallas_kernels.block_sparse_attention.rows import fold_queries, unfold_queries
-from pallas_kernels.block_sparse_attention.unions import tile_unions, where_finite
+from pallas_kernels.block_sparse_attention.unions import unions_of, where_finite
 from pallas_kernels.dispatch import tuned_config
 
 COMPUTE = 2  # compute warpgroups
@@ -420,13 +420,7 @@ def _call(operands: Prefill, config: Config):
         "kv": kv.reshape(-1, 2 * head_dim),
     }
     if block_indices is not None:
-        lists = tile_unions(
-            block_indices,
-            operands.q_start,
-            blocks=all_blocks,
-            block=block,
-            tokens=tokens,
-        )
+        lists = unions_of(operands, tokens)
         per_step = config.keys // block
         width = lists.blocks.shape[-1]
         # Whole steps; what the padding fetches is block 0, which nobody lists there.

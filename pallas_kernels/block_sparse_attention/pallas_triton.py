@@ -45,7 +45,7 @@ from pallas_kernels._common.triton import (
 )
 from pallas_kernels.block_sparse_attention.operands import Prefill
 from pallas_kernels.block_sparse_attention.rows import fold_queries, unfold_queries
-from pallas_kernels.block_sparse_attention.unions import tile_unions, where_finite
+from pallas_kernels.block_sparse_attention.unions import unions_of, where_finite
 from pallas_kernels.dispatch import tuned_config
 
 
@@ -155,9 +155,9 @@ def block_sparse_attention_triton(
 
 
 def _call(operands: Prefill, *, config: Config, interpret: bool):
-    q, block_indices = operands.q, operands.block_indices
+    q = operands.q
     batch, length, _, head_dim = q.shape
-    kv_heads, all_blocks, block = operands.kv.shape[2:5]
+    kv_heads = operands.kv_heads
     padded = next_power_of_two(operands.groups)
     # Short calls take a small tile; a word holds 31 tokens, of which 16 are used.
     tokens = max(1, min(config.rows // padded, 16, next_power_of_two(length)))
@@ -167,14 +167,8 @@ def _call(operands: Prefill, *, config: Config, interpret: bool):
     query = fold_queries(q, kv_heads, tiles * tokens, padded)
     query = query.reshape(batch, kv_heads, tiles, rows, head_dim)
     lists = (None, None, None)
-    if block_indices is not None:
-        lists = tile_unions(
-            block_indices,
-            operands.q_start,
-            blocks=all_blocks,
-            block=block,
-            tokens=tokens,
-        )
+    if operands.block_indices is not None:
+        lists = unions_of(operands, tokens)
     out, lse = launch(
         functools.partial(_kernel, tokens=tokens, scale=operands.scale),
         operands.layer.reshape(1),

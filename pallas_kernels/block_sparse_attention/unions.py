@@ -121,6 +121,18 @@ def tile_unions(
     return Unions(*merged)
 
 
+def unions_of(operands: Prefill, tokens: int) -> Unions:
+    """``tile_unions`` of a call that has lists."""
+    assert operands.block_indices is not None
+    return tile_unions(
+        operands.block_indices,
+        operands.q_start,
+        blocks=operands.blocks,
+        block=operands.block,
+        tokens=tokens,
+    )
+
+
 def where_finite[Result](
     kernel: Callable[[Prefill], Result], operands: Prefill
 ) -> Result:

@@ -311,19 +311,11 @@ def _merge(refs, smem, arrived, result, sizes: _Sizes):
 def paged_decode_attention_mosaic_gpu(
     operands: Decode, *, config: Config | None = None
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
-    """Computes the output in the dtype of ``q`` and the float32 log-sum-exp.
-
-    Args:
-      operands: queries, slots and lists.
-      config: settings; recorded or heuristic ones by default.
-
-    Returns:
-      Output and log-sum-exp.
+    """As the Triton form; ``config`` has the recorded or heuristic settings by default.
 
     Raises:
-      NotImplementedError: for sizes or dtypes that the kernel cannot tile, or without
-        a Hopper device.
-      ValueError: for a ``config`` that does not fit in shared memory.
+      NotImplementedError: for sizes that are not the kernel's, or without Hopper.
+      ValueError: for a ``config`` that needs more shared memory than there is.
     """
     q, key_bias, groups = operands.q, operands.key_bias, operands.groups
     batch, heads, head_dim = q.shape
