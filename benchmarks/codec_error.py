@@ -24,9 +24,9 @@ from jaxtyping import Float, Int
 
 from benchmarks.fed_text import feed_text
 from benchmarks.parsers import benchmark_parser
-from benchmarks.trace import read_document
+from benchmarks.trace import text_ids
 from sparda_jax.checkpoint.atomic import write_json
-from sparda_jax.checks import ConfigError, integer
+from sparda_jax.checks import integer
 from sparda_jax.cli.ending import run_command
 from sparda_jax.config import CacheConfig
 
@@ -232,16 +232,7 @@ def _run(arguments: argparse.Namespace) -> None:
         integer(0)(f"--{name}", getattr(arguments, name))
     integer(2)("--decode", arguments.decode)
     lm = sj.load(arguments.model, attention=arguments.attention)
-    if lm.tokenizer is None:
-        raise ConfigError(f"--model={arguments.model!r}: {lm.no_tokenizer}")
-    document = read_document(arguments.text)[: 8 * arguments.context]
-    ids = list(lm.tokenizer.encode(document))[: arguments.context]
-    least = lm.sparse.largest_budget * lm.sparse.block_size + arguments.decode
-    if len(ids) < arguments.context or len(ids) <= least:
-        raise ConfigError(
-            f"--context={arguments.context} is not allowed: --text={arguments.text} "
-            f"gives {len(ids)} tokens, and more than {least} are needed"
-        )
+    ids = text_ids(lm, arguments)
     ways: Ways = ((lm, EXACT), (lm, INT8))
     if arguments.of == "keys":
         sparse = dataclasses.replace(lm.sparse, compressed_keys="int8")

@@ -22,9 +22,9 @@ import numpy as np
 
 from benchmarks.fed_text import feed_text
 from benchmarks.parsers import benchmark_parser
-from benchmarks.trace import read_document
+from benchmarks.trace import text_ids
 from sparda_jax.checkpoint.atomic import write_json
-from sparda_jax.checks import ConfigError, integer
+from sparda_jax.checks import integer
 from sparda_jax.cli.ending import run_command
 from sparda_jax.config import CacheConfig
 
@@ -95,16 +95,7 @@ def _run(arguments: argparse.Namespace) -> None:
     for number in arguments.ahead:
         integer(1, 8)("--ahead", number)
     lm = sj.load(arguments.model, attention="sparda")
-    if lm.tokenizer is None:
-        raise ConfigError(f"--model={arguments.model!r}: {lm.no_tokenizer}")
-    document = read_document(arguments.text)[: 8 * arguments.context]
-    ids = list(lm.tokenizer.encode(document))[: arguments.context]
-    least = lm.sparse.largest_budget * lm.sparse.block_size + arguments.decode
-    if len(ids) < arguments.context or len(ids) <= least:
-        raise ConfigError(
-            f"--context={arguments.context} is not allowed: --text={arguments.text} "
-            f"gives {len(ids)} tokens, and more than {least} are needed"
-        )
+    ids = text_ids(lm, arguments)
     # The first layer that every way looks ahead for; layer 0 is resident.
     first = 1
     figures: dict[str, Any] = {

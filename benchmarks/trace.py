@@ -67,6 +67,25 @@ def read_document(name: str) -> str:
     return found
 
 
+def text_ids(lm: "sj.LanguageModel", arguments: argparse.Namespace) -> list[int]:
+    """The beginning of `--text`, `--context` tokens of it.
+
+    Raises:
+      ConfigError: If it is shorter, or all that is decoded fits the budget.
+    """
+    if lm.tokenizer is None:
+        raise ConfigError(f"--model={arguments.model!r}: {lm.no_tokenizer}")
+    document = read_document(arguments.text)[: 8 * arguments.context]
+    ids = list(lm.tokenizer.encode(document))[: arguments.context]
+    least = lm.sparse.largest_budget * lm.sparse.block_size + arguments.decode
+    if len(ids) < arguments.context or len(ids) <= least:
+        raise ConfigError(
+            f"--context={arguments.context} is not allowed: --text={arguments.text} "
+            f"gives {len(ids)} tokens, and more than {least} are needed"
+        )
+    return ids
+
+
 def record(
     lm: "sj.LanguageModel",
     ids: list[int],

@@ -55,6 +55,7 @@ class OwnQuerySelector(Selector):
     """The layer's own queries score the windows. A subclass says its name."""
 
     scores_all_windows = False
+    every_head_scores = True
 
     def indices(self, config: ModelConfig) -> Indices:
         """As `two_stage_indices`."""
@@ -70,10 +71,3 @@ class OwnQuerySelector(Selector):
         """As `Selector.score`."""
         del config
         return score_by_own_query(tile, sparse, implementation)
-
-    def scored_heads(
-        self, config: ModelConfig, sparse: SparseConfig, *, decoding: bool
-    ) -> int:
-        """All query heads."""
-        del sparse, decoding
-        return config.num_heads

@@ -52,6 +52,8 @@ class Selector:
         go through `pallas_kernels.block_scores` (for the planner).
       divides_heads: What a kv head chooses does not depend on its number or on other
         heads, so that devices may divide them.
+      every_head_scores: Scores are computed by every query head, not by one a kv head
+        (for the planner).
     """
 
     name: ClassVar[str]
@@ -66,6 +68,7 @@ class Selector:
     needs_forecast: ClassVar[bool] = False
     scores_all_windows: ClassVar[bool] = True
     divides_heads: ClassVar[bool] = True
+    every_head_scores: ClassVar[bool] = False
 
     @property
     def label(self) -> str:
@@ -164,7 +167,7 @@ class Selector:
     ) -> int:
         """Heads whose scores are computed, for the planner."""
         del sparse, decoding
-        return config.num_kv_heads
+        return config.num_heads if self.every_head_scores else config.num_kv_heads
 
     def scores_per_block(self, sparse: SparseConfig) -> int:
         """Scores that a head computes of one block, for the planner."""

@@ -42,6 +42,7 @@ class MagicPIG(Selector):
     title = "MagicPIG-style"
     summary = "MagicPIG-style: blocks whose keys share most hash codes with the query"
     dense_prefill = True
+    every_head_scores = True
 
     def __post_init__(self) -> None:
         settle(
@@ -79,12 +80,6 @@ class MagicPIG(Selector):
         sampled = self.sampled(tile)
         by_block = sampled.reshape(*sampled.shape[:-1], -1, sparse.block_size)
         return jnp.sum(by_block, axis=(2, -1)).astype(jnp.float32)
-
-    def scored_heads(
-        self, config: ModelConfig, sparse: SparseConfig, *, decoding: bool
-    ) -> int:
-        """All query heads."""
-        return config.num_heads
 
     def scores_per_block(self, sparse: SparseConfig) -> int:
         """Every key."""

@@ -83,6 +83,7 @@ class Oracle(QuerySelector):
 
     name = "oracle"
     summary = "the blocks that hold most of the true attention (reads every key)"
+    every_head_scores = True
 
     def indices(self, config: ModelConfig) -> Indices:
         """Every key."""
@@ -94,12 +95,6 @@ class Oracle(QuerySelector):
         """As `QuerySelector.score_by`."""
         keys = tile.index["all_keys"]
         return attention_mass(q, keys, tile.positions, sparse.block_size)
-
-    def scored_heads(
-        self, config: ModelConfig, sparse: SparseConfig, *, decoding: bool
-    ) -> int:
-        """All query heads."""
-        return config.num_heads
 
     def scores_per_block(self, sparse: SparseConfig) -> int:
         """Every key."""

@@ -30,6 +30,7 @@ class Reuse(Selector):
     looks_ahead = True
     hands_on_scores = True
     scores_all_windows = False
+    every_head_scores = True
 
     def indices(self, config: ModelConfig) -> Indices:
         """Key means."""
@@ -56,12 +57,6 @@ class Reuse(Selector):
             return score_by_own_query(tile, sparse, implementation)
 
         return jax.lax.cond(tile.layer == 0, own, lambda: handed)
-
-    def scored_heads(
-        self, config: ModelConfig, sparse: SparseConfig, *, decoding: bool
-    ) -> int:
-        """All query heads."""
-        return config.num_heads
 
 
 SELECTOR = Reuse()
