@@ -41,7 +41,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels._common.chunks import consecutive, listed
 from pallas_kernels._common.numerics import (
     NEG_INF,
     cdiv,
@@ -85,7 +84,8 @@ class _Walk(NamedTuple):
 
 def _dense_walk(operands: Prefill, positions) -> _Walk:
     """Consecutive blocks up to the last position of the tile."""
-    batch, kv_heads, blocks, block = operands.kv.shape[1:5]
+    kv, key_bias, layer = operands.kv, operands.key_bias, operands.layer
+    _, batch, kv_heads, blocks, block, _, head_dim = kv.shape
     size = _chunk_blocks(blocks, block, listed=False)
     span = size * block
     used = jnp.clip(positions.max() + 1, 0, blocks * block)
@@ -93,10 +93,23 @@ def _dense_walk(operands: Prefill, positions) -> _Walk:
     def load(step):
         # The last chunk is moved back to stay inside; what it repeats is masked.
         start = jnp.minimum(step * size, blocks - size)
-        chunk = consecutive(operands, start, size)
+
+        def take(which):
+            part = lax.dynamic_slice(
+                kv,
+                (layer, 0, 0, start, 0, which, 0),
+                (1, batch, kv_heads, size, block, 1, head_dim),
+            )
+            return part.reshape(batch, kv_heads, span, head_dim)
+
+        bias = None
+        if key_bias is not None:
+            bias = lax.dynamic_slice(
+                key_bias, (layer, 0, 0, start, 0), (1, batch, kv_heads, size, block)
+            ).reshape(batch, kv_heads, span)
         key = start * block + jnp.arange(span)
         allowed = (key >= step * span) & (key <= positions[..., None])
-        return _Chunk(*chunk, allowed[:, None], start)
+        return _Chunk(take(0), take(1), bias, allowed[:, None], start)
 
     def add(total, update, start):
         part = update.reshape(batch, kv_heads, size, block, *update.shape[3:])
@@ -109,7 +122,8 @@ def _dense_walk(operands: Prefill, positions) -> _Walk:
 
 def _sparse_walk(operands: Prefill, positions, block_indices) -> _Walk:
     """The union of the tile's lists, packed to the front, a few blocks a step."""
-    batch, kv_heads, blocks, block = operands.kv.shape[1:5]
+    kv, key_bias, layer = operands.kv, operands.key_bias, operands.layer
+    _, batch, kv_heads, blocks, block, _, _ = kv.shape
     tokens = block_indices.shape[2]
     size = _chunk_blocks(blocks, block, listed=True)
     row = jnp.arange(batch)[:, None, None]
@@ -132,12 +146,18 @@ def _sparse_walk(operands: Prefill, positions, block_indices) -> _Walk:
 
     def load(step):
         at = lax.dynamic_slice_in_dim(union, step * size, size, 2)
+
+        def take(x, *tail):
+            part = x.at[layer, row, head, at, :, *tail].get(mode="clip")
+            return part.reshape(batch, kv_heads, size * block, *part.shape[4:])
+
+        bias = None if key_bias is None else take(key_bias)
         mask = member.at[row, head, at].get(mode="fill", fill_value=False)
         mask = jnp.repeat(jnp.swapaxes(mask, -1, -2), block, -1)
         key = at[..., None] * block + jnp.arange(block)
         key = key.reshape(batch, kv_heads, 1, size * block)
         allowed = mask & (key <= positions[:, None, :, None])
-        return _Chunk(*listed(operands, at), allowed, at)
+        return _Chunk(take(kv, 0), take(kv, 1), bias, allowed, at)
 
     def add(total, update, at):
         part = update.reshape(batch, kv_heads, size, block, *update.shape[3:])

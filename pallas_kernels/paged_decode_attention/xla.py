@@ -26,8 +26,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels._common.chunks import consecutive
-from pallas_kernels._common.chunks import listed as gathered
 from pallas_kernels._common.numerics import (
     NEG_INF,
     cdiv,
@@ -84,10 +82,10 @@ def paged_decode_attention_xla(
     operands: Decode,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
     """Computes the output in the dtype of ``q`` and the float32 log-sum-exp."""
-    q = operands.q
+    q, kv, key_bias, layer = operands.q, operands.kv, operands.key_bias, operands.layer
     slots, slot_lengths = operands.slots, operands.slot_lengths
     batch, heads, head_dim = q.shape
-    kv_heads, capacity, block = operands.kv.shape[2:5]
+    kv_heads, capacity, block = kv.shape[2:5]
     groups = operands.groups
     query = q.reshape(batch, kv_heads, groups, head_dim)
 
@@ -115,9 +113,25 @@ def paged_decode_attention_xla(
         def load(step):
             # The last chunk is moved back to stay inside; what it repeats is masked.
             start = jnp.minimum(step * chunk, capacity - chunk)
+
+            def take(which):
+                part = lax.dynamic_slice(
+                    kv,
+                    (layer, 0, 0, start, 0, which, 0),
+                    (1, batch, kv_heads, chunk, block, 1, head_dim),
+                )
+                return part.reshape(batch, kv_heads, chunk * block, head_dim)
+
             position = start * block + jnp.arange(chunk * block)
             valid = (position >= step * chunk * block) & (position < lengths[:, None])
-            return *consecutive(operands, start, chunk), valid[:, None]
+            bias = None
+            if key_bias is not None:
+                bias = lax.dynamic_slice(
+                    key_bias,
+                    (layer, 0, 0, start, 0),
+                    (1, batch, kv_heads, chunk, block),
+                ).reshape(batch, kv_heads, chunk * block)
+            return take(0), take(1), bias, valid[:, None]
 
     else:
         assert slot_lengths is not None
@@ -127,14 +141,22 @@ def paged_decode_attention_xla(
         padding = ((0, 0), (0, 0), (0, steps * chunk - listed))
         slots = jnp.pad(slots, padding, constant_values=-1)
         slot_lengths = jnp.pad(slot_lengths, padding)
+        row = jnp.arange(batch)[:, None, None]
+        head = jnp.arange(kv_heads)[:, None]
 
         def load(step):
             index = lax.dynamic_slice_in_dim(slots, step * chunk, chunk, 2)
             length = lax.dynamic_slice_in_dim(slot_lengths, step * chunk, chunk, 2)
             length = jnp.where((index >= 0) & (index < capacity), length, 0)
             valid = jnp.arange(block) < length[..., None]
+
+            def take(x, *tail):
+                part = x.at[layer, row, head, index, :, *tail].get(mode="clip")
+                return part.reshape(batch, kv_heads, chunk * block, *part.shape[4:])
+
+            bias = None if key_bias is None else take(key_bias)
             valid = valid.reshape(batch, kv_heads, chunk * block)
-            return *gathered(operands, index), valid
+            return take(kv, 0), take(kv, 1), bias, valid
 
     carry = (
         jnp.full((batch, kv_heads, groups), NEG_INF),
