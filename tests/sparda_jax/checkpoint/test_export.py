@@ -10,7 +10,9 @@ from sparda_jax.checkpoint.export import export_forecast_file, reference_tensors
 from sparda_jax.checkpoint.forecast import (
     ForecastWeights,
     load_forecast,
+    save_forecast,
 )
+from sparda_jax.checkpoint.hf import save_hf
 from sparda_jax.checkpoint.torch_file import read_torch_file
 from sparda_jax.cli import export
 from sparda_jax.cli.main import main
@@ -94,7 +96,7 @@ def test_commands(kit, tmp_path, capsys):
         matrices[1:], matrices[0], None, SPARSE, queries=1, low_rank=low
     )
     save_forecast(heads, weights, base_name="m")
-    assert main(["export-forecast", *given, "--out", str(exported)]) == 0
+    assert main(["export-forecast", *given]) == 0
     again = load_forecast(exported, config=config, fingerprint=None, sparse=None)
     np.testing.assert_array_equal(again.future, weights.future)
 
