@@ -306,6 +306,17 @@ def test_conversation_equals_resident(case, deeper, resident):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [Case("oracle", nosa=True), Case(sparse=INT8_KEYS)], ids=str
+)
+def test_a_short_conversation_equals_resident(case, deeper, resident):
+    """Two of the long ones above."""
+    talk = Talk((450, 3), (70, 66), (20, 60), (20, 10))
+    got = _check(case, talk, deeper, resident)
+    assert int(got[0][2].fetched.sum()) > 0
+
+
+@pytest.mark.slow
 def test_a_lossy_host_format_rounds_what_it_keeps(deeper, resident):
     case = Case(codec=Float16())
     expected = resident(case, TALK)
