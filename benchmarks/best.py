@@ -129,6 +129,7 @@ class Planner:
         cache = CacheConfig(
             kind="resident" if resident else "offload",
             device_blocks=None if resident else "auto",
+            layer0="resident",
             codec="int8" if codec == "int8" else "exact",
         )
         how = LayerSettings(

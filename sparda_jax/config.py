@@ -411,7 +411,9 @@ class CacheConfig:
         fetch started: with 2, layer l's hidden state chooses for layer l + 2, whose
         blocks have two layers' time to arrive, by a Forecast head that was trained on
         layer l + 1's. It changes what is chosen, with every `prefetch`.
-      layer0: Where layer 0's KV lives, for which nothing can look ahead.
+      layer0: Where layer 0's KV lives, for which nothing can look ahead. `auto`: in
+        host memory where `device_blocks="auto"` finds room for two lists and more, and
+        not for all blocks; else on the device.
       route: How blocks are fetched (`cache.routes`); `auto` takes the recorded one.
       exactness: `forecast`: the forecast list is what is attended. `verify`: the
         layer's own queries choose, the forecast only prefetches, and what it missed is
@@ -438,7 +440,7 @@ class CacheConfig:
     device_blocks: int | Literal["auto"] | None = "auto"
     prefetch: Prefetch | None = None
     layers_ahead: int = 1
-    layer0: Literal["resident", "offload"] = "resident"
+    layer0: Literal["auto", "resident", "offload"] = "auto"
     route: Route = "auto"
     exactness: Literal["forecast", "verify"] = "forecast"
     codec: HostCodec = "exact"
@@ -454,7 +456,7 @@ class CacheConfig:
             device_blocks=optional(device_blocks),
             prefetch=optional(choice(*get_args(Prefetch))),
             layers_ahead=integer(1, 8),
-            layer0=choice("resident", "offload"),
+            layer0=choice("auto", "resident", "offload"),
             route=route_name,
             exactness=choice("forecast", "verify"),
             codec=choice(*get_args(HostCodec)),

@@ -184,7 +184,7 @@ def init_offload(
     blocks, heads = capacity // sparse.block_size, config.num_kv_heads
     dim = config.head_dim
     slots = cache.slots(blocks, width)
-    resident = 1 if cache.layer0 == "resident" else 0
+    resident = 0 if cache.layer0 == "offload" else 1
     offloaded = config.num_layers - resident
     per_layer = offloaded if storage == "stacked" else 1
     block = (sparse.block_size, 2, dim)

@@ -99,10 +99,12 @@ def add_layer0_option(group: Any) -> None:
     add_option(
         group,
         "--layer0",
-        choice("resident", "offload"),
-        words=("resident", "offload"),
-        default="resident",
-        help="where layer 0's KV lives, for which nothing can look ahead",
+        choice("auto", "resident", "offload"),
+        words=("auto", "resident", "offload"),
+        default="auto",
+        help="where layer 0's KV lives, for which nothing can look ahead; auto: in "
+        "host memory where the slots that fill the device hold two lists and more, and "
+        "not all blocks; else on the device",
     )
 
 

@@ -109,8 +109,15 @@ def place(
         notes += _evicts(settings, close)
     if lm.mesh is not None:
         refuse_on_mesh(settings, state, close)
+    decided, reason = _decide_slots(lm, cache, settings, rows // groups, close, state)
+    notes += [] if reason is None else [reason]
     refuse = functools.partial(
-        refuse_what_cannot_fit, settings, cache, **_weights(lm), held=state
+        refuse_what_cannot_fit,
+        settings,
+        # With the least of slots, the largest batch that fits can be said.
+        dataclasses.replace(cache, layer0=decided.layer0),
+        **_weights(lm),
+        held=state,
     )
     shares = cache.kind == "resident" and not by_row
     shared = _shared(lm, sizes, state) if shares else None
@@ -124,14 +131,7 @@ def place(
     if shared is None:
         refuse(rows // groups, close)
         shared = rows, close
-    if cache.kind == "offload" and cache.device_blocks == "auto":
-        rows //= groups
-        cache, reason = _decide_slots(lm, cache, settings, rows, close, state)
-        notes.append(reason)
-    elif cache.kind == "offload" and cache.device_blocks is None and state is not None:
-        # A list may have become longer than the slots are.
-        cache, _ = _decide_slots(lm, cache, settings, rows, close, state)
-    return Placement(*shared, cache, settings, tuple(notes))
+    return Placement(*shared, decided, settings, tuple(notes))
 
 
 def _tokens(lm: LanguageModel, sizes: Sizes) -> dict[str, int]:
@@ -254,15 +254,21 @@ def _decide_slots(
     rows: int,
     shapes: Shapes,
     state: GenerateState | None,
-) -> tuple[CacheConfig, str]:
+) -> tuple[CacheConfig, str | None]:
     """The configuration with `device_blocks="auto"` decided, and what it is."""
+    asked = cache.device_blocks == "auto"
+    # Of a conversation a list may have become longer than the slots are.
+    longer = cache.device_blocks is None and state is not None
+    if cache.kind != "offload" or not (asked or longer):
+        return cache, None
     blocks = shapes.capacity // lm.sparse.block_size
     if state is not None:
         # A conversation keeps its slots; a list may have become longer than they are.
         assert isinstance(state.cache, OffloadCache)
         width = lm.selector.list_width(blocks, lm.sparse)
         count = max(state.cache.num_slots, min(width, blocks))
-        decided = dataclasses.replace(cache, device_blocks=count)
+        layer0 = "offload" if state.cache.first is None else "resident"
+        decided = dataclasses.replace(cache, device_blocks=count, layer0=layer0)
     else:
         ours = tree_bytes(lm.model) // lm.parts
         decided, _ = fill_slots(
@@ -275,6 +281,8 @@ def _decide_slots(
             **_weights(lm),
         )
     count = decided.slots(blocks, 1)
+    if not asked:
+        return decided, None
     return decided, f"device_blocks: {count} of {blocks} fit the device"
 
 

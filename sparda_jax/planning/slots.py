@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gc
+from collections.abc import Callable
 
 import jax
 from jax.typing import DTypeLike
@@ -11,7 +12,7 @@ from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig
 from sparda_jax.inference.shapes import Shapes
 from sparda_jax.models.decoder import Storage
-from sparda_jax.planning.limits import MemoryLimits
+from sparda_jax.planning.limits import MemoryLimits, shortfall
 from sparda_jax.planning.memory import MemoryPlan, memory_plan
 
 # Of the device's memory: scratch is estimated, and an allocator leaves gaps.
@@ -20,6 +21,9 @@ _SPARE = 0.05
 # many times the one before: requests of nearly the same size share a program, and where
 # little is left, a little more than a list is not lost to a coarse step.
 _GROWTH = 1.25
+# Lists that the slots hold where layer 0's misses, which nothing hides, are few enough
+# for its KV to give way to more slots.
+_LARGE = 2
 
 
 def fill_slots(
@@ -39,6 +43,8 @@ def fill_slots(
     C is all blocks if they fit: then nothing is ever fetched. Else it is the largest of
     a row of sizes, each a quarter more than the one before, that fits. The first is the
     block list's length, which is taken where the request itself hardly fits.
+    `layer0="auto"` is decided with it: where not all blocks fit, its KV gives way to
+    more slots if there are two lists of them then, or if it must.
 
     Args:
       settings: How the request runs.
@@ -64,6 +70,31 @@ def fill_slots(
         return cache, plan(cache)
     blocks = shapes.capacity // settings.sparse.block_size
     least = min(settings.selector.list_width(blocks, settings.sparse), blocks)
+
+    def filled(cache: CacheConfig) -> tuple[CacheConfig, MemoryPlan]:
+        return _fill(cache, plan, limits, others, least, blocks)
+
+    if cache.layer0 != "auto":
+        return filled(cache)
+    near, memory = filled(dataclasses.replace(cache, layer0="resident"))
+    if near.slots(blocks, least) < blocks:
+        far, more = filled(dataclasses.replace(cache, layer0="offload"))
+        worth = far.slots(blocks, least) >= _LARGE * least
+        worth = worth or shortfall(memory, limits) is not None
+        if worth and shortfall(more, limits) is None:
+            return far, more
+    return near, memory
+
+
+def _fill(
+    cache: CacheConfig,
+    plan: Callable[[CacheConfig], MemoryPlan],
+    limits: MemoryLimits,
+    others: int,
+    least: int,
+    blocks: int,
+) -> tuple[CacheConfig, MemoryPlan]:
+    """As many slots as fit, of `least` to `blocks`."""
 
     def of(slots: int) -> CacheConfig:
         return dataclasses.replace(cache, device_blocks=slots)

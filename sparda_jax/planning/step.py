@@ -143,7 +143,7 @@ def step_time(
         offload is not None
         and cache.slots(room, selector.list_width(room, sparse)) < room
     ):
-        away = config.num_layers - (1 if cache.layer0 == "resident" else 0)
+        away = config.num_layers - (0 if cache.layer0 == "offload" else 1)
         # A row's own block is always in its slot.
         blocks = miss * (attended - 1) * batch * config.num_kv_heads
         shape = (block, 2, config.head_dim)

@@ -57,6 +57,31 @@ def test_slots_fill_what_is_left(share):
     assert again.device_blocks == width
 
 
+def test_layer_0_gives_way_where_two_lists_and_not_all_blocks_fit():
+    auto = dataclasses.replace(CASE, layer0="auto")
+    width = CASE.settings.selector.list_width(BLOCKS, CASE.settings.sparse)
+
+    def decided(slots, layer0="resident", host=None):
+        """Where so many slots fit with layer 0 there."""
+        size = dataclasses.replace(CASE, slots=slots, layer0=layer0).plan().device
+        device = Limit(round(size / 0.95) + 1, "a test")
+        cache, plan = _fill(auto, MemoryLimits(device=device, host=host))
+        found = dataclasses.replace(
+            CASE, slots=cache.device_blocks, layer0=cache.layer0
+        )
+        assert plan == found.plan() and plan.device <= device.size
+        return cache
+
+    everything = _fill(auto, MemoryLimits())[0]
+    assert (everything.device_blocks, everything.layer0) == (BLOCKS, "resident")
+    # Nothing else fits there.
+    assert decided(width + 1, "offload").layer0 == "offload"
+    far = decided(3 * width)
+    assert far.layer0 == "offload" and 3 * width <= far.device_blocks < BLOCKS
+    store = Limit(dataclasses.replace(CASE, slots=None).plan().host, "a test")
+    assert decided(3 * width, host=store).layer0 == "resident"
+
+
 def test_limits_that_are_not_known_or_shared():
     assert _fill(CASE, MemoryLimits())[0].device_blocks == BLOCKS
     least = dataclasses.replace(CASE, slots=None).plan()
