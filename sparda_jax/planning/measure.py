@@ -29,7 +29,7 @@ from sparda_jax.checks import (
 )
 from sparda_jax.config import Route, route_name
 from sparda_jax.machine import physical_memory, size_text
-from sparda_jax.planning.rates import Rates, recorded_layer
+from sparda_jax.planning.rates import Rates, recorded_costs
 
 _REPEATS = 7
 
@@ -73,7 +73,7 @@ class MachineRates:
             fetch=self.fetch.rate,
             link=self.link.rate,
             peak=self.products.rate,
-            layer=recorded_layer(self.device),
+            **recorded_costs(self.device),
             route=self.route,
             source=f"measured on {self.device}, JAX {self.jax}",
         )

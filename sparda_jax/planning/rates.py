@@ -21,6 +21,10 @@ class Rates:
       peak: FLOP/s of a matrix product; None leaves compute out of the bound.
       layer: Seconds that a layer of a decode step takes beside what these rates say;
         0 where it is not known: step times are then bounds.
+      row: Seconds that each row adds to that where blocks are fetched: its plan of
+        slots and what is looked at for it.
+      decode: Seconds that a fetched block takes to be decoded beside its bytes, where
+        the codec keeps it in fewer.
       route: How blocks are fetched.
       source: Where the figures come from.
 
@@ -34,6 +38,8 @@ class Rates:
     link: float | None = None
     peak: float | None = None
     layer: float = 0.0
+    row: float = 0.0
+    decode: float = 0.0
     route: str = "dynamic_slice"
     source: str = "given"
 
@@ -46,6 +52,8 @@ class Rates:
             link=optional(rate),
             peak=optional(rate),
             layer=number(least=0),
+            row=number(least=0),
+            decode=number(least=0),
             route=choice(*route_names()),
             source=text,
         )
@@ -87,9 +95,21 @@ def recorded_rates(device_kind: str) -> Rates | None:
     return _record(named[0]) if named else None
 
 
-def recorded_layer(device_kind: str) -> float:
-    """`Rates.layer` of a device kind; 0 where whole steps were not recorded."""
-    return recorded_routes().get(device_kind, {}).get("layer_us", 0) / 1e6
+def recorded_costs(device_kind: str) -> dict[str, float]:
+    """What whole steps of a device kind took beside its bandwidths, if recorded.
+
+    Args:
+      device_kind: As JAX names it.
+
+    Returns:
+      `layer`, `row` and `decode` of `Rates`; 0 where they were not recorded.
+    """
+    record = recorded_routes().get(device_kind, {})
+    return {
+        "layer": record.get("layer_us", 0) / 1e6,
+        "row": record.get("row_ns", 0) / 1e9,
+        "decode": record.get("decode_ns", 0) / 1e9,
+    }
 
 
 def _record(device_kind: str) -> Rates | None:
@@ -106,7 +126,7 @@ def _record(device_kind: str) -> Rates | None:
         fetch=fetch * 1e9,
         link=None if link is None else link * 1e9,
         peak=peak,
-        layer=recorded_layer(device_kind),
+        **recorded_costs(device_kind),
         route=routes["route"],
         source=f"recorded for {device_kind}, JAX {routes['jax']}",
     )

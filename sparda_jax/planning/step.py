@@ -4,9 +4,10 @@ A step moves its device bytes at the device's bandwidth, computes at its peak, a
 fetches its misses at the rate of the fetch route. With look-ahead it takes as long as
 the slowest of the three; without, the fetch comes on top. That is a bound. Beside it
 every layer takes a time that hardly depends on anything: starts of kernels, and small
-ones that neither fill the device nor its memory's bus. It is recorded from whole steps;
-where it is not known, the bound stands alone. How many listed blocks are not in a slot
-is an input: it depends on model and text.
+ones that neither fill the device nor its memory's bus. Where blocks are fetched, each
+row adds a little to that, and a block that is decoded takes longer than its bytes.
+These are recorded from whole steps; where they are not known, the bound stands alone.
+How many listed blocks are not in a slot is an input: it depends on model and text.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ class StepTime:
     """The time of one decode step, in seconds.
 
     Attributes:
-      memory: Device bytes over bandwidth.
+      memory: Device bytes over bandwidth, and what decoding adds.
       compute: FLOPs over peak; 0 where the peak is not known.
       fetch: Missed bytes over the route's rate; 0 for a resident cache.
       hidden: The part of `fetch` that can run beside the rest.
@@ -137,7 +138,7 @@ def step_time(
         queries = scored // config.num_kv_heads
         flops += 2 * heads * windows * queries * config.head_dim
 
-    fetch = hidden = 0.0
+    fetch = hidden = decoding = planning = 0.0
     offload = settings.offload
     if (
         offload is not None
@@ -146,19 +147,21 @@ def step_time(
         away = config.num_layers - (0 if cache.layer0 == "offload" else 1)
         # A row's own block is always in its slot.
         blocks = miss * (attended - 1) * batch * config.num_kv_heads
-        shape = (block, 2, config.head_dim)
-        stored = offload.codec.bytes_per_block(shape, dtype)
+        stored = offload.codec.bytes_per_block((block, 2, config.head_dim), dtype)
         missed = blocks * stored
         fetch = away * missed / rates.fetch
         # Fetched blocks are written and read as they are stored, then put in a slot.
         moved += away * blocks * (2 * stored + block_bytes)
+        planning = away * batch * rates.row
+        if stored < block_bytes:
+            decoding = away * blocks * rates.decode
         if offload.lookahead:
             # Nobody looks ahead for layer 0.
             hidden = (config.num_layers - 1) * missed / rates.fetch
     return StepTime(
-        memory=moved / rates.memory,
+        memory=moved / rates.memory + decoding,
         compute=0.0 if rates.peak is None else flops / rates.peak,
         fetch=fetch,
         hidden=hidden,
-        overhead=config.num_layers * rates.layer,
+        overhead=config.num_layers * rates.layer + planning,
     )

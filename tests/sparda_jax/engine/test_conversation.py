@@ -73,7 +73,7 @@ def test_another_model_is_refused_before_it_compiles(lm, begun, named):
         ({"kind": "resident"}, "kind='offload'"),
         ({"device_blocks": 9}, "device_blocks=8"),
         ({"prefetch": "none"}, "prefetch=None"),
-        ({"layer0": "offload"}, "layer0='resident'"),
+        ({"layer0": "offload"}, "layer0='auto'"),
         ({"route": "host_loop"}, "route='dynamic_slice'"),
         ({"codec": "int8"}, "codec='exact'"),
         ({"layers_ahead": 2}, "layers_ahead=1"),

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from sparda_jax.cache.codecs import named_codec
 from sparda_jax.cache.routes import named_route
 from sparda_jax.cache.settings import LayerSettings, OffloadSettings
 from sparda_jax.config import CacheConfig
@@ -102,3 +103,42 @@ def test_what_an_h100_took_is_expected(
     )
     assert found.seconds * 1e3 == pytest.approx(milliseconds, rel=0.05)
     assert found.seconds == found.bound + 32 * 61e-6
+
+
+WHOLE = dataclasses.replace(
+    MEASURED, memory=2.692e12, fetch=4.711e10, row=450e-9, decode=130e-9
+)
+
+
+@pytest.mark.parametrize(
+    ("attention", "codec", "keys", "batch", "miss", "milliseconds"),
+    [
+        ("infllm_v2", None, "exact", 14, 0.0, 9.64),
+        ("infllm_v2", None, "exact", 7, 0.0, 8.43),
+        ("sparda", "exact", "exact", 27, 0.0025, 11.64),
+        ("sparda", "exact", "exact", 54, 0.0048, 15.10),
+        ("sparda", "int8", "exact", 51, 0.0048, 15.13),
+        ("sparda", "int8", "exact", 102, 0.068, 28.57),
+        ("sparda", "int8", "int8", 100, 0.0407, 23.57),
+    ],
+)
+def test_what_the_best_batches_took_is_expected(
+    attention, codec, keys, batch, miss, milliseconds
+):
+    """benchmarks.best at 131,072 tokens on an H100, JAX 0.11.2, commit 1fad3e5."""
+    offload = None
+    if codec is not None:
+        route = named_route("mosaic")
+        offload = OffloadSettings(route, lookahead=True, codec=named_codec(codec))
+    sparse = dataclasses.replace(MINICPM.sparse, compressed_keys=keys)
+    found = step_time(
+        LayerSettings(MINICPM.model, sparse, get_selector(attention), offload=offload),
+        CacheConfig(kind="offload", device_blocks=None),
+        WHOLE,
+        batch=batch,
+        capacity=131072,
+        context=131072,
+        dtype="bfloat16",
+        miss=miss,
+    )
+    assert found.seconds * 1e3 == pytest.approx(milliseconds, rel=0.05)
