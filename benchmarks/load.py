@@ -39,6 +39,7 @@ from sparda_jax.checks import (
 )
 from sparda_jax.cli.console import note
 from sparda_jax.cli.options import HelpFormatter, Parser, add_option
+from sparda_jax.cli.packages import needs
 from sparda_jax.config import device_blocks
 from sparda_jax.sparse.selectors import selector_names
 
@@ -433,7 +434,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             again = argparse.Namespace(**{**vars(arguments), **other})
             found[sweep_name(rate)] = _of_url(again)
     else:
-        from benchmarks.load_here import measure_here
+        with needs("serve"):
+            from benchmarks.load_here import measure_here
 
         found = measure_here(arguments)
     chosen = {

@@ -331,9 +331,12 @@ def open_model(name: str) -> CheckpointSource:
             "GGUF file or safetensors directory, or see `sparda fetch --help`"
         )
     if not preset.fetchable:
+        why = "its weights are not in the package index"
+        if name.startswith("tiny"):
+            why = "its weights are random, and in no file"
         raise ConfigError(
-            f"model={name!r} is known, but its weights are not in the package index: "
-            "give the path of its safetensors directory or GGUF file instead"
+            f"model={name!r} is known, but {why}: give the path of a safetensors "
+            "directory or GGUF file instead"
         )
     source = open_checkpoint(fetch_default_model())
     return dataclasses.replace(

@@ -152,7 +152,7 @@ def _prompt_ids(lm: LanguageModel, arguments: argparse.Namespace) -> list[int]:
     if not prompt:
         raise ConfigError("the prompt is empty: it must hold at least one character")
     if lm.tokenizer is None:
-        raise ConfigError(f"{lm.no_tokenizer}: it takes no text")
+        raise ConfigError(f"{lm.no_tokenizer}: it takes no text; smollm2-135m does")
     chat = arguments.chat or arguments.question is not None
     if not chat:
         for option in ("answer_prefix", "chat_arg"):

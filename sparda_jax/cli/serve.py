@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args
 
-from sparda_jax.checks import ConfigError, integer, non_empty_text, require
+from sparda_jax.checks import integer, non_empty_text, require
 from sparda_jax.cli.cache_options import add_cache_options, cache_config
 from sparda_jax.cli.console import note
 from sparda_jax.cli.model_options import add_model_options, load_model
 from sparda_jax.cli.options import HelpFormatter, Parser, add_option
+from sparda_jax.cli.packages import needs
 from sparda_jax.runtime import configure_offload
 from sparda_jax.serving.settings import SETTING_CHECKS, OnTerm, ServeSettings
 
@@ -186,12 +187,8 @@ def serving_from_environment() -> "Serving":
 
 
 def _server_module() -> ModuleType:
-    try:
+    with needs("serve"):
         from sparda_jax.serving import server
-    except ImportError as error:
-        raise ConfigError(
-            f"a package is missing ({error.name}): pip install 'sparda-jax[serve]'"
-        ) from error
     return server
 
 
