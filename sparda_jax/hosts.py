@@ -38,13 +38,28 @@ def join_hosts(coordinator: str | None, count: int | None, index: int | None) ->
     index = optional(integer(0))("--process-id", index)
     if count is not None and index is not None:
         require(index < count, "--process-id", index, f"below --num-processes={count}")
+    address = _address(coordinator)
     try:
-        jax.distributed.initialize(text("--coordinator", coordinator), count, index)
+        jax.distributed.initialize(address, count, index)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"--coordinator={shown(coordinator)} is not allowed: it must be an address "
             f"that all processes reach ({one_line(str(error), 300)})"
         ) from error
+
+
+def _address(written: str) -> str:
+    """HOST:PORT; JAX ends the process on anything else."""
+    written = text("--coordinator", written)
+    host, _, port = written.rpartition(":")
+    number = port.isascii() and port.isdecimal() and len(port) <= 5
+    require(
+        bool(host) and number and 0 < int(port) < 2**16,
+        "--coordinator",
+        written,
+        "HOST:PORT, with a port from 1 to 65535",
+    )
+    return written
 
 
 def speaks() -> bool:

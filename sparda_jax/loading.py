@@ -99,7 +99,9 @@ def _install_forecast(
         model.set_forecast(_query_heads(model, config, mesh))
     elif forecast is not None:
         fingerprint = None if source is None else source.fingerprint
-        exact = fingerprint if base == "exact" else None
+        # Random weights have no file; heads that name one are not theirs.
+        known = "none, of random weights" if source is None else fingerprint
+        exact = known if base == "exact" else None
         weights = load_forecast(
             forecast,
             config=config,

@@ -179,9 +179,16 @@ def _generate(arguments: argparse.Namespace) -> None:
     join_hosts(*(given.pop(name) for name in HOSTS_OPTIONS))
     words = [f"{k}={v!r}" for k, v in sorted(given.items()) if not callable(v)]
     check_same_words(words)
-    cache = cache_config(arguments)
-    lm = dataclasses.replace(load_model(arguments, arguments.attention), cache=cache)
-    ids = _prompt_ids(lm, arguments)
+    try:
+        cache = cache_config(arguments)
+        lm = load_model(arguments, arguments.attention)
+        lm = dataclasses.replace(lm, cache=cache)
+        ids = _prompt_ids(lm, arguments)
+    except Exception as error:
+        # The other processes wait for this one's words, and it for them at its end.
+        with contextlib.suppress(ConfigError):
+            check_same_words([f"refused: {type(error).__name__}: {error}"])
+        raise
     check_same_words([str(lm.fingerprint), str(ids)])
     if speaks():
         _answer(lm, ids, arguments)

@@ -283,6 +283,8 @@ def _decide_slots(
     count = decided.slots(blocks, 1)
     if not asked:
         return decided, None
+    if state is not None:
+        return decided, f"device_blocks: {count} of {blocks}, as the conversation began"
     return decided, f"device_blocks: {count} of {blocks} fit the device"
 
 

@@ -21,6 +21,8 @@ from sparda_jax.models.weights import from_query_heads
 _TOKENS, _BUDGET, _LOCAL = 1536, 10, 2
 # Recall that may be lost against what the file says of its own base and text.
 _LOST = 0.1
+# Below training-free heads of as many queries: heads that are those of another file.
+_NEAR = 0.02
 
 
 def check_other_base(lm: LanguageModel, info: Mapping[str, Any]) -> float:
@@ -51,10 +53,11 @@ def check_other_base(lm: LanguageModel, info: Mapping[str, Any]) -> float:
     )
     size = max(_TOKENS, 2 * _BUDGET * sparse.block_size)
     rows = token_rows("pydoc", lm.tokenizer.encode, tokens=size, count=1)
-    model = lm.model.with_forecast(from_query_heads(lm.model))
+    queries = lm.config.forecast_queries
+    model = lm.model.with_forecast(from_query_heads(lm.model, queries))
     plain = dataclasses.replace(lm, model=model, config=model.config)
     ours, free = (_recall(one, sparse, rows) for one in (lm, plain))
-    wanted, why = free, "as training-free heads of this model reach"
+    wanted, why = free - _NEAR, "near what training-free heads of this model reach"
     stated = _stated_recall(info)
     if stated is not None and stated - _LOST > wanted:
         wanted, why = stated - _LOST, f"{_LOST} below the {stated:.3f} of their file"

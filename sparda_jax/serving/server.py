@@ -196,7 +196,7 @@ def bind(host: str, port: int) -> socket.socket:
         # Two processes may bind the same address until one of them listens.
         taken.listen()
     # The last two: names that no machine has, too long or with a null character.
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, OverflowError) as error:
         taken.close()
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(

@@ -179,7 +179,7 @@ ROWS = {
     "Rates": {
         **dict.fromkeys(("memory", "fetch"), (*NUMBER, 0.0)),
         **dict.fromkeys(("link", "peak"), (*maybe(NUMBER), 0.0)),
-        "layer": NUMBER,
+        **dict.fromkeys(("layer", "row", "decode"), NUMBER),
         "route": WORD,
         "source": TEXT,
     },

@@ -133,7 +133,7 @@ class _Device:
 
 def _pretend(monkeypatch, limit: int, in_use: int = 0) -> _Device:
     device = _Device(limit, in_use)
-    monkeypatch.setattr(jax, "devices", lambda *_: [device])
+    monkeypatch.setattr(jax, "local_devices", lambda *_: [device])
     return device
 
 
