@@ -6,8 +6,10 @@ reaches it by a running count; among equal scores the lowest numbers are kept. F
 and future blocks are settled as scores are loaded, and a row that may only look back
 takes a quarter, a half or all of the lanes, as its own block asks.
 
-Measured on one H100 (jax 0.11.2, 16 rows, 96 of 513 / 1,025 / 2,053 blocks, durations
-in a profile, spread at most 0.3 %): 6.5 / 7.9 / 9.7 us; XLA's sort 11.0 / 14.7 / 24.3.
+Measured on one H200 (jax 0.11.2, commit b3727de, 16 rows, 96 of 512 / 1,024 / 2,048
+blocks, durations in a profile, spread at most 0.2 %): 4.8 / 5.8 / 7.4 us; XLA's sort
+6.6 / 9.8 / 16.8. On one H100, before commit 3da9590 changed the kernel (commit 442281b,
+520 / 1,032 / 2,056 blocks): 7.5 / 8.7 / 10.4; XLA's sort 9.8 / 13.7 / 22.6.
 In a prefill of 131,072 tokens, two kv heads, room for 3,072 blocks: 4.6 ms a layer,
 8.9 before rows took their own number of lanes and bisection stopped early.
 

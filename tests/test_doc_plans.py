@@ -1,0 +1,121 @@
+"""Figures that pages give as computed are those of the commands beside them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from doc_pages import ROOT, page_text
+
+_ROWS = re.compile(r"^\|(.*)\|$", re.M)
+
+
+def _section(page, heading):
+    return page_text(page).partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+def _rows(text):
+    """The cells of every line of the tables of a text."""
+    return [[cell.strip() for cell in row.split("|")] for row in _ROWS.findall(text)]
+
+
+# A process of its own: in this one every call has its types checked.
+_PRINT = """
+import json, sys
+from sparda_jax.cli.main import main
+for options in json.loads(sys.argv[1]):
+    assert main(["plan", *options.split()]) == 0
+    print("\\f", end="")
+"""
+
+
+def _printed(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def _plans(options):
+    """What plans print, each as words by the first words of a line."""
+    found = []
+    for text in _printed("-c", _PRINT, json.dumps(options)).split("\f")[:-1]:
+        lines = (re.split(r"\s{2,}", line.strip()) for line in text.splitlines())
+        found.append({first: rest for first, *rest in lines})
+    assert len(found) == len(options)
+    return found
+
+
+@pytest.fixture(scope="module")
+def computed():
+    return _section("docs/scale.md", "Computed: many hosts")
+
+
+def test_many_hosts_are_what_the_command_computes(computed):
+    halves = _printed("-m", "benchmarks.scale").split("cards a group:")[1:]
+    by_cards: dict[str, list[str]] = {}
+    for half in halves:
+        for hosts, cards, resident, offloaded in re.findall(
+            r"^ +(\d+) +(\d+) +([\d,]+) +([\d,]+)$", half, re.M
+        ):
+            by_cards.setdefault(cards, [hosts, cards]).extend([resident, offloaded])
+    there = [row for row in _rows(computed) if row[0].isdigit()]
+    assert there == list(by_cards.values()) and len(there) == 7
+
+
+def test_steps_beside_the_measured_ones_are_the_plan_s(computed):
+    shared = re.search(r"`sparda plan ([^`]*)`", computed)
+    assert shared is not None
+    options, rows = [], []
+    for row in _rows(computed.partition("| options")[2]):
+        if found := re.search(r"`([^`]*)`", row[0]):
+            own = found.group(1)
+            # Each of these stands below a row that it adds to.
+            above = options[-1] if row[0].startswith("the same") else shared.group(1)
+            options.append(f"{above} {own}")
+            rows.append(row)
+    assert len(rows) == 5
+    for (_, planned, summed, _), own, printed in zip(
+        rows, options, _plans(options), strict=True
+    ):
+        assert printed["decode step, about"][1] == planned, own
+        if summed:
+            layers = 48 if "qwen3" in own else 32
+            total = float(planned.split()[0]) + 2 * layers * 0.019
+            assert f"{total:.1f} ms" == summed, own
+
+
+_H100 = "--hbm 75 --host {} --device-kind H100"
+_H200 = "--hbm 80 --host 512 --device-kind H200"
+_INT8, _KEYS = " --host-codec int8", " --compressed-keys int8"
+_PLANS = (
+    _H100.format(115),
+    _H100.format(115) + _INT8,
+    _H100.format(115) + _INT8 + _KEYS,
+    _H100.format(230) + _INT8,
+    _H100.format(230) + _INT8 + _KEYS,
+    _H200,
+    _H200 + " --device-blocks 96",
+)
+
+
+def test_planned_batches_are_the_plan_s():
+    """The table of estimates, and the estimate beside the measured batches."""
+    rows = [row for row in _rows(_section("docs/offload.md", "Planning")) if row[0]]
+    there = [row for row in rows if " rows, " in row[1]]
+    text = " ".join(_section("docs/offload.md", "Best against best").split())
+    beside = re.search(r"`sparda plan ([^`]*)`", text)
+    assert beside is not None
+    model = "--model minicpm4.1-8b --context 131072 "
+    *printed, last = _plans([*(model + own for own in _PLANS), beside.group(1)])
+    for row, own, plan in zip(there, _PLANS, printed, strict=True):
+        said = [cell.removesuffix(" tokens/s") for cell in row[1:3]]
+        batches, rates = plan["batch"], plan["tokens/s, about"]
+        assert said == [f"{batches[n]} rows, {rates[n]}" for n in (3, 2)], own
+    batch, rate = last["batch"][3], last["tokens/s, about"][3]
+    assert f"expects {batch} rows to make {rate} tokens/s" in text
