@@ -175,6 +175,7 @@ class Scheduler:
         self._drop()
         self._admit()
         if self._prefill():
+            self._stepped = None  # what a prompt takes is not a step's
             self._deliver()  # a first token does not wait for the step
         if len(self._running) > len(self._filling):
             self._decode()

@@ -82,3 +82,9 @@ def test_flags_of_hosts_come_together():
         join_hosts(None, 2, None)
     with pytest.raises(ConfigError, match=r"--process-id=2 .* below"):
         join_hosts("here:1", 2, 2)
+
+
+@pytest.mark.parametrize("address", ["here", "here:abc", ":1", "here:0", "here:99999"])
+def test_an_address_is_a_host_and_a_port(address):
+    with pytest.raises(ConfigError, match=r"--coordinator=.*HOST:PORT"):
+        join_hosts(address, 1, 0)

@@ -89,6 +89,8 @@ def test_forecast_of_another_base_is_refused(tmp_path, directory, forecast_array
     save_forecast(path, weights, base_name="other")
     with pytest.raises(CheckpointError, match="0000"):
         sj.load(directory, attention="sparda", forecast=path, sparse=SPARSE)
+    with pytest.raises(CheckpointError, match="0000"):
+        sj.load("tiny", attention="sparda", forecast=path, sparse=SPARSE)
 
 
 def test_sparda_without_weights_names_both_ways_out(directory):

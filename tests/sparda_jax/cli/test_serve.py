@@ -84,6 +84,8 @@ def test_an_address_is_one_servers_from_the_start():
                 server.bind(host, port)
     with server.bind("127.0.0.1", port):
         pass
+    with pytest.raises(ConfigError, match="port=70000 cannot be listened at"):
+        server.bind("127.0.0.1", 70000)
 
 
 @pytest.mark.slow
