@@ -66,13 +66,14 @@ def test_published_curves_are_those_of_the_published_traces():
 
 @pytest.mark.slow
 def test_more_slots_miss_less(tmp_path):
-    small = _plan()
+    least = CacheConfig(kind="offload", device_blocks=None)
+    small = _plan(cache=least)
     large = _plan(cache=CacheConfig(kind="offload", device_blocks=20))
     assert 0 < large.miss < small.miss / 5
     assert small.miss_source == published_curve("sparda").source
     path = tmp_path / "walk.npz"
     write_trace(path, drifting_trace())
-    own = _plan(trace=path)
+    own = _plan(trace=path, cache=least)
     assert own.miss_source == "walk, none, infllm_v2, 4120 tokens"
     assert own.miss == pytest.approx(curve_of(drifting_trace()).shares[0] * 4 / 7)
     assert _plan(miss=0.25).miss == 0.25
