@@ -235,11 +235,7 @@ def language_model(arguments: argparse.Namespace):
             dtype=arguments.dtype,
         )
     preset = get_preset(arguments.random)
-    shape = dataclasses.replace(
-        preset.model,
-        num_layers=arguments.layers or preset.model.num_layers,
-        max_context=2**21,
-    )
+    shape = preset.shape(arguments.layers, 2**21)
     dtype = arguments.dtype or default_dtype()
     return LanguageModel(
         model=random_decoder(shape, dtype, forecast=True),

@@ -299,11 +299,7 @@ def _measured(arguments: argparse.Namespace) -> None:
 
     begun = time.perf_counter()
     preset, trace = get_preset(arguments.model), read_trace(arguments.trace)
-    config = dataclasses.replace(
-        preset.model,
-        num_layers=arguments.layers or preset.model.num_layers,
-        max_context=max(preset.model.max_context, arguments.context * 2),
-    )
+    config = preset.shape(arguments.layers, 2 * arguments.context)
     rates = measure_rates(route=arguments.route).rates
     model = random_decoder(config, "bfloat16", forecast=True)
     planner = Planner(config, preset.sparse, arguments.context, rates, curve_of(trace))

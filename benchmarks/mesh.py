@@ -355,11 +355,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from sparda_jax.planning.traces import read_trace
 
     preset = get_preset(arguments.model)
-    config = dataclasses.replace(
-        preset.model,
-        num_layers=arguments.layers or preset.model.num_layers,
-        max_context=max(preset.model.max_context, arguments.context * 2),
-    )
+    config = preset.shape(arguments.layers, 2 * arguments.context)
     sparse, new = preset.sparse, arguments.steps + 4 * CHUNK
     begun = _BEGUN
     found = jax.devices()

@@ -410,11 +410,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from sparda_jax.planning.traces import read_trace
 
     preset = get_preset(arguments.model)
-    config = dataclasses.replace(
-        preset.model,
-        num_layers=arguments.layers or preset.model.num_layers,
-        max_context=max(preset.model.max_context, arguments.context * 2),
-    )
+    config = preset.shape(arguments.layers, 2 * arguments.context)
     keys = arguments.compressed_keys
     sparse = dataclasses.replace(preset.sparse, compressed_keys=keys)
     device = jax.devices()[0].device_kind

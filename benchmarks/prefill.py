@@ -363,11 +363,7 @@ def _run(arguments: argparse.Namespace) -> None:
     for name in arguments.attention:
         get_selector(name)
     preset = get_preset(arguments.model)
-    config = dataclasses.replace(
-        preset.model,
-        num_layers=arguments.layers or preset.model.num_layers,
-        max_context=max(preset.model.max_context, 2 * max(arguments.context)),
-    )
+    config = preset.shape(arguments.layers, 2 * max(arguments.context))
     cpu = jax.default_backend() == "cpu"
     rate = matrix_rate(1024 if cpu else 8192)
     device = jax.devices()[0].device_kind

@@ -334,7 +334,7 @@ def open_model(name: str) -> CheckpointSource:
         )
     if not preset.fetchable:
         why = "its weights are not in the package index"
-        if name.startswith("tiny"):
+        if name in _RANDOM:
             why = "its weights are random, and in no file"
         raise ConfigError(
             f"model={name!r} is known, but {why}: give the path of a safetensors "

@@ -22,6 +22,19 @@ class Preset:
     summary: str
     fetchable: bool = False
 
+    def shape(self, layers: int | None, context: int) -> ModelConfig:
+        """The model for measuring: with so many layers, None for its own, and room.
+
+        Args:
+          layers: How many layers.
+          context: Tokens that it must have room for.
+        """
+        return dataclasses.replace(
+            self.model,
+            num_layers=layers or self.model.num_layers,
+            max_context=max(self.model.max_context, context),
+        )
+
 
 # A dense-pretrained model with an 8k context. Keys that were not trained to be averaged
 # need finer windows: with 32/16 it loses passkeys that it keeps with 8/4.

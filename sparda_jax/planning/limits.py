@@ -49,6 +49,15 @@ def _pinned_pool() -> Limit:
     return Limit(usable, f"{_POOL_SHARE:.0%} of {HOST_LIMIT}={text or _POOL_GIB}")
 
 
+def _device_stats() -> dict[str, int]:
+    return jax.local_devices()[0].memory_stats() or {}
+
+
+def device_bytes_in_use() -> int:
+    """Bytes of the default device that arrays hold; 0 where it does not tell."""
+    return int(_device_stats().get("bytes_in_use", 0))
+
+
 def memory_limits(cache: CacheConfig) -> MemoryLimits:
     """The limits of a cache on the default device.
 
@@ -57,7 +66,7 @@ def memory_limits(cache: CacheConfig) -> MemoryLimits:
     machine's memory, whichever is smaller.
     """
     device = host = both = None
-    stats = jax.local_devices()[0].memory_stats() or {}
+    stats = _device_stats()
     physical = physical_memory()
     if "bytes_limit" in stats:
         device = Limit(int(stats["bytes_limit"]), "the device's memory")
@@ -243,8 +252,7 @@ def _refuse_beside_others(plan: MemoryPlan, limit: Limit, *, held: bool) -> None
         ours = plan.persistent
 
     def others() -> int:
-        stats = jax.local_devices()[0].memory_stats() or {}
-        return max(0, int(stats.get("bytes_in_use", 0)) - ours)
+        return max(0, device_bytes_in_use() - ours)
 
     if plan.device + others() <= limit.size:
         return
@@ -278,8 +286,7 @@ def refuse_copy(state: GenerateState, rows: int, cache: CacheConfig) -> None:
     in_use = held_device
     if cache.device_limit is None and limits.device is not None:
         gc.collect()  # an earlier cache may only wait for this
-        stats = jax.local_devices()[0].memory_stats() or {}
-        in_use = max(in_use, int(stats.get("bytes_in_use", 0)))
+        in_use = max(in_use, device_bytes_in_use())
     device, host = in_use + share * held_device, held_host * (1 + share)
     for what, need, limit in (
         ("device memory", device, limits.device),

@@ -5,14 +5,17 @@ import functools
 import gc
 from collections.abc import Callable
 
-import jax
 from jax.typing import DTypeLike
 
 from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig
 from sparda_jax.inference.shapes import Shapes
 from sparda_jax.models.decoder import Storage
-from sparda_jax.planning.limits import MemoryLimits, shortfall
+from sparda_jax.planning.limits import (
+    MemoryLimits,
+    device_bytes_in_use,
+    shortfall,
+)
 from sparda_jax.planning.memory import MemoryPlan, memory_plan
 
 # Of the device's memory: scratch is estimated, and an allocator leaves gaps.
@@ -143,5 +146,4 @@ def _free(plan: MemoryPlan, limits: MemoryLimits, others: int) -> int | None:
 def held_by_others(ours: int) -> int:
     """Bytes of the default device that arrays beside ours hold."""
     gc.collect()  # an earlier cache may only wait for this
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return max(0, int(stats.get("bytes_in_use", 0)) - ours)
+    return max(0, device_bytes_in_use() - ours)

@@ -19,11 +19,14 @@ from sparda_jax.sparse.selection import SelectionTile
 from sparda_jax.sparse.selector import Selector
 
 
+def with_importance(config: ModelConfig, parts: Indices) -> Indices:
+    """These parts, and the means of c where the model has it (NOSA)."""
+    return {**parts, "importance": Importance()} if config.key_bias else parts
+
+
 def two_stage_indices(config: ModelConfig) -> Indices:
     """Key means, and the means of c where the model has it."""
-    if not config.key_bias:
-        return {"key_means": KeyMeans()}
-    return {"key_means": KeyMeans(), "importance": Importance()}
+    return with_importance(config, {"key_means": KeyMeans()})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,19 +15,12 @@ from sparda_jax.checks import integer, optional, settle
 from sparda_jax.config import ModelConfig, SparseConfig
 from sparda_jax.sparse.bound_scores import bound_scores
 from sparda_jax.sparse.index import Indices
-from sparda_jax.sparse.indices.importance import Importance
-from sparda_jax.sparse.indices.key_bounds import KeyBounds, pages_per_block
+from sparda_jax.sparse.indices.key_bounds import pages_per_block
+from sparda_jax.sparse.own_query import with_importance
 from sparda_jax.sparse.selection import SelectionTile
 from sparda_jax.sparse.selector import Selector
 from sparda_jax.sparse.selectors.quest import Quest
 from sparda_jax.sparse.selectors.sparda import SparDA
-
-
-def _indices(config: ModelConfig, page: int | None) -> Indices:
-    """Key bounds, and what NOSA's second stage needs where the model has it."""
-    if not config.key_bias:
-        return {"key_bounds": KeyBounds(page)}
-    return {"key_bounds": KeyBounds(page), "importance": Importance()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +30,8 @@ class _ByOwnQuery(Quest):
     name = "sparda_bounds"
 
     def indices(self, config: ModelConfig) -> Indices:
-        """As `_indices`."""
-        return _indices(config, self.page)
+        """As Quest's, and what NOSA's second stage needs where the model has it."""
+        return with_importance(config, super().indices(config))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +52,8 @@ class SparDABounds(SparDA):
         settle(self, page=optional(integer(1)))
 
     def indices(self, config: ModelConfig) -> Indices:
-        """Least and largest key of each page."""
-        return _indices(config, self.page)
+        """Least and largest key of each page, as by own queries."""
+        return self.by_own_query().indices(config)
 
     def by_own_query(self) -> Selector:
         """Quest-style."""
