@@ -401,9 +401,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def sweep_name(rate: float) -> str:
-    """Of an open loop's figures among those of a sweep."""
-    return f"load_at_{rate:g}_a_second"
+def sweep(
+    arguments: argparse.Namespace, seed: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The loops of `--sweep`, with seeds from `seed` on.
+
+    Yields:
+      The name of a loop's figures, and the options that are its own.
+    """
+    for own, rate in enumerate(arguments.sweep, start=seed):
+        yield f"load_at_{rate:g}_a_second", {"rate": rate, "seed": own}
 
 
 def _of_url(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -429,10 +436,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if arguments.url is not None:
         found = {"load": _of_url(arguments)}
-        for place, rate in enumerate(arguments.sweep, start=1):
-            other = {"rate": rate, "seed": arguments.seed + place}
+        for name, other in sweep(arguments, arguments.seed + 1):
             again = argparse.Namespace(**{**vars(arguments), **other})
-            found[sweep_name(rate)] = _of_url(again)
+            found[name] = _of_url(again)
     else:
         with needs("serve"):
             from benchmarks.load_here import measure_here

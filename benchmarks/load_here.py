@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from benchmarks.bench import language_model
-from benchmarks.load import LOAD_OPTIONS, sweep_name
+from benchmarks.load import LOAD_OPTIONS, sweep
 from sparda_jax.checkpoint.files import read_json
 from sparda_jax.checks import ConfigError
 from sparda_jax.cli.console import note
@@ -189,11 +189,9 @@ def measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
         load = _users(arguments, url, vocab, {})
         note(f"load {load['between_tokens_seconds']}")
         swept = {}
-        for place, rate in enumerate(arguments.sweep, start=2):
-            other = {"rate": rate, "seed": arguments.seed + place}
-            found = _users(arguments, url, vocab, other)
-            swept[sweep_name(rate)] = found
-            note(f"at {rate:g} a second {json.dumps(found)}")
+        for name, other in sweep(arguments, arguments.seed + 2):
+            swept[name] = found = _users(arguments, url, vocab, other)
+            note(f"at {other['rate']:g} a second {json.dumps(found)}")
     finally:
         server.should_exit = True
         thread.join()
