@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,13 +14,14 @@ class Attended:
 
     Attributes:
       kv: blocks of keys (index 0 of the axis of 2) and values (index 1) of a stack of
-        layers, of which no slice is copied; in decode a block is a slot.
+        layers, of which no slice is copied; in decode a block is a slot, whose numbers
+        may be integers of 8 bits.
       layer: int32, which layer of the stack.
       key_bias: float32, added to the scaled logits of each key; or None.
       scale: factor of the logits; a trace fixes it.
     """
 
-    kv: Float[Array, "L B K M block 2 H"]
+    kv: Float[Array, "L B K M block 2 H"] | Int8[Array, "L B K M block 2 H"]
     layer: Int[Array, ""]
     key_bias: Float[Array, "L B K M block"] | None
     scale: float = field(metadata={"static": True})

@@ -176,15 +176,20 @@ def softmax_step(
     running: Softmax,
     logits: Float[Array, "rows keys"],
     load_values: Callable[[], Float[Array, "keys H"]],
+    value_scales: Float[Array, "1 keys"] | None = None,
 ) -> Softmax:
-    """Takes in a tile of masked logits; values are loaded after the weights."""
+    """Takes in a tile of masked logits; values are loaded after the weights.
+
+    Values may have a scale a key, by which their weights are multiplied.
+    """
     top, total, acc = running
     new_top = jnp.maximum(top, logits.max(1))
     shift = finite_or_zero(new_top)
     weights = jnp.exp(logits - shift[:, None])
     fade = jnp.exp(top - shift)
     values = load_values()
-    acc = acc * fade[:, None] + dot(weights.astype(values.dtype), values)
+    factors = weights if value_scales is None else weights * value_scales
+    acc = acc * fade[:, None] + dot(factors.astype(values.dtype), values)
     return new_top, total * fade + weights.sum(1), acc
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -135,10 +135,12 @@ def require_non_negative(name: str, value: int) -> int:
 
 def attended(
     q: Float[Array, "*rows N H"],
-    kv: Float[Array, "*L B K M block 2 H"],
+    kv: Float[Array, "*L B K M block 2 H"] | Int8[Array, "*L B K M block 2 H"],
     layer: Int[Array, ""] | int | None,
     key_bias: Float[Array, "*L B K M block"] | None,
     scale: float | None,
+    *,
+    in_8_bits: bool = False,
 ) -> dict[str, Any]:
     """Checks what both attentions read, with or without a layer axis.
 
@@ -151,6 +153,7 @@ def attended(
       layer: index into the leading axis; None when ``kv`` has no such axis.
       key_bias: what is added to the scaled logits of a key, or None.
       scale: factor of the logits, or None for the default.
+      in_8_bits: ``kv`` holds integers, whose scales the caller checks.
 
     Returns:
       The fields of ``operands.Attended``, the leading axis present.
@@ -169,7 +172,8 @@ def attended(
             f"kv has shape {tuple(kv.shape)} with layer={layer!r}; it must be [{axes}] "
             "with no empty axis (pass layer exactly when kv has the leading L axis)"
         )
-    require_float("kv", kv)
+    if not in_8_bits:
+        require_float("kv", kv)
     if key_bias is not None:
         require_shape("key_bias", key_bias, kv.shape[:-2], axes.removesuffix(" 2 H"))
         require_dtype("key_bias", key_bias, jnp.float32)
@@ -180,7 +184,7 @@ def attended(
     require_groups(heads, kv.shape[2])
     size = (None, batch, None, None, None, 2, head_dim)
     require_shape("kv", kv, size, "L B K C block 2 H")
-    require_dtype("kv", kv, q.dtype)
+    require_dtype("kv", kv, jnp.int8 if in_8_bits else q.dtype)
     return {"kv": kv, "layer": layer, "key_bias": key_bias, "scale": scale}
 
 

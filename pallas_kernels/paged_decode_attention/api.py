@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, overload
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.paged_decode_attention.operands import checked
@@ -22,13 +22,16 @@ OP = "paged_decode_attention"
 @overload
 def paged_decode_attention(
     q: Float[Array, "B N H"],
-    kv: Float[Array, "*L B K C block 2 H"],
+    kv: Float[Array, "*L B K C block 2 H"] | Int8[Array, "*L B K C block 2 H"],
     *,
     slots: Int[Array, "B K P"] | None = ...,
     slot_lengths: Int[Array, "B K P"] | None = ...,
     lengths: Int[Array, " B"] | None = ...,
     layer: Int[Array, ""] | int | None = ...,
     key_bias: Float[Array, "*L B K C block"] | None = ...,
+    scales: Float[Array, "*L B K C S"] | None = ...,
+    tail: Float[Array, "*L B K block 2 H"] | None = ...,
+    tail_lengths: Int[Array, " B"] | None = ...,
     scale: float | None = ...,
     return_lse: Literal[False] = ...,
     implementation: Implementation | None = ...,
@@ -38,13 +41,16 @@ def paged_decode_attention(
 @overload
 def paged_decode_attention(
     q: Float[Array, "B N H"],
-    kv: Float[Array, "*L B K C block 2 H"],
+    kv: Float[Array, "*L B K C block 2 H"] | Int8[Array, "*L B K C block 2 H"],
     *,
     slots: Int[Array, "B K P"] | None = ...,
     slot_lengths: Int[Array, "B K P"] | None = ...,
     lengths: Int[Array, " B"] | None = ...,
     layer: Int[Array, ""] | int | None = ...,
     key_bias: Float[Array, "*L B K C block"] | None = ...,
+    scales: Float[Array, "*L B K C S"] | None = ...,
+    tail: Float[Array, "*L B K block 2 H"] | None = ...,
+    tail_lengths: Int[Array, " B"] | None = ...,
     scale: float | None = ...,
     return_lse: Literal[True],
     implementation: Implementation | None = ...,
@@ -53,13 +59,16 @@ def paged_decode_attention(
 
 def paged_decode_attention(
     q: Float[Array, "B N H"],
-    kv: Float[Array, "*L B K C block 2 H"],
+    kv: Float[Array, "*L B K C block 2 H"] | Int8[Array, "*L B K C block 2 H"],
     *,
     slots: Int[Array, "B K P"] | None = None,
     slot_lengths: Int[Array, "B K P"] | None = None,
     lengths: Int[Array, " B"] | None = None,
     layer: Int[Array, ""] | int | None = None,
     key_bias: Float[Array, "*L B K C block"] | None = None,
+    scales: Float[Array, "*L B K C S"] | None = None,
+    tail: Float[Array, "*L B K block 2 H"] | None = None,
+    tail_lengths: Int[Array, " B"] | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     implementation: Implementation | None = None,
@@ -78,8 +87,9 @@ def paged_decode_attention(
     Args:
       q: one query token a row, in float32, bfloat16 or float16. Query head n reads
         kv head n // (N // K).
-      kv: slots in the dtype of ``q``; index 0 of the axis of 2 is the key, 1 the
-        value. With ``layer``, a stack of them, of which no slice is copied.
+      kv: slots in the dtype of ``q``, or int8 with ``scales``; index 0 of the axis of 2
+        is the key, 1 the value. With ``layer``, a stack of them, of which no slice is
+        copied.
       slots: int32, the slots that each row and kv head reads; -1 is padding, allowed
         anywhere; any order; no slot twice.
       slot_lengths: int32, valid tokens of each listed slot: ``block``, fewer for the
@@ -88,6 +98,12 @@ def paged_decode_attention(
         None. Values beyond the capacity mean all of it.
       layer: which layer of a stacked ``kv`` (int or int32 scalar, traced or not).
       key_bias: float32, added to the scaled logits of each key.
+      scales: float32, for slots in 8 bits (``kv`` is int8): of each slot H for K's
+        channels, then one for each of V's tokens, then any padding; a number is its
+        integer times its scale. Not with ``key_bias``.
+      tail: with ``scales``: one more block a row and kv head in the dtype of ``q``,
+        attended to beside the slots.
+      tail_lengths: with ``scales``: int32, its valid tokens; 0 or less for none.
       scale: factor of the logits; ``H ** -0.5`` by default.
       return_lse: also return the log-sum-exp of the logits, to merge partial results.
       implementation: "mosaic_gpu", "triton" or "xla"; None for the recorded choice
@@ -109,6 +125,9 @@ def paged_decode_attention(
         lengths=lengths,
         layer=layer,
         key_bias=key_bias,
+        scales=scales,
+        tail=tail,
+        tail_lengths=tail_lengths,
         scale=scale,
     )
 

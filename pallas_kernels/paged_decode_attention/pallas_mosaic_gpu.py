@@ -317,6 +317,8 @@ def paged_decode_attention_mosaic_gpu(
       NotImplementedError: for sizes that are not the kernel's, or without Hopper.
       ValueError: for a ``config`` that needs more shared memory than there is.
     """
+    if operands.stored is not None:
+        raise NotImplementedError("mosaic_gpu does not read slots in 8 bits")
     q, key_bias, groups = operands.q, operands.key_bias, operands.groups
     batch, heads, head_dim = q.shape
     kv_heads, capacity, block = operands.kv.shape[2:5]

@@ -97,6 +97,9 @@ def _kernel(
     q_ref,  # [B N H]
     kv_ref,  # [L, B, K, C, block, 2 H]
     bias_ref,  # [L, B, K, C, block] or None
+    scales_ref,  # [L, B, K, C, S] for slots in 8 bits, or None
+    tail_ref,  # [L, B, K, block, 2 H] with scales
+    tail_lengths_ref,  # [B] with scales
     out_ref,  # [B K splits G H]
     lse_ref,  # [B K splits G]
     *,
@@ -139,7 +142,11 @@ def _kernel(
         def load(which):
             columns = pl.ds(which * head_dim, head_dim)
             at = kv_ref.at[layer, b, k, slot, :, columns]
-            return plt.load(at, mask=valid[:, None], other=0.0)
+            return plt.load(at, mask=valid[:, None], other=0)
+
+        if scales_ref is not None:
+            at = (layer, b, k, slot)
+            return _stored_step(running, query, valid, load, scales_ref, at, scale)
 
         logits = dot(query, load(0).T) * scale
         if bias_ref is not None:
@@ -149,6 +156,9 @@ def _kernel(
         return softmax_step(running, logits, lambda: load(1))
 
     start = softmax_start(rows, head_dim)
+    if tail_ref is not None:
+        grown = (offset < tail_lengths_ref[b]) & (split == 0)
+        start = _tail_step(start, query, grown, tail_ref, (layer, b, k), scale)
     out, lse = softmax_end(lax.fori_loop(first, last, body, start))
     part = (pair * pl.num_programs(0) + split) * groups
     plt.store(
@@ -157,6 +167,36 @@ def _kernel(
         mask=real,
     )
     plt.store(lse_ref.at[part + row], lse, mask=row < groups)
+
+
+def _stored_step(running, query, valid, load, scales_ref, at, scale):
+    """A slot in 8 bits.
+
+    Its integers are exact in the queries' dtype, and K's scales multiply the queries as
+    V's do the weights: those are fewer numbers than the slot's.
+    """
+    dim, block = query.shape[-1], valid.shape[0]
+    of_k = plt.load(scales_ref.at[*at, pl.ds(0, dim)])
+    of_v = plt.load(scales_ref.at[*at, pl.ds(dim, block)], mask=valid, other=0.0)
+    scaled = (query.astype(jnp.float32) * of_k[None]).astype(query.dtype)
+    logits = dot(scaled, load(0).astype(query.dtype).T) * scale
+    logits = jnp.where(valid[None], logits, NEG_INF)
+    return softmax_step(
+        running, logits, lambda: load(1).astype(query.dtype), of_v[None]
+    )
+
+
+def _tail_step(running, query, valid, tail_ref, at, scale):
+    """The block that grows, beside slots in 8 bits."""
+    head_dim = query.shape[-1]
+
+    def load(which):
+        columns = pl.ds(which * head_dim, head_dim)
+        return plt.load(tail_ref.at[*at, :, columns], mask=valid[:, None], other=0.0)
+
+    logits = dot(query, load(0).T) * scale
+    logits = jnp.where(valid[None], logits, NEG_INF)
+    return softmax_step(running, logits, lambda: load(1))
 
 
 @in_32_bit
@@ -184,6 +224,9 @@ def paged_decode_attention_triton(
     splits = min(config.splits, listed)
     parts = heads * batch * splits
     partial = q.dtype if splits == 1 else jnp.float32
+    stored, tail = operands.stored, None
+    if stored is not None:
+        tail = stored.tail.reshape(*stored.tail.shape[:-2], 2 * head_dim)
     out, lse = launch(
         functools.partial(
             _kernel,
@@ -200,6 +243,9 @@ def paged_decode_attention_triton(
         q.reshape(-1),
         kv.reshape(*kv.shape[:-2], 2 * head_dim),
         operands.key_bias,
+        None if stored is None else stored.scales,
+        tail,
+        None if stored is None else stored.tail_lengths,
         grid=(splits, kv_heads, batch),
         out_shape=(
             jax.ShapeDtypeStruct((parts * head_dim,), partial),

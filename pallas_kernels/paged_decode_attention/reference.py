@@ -11,6 +11,7 @@ from pallas_kernels._common.numerics import (
     finite_or_zero,
     in_32_bit,
 )
+from pallas_kernels.commit_blocks.int8 import decoded
 from pallas_kernels.paged_decode_attention.operands import Decode
 
 
@@ -28,7 +29,10 @@ def paged_decode_attention_reference(
     q, layer, slots = operands.q, operands.layer, operands.slots
     batch, heads, head_dim = q.shape
     kv_heads, capacity, block = operands.kv.shape[2:5]
-    kv = operands.kv[layer].astype(jnp.float32)
+    kv = operands.kv[layer]
+    if operands.stored is not None:
+        kv = decoded(kv, operands.stored.scales[layer], jnp.float32)
+    kv = kv.astype(jnp.float32)
     offset = jnp.arange(block)
     if slots is None:
         assert operands.lengths is not None
@@ -41,6 +45,12 @@ def paged_decode_attention_reference(
         length = length.max(2)  # B K C
         valid = offset < length[..., None]
     valid = jnp.broadcast_to(valid, (batch, kv_heads, capacity, block))
+    if operands.stored is not None:
+        tail = operands.stored.tail[layer][:, :, None].astype(jnp.float32)
+        kv = jnp.concatenate((kv, tail), axis=2)
+        grown = offset < operands.stored.tail_lengths[:, None]
+        grown = jnp.broadcast_to(grown[:, None, None], (batch, kv_heads, 1, block))
+        valid = jnp.concatenate((valid, grown), axis=2)
     query = q.astype(jnp.float32).reshape(batch, kv_heads, -1, head_dim)
     logits = operands.scale * einsum_f32("bkgh,bkcsh->bkgcs", query, kv[..., 0, :])
     if operands.key_bias is not None:

@@ -34,6 +34,7 @@ from pallas_kernels._common.numerics import (
     in_32_bit,
     softmax_finish,
 )
+from pallas_kernels.commit_blocks.int8 import decoded
 from pallas_kernels.paged_decode_attention.operands import Decode
 
 # Keys in one step of the loop: a chunk of K and V stays in a core's L2 cache.
@@ -86,7 +87,8 @@ def paged_decode_attention_xla(
     slots, slot_lengths = operands.slots, operands.slot_lengths
     batch, heads, head_dim = q.shape
     kv_heads, capacity, block = kv.shape[2:5]
-    groups = operands.groups
+    groups, stored = operands.groups, operands.stored
+    scales = 0 if stored is None else stored.scales.shape[-1]
     query = q.reshape(batch, kv_heads, groups, head_dim)
 
     def attend(carry, keys, values, bias, valid):
@@ -104,6 +106,12 @@ def paged_decode_attention_xla(
         update = einsum_f32("bksg,bksh->bkgh", weights.astype(values.dtype), values)
         return new_top, total * fade + weights.sum(2), acc * fade[..., None] + update
 
+    def values_of(whole, scale):
+        # B K slots block 2 H of integers; B K slots S.
+        both = decoded(whole, scale, q.dtype)
+        shape = (batch, kv_heads, -1, head_dim)
+        return both[..., 0, :].reshape(shape), both[..., 1, :].reshape(shape)
+
     if slots is None:
         lengths = operands.lengths
         assert lengths is not None
@@ -113,6 +121,10 @@ def paged_decode_attention_xla(
         def load(step):
             # The last chunk is moved back to stay inside; what it repeats is masked.
             start = jnp.minimum(step * chunk, capacity - chunk)
+
+            def cut(x, *rest):
+                at = (layer, 0, 0, start, *(0,) * len(rest))
+                return lax.dynamic_slice(x, at, (1, batch, kv_heads, chunk, *rest))[0]
 
             def take(which):
                 part = lax.dynamic_slice(
@@ -131,6 +143,9 @@ def paged_decode_attention_xla(
                     (layer, 0, 0, start, 0),
                     (1, batch, kv_heads, chunk, block),
                 ).reshape(batch, kv_heads, chunk * block)
+            if stored is not None:
+                held = cut(kv, block, 2, head_dim), cut(stored.scales, scales)
+                return *values_of(*held), bias, valid[:, None]
             return take(0), take(1), bias, valid[:, None]
 
     else:
@@ -156,6 +171,10 @@ def paged_decode_attention_xla(
 
             bias = None if key_bias is None else take(key_bias)
             valid = valid.reshape(batch, kv_heads, chunk * block)
+            if stored is not None:
+                at = (layer, row, head, index)
+                held = (x.at[at].get(mode="clip") for x in (kv, stored.scales))
+                return *values_of(*held), bias, valid
             return take(kv, 0), take(kv, 1), bias, valid
 
     carry = (
@@ -163,6 +182,10 @@ def paged_decode_attention_xla(
         jnp.zeros((batch, kv_heads, groups)),
         jnp.zeros((batch, kv_heads, groups, head_dim)),
     )
+    if stored is not None:
+        tail = stored.tail[layer]
+        grown = jnp.arange(block) < stored.tail_lengths[:, None, None]
+        carry = attend(carry, tail[..., 0, :], tail[..., 1, :], None, grown)
     if isinstance(steps, int) and steps == 1:
         carry = attend(carry, *load(0))
     else:

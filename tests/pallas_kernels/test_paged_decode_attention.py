@@ -58,6 +58,95 @@ def test_triton_with_one_split_and_with_many():
         assert_attention_matches(got, reference(args), "float32")
 
 
+def in_8_bits(args, seed=3):
+    """Arguments with slots in 8 bits, and the same as slots of numbers: an oracle.
+
+    The tail is one more slot there, at the end of each list.
+    """
+    random = np.random.default_rng(seed)
+    kv, q = args["kv"], args["q"]
+    *lead, slots, block, _, dim = kv.shape
+    whole = random.integers(-127, 128, kv.shape, np.int8)
+    scales = random.uniform(0.001, 0.02, (*lead, slots, 256)).astype(np.float32)
+    tail = random.standard_normal((*lead, block, 2, dim)).astype(np.float32)
+    tail = jnp.asarray(tail, q.dtype)
+    tail_lengths = np.resize(np.asarray([block // 2, 0, block], np.int32), len(q))
+    stored = args | {
+        "kv": jnp.asarray(whole),
+        "scales": jnp.asarray(scales),
+        "tail": tail,
+        "tail_lengths": jnp.asarray(tail_lengths),
+    }
+    both = whole.astype(np.float32)
+    both[..., 0, :] *= scales[..., None, :dim]
+    both[..., 1, :] *= scales[..., dim : dim + block, None]
+    tail = np.asarray(tail, np.float32)[..., None, :, :, :]
+    kv = jnp.asarray(np.concatenate((both, tail), axis=-4), jnp.float32)
+    shape = (*args["slots"].shape[:2], 1)
+    own = jnp.broadcast_to(jnp.int32(slots), shape)
+    held = jnp.broadcast_to(jnp.asarray(tail_lengths)[:, None, None], shape)
+    plain = args | {
+        "q": q.astype(jnp.float32),
+        "kv": kv,
+        "slots": jnp.concatenate((args["slots"], own), -1),
+        "slot_lengths": jnp.concatenate((args["slot_lengths"], held), -1),
+    }
+    return stored, plain
+
+
+def test_slots_in_8_bits():
+    """XLA and Triton against the float32 definition of the decoded numbers."""
+    spec = ArgSpec("", 3, 6, 2, 16, 16, 6, listed=3, layers=2, lengths=(90, 30))
+    stored, plain = in_8_bits(spec.make("float32"))
+    want = reference(plain)
+    assert_attention_matches(compute(stored), want, "float32")
+    assert_attention_matches(reference(stored), want, "float32")
+    run = functools.partial(
+        paged_decode_attention_triton, config=triton.Config(splits=2), interpret=True
+    )
+    assert_attention_matches(jax.jit(run)(checked(**stored)), want, "float32")
+
+
+def test_all_slots_in_8_bits_are_the_listed_ones():
+    spec = ArgSpec("", 3, 6, 2, 16, 16, 40, listed=40, lengths=(640, 75))
+    stored, plain = in_8_bits(spec.make("float32"))
+    all_slots = {"slots": None, "slot_lengths": None}
+    lengths = all_slots | {"lengths": jnp.array([640, 75, 640])}
+    got = compute(stored | lengths)
+    assert_attention_matches(got, reference(plain), "float32")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["triton", "xla"])
+@pytest.mark.parametrize("batch", [1, 16, 100])
+def test_native_slots_in_8_bits(implementation, batch):
+    spec = ArgSpec("", batch, 32, 2, 128, 64, 187, listed=96, padding=0.1)
+    stored, plain = in_8_bits(spec.make("bfloat16"))
+    got = compute(stored, implementation)
+    assert_attention_matches(got, reference(plain), "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tail": None}, "must be given together"),
+        ({"scales": None}, "must be given together"),
+        ({"scales": jnp.zeros((1, 2, 12, 100))}, "scales has 100 a slot"),
+        ({"scales": jnp.zeros((1, 2, 11, 256))}, "scales has shape"),
+        ({"tail": jnp.zeros((1, 2, 32, 2, 64))}, "tail has shape"),
+        ({"tail_lengths": jnp.zeros((2,), jnp.int32)}, "tail_lengths has shape"),
+        ({"kv": jnp.zeros((1, 2, 12, 64, 2, 64))}, "kv has dtype"),
+        ({"key_bias": jnp.zeros((1, 2, 12, 64))}, "key_bias must not be given"),
+        ({"implementation": "mosaic_gpu"}, "mosaic_gpu"),
+    ],
+)
+def test_bad_arguments_in_8_bits(change, message, without_type_checks):
+    spec = ArgSpec("", 1, 6, 2, 64, 64, 12, listed=5)
+    stored, _ = in_8_bits(spec.make("float32"))
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        paged_decode_attention(**stored | change)
+
+
 MOSAIC_CONFIGS = [
     mosaic.Config(1, 2),
     mosaic.Config(1, 6, 1, 2),
