@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 import sparda_jax as sj
 from sparda_jax.checkpoint.atomic import new_file, write_json, write_text
-from sparda_jax.checkpoint.tokenizer import Tokenizer
 from sparda_jax.checks import (
     ConfigError,
     choice,
@@ -42,9 +41,10 @@ from sparda_jax.cli.console import advance
 from sparda_jax.config import ForecastReads, ModelConfig, SparseConfig
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.evaluation.documents import token_rows
-from sparda_jax.evaluation.passkey import PasskeyTask, passkey_task
+from sparda_jax.evaluation.passkey import PasskeyTask
 from sparda_jax.loading import default_dtype, open_model
 from train.adapt_card import card, told, verdict
+from train.adapt_passkeys import keep_passkeys, passkey_tasks, passkeys_found
 from train.adapt_work import first_evaluation, kept, read_kept, same_call
 from train.config import (
     PUBLISHED_LOSS,
@@ -63,9 +63,6 @@ from train.run_directory import check_writable
 _HELD_OUT = 0.1
 # Steps of a run that the clock ends.
 _MANY = 100_000
-_DEPTHS = (0.1, 0.5, 0.9)
-# Tokens that a passkey's prompt leaves of a row.
-_ANSWER = 64
 _share = number(least=0, most=1)
 
 
@@ -211,10 +208,11 @@ def run_adapt(asked: AdaptConfig, *, progress: bool = True) -> AdaptResult:
         tried, texts = _tried(asked, tokens), _texts(asked, sources, tokens)
         # Only now is it a call to go on with: another text may be named after a slip.
         write_json(work / "call.json", identity)
-        geometry = _geometry(asked, config, tried, texts, progress)
+        geometry = _geometry(asked, config, tried, texts, tokens, progress)
         write_json(work / "geometry.json", geometry)
     with kept(work / "geometry.json"):
         SparseConfig(**geometry["sparse"])
+        dict(geometry.get("passkeys") or {})
     result = train(
         _training(asked, sources, tokens, geometry["sparse"], work), progress=progress
     )
@@ -231,7 +229,7 @@ def run_adapt(asked: AdaptConfig, *, progress: bool = True) -> AdaptResult:
     }
     with new_file(heads) as temporary:
         shutil.copyfile(result.forecast, temporary)
-    figures["passkeys"] = _passkeys(asked, heads, geometry["sparse"], tokens, progress)
+    figures["passkeys"] = _passkeys(asked, heads, geometry, tokens, progress)
     figures["verdict"] = verdict(figures, asked.least_mass)
     write_text(heads.with_suffix(".md"), card(figures, heads.name))
     plot_curves(work / "run" / "log.jsonl", heads.with_suffix(".png"))
@@ -284,7 +282,7 @@ def _check(asked: AdaptConfig) -> tuple[ModelConfig, int]:
     dtype = default_dtype() if asked.dtype is None else jnp.dtype(asked.dtype)
     wide = dataclasses.replace(config, forecast_queries=queries)
     refuse_too_little_memory(wide, dtype, tokens)
-    _passkey_tasks(asked, source.tokenizer, tokens)
+    passkey_tasks(source.tokenizer, tokens, asked.passkeys, asked.seed)
     return config, tokens
 
 
@@ -343,13 +341,26 @@ def _geometry(
     config: ModelConfig,
     tried: list[SparseConfig],
     texts: dict[str, np.ndarray],
+    tokens: int,
     progress: bool,
 ) -> dict[str, Any]:
     """Windows and budget as JSON: those of the checkpoint, or measured ones."""
     dtype = default_dtype() if asked.dtype is None else jnp.dtype(asked.dtype)
     lm = sj.load(asked.model, dtype=dtype, storage="stacked")
-    total = len(tried) * len(texts) * config.num_layers
-    quiet = None if progress else True
+    tasks, quiet = _tasks(asked, tokens), None if progress else True
+    passkeys: list[dict[str, Any]] = []
+
+    def keep(near: list[SparseConfig]) -> SparseConfig:
+        if not tasks:
+            return near[0]
+        most = (1 + len(near)) * len(tasks)
+        with tqdm(total=most, desc="passkeys", disable=quiet) as bar:
+            kept = keep_passkeys(lm, near, tasks, bar.update)
+        passkeys.append(kept.figures)
+        return kept.sparse
+
+    passes = len(tried) + (len(tried) > 1)
+    total = passes * len(texts) * config.num_layers
     with tqdm(total=total, desc="windows and budget", disable=quiet) as bar:
         found = choose_geometry(
             lm,
@@ -357,9 +368,10 @@ def _geometry(
             least_mass=asked.least_mass,
             tried=tried,
             budget=asked.budget,
+            keep=keep,
             on_layer=lambda: advance(bar, 1),
         )
-    return _as_json(found)
+    return {**_as_json(found), "passkeys": passkeys[0] if passkeys else None}
 
 
 def _with_room(own: SparseConfig, tokens: int) -> SparseConfig:
@@ -433,53 +445,33 @@ def _training(
     )
 
 
-def _passkey_tasks(
-    asked: AdaptConfig, tokenizer: Tokenizer, tokens: int
-) -> list[PasskeyTask]:
-    """What is asked for at the end; none without a chat template."""
-    if not tokenizer.has_chat_template:
-        return []
-    try:
-        return [
-            passkey_task(
-                tokenizer,
-                tokens=tokens - _ANSWER,
-                depth=_DEPTHS[index % len(_DEPTHS)],
-                seed=asked.seed + index,
-            )
-            for index in range(asked.passkeys)
-        ]
-    except ConfigError as error:
-        raise ConfigError(
-            f"seq_len={tokens} is not allowed with passkeys={asked.passkeys}: without "
-            f"the {_ANSWER} for the answer, {error}; or passkeys must be 0"
-        ) from error
-
-
 def _passkeys(
     asked: AdaptConfig,
     heads: pathlib.Path,
-    sparse: dict[str, Any],
+    geometry: dict[str, Any],
     tokens: int,
     progress: bool,
 ) -> dict[str, Any] | None:
     """Passkeys that dense attention, own queries and the heads find."""
-    tokenizer = open_model(asked.model).tokenizer
-    tasks = [] if tokenizer is None else _passkey_tasks(asked, tokenizer, tokens)
+    tasks = _tasks(asked, tokens)
     if not tasks:
         return None
-    lm = _loaded(asked, heads, sparse)
-    found: dict[str, Any] = {"asked": len(tasks), "tokens": tokens - _ANSWER}
+    # Dense attention and own queries were asked when the windows were chosen.
+    found = dict(geometry.get("passkeys") or {"asked": len(tasks), "tokens": tokens})
+    names = [x for x in ("dense", "infllm_v2", "sparda") if x not in found]
+    lm = _loaded(asked, heads, geometry["sparse"])
     quiet = None if progress else True
-    with tqdm(total=3 * len(tasks), desc="passkeys", disable=quiet) as bar:
-        for name in ("dense", "infllm_v2", "sparda"):
-            chosen, count = sj.with_attention(lm, name), 0
-            for task in tasks:
-                out = sj.generate(chosen, [list(task.ids)], max_new_tokens=12)
-                count += task.solved_by(out.texts[0])
-                bar.update()
-            found[name] = count
+    total = len(names) * len(tasks)
+    with tqdm(total=total, desc="passkeys", disable=quiet) as bar:
+        for name in names:
+            chosen = sj.with_attention(lm, name)
+            found[name] = passkeys_found(chosen, tasks, bar.update)
     return found
+
+
+def _tasks(asked: AdaptConfig, tokens: int) -> list[PasskeyTask]:
+    tokenizer = open_model(asked.model).tokenizer
+    return passkey_tasks(tokenizer, tokens, asked.passkeys, asked.seed)
 
 
 def _loaded(

@@ -64,6 +64,14 @@ def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
     return [f"| {' | '.join(map(cell, line))} |" for line in lines]
 
 
+def _by_windows(found: dict[str, int] | None) -> str:
+    """What own queries found by the windows that were tried; nothing if by one."""
+    if found is None or len(found) < 2:
+        return ""
+    told = ", ".join(f"of {kernel} keys {count}" for kernel, count in found.items())
+    return f" Own queries by windows {told}."
+
+
 def card(figures: dict[str, Any], name: str) -> str:
     """The card, Markdown."""
     call, geometry = figures["call"], figures["geometry"]
@@ -81,6 +89,7 @@ def card(figures: dict[str, Any], name: str) -> str:
         (str(layer), *(figures["layers"][x][layer] for x in columns))
         for layer in range(len(figures["layers"]["recall"]))
     ]
+    shown = ("budget", "own_mass", "oracle_mass")
     lines = [
         f"# Forecast heads {name}",
         "",
@@ -104,15 +113,16 @@ def card(figures: dict[str, Any], name: str) -> str:
     if keys is not None:
         found = ", ".join(f"{x} {keys[x]}" for x in ("dense", "infllm_v2", "sparda"))
         lines += [
-            f"Passkeys at {keys['tokens']} tokens, of {keys['asked']}: {found}.",
+            f"Passkeys at {keys['tokens']} tokens, of {keys['asked']}: {found}."
+            + _by_windows(keys.get("windows")),
             "",
         ]
     lines += [
         "## Windows and budgets that were measured (own queries, no Forecast)",
         *_table(
-            ("window", "budget", "own-query mass", "oracle mass"),
+            ("window", "local", "budget", "own-query mass", "oracle mass"),
             [
-                (x["kernel_size"], x["budget"], x["own_mass"], x["oracle_mass"])
+                (x["kernel_size"], x.get("local_blocks"), *(x[name] for name in shown))
                 for x in geometry["measured"]
             ],
         ),

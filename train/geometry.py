@@ -2,8 +2,9 @@
 
 What the layer's own queries capture of the attention is the most that Forecast heads
 which imitate them can: so windows and budget are chosen by it, before any training. The
-windows are the coarsest ones that come near the best; the budget is the least one that
-captures the share that is asked for.
+windows are the coarsest ones that come near the best, and, where passkeys are asked
+for, keep those that dense attention finds; the budget is the least one that captures
+the share that is asked for. Fewer local blocks are taken where they capture more.
 """
 
 import dataclasses
@@ -67,73 +68,125 @@ def choose_geometry(
     least_mass: float,
     tried: list[SparseConfig],
     budget: int | None = None,
+    keep: Callable[[list[SparseConfig]], SparseConfig] = lambda near: near[0],
     on_layer: Callable[[], None] = lambda: None,
 ) -> Geometry:
-    """Measures the selections and chooses windows and budget.
+    """Measures the selections and chooses windows, local blocks and budget.
 
     Args:
       lm: Any attention; its own Forecast heads do not matter.
       texts: Token ids [rows, tokens] by domain.
       least_mass: Share of the attention that own queries must capture.
-      tried: Selections that differ in their windows.
+      tried: Selections that differ in their windows; of several, the chosen one is
+        measured with fewer local blocks too.
       budget: Blocks to take in any case; None chooses.
+      keep: Chooses of the selections that come near the best, coarsest windows first.
       on_layer: Called after each layer of each row (progress).
 
     Raises:
       ConfigError: Rows are no longer than a budget holds.
     """
-    heads = from_query_heads(lm.model)
-    model = lm.model.with_forecast(heads)
-    measured, curves = [], {}
-    for sparse in tried:
-        chosen = dataclasses.replace(
-            sj.with_attention(lm, "dense"),
-            model=model,
-            config=model.config,
-            sparse=sparse,
-            forecast_sparse=None,
-        )
-        chosen = sj.with_attention(chosen, "sparda")
-        report = forecast_report(chosen, texts, about={}, on_layer=on_layer)
-        blocks = next(iter(report["domains"].values()))["budgets"]["blocks"]
-        own, oracle = (
-            mean_over_domains(report, "budgets", f"{who}_mass").mean(0)
-            for who in ("own", "oracle")
-        )
-        curves[sparse] = (blocks, own, oracle)
-        for count, a, b in zip(blocks, own.tolist(), oracle.tolist(), strict=True):
-            measured.append(
-                {
-                    "kernel_size": sparse.kernel_size,
-                    "budget": count,
-                    "own_mass": round(a, 6),
-                    "oracle_mass": round(b, 6),
-                }
-            )
-
-    def at_quarter(sparse: SparseConfig) -> float:
-        blocks, own, _ = curves[sparse]
-        return float(own[blocks.index(sparse.block_budget)])
-
-    best = max(map(at_quarter, tried))
-    near = [sparse for sparse in tried if at_quarter(sparse) >= best - _NEAR]
-    sparse = max(near, key=lambda one: one.kernel_size)
-    blocks, own, oracle = curves[sparse]
-    if budget is None:
-        # More than a half of the blocks is hardly sparse.
-        most = tried[0].block_budget * 2
-        allowed = [i for i, count in enumerate(blocks) if count <= most]
-        at = next((i for i in allowed if own[i] >= least_mass), allowed[-1])
-        budget = blocks[at]
-    captured = float(np.interp(budget, blocks, own))
-    return Geometry(
-        sparse=dataclasses.replace(
-            sparse,
-            block_budget=budget,
-            local_blocks=min(sparse.local_blocks, max(0, budget - 3)),
-        ),
-        own_mass=captured,
-        oracle_mass=float(np.interp(budget, blocks, oracle)),
-        reached=captured >= least_mass,
-        measured=measured,
+    curves = {one: _curve(lm, texts, one, on_layer) for one in tried}
+    best = max(curves[one].at_quarter for one in tried)
+    near = [one for one in tried if curves[one].at_quarter >= best - _NEAR]
+    near.sort(key=lambda one: -one.kernel_size)
+    first = near[0]
+    fewer = dataclasses.replace(first, local_blocks=max(1, first.local_blocks // 4))
+    if len(tried) > 1 and fewer != first:
+        curves[fewer] = _curve(lm, texts, fewer, on_layer)
+        # A local block is never fetched and never scored: on near ties it stays.
+        if curves[fewer].at_quarter > curves[first].at_quarter + _NEAR:
+            first = fewer
+    curve = curves[first]
+    # More than a half of the blocks is hardly sparse.
+    most = first.largest_budget * 2
+    budget = curve.least(least_mass, most) if budget is None else budget
+    local = min(first.local_blocks, max(0, budget - 3))
+    chosen = keep(
+        [
+            dataclasses.replace(one, block_budget=budget, local_blocks=local)
+            for one in near
+        ]
     )
+    of_windows = {one.kernel_size: curves[one] for one in near}
+    of_windows[first.kernel_size] = curve
+    own, oracle = of_windows[chosen.kernel_size].at(budget)
+    return Geometry(
+        sparse=chosen,
+        own_mass=own,
+        oracle_mass=oracle,
+        reached=own >= least_mass,
+        measured=[row for one, found in curves.items() for row in found.rows(one)],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Curve:
+    """What a selection captures, by budget.
+
+    Attributes:
+      quarter: The budget that it was measured at.
+      blocks: Budgets, ascending.
+      own, oracle: Attention mass by own queries and by the best blocks.
+    """
+
+    quarter: int
+    blocks: list[int]
+    own: list[float]
+    oracle: list[float]
+
+    @property
+    def at_quarter(self) -> float:
+        return self.own[self.blocks.index(self.quarter)]
+
+    def at(self, budget: int) -> tuple[float, float]:
+        own, oracle = (
+            np.interp(budget, self.blocks, x) for x in (self.own, self.oracle)
+        )
+        return float(own), float(oracle)
+
+    def least(self, mass: float, most: int) -> int:
+        """The least budget that captures the mass, or the largest that is allowed."""
+        allowed = [i for i, count in enumerate(self.blocks) if count <= most]
+        at = next((i for i in allowed if self.own[i] >= mass), allowed[-1])
+        return self.blocks[at]
+
+    def rows(self, sparse: SparseConfig) -> list[dict[str, Any]]:
+        """The same as JSON."""
+        return [
+            {
+                "kernel_size": sparse.kernel_size,
+                "local_blocks": sparse.local_blocks,
+                "budget": count,
+                "own_mass": round(own, 6),
+                "oracle_mass": round(oracle, 6),
+            }
+            for count, own, oracle in zip(
+                self.blocks, self.own, self.oracle, strict=True
+            )
+        ]
+
+
+def _curve(
+    lm: sj.LanguageModel,
+    texts: Mapping[str, np.ndarray],
+    sparse: SparseConfig,
+    on_layer: Callable[[], None],
+) -> _Curve:
+    """Measures one selection."""
+    model = lm.model.with_forecast(from_query_heads(lm.model))
+    chosen = dataclasses.replace(
+        sj.with_attention(lm, "dense"),
+        model=model,
+        config=model.config,
+        sparse=sparse,
+        forecast_sparse=None,
+    )
+    chosen = sj.with_attention(chosen, "sparda")
+    report = forecast_report(chosen, texts, about={}, on_layer=on_layer)
+    blocks = next(iter(report["domains"].values()))["budgets"]["blocks"]
+    own, oracle = (
+        mean_over_domains(report, "budgets", f"{who}_mass").mean(0).tolist()
+        for who in ("own", "oracle")
+    )
+    return _Curve(sparse.largest_budget, blocks, own, oracle)
