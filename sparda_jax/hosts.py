@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import socket
 from collections.abc import Sequence
 
 import jax
@@ -39,6 +40,8 @@ def join_hosts(coordinator: str | None, count: int | None, index: int | None) ->
     if count is not None and index is not None:
         require(index < count, "--process-id", index, f"below --num-processes={count}")
     address = _address(coordinator)
+    if index == 0:
+        _refuse_port_in_use(coordinator)
     try:
         jax.distributed.initialize(address, count, index)
     except (ValueError, RuntimeError) as error:
@@ -60,6 +63,23 @@ def _address(written: str) -> str:
         "HOST:PORT, with a port from 1 to 65535",
     )
     return written
+
+
+def _refuse_port_in_use(coordinator: str) -> None:
+    """The first process listens at the port, on every address of its machine.
+
+    JAX ends the process, with a trace of its own, where it cannot.
+    """
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    port = int(coordinator.rpartition(":")[2])
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        raise ConfigError(
+            f"--coordinator={shown(coordinator)} is not allowed: port {port} of this "
+            f"machine cannot be listened at ({error.strerror}); take another one"
+        ) from error
 
 
 def speaks() -> bool:

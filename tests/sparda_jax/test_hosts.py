@@ -88,3 +88,10 @@ def test_flags_of_hosts_come_together():
 def test_an_address_is_a_host_and_a_port(address):
     with pytest.raises(ConfigError, match=r"--coordinator=.*HOST:PORT"):
         join_hosts(address, 1, 0)
+
+
+def test_a_port_in_use_is_refused_by_the_first_process():
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"port {port} .* cannot be listened at"):
+            join_hosts(f"127.0.0.1:{port}", 2, 0)
