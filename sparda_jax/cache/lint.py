@@ -31,6 +31,7 @@ _CONTROL = frozenset(
         "custom_vjp_call",
         "custom_vmap_call",
         "compute_on",
+        "shard_map",
     }
 )
 # A kernel reads the operand in place; its body is not XLA's business.

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from sparda_jax.cache.lint import lint_host_operands
 from sparda_jax.cache.memory import host_sharding, host_zeros, to_device, to_host
 from sparda_jax.cache.routes import named_route
+from sparda_jax.mesh import MeshConfig
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,17 @@ def _in_a_branch(store):
     return lax.cond(True, lambda: to_device(store + 1), lambda: to_device(store))
 
 
+def _on_a_mesh(function):
+    whole = PartitionSpec()
+    return jax.shard_map(
+        function,
+        mesh=MeshConfig().devices,
+        in_specs=whole,
+        out_specs=whole,
+        check_vma=False,
+    )
+
+
 VIOLATIONS = {
     "arithmetic": (lambda s: to_device(s + 1), "add"),
     "gather": (lambda s: to_device(s[to_host(jnp.asarray([1, 2]))]), "gather"),
@@ -42,6 +55,7 @@ VIOLATIONS = {
     "in a loop": (_in_a_loop, "mul"),
     "in a branch": (_in_a_branch, "add"),
     "in a jitted part": (lambda s: jax.jit(lambda x: to_device(x * 2))(s), "mul"),
+    "on a device of a mesh": (_on_a_mesh(lambda s: to_device(s * 2)), "mul"),
 }
 
 
@@ -66,7 +80,8 @@ def _allowed(store):
 
 
 def test_what_is_allowed_passes(store):
-    assert lint_host_operands(jax.jit(_allowed).trace(store).jaxpr) == []
+    for function in (_allowed, _on_a_mesh(_allowed)):
+        assert lint_host_operands(jax.jit(function).trace(store).jaxpr) == []
 
 
 def test_dynamic_slice_route_passes():
