@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -88,6 +89,23 @@ def place(x: Array | np.ndarray, mesh: Mesh, spec: PartitionSpec) -> Array:
         return jax.device_put(x, sharding)
     whole = np.asarray(x)
     return jax.make_array_from_callback(whole.shape, sharding, lambda at: whole[at])
+
+
+def laid_out(types: Any, specs: Any, mesh: Mesh) -> Any:
+    """The types of a tree of arrays with their places, to compile before they exist.
+
+    Args:
+      types: Arrays or their types, of all devices.
+      specs: How the devices divide each of them.
+      mesh: The devices.
+    """
+
+    def typed(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
+        )
+
+    return jax.tree.map(typed, types, specs)
 
 
 @functools.lru_cache(16)

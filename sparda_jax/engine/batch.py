@@ -10,7 +10,12 @@ import numpy as np
 
 from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.engine.model import LanguageModel
-from sparda_jax.engine.on_mesh import new_mesh_state, on_devices, state_layout
+from sparda_jax.engine.on_mesh import (
+    new_mesh_state,
+    on_devices,
+    place_request,
+    state_layout,
+)
 from sparda_jax.engine.placement import Placement
 from sparda_jax.engine.results import StreamEvent
 from sparda_jax.engine.row_outputs import RowOutputs, row_tokens
@@ -47,6 +52,11 @@ class _OfWeights:
     @property
     def __name__(self) -> str:
         return self.function.__name__
+
+    @property
+    def compiler_options(self) -> dict[str, bool] | None:
+        """Those of the function."""
+        return getattr(self.function, "compiler_options", None)
 
     def __call__(self, weights: list[jax.Array], *others: Any, **static: Any) -> Any:
         model = jax.tree.unflatten(self.tree, weights)
@@ -94,7 +104,7 @@ class Batch:
         # Of the last step but one and the last, where `step_ahead` was called last.
         self._shown: Seen | None = None
         self._shown_next: Seen | None = None
-        self._layout = state_layout(lm, placement)
+        self._layout = state_layout(lm, placement, top_logprobs)
         self._programs: dict[tuple[Callable, Hashable], Callable] = {}
         self._given = RowOutputs(lm.tokenizer, self.rows)
         self._top_logprobs = top_logprobs
@@ -165,6 +175,8 @@ class Batch:
             max_new=jax.device_put(np.array(limits, np.int32)),
             steps=jax.device_put(np.int32(steps)),
         )
+        if self._layout is not None:
+            request = place_request(request, self._layout)
         if of_all:
             self._requests[steps] = request
         return request
@@ -279,7 +291,7 @@ class Batch:
         in_program = offload is None or offload.route.in_program
         logged = any(asked.logprobs for asked in self._given.asked)
         looked_at = self.has_stop_strings or logged
-        return in_program and self.lm.mesh is None and not looked_at
+        return in_program and not looked_at
 
     def step_ahead(self) -> None:
         """Waits for the step that has begun, and has the next one begun meanwhile.

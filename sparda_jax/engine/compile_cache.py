@@ -147,7 +147,7 @@ class Programs:
         """The program of a function for these arguments.
 
         Args:
-          function: A pure function at module level.
+          function: A pure function at module level; it may have `compiler_options`.
           arguments: Its array arguments, trees of arrays each.
           static: What is fixed in the program, by name.
           donate: Places of the arguments whose buffers the program may use up.
@@ -170,7 +170,8 @@ class Programs:
             begun = time.perf_counter()
             # A function of its own: what JAX keeps for it goes when the program does.
             own = jax.jit(functools.partial(function, **static), donate_argnums=donate)
-            program = own.lower(*arguments).compile()
+            options = getattr(function, "compiler_options", None)
+            program = own.lower(*arguments).compile(options)
             seconds = time.perf_counter() - begun
             with self._lock:
                 self.compiled += 1

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from sparda_jax.cache.counters import WideCount
@@ -27,6 +27,7 @@ from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig, ModelConfig
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.placement import Placement
+from sparda_jax.inference.ahead import decode_one_and_show
 from sparda_jax.inference.generate import (
     WITHOUT_ROWS,
     GenerateState,
@@ -34,8 +35,10 @@ from sparda_jax.inference.generate import (
     Request,
     new_state,
 )
+from sparda_jax.inference.prefixes import PrefixBlocks, PrefixIndex, take_prefix
+from sparda_jax.inference.rows import prefill_row_and_score
 from sparda_jax.inference.shapes import Shapes
-from sparda_jax.mesh import DATA, MODEL, MeshConfig
+from sparda_jax.mesh import DATA, MODEL, MeshConfig, laid_out, place
 from sparda_jax.models.decoder import Decoder, DecoderLayer, Storage
 from sparda_jax.models.sharding import model_specs, on_device
 from sparda_jax.models.spec import layer_shapes
@@ -55,6 +58,7 @@ class StateLayout:
       shapes: Sizes.
       cache: Where the KV lives.
       dtype, storage: The model's.
+      top_logprobs: Likeliest tokens whose log-probabilities have room; None for none.
     """
 
     config: ModelConfig
@@ -65,6 +69,7 @@ class StateLayout:
     cache: CacheConfig
     dtype: Any
     storage: Storage
+    top_logprobs: int | None = None
 
     def abstract(self, *, data: int = 1, model: int = 1) -> GenerateState:
         """The state of that many groups and of that many devices of a layer."""
@@ -84,6 +89,7 @@ class StateLayout:
                 self.shapes,
                 self.cache,
                 abstract=True,
+                top_logprobs=self.top_logprobs,
             )
             if isinstance(state.cache, OffloadCache):
                 # The store is of types, which no traced function can give.
@@ -101,17 +107,16 @@ class StateLayout:
         """Partition of every array: an axis that grows with the devices is divided."""
         return _specs(self)
 
+    def prefix_specs(self) -> tuple[PrefixBlocks, PrefixIndex]:
+        """Partition of what `take_prefix` gives, of however many blocks."""
+        return _prefix_specs(self)
+
     def types(self) -> GenerateState:
         """The whole state's types with their places, to compile before it is made."""
         mesh = self.mesh.devices
         whole = self.abstract(data=self.mesh.data, model=self.mesh.model)
         specs = self.specs()
-
-        def on_devices(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
-            sharding = NamedSharding(mesh, spec)
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-        types = jax.tree.map(on_devices, whole, specs)
+        types = laid_out(whole, specs, mesh)
         if not self.settings.offload:
             return types
         parts = tuple(
@@ -129,9 +134,19 @@ class StateLayout:
 @functools.lru_cache(64)
 def _specs(layout: StateLayout) -> GenerateState:
     """Partition of every array: an axis that grows with the devices is divided."""
-    one = layout.abstract()
-    by_model = layout.abstract(model=layout.mesh.model)
-    by_data = layout.abstract(data=layout.mesh.data)
+    return _divided(layout, lambda state: state)
+
+
+@functools.lru_cache(64)
+def _prefix_specs(layout: StateLayout) -> tuple[PrefixBlocks, PrefixIndex]:
+    """Partition of a row's blocks and index."""
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    take = functools.partial(take_prefix, settings=layout.settings, count=1)
+    return _divided(layout, lambda state: jax.eval_shape(take, state, number, number))
+
+
+def _divided(layout: StateLayout, part: Callable[[GenerateState], Any]) -> Any:
+    """Partition of every array of a part of the state."""
 
     def spec(x: Any, more_heads: Any, more_rows: Any) -> PartitionSpec:
         triples = zip(x.shape, more_heads.shape, more_rows.shape, strict=True)
@@ -141,7 +156,12 @@ def _specs(layout: StateLayout) -> GenerateState:
         ]
         return PartitionSpec(*(axis or None for axis in axes))
 
-    return jax.tree.map(spec, one, by_model, by_data)
+    return jax.tree.map(
+        spec,
+        part(layout.abstract()),
+        part(layout.abstract(model=layout.mesh.model)),
+        part(layout.abstract(data=layout.mesh.data)),
+    )
 
 
 @functools.lru_cache(16)
@@ -184,6 +204,7 @@ def new_mesh_state(layout: StateLayout) -> GenerateState:
             layout.shapes,
             layout.cache,
             abstract=True,
+            top_logprobs=layout.top_logprobs,
         )
         return _without_store(state) if layout.settings.offload else state
 
@@ -226,25 +247,30 @@ def _map_counts(function: Callable[..., WideCount], *trees: Any) -> Any:
     return jax.tree.map(function, *trees, is_leaf=_is_count)
 
 
-def _count_apart(
-    function: Callable[..., GenerateState], arguments: list
-) -> GenerateState:
-    """Runs on a state whose counters are those of all devices, and leaves such ones."""
+def _count_apart(function: Callable, arguments: list) -> Any:
+    """Runs on a state whose counters are those of all devices, and leaves such ones.
+
+    The function may give other things behind the state, or none at all.
+    """
     before: dict[str, Any] = {}
-    for place, argument in enumerate(arguments):
+    for number, argument in enumerate(arguments):
         if isinstance(argument, GenerateState):
             before = {name: getattr(argument, name) for name in WITHOUT_ROWS}
             zeros = {
                 name: jax.tree.map(jnp.zeros_like, x) for name, x in before.items()
             }
-            arguments[place] = argument._replace(**zeros)
-    state = function(*arguments)
+            arguments[number] = argument._replace(**zeros)
+    result = function(*arguments)
+    state = result if isinstance(result, GenerateState) else result[0]
+    if not isinstance(state, GenerateState):
+        return result
+    others = () if state is result else result[1:]
     for name in WITHOUT_ROWS:
         total = _map_counts(_sum_of_devices, getattr(state, name))
         if before:
             total = _map_counts(WideCount.plus, before[name], total)
         state = state._replace(**{name: total})
-    return state
+    return (state, *others) if others else state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +291,16 @@ class OnMesh:
     own: ModelConfig
     mesh: MeshConfig
 
+    @property
+    def compiler_options(self) -> dict[str, bool]:
+        """What it is compiled with.
+
+        On GPUs XLA's latency hiding scheduler runs by itself where a program has
+        collectives. A fetch looks to it as if it took no time, so it has it begin
+        behind the layer that it should run beside.
+        """
+        return {"xla_gpu_enable_latency_hiding_scheduler": False}
+
     def __call__(self, *arguments: Any, **static: Hashable) -> Any:
         """Traces the program."""
 
@@ -279,14 +315,24 @@ class OnMesh:
 
             return run(*given) if self.layout is None else _count_apart(run, given)
 
-        out = _WHOLE if self.layout is None else self.layout.specs()
         return jax.shard_map(
             local,
             mesh=self.mesh.devices,
             in_specs=tuple(map(self._spec, arguments)),
-            out_specs=out,
+            out_specs=self._out_specs(),
             check_vma=False,
         )(*arguments)
+
+    def _out_specs(self) -> Any:
+        if self.layout is None:
+            return _WHOLE
+        if self.function is take_prefix:
+            return self.layout.prefix_specs()
+        behind = {prefill_row_and_score: _WHOLE, decode_one_and_show: _ROWS}
+        specs = self.layout.specs()
+        if self.function in behind:
+            return specs, behind[self.function]
+        return specs
 
     def _spec(self, argument: Any) -> Any:
         if isinstance(argument, Decoder):
@@ -294,6 +340,10 @@ class OnMesh:
         if isinstance(argument, GenerateState):
             assert self.layout is not None
             return self.layout.specs()
+        if isinstance(argument, PrefixBlocks | PrefixIndex):
+            assert self.layout is not None
+            blocks, index = self.layout.prefix_specs()
+            return blocks if isinstance(argument, PrefixBlocks) else index
         # Of a single row, or of a sequence with a cache of its own, devices have all.
         rows = 1 if self.layout is None else self.layout.rows
         if isinstance(argument, Prompt):
@@ -303,7 +353,9 @@ class OnMesh:
         return _WHOLE
 
 
-def state_layout(lm: LanguageModel, placement: Placement) -> StateLayout | None:
+def state_layout(
+    lm: LanguageModel, placement: Placement, top_logprobs: int | None
+) -> StateLayout | None:
     """The layout of a session's state; None for a model on one device."""
     if lm.mesh is None:
         return None
@@ -316,6 +368,7 @@ def state_layout(lm: LanguageModel, placement: Placement) -> StateLayout | None:
         cache=placement.cache,
         dtype=lm.model.embedding[...].dtype,
         storage=lm.model.storage,
+        top_logprobs=top_logprobs,
     )
 
 
@@ -333,6 +386,13 @@ def on_devices(
         return function
     own = lm.settings.config
     return OnMesh(function, layout, lm.config, own, lm.mesh)
+
+
+def place_request(request: Request, layout: StateLayout) -> Request:
+    """A request on its devices: else every call brings it there anew."""
+    mesh = layout.mesh.devices
+    specs = _request_specs(request, layout.rows)
+    return jax.tree.map(lambda x, spec: place(x, mesh, spec), request, specs)
 
 
 def _request_specs(request: Request, rows: int) -> Request:

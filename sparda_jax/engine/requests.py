@@ -25,7 +25,13 @@ def model_on_one_device(field: str, value: object) -> LanguageModel:
       ConfigError: If it is none.
     """
     lm = LANGUAGE_MODEL(field, value)
-    require(lm.mesh is None, f"{field}.mesh", lm.mesh, "None: it takes one device")
+    require(
+        lm.mesh is None,
+        f"{field}.mesh",
+        lm.mesh,
+        "None: load the model without a mesh, and run a process on each device "
+        "(CUDA_VISIBLE_DEVICES), with a part of the work each",
+    )
     return lm
 
 

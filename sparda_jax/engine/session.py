@@ -123,10 +123,11 @@ class Session(Batch):
         )
         if lm.mesh is not None:
             require(
-                lm.mesh.data == 1 and top is None and prefix == 0,
+                lm.mesh.data == 1,
                 "mesh",
                 lm.mesh.text,
-                "data=1 in a session, without top_logprobs and prefix_bytes",
+                "data=1 in a session: its prompts run one after another, in which "
+                "other groups would be idle",
             )
         context = check_max_context(lm, context or lm.config.max_context, new + 1)
         # A prompt may be as long as the context but for one token of output.

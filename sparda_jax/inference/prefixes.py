@@ -1,6 +1,6 @@
 """Beginnings of prompts: taken from a row that has run them, put into another one."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,18 @@ from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.inference.generate import GenerateState
 
 
+class PrefixBlocks(NamedTuple):
+    """KV blocks of one row, as the cache has them."""
+
+    parts: Any
+
+
+class PrefixIndex(NamedTuple):
+    """What the selector keeps of one row's keys."""
+
+    parts: Any
+
+
 def take_prefix(
     state: GenerateState,
     row: Int[Array, ""],
@@ -18,7 +30,7 @@ def take_prefix(
     *,
     settings: LayerSettings,
     count: int,
-) -> tuple[Any, Any]:
+) -> tuple[PrefixBlocks, PrefixIndex]:
     """Blocks of a row and its whole index.
 
     Args:
@@ -30,12 +42,13 @@ def take_prefix(
     """
     del settings
     cache = state.cache
-    return take_blocks(cache, row, first, count), take_index(cache, row)
+    blocks = take_blocks(cache, row, first, count)
+    return PrefixBlocks(blocks), PrefixIndex(take_index(cache, row))
 
 
 def put_prefix_blocks(
     state: GenerateState,
-    blocks: Any,
+    blocks: PrefixBlocks,
     row: Int[Array, ""],
     first: Int[Array, ""],
     *,
@@ -51,12 +64,12 @@ def put_prefix_blocks(
       settings: Of no effect.
     """
     del settings
-    return state._replace(cache=put_blocks(state.cache, blocks, row, first))
+    return state._replace(cache=put_blocks(state.cache, blocks.parts, row, first))
 
 
 def end_prefix(
     state: GenerateState,
-    index: Any,
+    index: PrefixIndex,
     row: Int[Array, ""],
     length: Int[Array, ""],
     seen: Bool[Array, " V"],
@@ -75,7 +88,7 @@ def end_prefix(
     """
     del settings
     return state._replace(
-        cache=put_index(state.cache, index, row),
+        cache=put_index(state.cache, index.parts, row),
         lengths=state.lengths.at[row].set(length),
         seen=jax.lax.dynamic_update_slice_in_dim(
             state.seen, jnp.asarray(seen)[None], row, 0

@@ -23,6 +23,7 @@ DEVICES = """
     import jax, numpy as np
     from jax.sharding import PartitionSpec
     import sparda_jax as sj
+    from sparda_jax.cache.lint import lint_host_operands
     from sparda_jax.config import CacheConfig
     from sparda_jax.engine.call import Call
     from sparda_jax.engine.compile_cache import PROGRAMS
@@ -82,16 +83,26 @@ DEVICES = """
     found["resident"] = resident == expected
     found["turn"] = outcome(two, out.conversation)[0] == again
 
-    alone, _ = outcome(sj.with_attention(one, "sparda", cache=there))
-    compiled = []
+    compiled, memory, linted = [], {1: [], 2: []}, []
     get = PROGRAMS.get
     def watch(function, arguments, static, *, donate=()):
         program, seconds = get(function, arguments, static, donate=donate)
-        compiled.append(program.as_text())
+        arrays = [x for x in jax.tree.leaves(arguments) if isinstance(x, jax.Array)]
+        own = [x.addressable_shards[0].data.nbytes for x in arrays]
+        devices = max(len(x.sharding.device_set) for x in arrays)
+        bytes = program.memory_analysis()
+        memory[devices].append([sum(own), len(own), bytes.argument_size_in_bytes,
+                                bytes.temp_size_in_bytes])
+        if devices == 2:
+            compiled.append(program.as_text())
+            call = jax.jit(lambda *given: function(*given, **static))
+            linted.extend(lint_host_operands(call.trace(*arguments).jaxpr))
         return program, seconds
     PROGRAMS.get = watch
+    alone, _ = outcome(sj.with_attention(one, "sparda", cache=there))
     split, out = outcome(sj.with_attention(two, "sparda", cache=there))
     PROGRAMS.get = get
+    found["memory"], found["linted"] = [memory[1], memory[2]], linted
     found["offload"] = split == alone and split[2][1] > 0
     found["offload tokens"] = split[0] == expected[0]
     store = out.conversation.state.cache.store.parts[0]
@@ -111,9 +122,71 @@ DEVICES = """
 """
 
 
+SESSION = """
+    import json
+    import jax, numpy as np
+    import sparda_jax as sj
+    from sparda_jax.config import CacheConfig
+    from sparda_jax.engine.compile_cache import PROGRAMS
+    from sparda_jax.engine.session import Session
+    from sparda_jax.mesh import MeshConfig
+
+    rng = np.random.default_rng(0)
+    shared = rng.integers(2, 128, 300).tolist()
+    prompts = [shared + [5, 6, 7], shared + [8], [9, 10]]
+    cache = CacheConfig(kind="offload", device_blocks=None, route="dynamic_slice")
+    found = {}
+
+    def answers(lm):
+        session = Session.open(lm, rows=2, max_context=512, max_new_tokens=24,
+                                  prefill_chunk=128, top_logprobs=3,
+                                  prefix_bytes=2**24)
+        session.warm_up(ahead=True)
+        before, given = PROGRAMS.compiled, []
+        for number, prompt in enumerate(prompts):
+            row = session.join(prompt, max_new_tokens=20, ignore_eos=True, seed=number,
+                               temperature=1.5, logprobs=number == 0,
+                               score_prompt=number == 2)
+            while not session.prefill(row):
+                pass
+            cached = session.cached_tokens(row)
+            logs = [log.logprob for log in session.prompt_logprobs(row)]
+            while row in session.running:
+                if session.can_step_ahead:
+                    session.step_ahead()
+                else:
+                    session.decode(4)
+            events = list(session.take_events())
+            logs += [e.logs.logprob for e in events if e.logs is not None]
+            out = session.leave(row)
+            given.append([out.tokens, cached, logs])
+        assert PROGRAMS.compiled == before, "compiled after the warm-up"
+        return given
+
+    def load(mesh):
+        return sj.load("tiny", mesh=mesh, cache=cache, attention="sparda",
+                       forecast="from_query", storage="stacked",
+                       sparse=sj.SparseConfig(local_blocks=2, block_budget=4))
+
+    one, two = answers(load(None)), answers(load(MeshConfig(model=2)))
+    for a, b in zip(one, two):
+        found.setdefault("tokens", []).append(a[0] == b[0])
+        found.setdefault("cached", []).append([a[1], b[1]])
+        found.setdefault("logs", []).append([len(a[2]), len(b[2])])
+        gaps = [abs(x - y) for x, y in zip(a[2], b[2])]
+        found["gap"] = max([found.get("gap", 0), *gaps])
+    print(json.dumps(found))
+"""
+
+
 @pytest.fixture(scope="module")
 def found():
     """What four devices gave, in a process of their own."""
+    return _on_four_devices(DEVICES)
+
+
+def _on_four_devices(script: str) -> dict:
+    """What a script prints in a process with four devices."""
     environment = dict(
         os.environ,
         XLA_FLAGS="--xla_force_host_platform_device_count=4",
@@ -121,7 +194,7 @@ def found():
         PYTHONPATH=str(ROOT),
     )
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(DEVICES)],
+        [sys.executable, "-c", textwrap.dedent(script)],
         env=environment,
         capture_output=True,
         text=True,
@@ -154,6 +227,24 @@ def test_every_device_has_its_own_part_of_the_host_store(found):
 
 
 @pytest.mark.slow
+def test_a_device_holds_its_part_alone(found):
+    """What the compiler says of a program is what a device's parts of arrays are."""
+    alone, split = found["memory"]
+    assert len(alone) == len(split) > 1
+    for one, two in zip(alone, split, strict=True):
+        for held, arrays, planned, _ in (one, two):
+            # Arrays begin at round addresses; what is not used is left out.
+            assert abs(planned - held) < 64 * arrays, (held, arrays, planned)
+        assert two[2] < 0.75 * one[2], "weights and KV are halved, small arrays are not"
+        assert two[3] < one[3], "scratch of half the heads"
+
+
+@pytest.mark.slow
+def test_nothing_is_computed_on_host_operands(found):
+    assert found["linted"] == []
+
+
+@pytest.mark.slow
 def test_no_kv_is_exchanged(found):
     """Devices exchange sums of hidden states, logits and counters alone."""
     exchanged = []
@@ -169,6 +260,17 @@ def test_no_kv_is_exchanged(found):
                 sizes = [int(size) for size in shape.split(",") if size]
                 assert sizes == [] or len(sizes) <= 2 or sizes[-1] == 64, line
     assert set(exchanged) == {"all-reduce", "all-gather"}
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_session_on_two_devices_is_one_on_one():
+    """Rows that join and leave, shared beginnings, log-probabilities, steps ahead."""
+    found = _on_four_devices(SESSION)
+    assert found["tokens"] == [True] * 3
+    assert found["cached"] == [[0, 0], [256, 256], [0, 0]]
+    assert found["logs"] == [[20, 20], [0, 0], [1, 1]]
+    assert found["gap"] < 1e-5
 
 
 @pytest.mark.slow
