@@ -1,6 +1,7 @@
 """Decode on one device and on several, beside each other: KV heads over the devices.
 
     python -m benchmarks.mesh --context 131072 --batch 4 --devices 1 2 4
+    python -m benchmarks.mesh --devices 1 2 2 --batch 16 16 32 --codec int8
     python -m benchmarks.mesh --model llama-3.1-70b --layers 40 --devices 4
 
 Weights are random, drawn by every device for itself, and KV blocks are arbitrary
@@ -42,22 +43,39 @@ from benchmarks.offload import (
 from benchmarks.parsers import benchmark_parser
 from benchmarks.traced import (
     DEFAULT_TRACE,
+    TracedLists,
     begin_rows,
     install,
     standing,
 )
+from sparda_jax.checks import require
 from sparda_jax.cli.ending import run_command
 
 MODES = ("sparda", "sparse", "resident", "sparda-none", "sparda-2", "sparda-verify")
+# What every mesh of a run may have of its own.
+_OWN = ("model", "context", "batch", "codec")
 _BEGUN = time.perf_counter()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = benchmark_parser("mesh", __doc__)
-    parser.add_argument("--model", default="llama-3.1-8b", help="preset")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=["llama-3.1-8b"],
+        help="preset; one, or one a mesh",
+    )
     parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
-    parser.add_argument("--context", type=int, default=32768, help="tokens a row holds")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument(
+        "--context",
+        type=int,
+        nargs="+",
+        default=[32768],
+        help="tokens a row holds; one, or one a mesh",
+    )
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[4], help="rows; one, or one a mesh"
+    )
     parser.add_argument(
         "--mode", nargs="+", default=["sparda", "sparse", "resident"], choices=MODES
     )
@@ -70,15 +88,45 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--slots", type=float, default=1.0, help="device slots, in budgets"
     )
-    parser.add_argument("--codec", default="exact", choices=["exact", "int8"])
+    parser.add_argument(
+        "--codec",
+        nargs="+",
+        default=["exact"],
+        choices=["exact", "int8"],
+        help="of host blocks; one, or one a mesh",
+    )
     parser.add_argument("--route", default="auto")
     add_steps_option(parser)
     parser.add_argument(
         "--limit", type=float, default=80, help="GB of memory of one device"
     )
     parser.add_argument("--out", type=pathlib.Path, help="also write JSON lines here")
-    parser.set_defaults(miss=None, profile=None)
+    parser.add_argument("--profile", type=pathlib.Path, help="folder for traces")
+    parser.add_argument(
+        "--compile-only",
+        action="store_true",
+        help="stop there: a later run finds the programs in JAX's compilation cache",
+    )
+    parser.set_defaults(miss=None)
     return parser
+
+
+def _of_meshes(arguments: argparse.Namespace) -> list[tuple[int, argparse.Namespace]]:
+    """Every mesh's devices, and the arguments with what is its own."""
+    meshes = arguments.devices
+    own = {}
+    for name in _OWN:
+        given = getattr(arguments, name)
+        own[name] = given * len(meshes) if len(given) == 1 else given
+        allowed = "one, or one for each of --devices"
+        require(len(own[name]) == len(meshes), f"--{name}", given, allowed)
+    found = []
+    for number, devices in enumerate(meshes):
+        profile = arguments.profile and arguments.profile / str(number)
+        one = {name: values[number] for name, values in own.items()}
+        one["profile"] = profile
+        found.append((devices, argparse.Namespace(**vars(arguments) | one)))
+    return found
 
 
 def _phase(text: str, begun: float) -> None:
@@ -108,6 +156,30 @@ class Case:
     def offloaded(self) -> bool:
         """Whether KV is in host memory."""
         return self.settings.offload is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """What is run on one mesh.
+
+    Attributes:
+      cases: Its modes.
+      sparse: The selection.
+      request: Of its rows.
+      lists: The blocks that its steps ask for.
+      arguments: The command's, with the mesh's own batch.
+    """
+
+    cases: list[Case]
+    sparse: Any
+    request: Any
+    lists: TracedLists
+    arguments: argparse.Namespace
+
+    @property
+    def devices(self) -> int:
+        """How many."""
+        return self.cases[0].devices
 
 
 def _cases(devices: int, model, sparse, choice, new: int, arguments) -> list[Case]:
@@ -160,27 +232,24 @@ def _cases(devices: int, model, sparse, choice, new: int, arguments) -> list[Cas
 def _compile(case: Case, request) -> tuple[Any, str]:
     """The program of a case, from types alone, and its seconds."""
     import jax
-    from jax.sharding import NamedSharding
 
+    from sparda_jax.engine.on_mesh import place_request
+    from sparda_jax.mesh import laid_out
     from sparda_jax.models.sharding import model_specs
     from sparda_jax.models.weights import abstract_decoder
 
     begun = time.perf_counter()
     layout = case.layout
+    request = place_request(request, layout)
     like = abstract_decoder(
         layout.config, layout.dtype, storage="per_layer", forecast=True
     )
-    mesh = layout.mesh.devices
-
-    def typed(x, spec):
-        sharding = NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    model = jax.tree.map(typed, like, model_specs(like, layout.config))
+    specs = model_specs(like, layout.config)
+    model = laid_out(like, specs, layout.mesh.devices)
     call = jax.jit(case.program, donate_argnums=(1,))
     lowered = call.lower(model, layout.types(), request)
     traced = time.perf_counter()
-    program = lowered.compile()
+    program = lowered.compile(case.program.compiler_options)
     times = (
         f"traced {traced - begun:.1f} s, compiled {time.perf_counter() - traced:.1f} s"
     )
@@ -259,17 +328,16 @@ def _fits(case: Case, arguments) -> bool:
     return case.offloaded or held / case.devices < arguments.limit * 1e9
 
 
-def _measure_mesh(
-    cases: list[Case], programs: dict, request, choice, sparse, arguments
-) -> Iterator[dict]:
+def _measure_mesh(mesh: Mesh, programs: dict) -> Iterator[dict]:
     """Yields the figures of every mode on one mesh."""
     import jax
 
-    from sparda_jax.engine.on_mesh import new_mesh_state
+    from sparda_jax.engine.on_mesh import new_mesh_state, place_request
     from sparda_jax.models.sharding import random_on_mesh
 
-    first = cases[0]
-    layout, devices = first.layout, first.devices
+    cases, arguments, devices = mesh.cases, mesh.arguments, mesh.devices
+    layout = cases[0].layout
+    request = place_request(mesh.request, layout)
     begun = time.perf_counter()
     model = random_on_mesh(layout.config, layout.mesh, layout.dtype)
     jax.block_until_ready(model)
@@ -298,8 +366,8 @@ def _measure_mesh(
             row: dict[str, Any] = {"mode": case.mode, "devices": devices}
             row["sums_ms"] = sums * 1e3
             for name, lists in (
-                ("", choice.lists),
-                ("standing ", standing(choice.lists)),
+                ("", mesh.lists),
+                ("standing ", standing(mesh.lists)),
             ):
                 if name and not offloaded:
                     continue
@@ -309,7 +377,7 @@ def _measure_mesh(
                 seconds, fetched, state = time_steps(
                     call, case.settings, model, state, request, case.mode, arguments
                 )
-                found = _figures(case, seconds, fetched, sparse, arguments)
+                found = _figures(case, seconds, fetched, mesh.sparse, arguments)
                 if name:
                     found = {"standing_ms": found["step_ms"]}
                 row |= found
@@ -354,49 +422,49 @@ def _run(arguments: argparse.Namespace) -> None:
     from sparda_jax.models.presets import get_preset
     from sparda_jax.planning.traces import read_trace
 
-    preset = get_preset(arguments.model)
-    config = preset.shape(arguments.layers, 2 * arguments.context)
-    sparse, new = preset.sparse, arguments.steps + 4 * CHUNK
+    new = arguments.steps + 4 * CHUNK
     begun = _BEGUN
     found = jax.devices()
     _phase(f"{len(found)} devices", begun)
     begun = time.perf_counter()
     trace = read_trace(arguments.trace)
-    choice = imposed_choice(arguments, trace, config, sparse, arguments.batch, new)
-    assert choice.lists is not None
+    meshes: list[Mesh] = []
+    for devices, own in _of_meshes(arguments):
+        preset = get_preset(own.model)
+        config = preset.shape(own.layers, 2 * own.context)
+        sparse = preset.sparse
+        choice = imposed_choice(own, trace, config, sparse, own.batch, new)
+        assert choice.lists is not None
+        request = decode_request(config, own.batch, own.context, new)
+        cases = _cases(devices, config, sparse, choice, new, own)
+        meshes.append(Mesh(cases, sparse, request, choice.lists, own))
     _phase("lists", begun)
-    request = decode_request(config, arguments.batch, arguments.context, new)
     about = {
         "device": found[0].device_kind,
         "jax": jax.__version__,
-        "model": arguments.model,
-        "layers": config.num_layers,
-        "context": arguments.context,
-        "batch": arguments.batch,
         "slots": arguments.slots,
-        "codec": arguments.codec,
-        "lists": choice.lists.source,
+        "lists": meshes[0].lists.source,
     }
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        meshes = [
-            _cases(devices, config, sparse, choice, new, arguments)
-            for devices in arguments.devices
-        ]
         programs = {
-            id(case): pool.submit(_compile, case, request)
-            for cases in meshes
-            for case in cases
-            if _fits(case, arguments)
+            id(case): pool.submit(_compile, case, mesh.request)
+            for mesh in meshes
+            for case in mesh.cases
+            if _fits(case, mesh.arguments)
         }
-        for cases in meshes:
-            rows = []
-            for row in _measure_mesh(
-                cases, programs, request, choice, sparse, arguments
-            ):
+        if arguments.compile_only:
+            for program in concurrent.futures.as_completed(programs.values()):
+                _phase(program.result()[1], _BEGUN)
+            return
+        for mesh in meshes:
+            own = {name: getattr(mesh.arguments, name) for name in _OWN}
+            layers = mesh.cases[0].layout.config.num_layers
+            rows, shared = [], about | own | {"layers": layers}
+            for row in _measure_mesh(mesh, programs):
                 rows.append(row)
-                _write(row, about, arguments)
-            hidden = {"devices": cases[0].devices, "hidden": hidden_share(rows)}
-            _write(hidden, about, arguments)
+                _write(row, shared, arguments)
+            hidden = {"devices": mesh.devices, "hidden": hidden_share(rows)}
+            _write(hidden, shared, arguments)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks.mesh import hidden_share
+from benchmarks.mesh import _of_meshes, _parser, hidden_share
 from benchmarks.traced import TracedLists, standing
+from sparda_jax.checks import ConfigError
 
 
 def test_hidden_is_the_part_of_the_waiting_that_looking_ahead_saves():
@@ -20,6 +21,18 @@ def test_hidden_is_the_part_of_the_waiting_that_looking_ahead_saves():
     ]
     assert hidden_share(rows) == pytest.approx(0.75)
     assert hidden_share(rows[1:]) is None
+
+
+def test_every_mesh_may_have_a_batch_of_its_own():
+    def meshes(words):
+        found = _of_meshes(_parser().parse_args(words.split()))
+        return [(devices, own.batch, own.codec) for devices, own in found]
+
+    assert meshes("--batch 3 --devices 1 2") == [(1, 3, "exact"), (2, 3, "exact")]
+    both = "--batch 4 8 --codec exact int8 --devices 1 2"
+    assert meshes(both) == [(1, 4, "exact"), (2, 8, "int8")]
+    with pytest.raises(ConfigError, match=r"--batch=\[1, 2, 3\] .* one for each"):
+        meshes("--batch 1 2 3 --devices 1 2")
 
 
 def test_lists_that_stand_still_are_those_of_the_first_token():
