@@ -101,6 +101,13 @@ def _parser() -> argparse.ArgumentParser:
         "--limit", type=float, default=80, help="GB of memory of one device"
     )
     parser.add_argument("--out", type=pathlib.Path, help="also write JSON lines here")
+    parser.add_argument(
+        "--option",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="XLA's options to compile with, beside those of the engine",
+    )
     parser.add_argument("--profile", type=pathlib.Path, help="folder for traces")
     parser.add_argument(
         "--compile-only",
@@ -229,7 +236,7 @@ def _cases(devices: int, model, sparse, choice, new: int, arguments) -> list[Cas
     return cases
 
 
-def _compile(case: Case, request) -> tuple[Any, str]:
+def _compile(case: Case, request, options: dict[str, str]) -> tuple[Any, str]:
     """The program of a case, from types alone, and its seconds."""
     import jax
 
@@ -249,7 +256,7 @@ def _compile(case: Case, request) -> tuple[Any, str]:
     call = jax.jit(case.program, donate_argnums=(1,))
     lowered = call.lower(model, layout.types(), request)
     traced = time.perf_counter()
-    program = lowered.compile(case.program.compiler_options)
+    program = lowered.compile(case.program.compiler_options | options)
     times = (
         f"traced {traced - begun:.1f} s, compiled {time.perf_counter() - traced:.1f} s"
     )
@@ -443,11 +450,15 @@ def _run(arguments: argparse.Namespace) -> None:
         "device": found[0].device_kind,
         "jax": jax.__version__,
         "slots": arguments.slots,
+        "options": arguments.option,
         "lists": meshes[0].lists.source,
     }
+    for option in arguments.option:
+        require("=" in option, "--option", option, "NAME=VALUE")
+    options = dict(option.split("=", 1) for option in arguments.option)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         programs = {
-            id(case): pool.submit(_compile, case, mesh.request)
+            id(case): pool.submit(_compile, case, mesh.request, options)
             for mesh in meshes
             for case in mesh.cases
             if _fits(case, mesh.arguments)
