@@ -66,7 +66,7 @@ def test_the_form_for_evaluation_refuses_what_it_cannot_do():
 
 def test_what_is_not_published_so_is_called_a_style():
     labels = {name: get_selector(name).label for name in selector_names()}
-    styles = {"quest", "infllm", "snapkv", "magicpig", "infinigen"}
+    styles = {"quest", "quest_16", "infllm", "snapkv", "magicpig", "infinigen"}
     assert {name for name, label in labels.items() if "-style" in label} == styles
     for name in styles:
         assert labels[name] in get_selector(name).summary

@@ -176,7 +176,14 @@ def _assert_equal(state: GenerateState, expected: GenerateState) -> None:
 # By what they keep of the keys, and by whether they look ahead, these are all kinds.
 KINDS = ("dense", "nosa", "quest", "snapkv", "sparda")
 CASES = [
-    *((name, CacheConfig(), "stacked") for name in selector_names()),
+    *(
+        pytest.param(
+            *(name, CacheConfig(), "stacked"),
+            # `quest` with another page.
+            marks=pytest.mark.long if name == "quest_16" else (),
+        )
+        for name in selector_names()
+    ),
     *(
         pytest.param(
             *(name, OFFLOAD, "per_layer"),

@@ -1,10 +1,13 @@
 """Quest-style selection against NumPy, and that its bound bounds."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import selector_cases as cases
 from selector_cases import CONFIG, KINDS, SPARSE
 
+from sparda_jax.sparse.selectors import get_selector
 from sparda_jax.sparse.selectors.quest import Quest
 
 
@@ -80,3 +83,19 @@ def test_a_block_has_the_bound_of_its_best_page(over_group):
     want = np.moveaxis(each.reshape(2, 56, 2, 4, 4).max(-1), 1, 2)
     np.testing.assert_allclose(paged, want, rtol=1e-4, atol=2e-3)
     assert np.all(paged <= whole + 2e-3 + 1e-4 * np.abs(whole))
+
+
+def test_quest_16_has_the_index_of_sparda_bounds():
+    """What own queries choose of it is what a Forecast is measured against."""
+    layer, blocks = cases.draw_layer("adversarial", length=200), 6
+    own, forecast = get_selector("quest_16"), get_selector("sparda_bounds")
+    index, other = (
+        cases.make_index(selector, layer, [200], blocks) for selector in (own, forecast)
+    )
+    assert index["key_bounds"].shape[3] == blocks * SPARSE.block_size // 16
+    np.testing.assert_array_equal(index["key_bounds"], other["key_bounds"])
+    tile = cases.tile_of(layer, index, slice(150, None), blocks)
+    scores = own.score(tile, CONFIG, SPARSE, None)
+    by_forecast = dataclasses.replace(tile, forecast=tile.q)
+    again = forecast.score(by_forecast, CONFIG, SPARSE, None)
+    np.testing.assert_array_equal(scores, again)
