@@ -14,7 +14,7 @@ from sparda_jax.evaluation.tables import MISSING, Scores, Table, Variant
 
 _OURS = "sparda"
 # The ways to use a Forecast, and who scores in the same way by own queries.
-OWN_QUERIES = {_OURS: "infllm_v2", "sparda_bounds": "quest_16"}
+OWN_QUERIES = {_OURS: "infllm_v2", "sparda_bounds": "infllm_v2_bounds"}
 # A task that dense solves, and what is as good as it.
 SOLVED, WITHIN = 90.0, 2.0
 

@@ -1,8 +1,7 @@
 """Quest-style with pages of 16 tokens, the size that Quest publishes.
 
 A block has the bound of its best page; the index is four times that of `quest`, whose
-page is a block of 64. `sparda_bounds` is measured against it: the same index and the
-same scores, by the layer's own queries.
+page is a block of 64, and that of `sparda_bounds`.
 """
 
 import dataclasses

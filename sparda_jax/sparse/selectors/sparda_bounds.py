@@ -2,8 +2,9 @@
 
 A mean of 32 keys hides the one key that an answer needs; the extremes of a page of 16
 (Quest's published size) keep it, at twice the memory of those means. The Forecast heads
-are those of `sparda`: what they make is a query. This pair is ours, of neither
-publication.
+are those of `sparda`: what they make are queries. One a kv head ranks pages by its
+bounds alone; several are scored as own queries are (`infllm_v2_bounds`). This pair is
+ours, of neither publication.
 """
 
 import dataclasses
@@ -18,19 +19,18 @@ from sparda_jax.sparse.index import Indices
 from sparda_jax.sparse.indices.key_bounds import pages_per_block
 from sparda_jax.sparse.own_query import with_importance
 from sparda_jax.sparse.selection import SelectionTile
-from sparda_jax.sparse.selector import Selector
-from sparda_jax.sparse.selectors.quest import Quest
+from sparda_jax.sparse.selectors.infllm_v2_bounds import InfLLMV2Bounds
 from sparda_jax.sparse.selectors.sparda import SparDA
 
 
 @dataclasses.dataclass(frozen=True)
-class _ByOwnQuery(Quest):
+class _ByOwnQuery(InfLLMV2Bounds):
     """What the layers' own queries choose, of the same index."""
 
     name = "sparda_bounds"
 
     def indices(self, config: ModelConfig) -> Indices:
-        """As Quest's, and what NOSA's second stage needs where the model has it."""
+        """As there, and what NOSA's second stage needs where the model has it."""
         return with_importance(config, super().indices(config))
 
 
@@ -55,8 +55,8 @@ class SparDABounds(SparDA):
         """Least and largest key of each page, as by own queries."""
         return self.by_own_query().indices(config)
 
-    def by_own_query(self) -> Selector:
-        """Quest-style."""
+    def by_own_query(self) -> _ByOwnQuery:
+        """The layer's own queries, scored in the same way."""
         return _ByOwnQuery(page=self.page)
 
     def score(
@@ -70,13 +70,10 @@ class SparDABounds(SparDA):
         own = sparse.forecast_decode_only and not tile.decoding
         query = tile.q if own else tile.forecast
         assert query is not None
-        return bound_scores(query, tile.index["key_bounds"], tile.num_blocks)
-
-    def scored_heads(
-        self, config: ModelConfig, sparse: SparseConfig, *, decoding: bool
-    ) -> int:
-        """One a group: the sum over its queries is one product."""
-        return config.num_kv_heads
+        bounds = tile.index["key_bounds"]
+        if query.shape[2] > bounds.shape[1]:
+            return self.by_own_query().score_by(query, tile, sparse)
+        return bound_scores(query, bounds, tile.num_blocks)
 
     def scores_per_block(self, sparse: SparseConfig) -> int:
         """Two products a page: with its minima, and with its maxima."""

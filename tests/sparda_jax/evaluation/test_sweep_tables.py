@@ -140,7 +140,7 @@ def test_each_way_to_use_a_forecast_has_own_queries_of_its_kind():
         ("passkey", "sparda", 8, [90]),
         ("passkey", "infllm_v2", 8, [90]),
         ("passkey", "sparda_bounds", 8, [96]),
-        ("passkey", "quest_16", 8, [97]),
+        ("passkey", "infllm_v2_bounds", 8, [97]),
     )
     near = nearness_table(scores, 100, "sparda_bounds")
     assert near is not None and near.head[2] == "sparda_bounds"
@@ -151,6 +151,6 @@ def test_each_way_to_use_a_forecast_has_own_queries_of_its_kind():
     against = against_table(scores, 100, "sparda_bounds")
     assert against is not None and against.title.startswith("sparda_bounds less")
     assert [row[0] for row in against.rows] == [
-        *("dense", "sparda", "infllm_v2", "quest_16"),
+        *("dense", "sparda", "infllm_v2", "infllm_v2_bounds"),
     ]
     assert against.rows[1][1] == "+6.0 [+6.0, +6.0] (1)"

@@ -24,9 +24,18 @@ def _logits(run):
     return jnp.concatenate(seen, axis=1)
 
 
+# Of these indices `quest` and `sparda_bounds` stand for all in CI.
+OF_OTHERS = ("quest_16", "infllm_v2_bounds")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [n for n in selector_names() if not get_selector(n).dense]
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.long if n in OF_OTHERS else ())
+        for n in selector_names()
+        if not get_selector(n).dense
+    ],
 )
 def test_with_a_full_budget_it_is_dense(name, runner):
     nosa = name == "nosa"

@@ -175,12 +175,13 @@ def _assert_equal(state: GenerateState, expected: GenerateState) -> None:
 
 # By what they keep of the keys, and by whether they look ahead, these are all kinds.
 KINDS = ("dense", "nosa", "quest", "snapkv", "sparda")
+OF_OTHERS = ("quest_16", "infllm_v2_bounds")
 CASES = [
     *(
         pytest.param(
             *(name, CacheConfig(), "stacked"),
-            # `quest` with another page.
-            marks=pytest.mark.long if name == "quest_16" else (),
+            # Of these indices `quest` and `sparda_bounds` stand for all.
+            marks=pytest.mark.long if name in OF_OTHERS else (),
         )
         for name in selector_names()
     ),
