@@ -331,8 +331,8 @@ def traced_scores(
     available = jnp.maximum(own - sparse.local_blocks - sparse.init_blocks, 1)
     if not steady:
         sizes = jnp.asarray(_sizes(num_blocks), jnp.int32)
-        after = jnp.searchsorted(sizes, available, side="right")
-        available = sizes[after - 1]
+        # The largest size that is not more; a search would be a loop on the device.
+        available = jnp.where(sizes <= available, sizes, 1).max()
     block = jnp.arange(num_blocks, dtype=jnp.int32)
     offset = block - sparse.init_blocks
     place = jnp.clip(-(-offset * places // available), 0, places - 1)

@@ -100,7 +100,10 @@ def layer_before_fetch(
     elif asked and selector.asks_late(settings.config):
         late = block.next_query
     elif asked and block.next_query is not None:
-        next_forecast = selector.next_query(block.next_query, x, tile.rope_cos_sin)
+        # XLA would join this product with that of the queries, which for one token is
+        # as well, but in a prefill copies both weights side by side in every tile.
+        seen = x if tile.decoding else jax.lax.optimization_barrier(x)
+        next_forecast = selector.next_query(block.next_query, seen, tile.rope_cos_sin)
     if late is None:
         lookahead = lookahead.plan_next(next_forecast, tile, settings)
         view, lookahead = view.behind(lookahead)
