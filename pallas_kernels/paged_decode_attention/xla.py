@@ -6,8 +6,9 @@ nothing. With a list, chunks of listed slots are gathered straight out of the st
 layers (the layer index is part of the gather), so that the bytes read do not depend
 on capacity either.
 
-Layout: logits are [keys, G], the keys times a thin matrix of G queries. XLA's CPU
-back end multiplies that 2.5 times faster than the transpose when G is small.
+Layout: logits are [G, keys]. For few query heads a group they are multiplied and summed
+in one fusion with the read of the keys, which a CPU's threads share; the same as a
+matrix product is fused into a scalar loop that one thread runs.
 
 Limits: none on sizes; not differentiable in reverse mode, the loop length being
 dynamic (``block_sparse_attention`` with T = 1 is).
@@ -41,6 +42,8 @@ from pallas_kernels.paged_decode_attention.operands import Decode
 CHUNK_KEYS = 512
 # A list is gathered whole up to this many keys; beyond it, in steps of this size.
 GATHER_KEYS = 2048
+# Query heads of a group up to which logits are sums and no matrix product.
+MOST_SUMMED = 8
 
 
 def _chunk_slots(count: int, block: int, listed: bool) -> int:
@@ -78,6 +81,16 @@ def scratch_bytes(
     return 2 * batch * kv_heads * keys * head_dim * itemsize
 
 
+def _products(
+    keys: Float[Array, "B K S H"], query: Float[Array, "B K G H"]
+) -> Float[Array, "B K G S"]:
+    """Every query times every key of its kv head, in float32."""
+    if query.shape[2] > MOST_SUMMED:
+        return einsum_f32("bksh,bkgh->bkgs", keys, query)
+    wide = keys.astype(jnp.float32)[:, :, None]
+    return (wide * query.astype(jnp.float32)[:, :, :, None]).sum(-1)
+
+
 @in_32_bit
 def paged_decode_attention_xla(
     operands: Decode,
@@ -94,17 +107,17 @@ def paged_decode_attention_xla(
     def attend(carry, keys, values, bias, valid):
         # keys, values: B K S H; bias, valid: B K S or broadcastable to it.
         top, total, acc = carry
-        logits = operands.scale * einsum_f32("bksh,bkgh->bksg", keys, query)
+        logits = operands.scale * _products(keys, query)
         if bias is not None:
-            logits = logits + bias[..., None]
-        logits = jnp.where(valid[..., None], logits, NEG_INF)
-        new_top = jnp.maximum(top, logits.max(2))
+            logits = logits + bias[:, :, None]
+        logits = jnp.where(valid[:, :, None], logits, NEG_INF)
+        new_top = jnp.maximum(top, logits.max(-1))
         shift = finite_or_zero(new_top)
-        weights = jnp.exp(logits - shift[:, :, None])
+        weights = jnp.exp(logits - shift[..., None])
         fade = jnp.exp(top - shift)
         values = jnp.where(valid[..., None], values, 0)
-        update = einsum_f32("bksg,bksh->bkgh", weights.astype(values.dtype), values)
-        return new_top, total * fade + weights.sum(2), acc * fade[..., None] + update
+        update = einsum_f32("bkgs,bksh->bkgh", weights.astype(values.dtype), values)
+        return new_top, total * fade + weights.sum(-1), acc * fade[..., None] + update
 
     def values_of(whole, scale):
         # B K slots block 2 H of integers; B K slots S.
