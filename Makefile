@@ -17,7 +17,7 @@ demo: $(VENV)/.run-ready
 test: $(VENV)/.test-ready
 	$(PY) -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.test-ready $(VENV)/.notebooks-ready
+test-slow: $(VENV)/.test-ready $(VENV)/.notebooks-ready $(VENV)/.lm-eval-ready
 	$(PY) -m pytest -n 2 --dist worksteal --runslow -m "$(SLOW)" $(PYTEST_ARGS)
 
 # Every worker would else take three quarters of the card when it starts.
@@ -65,12 +65,19 @@ $(VENV)/.docs-ready: $(PY) pyproject.toml
 	touch $@ $(VENV)/.run-ready
 
 # Clients of `sparda serve`, and Ray: an environment of their own, for their many needs.
-# guidellm, lm-eval and Ray for the slow tests that ask for them: 6 GB, as they bring PyTorch.
+# guidellm, lm-eval with its tasks, and Ray for the slow tests that ask for them: 6 GB, as they
+# bring PyTorch.
 clients: $(VENV)/.clients-ready
 
 $(VENV)/.clients-ready: $(PY) pyproject.toml
 	$(PY) -m venv $(VENV)/clients
 	$(VENV)/clients/bin/python -m pip install --quiet -e ".[serve-clients,ray]"
+	touch $@
+
+# lm-eval without what its own tasks and metrics need: `local-completions` needs none of it.
+$(VENV)/.lm-eval-ready: $(PY) pyproject.toml
+	$(PY) -m pip install --quiet --no-deps --upgrade --target $(VENV)/lm-eval "$$($(PY) -c \
+		"import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['lm-eval'])")"
 	touch $@
 
 $(VENV)/.notebooks-ready: $(PY) pyproject.toml

@@ -3,9 +3,8 @@
     python -m benchmarks.calls --random minicpm4.1-8b --context 32768 --rows 8
 
 Rows of a session decode in calls of 1, 2, 4, … steps, each looked at as a server does
-between two of them; then with every step begun behind the one before. With
-`--trace FOLDER` some calls of one step are written there as a profile, for
-`benchmarks.timeline` and `benchmarks.profile_streams`.
+between two of them. With `--trace FOLDER` some calls of one step are written there as a
+profile, for `benchmarks.timeline` and `benchmarks.profile_streams`.
 """
 
 import argparse
@@ -71,10 +70,6 @@ def measure(
         one = _times(session, lambda steps=steps: session.decode(steps), calls)
         a_step = round(one["ms_median"] / steps, 3)
         found.append({"what": "call", "steps": steps, "ms_a_step": a_step, **one})
-    ahead = _times(session, session.step_ahead, calls)
-    found.append(
-        {"what": "ahead", "steps": 1, "ms_a_step": ahead["ms_median"], **ahead}
-    )
     first, last = found[0], found[len(_SIZES) - 1]
     # A call of n steps takes a + n b.
     step = (last["ms_median"] - first["ms_median"]) / (last["steps"] - 1)
@@ -96,7 +91,7 @@ def _session(arguments: argparse.Namespace) -> Session:
     lm = language_model(shape)
     cache = CacheConfig(kind=arguments.cache)
     lm = dataclasses.replace(with_attention(lm, "sparda"), cache=cache)
-    tokens = sum(_SIZES) * (_WARM + _CALLS) + 2 * (_WARM + _CALLS) + 16
+    tokens = sum(_SIZES) * (_WARM + _CALLS) + 16
     session = Session.open(
         lm,
         rows=arguments.rows,
@@ -104,7 +99,7 @@ def _session(arguments: argparse.Namespace) -> Session:
         max_new_tokens=tokens,
         prefill_chunk=min(arguments.prefill_chunk, arguments.context),
     )
-    session.warm_up(ahead=True)
+    session.warm_up()
     rng = np.random.default_rng(0)
     for _ in range(arguments.rows):
         prompt = rng.integers(0, lm.config.vocab_size, arguments.context).tolist()

@@ -395,7 +395,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("--max-batch", 4, "rows; with --url those that the server has"),
         ("--max-context", None, "tokens of a row (what the load needs)"),
         ("--prefill-chunk", 512, "tokens of a piece of a prompt"),
-        ("--decode-steps", 16, "most tokens between two looks at requests"),
+        ("--decode-steps", 32, "most tokens between two looks at requests"),
     ):
         add_option(source, name, integer(1), metavar="N", default=default, help=help)
     return parser

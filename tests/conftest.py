@@ -256,6 +256,15 @@ def clients_python() -> str:
     return str(python)
 
 
+@pytest.fixture(scope="session")
+def lm_eval_python(request) -> tuple[str, ...]:
+    """A command that runs a Python which has lm-eval's clients."""
+    folder = pathlib.Path(sys.prefix, "lm-eval")
+    if folder.exists():
+        return "env", f"PYTHONPATH={folder}", sys.executable
+    return (request.getfixturevalue("clients_python"),)
+
+
 @pytest.fixture
 def without_type_checks():
     """Lets wrong arguments reach the checks that users without beartype meet."""

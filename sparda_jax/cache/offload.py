@@ -81,7 +81,6 @@ class OffloadCache(NamedTuple):
         reuses them: one, or two when fetches overlap. Of none where every block has a
         slot of its own.
       row: The one row that is looked at, as if the cache had no other; None for all.
-        For prefill: a decode step is made for all.
     """
 
     store: HostStore
@@ -124,11 +123,20 @@ class OffloadCache(NamedTuple):
         """The `OffloadLayer` that holds offloaded layer `index`, and where in it."""
         return layer_at(self.layers, index, self.row)
 
+    def place_in_store(self, index: int | Array) -> int | Array:
+        """Where offloaded layer `index` lies in the host store; as `place`."""
+        return index if self.row is None else index * self.rows + self.row
+
     def replace_layer(self, index: int | Array, layer: OffloadLayer) -> "OffloadCache":
         """A copy in which `layer` holds offloaded layer `index`."""
         if self.row is not None:
             layer = as_all_rows(layer, self.rows)
         return self._replace(layers=with_layer(self.layers, index, layer))
+
+    @property
+    def stacked(self) -> bool:
+        """Whether all offloaded layers lie in one `OffloadLayer`."""
+        return len(self.layers) == 1
 
     def layer0(self) -> tuple[LayerCache, int | Array]:
         """Resident layer 0, and where in it; as `place` for the offloaded ones."""
@@ -435,20 +443,21 @@ def write_back_full_blocks(
 
     def save(number: Array, loop: tuple) -> tuple:
         store, changed = loop
-        row = order[number]
+        given = order[number]
+        row = given if cache.row is None else cache.row
         pieces, kept = [], []
         for layer, held in zip(cache.layers, changed or slots, strict=True):
             table = SlotTable(
                 *(lax.dynamic_index_in_dim(x, row, 1, False) for x in layer.table)
             )
-            slot = jnp.maximum(slot_of(table, block[row]), 0)  # layers K
+            slot = jnp.maximum(slot_of(table, block[given]), 0)  # layers K
             depth, heads = jnp.ogrid[: slot.shape[0], : slot.shape[1]]
             where = (depth, row, heads, slot)
             pieces.append(held[where])
             if changed:
                 kept.append(held.at[where].set(codec.stored(held[where])))
         piece = jnp.concatenate(pieces)[:, None, :, None]  # Lo 1 K 1 block 2 H
-        return store.write(piece, row=row, block=block[row]), tuple(kept)
+        return store.write(piece, row=row, block=block[given]), tuple(kept)
 
     count = jnp.sum(full, dtype=jnp.int32)
     # Of an exact codec nothing changes, and no slots travel through the loop.

@@ -5,8 +5,10 @@ its fetch started by the layer before, or it is chosen here and its fetch is wai
 either way `commit` puts the staged blocks, and then the step's token, into their slots.
 """
 
+import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -21,6 +23,18 @@ from sparda_jax.sparse.index import NewTokens, TokenKV, append_to_index
 from sparda_jax.sparse.selectors import Selector
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """What holds a layer; known while a program is traced.
+
+    Attributes:
+      shared: It holds the layers behind this one too.
+    """
+
+    shared: bool
+
+
 class OffloadView(NamedTuple):
     """An offloaded layer in a decode step.
 
@@ -31,6 +45,7 @@ class OffloadView(NamedTuple):
       fetch: The layer's block list; None before `select` if nobody looked ahead, and
         when all blocks are attended.
       fetches: What the layer's list cost.
+      stack: Whether the layers behind it lie in the same `OffloadLayer`.
       token: The step's keys and values until they are in a slot.
       own_blocks: What the layer's own queries choose, to verify the fetched list by.
     """
@@ -40,6 +55,7 @@ class OffloadView(NamedTuple):
     layer_in_store: int | Int[Array, ""]
     fetch: BlockFetch | None
     fetches: FetchCounters
+    stack: Stack
     token: TokenKV | None = None
     own_blocks: Int[Array, "B K P"] | None = None
 
@@ -60,7 +76,7 @@ class OffloadView(NamedTuple):
 
         Where both layers lie in one stack, XLA would keep a copy of it else.
         """
-        if lookahead.fetch is None or self.layer_cache.slots.shape[0] == 1:
+        if lookahead.fetch is None or not self.stack.shared:
             return self, lookahead
         cache, fetch = lax.optimization_barrier((self.layer_cache, lookahead.fetch))
         return self._replace(layer_cache=cache), lookahead._replace(fetch=fetch)
@@ -72,7 +88,7 @@ class OffloadView(NamedTuple):
         keep the stack of before beside the changed one, a copy of it in every layer.
         """
         later = lookahead.next_layer
-        if later is None or self.layer_cache.slots.shape[0] == 1:
+        if later is None or not self.stack.shared:
             return lookahead
         later = later._replace(layer_cache=self.layer_cache)
         return lookahead._replace(next_layer=later)

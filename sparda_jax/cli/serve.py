@@ -48,7 +48,7 @@ _SETTINGS = (
     (
         "decode_steps",
         "N",
-        "most tokens that rows decode in a call, as far as a tenth of a second holds "
+        "most tokens that rows decode in a call, as far as a fifth of a second holds "
         "them; 1: one, with no step begun ahead of what is looked at",
     ),
     ("max_waiting", "N", "outputs that may wait for a row; more are refused (503)"),

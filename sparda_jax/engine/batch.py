@@ -20,7 +20,6 @@ from sparda_jax.engine.placement import Placement
 from sparda_jax.engine.results import StreamEvent
 from sparda_jax.engine.row_outputs import RowOutputs, row_tokens
 from sparda_jax.engine.row_request import RowOutput, RowRequest, joined_request
-from sparda_jax.inference.ahead import Seen, decode_one_and_show
 from sparda_jax.inference.generate import (
     GenerateState,
     Request,
@@ -31,7 +30,11 @@ from sparda_jax.inference.generate import (
     prefill_and_sample_new,
 )
 from sparda_jax.inference.host_loop import decode_host_loop
-from sparda_jax.inference.rows import prefill_row_and_sample, prefill_row_and_score
+from sparda_jax.inference.rows import (
+    decode_row_loop,
+    prefill_row_and_sample,
+    prefill_row_and_score,
+)
 from sparda_jax.models.rope import Rope
 from sparda_jax.planning.auto import on_demand
 
@@ -101,16 +104,15 @@ class Batch:
         self.compile_seconds = 0.0
         self._weights, self._tree = jax.tree.flatten(lm.model)
         self._state = state
-        # Of the last step but one and the last, where `step_ahead` was called last.
-        self._shown: Seen | None = None
-        self._shown_next: Seen | None = None
         self._layout = state_layout(lm, placement, top_logprobs)
         self._programs: dict[tuple[Callable, Hashable], Callable] = {}
         self._given = RowOutputs(lm.tokenizer, self.rows)
         self._top_logprobs = top_logprobs
         self._request: Request | None = None
-        # Of all rows to their ends, by steps: decode asks for one again and again.
-        self._requests: dict[int, Request] = {}
+        # Of one row, or of all, to the end, by steps: decode asks again and again.
+        self._requests: dict[tuple[int | None, int], Request] = {}
+        # By row, where the only row that goes on decodes alone; None where all do.
+        self._places: list[jax.Array] | None = None
 
     @property
     def programs(self) -> list[str]:
@@ -157,9 +159,9 @@ class Batch:
           ends: Rows whose prompt ends with the call: the others sample nothing. None
             for all.
         """
-        of_all = row is None and ends is None
-        if of_all and steps in self._requests:
-            return self._requests[steps]
+        key = (row, steps)
+        if ends is None and key in self._requests:
+            return self._requests[key]
         if row is not None:
             asked = [self._given.asked[row]]
             request = joined_request(self.lm, asked, self.rope)
@@ -168,8 +170,7 @@ class Batch:
             if self._request is None:
                 self._request = joined_request(self.lm, asked, self.rope)
             request = self._request
-        ends = [True] * len(asked) if ends is None else ends
-        pairs = zip(asked, ends, strict=True)
+        pairs = zip(asked, ends or [True] * len(asked), strict=True)
         limits = [one.max_new if end else 0 for one, end in pairs]
         request = request._replace(
             max_new=jax.device_put(np.array(limits, np.int32)),
@@ -177,8 +178,8 @@ class Batch:
         )
         if self._layout is not None:
             request = place_request(request, self._layout)
-        if of_all:
-            self._requests[steps] = request
+        if ends is None:
+            self._requests[key] = request
         return request
 
     def _program(
@@ -192,7 +193,6 @@ class Batch:
     ) -> Callable:
         """The compiled program of a function for this session."""
         settings = static.setdefault("settings", self.settings)
-        self._shown = self._shown_next = None
         # In one session the types of all arguments are the same in every call.
         program = self._programs.get((function, settings))
         if program is None:
@@ -276,7 +276,6 @@ class Batch:
           Seconds without compilation.
         """
         seconds = 0.0
-        self._shown = self._shown_next = None
         while steps > 0 and not self.finished:
             before = np.asarray(self.state.generated)
             seconds += self._advance(steps)
@@ -285,41 +284,33 @@ class Batch:
         return seconds
 
     @property
-    def can_step_ahead(self) -> bool:
-        """Whether nothing that rows ask for is looked at between two steps."""
+    def _in_program(self) -> bool:
+        """Whether decode is one program, not a call a layer."""
         offload = self.settings.offload
-        in_program = offload is None or offload.route.in_program
-        logged = any(asked.logprobs for asked in self._given.asked)
-        looked_at = self.has_stop_strings or logged
-        return in_program and not looked_at
-
-    def step_ahead(self) -> None:
-        """Waits for the step that has begun, and has the next one begun meanwhile.
-
-        The device computes while the caller looks: `take_events` and `running` then
-        tell of the step before the one that runs, until anything else is called.
-        Allowed where `can_step_ahead`.
-        """
-        before = self._shown_next or self._begin_step()
-        self._begin_step()
-        self._shown = jax.block_until_ready(before)
-
-    def _begin_step(self) -> Seen:
-        program, given = self._part(decode_one_and_show, (self.request(1),), {})
-        self._state, shown = program(*given)
-        for array in shown:
-            array.copy_to_host_async()
-        self._shown_next = shown
-        return shown
+        return offload is None or offload.route.in_program
 
     @property
-    def shown(self) -> GenerateState | Seen:
-        """What `step_ahead` has waited for, else where generation stands."""
-        return self._shown or self.state
+    def _alone(self) -> int | None:
+        """The only row that goes on, if it decodes alone.
+
+        Its last bits are then not those that it has among others: whoever asks for
+        log-probabilities gets the same, whoever comes and goes.
+        """
+        if self._places is None or not self._in_program:
+            return None
+        going = np.flatnonzero(~np.asarray(self.state.done)).tolist()
+        return going[0] if len(going) == 1 and not self._logged(going[0]) else None
+
+    def _logged(self, row: int) -> bool:
+        return self._given.asked[row].logprobs
 
     def _advance(self, steps: int) -> float:
-        request, offload = self.request(steps), self.settings.offload
-        if offload is None or offload.route.in_program:
+        row = self._alone
+        if row is not None and self._places is not None:
+            place = self._places[row]
+            return self.run(decode_row_loop, self.request(steps, row=row), place)
+        request = self.request(steps)
+        if self._in_program:
             return self.run(decode_loop, request)
         begun = time.perf_counter()
         self._state = decode_host_loop(
@@ -349,7 +340,7 @@ class Batch:
 
     def _read(self) -> None:
         """Takes in the new tokens, and ends the rows whose stop string is complete."""
-        done = self._given.read(self.shown)
+        done = self._given.read(self.state)
         if done is not None:
             self._state = self.state._replace(done=jax.device_put(done))
 

@@ -27,7 +27,6 @@ from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig, ModelConfig
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.placement import Placement
-from sparda_jax.inference.ahead import decode_one_and_show
 from sparda_jax.inference.generate import (
     WITHOUT_ROWS,
     GenerateState,
@@ -328,10 +327,9 @@ class OnMesh:
             return _WHOLE
         if self.function is take_prefix:
             return self.layout.prefix_specs()
-        behind = {prefill_row_and_score: _WHOLE, decode_one_and_show: _ROWS}
         specs = self.layout.specs()
-        if self.function in behind:
-            return specs, behind[self.function]
+        if self.function is prefill_row_and_score:
+            return specs, _WHOLE
         return specs
 
     def _spec(self, argument: Any) -> Any:

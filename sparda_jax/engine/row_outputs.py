@@ -8,7 +8,6 @@ import numpy as np
 from sparda_jax.checkpoint.tokenizer import Tokenizer
 from sparda_jax.engine.results import StreamEvent, TokenLogprobs
 from sparda_jax.engine.row_request import RowOutput, RowRequest
-from sparda_jax.inference.ahead import Seen
 from sparda_jax.inference.generate import GenerateState
 from sparda_jax.inference.logprobs import TokenLogs
 
@@ -61,7 +60,7 @@ class RowOutputs:
         """Whether a row ends at a text."""
         return any(asked.stop for asked in self.asked)
 
-    def read(self, state: GenerateState | Seen) -> np.ndarray | None:
+    def read(self, state: GenerateState) -> np.ndarray | None:
         """Takes in the new tokens.
 
         Decoding pauses after every token that may complete a stop string, so a row
@@ -84,13 +83,12 @@ class RowOutputs:
                 self._events.append(StreamEvent(index, -1, rest))
         return done if matched else None
 
-    def _push(self, state: GenerateState | Seen, row: int, tokens: list[int]) -> None:
+    def _push(self, state: GenerateState, row: int, tokens: list[int]) -> None:
         """Takes in new tokens of a row."""
         text, read = self._texts[row], self._num_read[row]
         logs: Sequence[TokenLogprobs | None] = [None] * len(tokens)
-        kept = state.logs if isinstance(state, GenerateState) else None
-        if self.asked[row].logprobs and kept is not None:
-            of_row = TokenLogs(*(np.asarray(x)[row] for x in kept))
+        if self.asked[row].logprobs and state.logs is not None:
+            of_row = TokenLogs(*(np.asarray(x)[row] for x in state.logs))
             logs = token_logprobs(of_row, tokens, read)
         for token, log in zip(tokens, logs, strict=True):
             self._events.append(StreamEvent(row, token, text.push(token), log))

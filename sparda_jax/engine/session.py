@@ -28,7 +28,7 @@ from sparda_jax.engine.requests import (
 from sparda_jax.engine.results import TokenLogprobs
 from sparda_jax.engine.row_outputs import token_logprobs
 from sparda_jax.engine.row_request import RowOutput, RowRequest
-from sparda_jax.inference.generate import pad_rows
+from sparda_jax.inference.generate import decode_loop, pad_rows
 from sparda_jax.inference.prefixes import end_prefix, put_prefix_blocks, take_prefix
 from sparda_jax.inference.rows import prefill_row_and_score, reset_row
 from sparda_jax.inference.sampling import MOST_SEED
@@ -79,6 +79,10 @@ class Session(Batch):
         self._whole: dict[int, list[int]] = {}
         self._nodes: dict[int, Piece] = {}
         self._cached: dict[int, int] = {}
+        # On a CPU a step is the longer the more rows it has; a GPU reads the weights.
+        on_cpu = jax.default_backend() == "cpu"
+        if self.rows > 1 and lm.mesh is None and on_cpu:
+            self._places = [jax.device_put(np.int32(row)) for row in range(self.rows)]
 
     @staticmethod
     def open(
@@ -168,7 +172,7 @@ class Session(Batch):
     @property
     def running(self) -> list[int]:
         """Rows that the next decode step gives a token."""
-        return np.flatnonzero(~np.asarray(self.shown.done)).tolist()
+        return np.flatnonzero(~np.asarray(self.state.done)).tolist()
 
     @property
     def max_context(self) -> int:
@@ -379,11 +383,8 @@ class Session(Batch):
             kept.pop(row, None)
         return output
 
-    def warm_up(self, *, ahead: bool = False) -> int:
+    def warm_up(self) -> int:
         """Compiles all that requests need; returns how many programs that were.
-
-        Args:
-          ahead: `step_ahead` will be called.
 
         Raises:
           ConfigError: If requests have joined already.
@@ -399,13 +400,17 @@ class Session(Batch):
                 score_prompt=score,
             )
             self.prefill(row)
-            self.decode(1)
+            self._warm_up_decode()
             self.leave(row)
-        if ahead and self.can_step_ahead:
-            self.step_ahead()
         if self._store is not None:
             self._warm_up_store(self._store)
         return PROGRAMS.compiled - before
+
+    def _warm_up_decode(self) -> None:
+        """Decodes a token of the row alone, if rows do, and no more of all rows."""
+        self.decode(1)
+        if self._places is not None and self._in_program:
+            self.run(decode_loop, self.request(0))
 
     def _warm_up_store(self, store: PrefixStore) -> None:
         """Puts a piece into the store and takes it out again."""

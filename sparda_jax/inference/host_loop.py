@@ -21,7 +21,7 @@ from sparda_jax.cache.codecs import BlockCodec, Parts
 from sparda_jax.cache.counters import FetchCounters
 from sparda_jax.cache.host_store import HostStore
 from sparda_jax.cache.offload import OffloadCache, OffloadLayer
-from sparda_jax.cache.offload_view import OffloadView
+from sparda_jax.cache.offload_view import OffloadView, Stack
 from sparda_jax.cache.prefetch import BlockFetch, Lookahead, NextLayer
 from sparda_jax.cache.resident_view import ResidentView
 from sparda_jax.cache.settings import LayerSettings, TileState
@@ -238,9 +238,8 @@ def decode_host_loop(
         for index, block in enumerate(blocks[cache.resident_layers :]):
             if fetch is not None:
                 fetch = _staged(fetch, host)
-            view = OffloadView(
-                layers[index], 0, jnp.int32(index), fetch, FetchCounters.zero()
-            )
+            place, zero = jnp.int32(index), FetchCounters.zero()
+            view = OffloadView(layers[index], 0, place, fetch, zero, Stack(False))
             ahead = lookahead(index + 1)
             if fetch is None and lists:
                 middle = _choose(block, activations, view, ahead, tile, settings)

@@ -1,4 +1,4 @@
-"""Single rows of a running batch: prefilled in place, emptied, taken out, put in.
+"""Single rows of a running batch: run in their place, emptied, taken out, put in.
 
 Every function here is a program of fixed shapes whatever the row and its lengths are,
 so that rows come and go without a compilation.
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.cache.rows import put_row as put_cache_row
 from sparda_jax.cache.rows import reset_row as reset_cache_row
 from sparda_jax.cache.rows import take_row as take_cache_row
@@ -22,6 +23,7 @@ from sparda_jax.inference.generate import (
     GenerateState,
     Prompt,
     Request,
+    decode_loop,
     prefill_with_hidden,
 )
 from sparda_jax.inference.logprobs import TokenLogs, prompt_logs
@@ -124,6 +126,44 @@ prefill_row_and_sample_call = jax.jit(
     prefill_row_and_sample,
     static_argnames=("settings", "tile_size"),
     donate_argnames="state",
+)
+
+
+def decode_row_loop(
+    model: Decoder,
+    state: GenerateState,
+    request: Request,
+    row: Int[Array, ""],
+    *,
+    settings: LayerSettings,
+) -> GenerateState:
+    """`decode_loop` of one row in its place: no other row is computed or touched.
+
+    Args:
+      model: The decoder.
+      state: Where generation stands, of all rows.
+      request: Sampling and limits of the row: its arrays have one entry.
+      row: The row.
+      settings: The model and how to attend.
+    """
+    one, before = at_row(state, row), state.cache
+    if isinstance(before, OffloadCache):
+        # What lies in a staging buffer means nothing between two calls.
+        areas = tuple(
+            before.store.staging(area[0].shape[0] // before.rows)
+            for area in before.staging
+        )
+        one = one._replace(cache=one.cache._replace(staging=areas))  # pyrefly: ignore
+    one = decode_loop(model, one, request, settings=settings)
+    state = with_row(state, one, row)
+    if isinstance(before, OffloadCache):
+        cache = state.cache._replace(staging=before.staging)  # pyrefly: ignore
+        state = state._replace(cache=cache)
+    return state
+
+
+decode_row_loop_call = jax.jit(
+    decode_row_loop, static_argnames="settings", donate_argnames="state"
 )
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from sparda_jax.cache.counters import BlockCounts, FetchCounters, WideCount
 from sparda_jax.cache.offload import OffloadCache, write_back_full_blocks
-from sparda_jax.cache.offload_view import OffloadView
+from sparda_jax.cache.offload_view import OffloadView, Stack
 from sparda_jax.cache.prefetch import BlockFetch, Lookahead, NextLayer, StagingPool
 from sparda_jax.cache.resident import KVCache
 from sparda_jax.cache.resident_view import ResidentView
@@ -126,15 +126,12 @@ def _choose_for_first_layers(
             forecast = selector.next_query(weights, x, tile.rope_cos_sin)
             later.append(forecast)
         if settings.offload.lookahead:
-            layer = NextLayer(
-                *cache.place(number - cache.resident_layers),
-                number - cache.resident_layers,
-                True,
-                number,
-            )
+            index = number - cache.resident_layers
+            in_store = cache.place_in_store(index)
+            layer = NextLayer(*cache.place(index), in_store, True, number)
             ahead = Lookahead(layer, store=cache.store, pool=pool)
             ahead = ahead.plan_next(forecast, tile.in_layer(0), settings)
-            if len(cache.layers) == 1:
+            if cache.stacked:
                 # As in `OffloadView.behind`.
                 layers, fetch = lax.optimization_barrier((cache.layers, ahead.fetch))
                 cache = cache._replace(layers=layers)
@@ -343,13 +340,20 @@ def _view(
         pool=StagingPool(cache.staging),
     )
     if cache.first is not None and is_first(layer_index):
-        return ResidentView(cache.first, 0), lookahead
+        return ResidentView(*cache.layer0()), lookahead
     index = layer_index - cache.resident_layers
     layer_cache, place = cache.place(index)
     fetch = None
     if carry.fetches_ahead and not is_first(layer_index):
         fetch = carry.fetches_ahead[0]
-    view = OffloadView(layer_cache, place, index, fetch, FetchCounters.zero())
+    view = OffloadView(
+        layer_cache,
+        place,
+        cache.place_in_store(index),
+        fetch,
+        FetchCounters.zero(),
+        Stack(cache.stacked),
+    )
     return view, lookahead
 
 
@@ -367,7 +371,7 @@ def _put_back(
         return carry._replace(cache=cache)
     cache = cache._replace(staging=pool.areas)
     if isinstance(view, ResidentView):
-        return carry._replace(cache=cache._replace(first=view.layer_cache))
+        return carry._replace(cache=cache.replace_layer0(view.layer_cache))
     index = layer_index - cache.resident_layers
     assert fetches is not None
     pairs = zip(fetches, view.fetches, strict=True)
@@ -400,7 +404,8 @@ def _next_layer(
         exists = layer_index + ahead <= last
         index = jnp.minimum(layer_index + ahead, last) - cache.resident_layers
     layer_cache, place = cache.place(index)
-    return NextLayer(layer_cache, place, index, exists, ahead)
+    in_store = cache.place_in_store(index)
+    return NextLayer(layer_cache, place, in_store, exists, ahead)
 
 
 def end_stack(

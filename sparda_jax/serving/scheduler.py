@@ -8,11 +8,9 @@ The rules, all of them:
   prefill     one piece of one prompt a round, or some from the prefix store; of several
               rows that still read their prompts, each has its turn. Outputs of one
               prompt, and prompts that begin alike, run each whole piece once.
-  decode      the tokens of all other rows that a tenth of a second holds, in one call,
-              at most `decode_steps`: a call costs something beside its steps, and who
-              comes or goes meanwhile waits for its end. Where that is one, the next
-              step begins before its tokens are handed out. While a prompt is read, and
-              with `decode_steps` 1, it is one token a round with nothing begun behind.
+  decode      the tokens of all other rows that a fifth of a second holds, in one call,
+              at most `decode_steps` (`serving.pace`); one token while a prompt is read.
+              Who comes or goes meanwhile waits for its end.
   preemption  none: a job that has a row keeps it until it ends.
   the end     when it has its tokens, is cancelled, or its time is up; the row is free
               before the next round.
@@ -33,9 +31,7 @@ from sparda_jax.engine.row_request import RowOutput
 from sparda_jax.engine.session import Session
 from sparda_jax.serving.jobs import Delivery, Ended, Job, Refused
 from sparda_jax.serving.observer import Observer
-
-# Of one call of decode, where more than one step fits.
-_MOST_SECONDS = 0.1
+from sparda_jax.serving.pace import Pace
 
 
 class Scheduler:
@@ -54,11 +50,7 @@ class Scheduler:
         decode_steps: int,
     ):
         self._session, self._observer = session, observer
-        self._max_waiting, self._decode_steps = max_waiting, decode_steps
-        # Seconds of a step with what the call costs beside it; 0: not known yet.
-        self._step = 0.0
-        # When the last round's step was waited for, with the next one begun behind it.
-        self._stepped: float | None = None
+        self._max_waiting, self._pace = max_waiting, Pace(decode_steps)
         self._waiting: collections.deque[Job] = collections.deque()
         self._running: dict[int, Job] = {}
         # Rows whose prompts have not all run; the first is next.
@@ -175,7 +167,6 @@ class Scheduler:
         self._drop()
         self._admit()
         if self._prefill():
-            self._stepped = None  # what a prompt takes is not a step's
             self._deliver()  # a first token does not wait for the step
         if len(self._running) > len(self._filling):
             self._decode()
@@ -184,24 +175,12 @@ class Scheduler:
         self._observer.round(self._session, waiting=waiting, running=taken)
 
     def _decode(self) -> None:
-        """Some steps of all rows; learns how long one is."""
-        session, before = self._session, self._stepped
-        self._stepped = None
-        if self._filling or self._decode_steps == 1:
-            session.decode(1)
-        elif self._step > _MOST_SECONDS / 2 and session.can_step_ahead:
-            session.step_ahead()
-            self._stepped = time.perf_counter()
-            if before is not None:
-                self._learn(self._stepped - before)
-        else:
-            fit = int(_MOST_SECONDS / self._step) if self._step else 1
-            steps = max(1, min(fit, self._decode_steps))
-            self._learn(session.decode(steps) / steps)
-
-    def _learn(self, seconds: float) -> None:
-        """Takes in the time of a step; at most halves it: rows may have ended early."""
-        self._step = max(seconds, self._step / 2, 1e-6)
+        """Tokens of all rows that go on; one while a prompt is read."""
+        if self._filling:
+            self._session.decode(1)
+            return
+        steps = self._pace.steps
+        self._pace.took(steps, self._session.decode(steps))
 
     def _gone(self, job: Job, now: float) -> str | None:
         """Why a job must end now, or None."""

@@ -142,7 +142,7 @@ class Serving:
 
     def warm_up(self) -> list[str]:
         """Compiles all that requests need; returns the programs' names."""
-        self.session.warm_up(ahead=self.settings.decode_steps > 1)
+        self.session.warm_up()
         return self.session.programs
 
     def app(self) -> ASGIApp:

@@ -47,10 +47,9 @@ class ServeSettings:
       max_new_tokens: Most output tokens of a request.
       prefill_chunk: Tokens of a prompt that run between two decode steps of the others:
         the pause that a long prompt makes for them.
-      decode_steps: Most tokens of a call, as far as a tenth of a second holds them;
-        where that is one, the next step begins behind it. A request that is cancelled
-        frees its row within that time, or two steps. With 1 nothing is begun ahead:
-        within one step.
+      decode_steps: Most tokens of a call, as far as a fifth of a second holds them; a
+        request that is cancelled frees its row within that time. With 1: within one
+        step.
       max_waiting: Outputs that may wait for a row; more are refused (503).
       top_logprobs: Most likeliest tokens that a request can ask for.
       prefix_bytes: Host memory for beginnings of prompts that others share; 0 is none.
@@ -71,7 +70,7 @@ class ServeSettings:
     max_context: int | None = None
     max_new_tokens: int = 4096
     prefill_chunk: int = 512
-    decode_steps: int = 16
+    decode_steps: int = 32
     max_waiting: int = 1024
     top_logprobs: int = 20
     prefix_bytes: int = 2**30

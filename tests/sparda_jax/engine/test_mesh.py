@@ -141,7 +141,7 @@ SESSION = """
         session = Session.open(lm, rows=2, max_context=512, max_new_tokens=24,
                                   prefill_chunk=128, top_logprobs=3,
                                   prefix_bytes=2**24)
-        session.warm_up(ahead=True)
+        session.warm_up()
         before, given = PROGRAMS.compiled, []
         for number, prompt in enumerate(prompts):
             row = session.join(prompt, max_new_tokens=20, ignore_eos=True, seed=number,
@@ -152,10 +152,7 @@ SESSION = """
             cached = session.cached_tokens(row)
             logs = [log.logprob for log in session.prompt_logprobs(row)]
             while row in session.running:
-                if session.can_step_ahead:
-                    session.step_ahead()
-                else:
-                    session.decode(4)
+                session.decode(4)
             events = list(session.take_events())
             logs += [e.logs.logprob for e in events if e.logs is not None]
             out = session.leave(row)

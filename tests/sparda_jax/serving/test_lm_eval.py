@@ -1,7 +1,6 @@
 """lm-eval's `local-completions` gets the log-probabilities of `forward`.
 
-Its requirements are many and their own, so it has an environment of its own:
-`make clients`.
+`make test-slow` installs it without what its tasks and metrics require.
 """
 
 import dataclasses
@@ -31,11 +30,11 @@ print("found", json.dumps(client.loglikelihood(requests)))
 
 
 @pytest.mark.slow
-def test_lm_eval_gets_the_log_likelihoods_of_forward(server, clients_python):
+def test_lm_eval_gets_the_log_likelihoods_of_forward(server, lm_eval_python):
     pairs = [("ab the in", " on"), ("the", " stop op"), ("a" * 200, "bc in")]
     url = f"{server.url}/v1/completions"
-    command = (clients_python, "-c", _LOGLIKELIHOODS, url, json.dumps(pairs))
-    found = json.loads(run_client(*command).partition("found ")[2])
+    script = ("-c", _LOGLIKELIHOODS, url, json.dumps(pairs))
+    found = json.loads(run_client(*lm_eval_python, *script).partition("found ")[2])
     resident = dataclasses.replace(server.lm, cache=sj.CacheConfig())
     encode = server.lm.tokenizer.encode
     for (context, rest), (total, greedy) in zip(pairs, found, strict=True):

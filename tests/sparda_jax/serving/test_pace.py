@@ -1,0 +1,25 @@
+"""How many steps a call of decode has."""
+
+from sparda_jax.serving.pace import Pace
+
+
+def _calls(pace: Pace, seconds: float, count: int) -> list[int]:
+    """Steps of some calls, each step of which takes so long."""
+    found = []
+    for _ in range(count):
+        found.append(pace.steps)
+        pace.took(found[-1], found[-1] * seconds)
+    return found
+
+
+def test_short_steps_share_a_call_and_long_ones_do_not():
+    pace = Pace(32)
+    assert _calls(pace, 0.019, 3) == [1, 10, 10]
+    assert _calls(pace, 0.16, 3) == [10, 1, 1]  # longer contexts
+    # A call whose rows had ended early is not believed at once.
+    assert _calls(pace, 0.0001, 6) == [1, 2, 5, 10, 20, 32]
+    assert _calls(pace, 0.6, 2) == [32, 1]
+
+
+def test_one_step_a_call_stays_one():
+    assert _calls(Pace(1), 0.0001, 4) == [1, 1, 1, 1]
