@@ -58,6 +58,29 @@ def _scaled(x, *, factor):
     return x * factor
 
 
+@dataclasses.dataclass(frozen=True)
+class _WithOption:
+    """A function that is compiled with an option of its own, as one of a mesh is."""
+
+    name: str
+
+    @property
+    def compiler_options(self):
+        return {self.name: False}
+
+    def __call__(self, x):
+        return x + 1
+
+
+def test_a_function_is_compiled_with_its_options():
+    x = jnp.float32(1)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_thing"):
+        Programs().get(_WithOption("xla_no_such_thing"), (x,), {})
+    of_a_mesh = _WithOption("xla_gpu_enable_latency_hiding_scheduler")
+    program, _ = Programs().get(of_a_mesh, (x,), {})
+    assert program(x) == 2
+
+
 def test_programs_are_keyed_by_all_that_is_static():
     programs = Programs(8)
     two = jnp.arange(2.0)

@@ -16,6 +16,7 @@ from sparda_jax.mesh import MeshConfig
 from sparda_jax.models.presets import PRESETS
 from sparda_jax.models.sharding import config_of_device
 from sparda_jax.models.spec import LAYER, MESH_AXES, MODEL
+from sparda_jax.sparse.selectors import get_selector, selector_names
 
 ROOT = pathlib.Path(__file__).parents[3]
 DEVICES = """
@@ -176,13 +177,47 @@ SESSION = """
 """
 
 
+WAYS = """
+    import json, sys
+    import numpy as np
+    import sparda_jax as sj
+    from sparda_jax.config import CacheConfig
+    from sparda_jax.mesh import MeshConfig
+
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 128, n).tolist() for n in (400, 3)]
+    few = dict(kind="offload", route="dynamic_slice", device_blocks=None)
+    found = {}
+
+    def outcome(mesh, attention, cache):
+        lm = sj.load("tiny", mesh=mesh, attention=attention, forecast="from_query",
+                     storage="stacked", cache=CacheConfig(**cache),
+                     sparse=sj.SparseConfig(local_blocks=1, block_budget=4))
+        out = sj.generate(lm, prompts, max_new_tokens=12, ignore_eos=True)
+        stats, fetches = out.stats, None
+        if stats.offload is not None:
+            fetches = [stats.offload.hits, stats.offload.misses,
+                       stats.offload.fetched_bytes]
+        return [out.tokens, stats.prefill_blocks, stats.decode_blocks, fetches]
+
+    for name in sys.argv[1:]:
+        attention, _, more = name.partition(" ")
+        resident = attention in ("dense", "snapkv", "window")
+        cache = {} if resident else few | json.loads(more or "{}")
+        one, two = (outcome(mesh, attention, cache)
+                    for mesh in (None, MeshConfig(model=2)))
+        found[name] = [one == two, one[3]]
+    print(json.dumps(found))
+"""
+
+
 @pytest.fixture(scope="module")
 def found():
     """What four devices gave, in a process of their own."""
     return _on_four_devices(DEVICES)
 
 
-def _on_four_devices(script: str) -> dict:
+def _on_four_devices(script: str, *words: str) -> dict:
     """What a script prints in a process with four devices."""
     environment = dict(
         os.environ,
@@ -191,7 +226,7 @@ def _on_four_devices(script: str) -> dict:
         PYTHONPATH=str(ROOT),
     )
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
+        [sys.executable, "-c", textwrap.dedent(script), *words],
         env=environment,
         capture_output=True,
         text=True,
@@ -268,6 +303,39 @@ def test_a_session_on_two_devices_is_one_on_one():
     assert found["cached"] == [[0, 0], [256, 256], [0, 0]]
     assert found["logs"] == [[20, 20], [0, 0], [1, 1]]
     assert found["gap"] < 1e-5
+
+
+# NOSA's key bias is refused.
+DIVIDED = [
+    name
+    for name in selector_names()
+    if get_selector(name).divides_heads and name != "nosa"
+]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("names", [DIVIDED[::2], DIVIDED[1::2]])
+def test_every_selector_on_two_devices_is_itself_on_one(names):
+    found = _on_four_devices(WAYS, *names)
+    assert {name: same for name, (same, _) in found.items()} == dict.fromkeys(
+        names, True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_every_cache_on_two_devices_is_itself_on_one():
+    ways = [
+        'sparda {"codec": "int8"}',
+        'sparda {"device_blocks": "auto"}',
+        'sparda {"device_blocks": 5, "exactness": "verify"}',
+        'sparda {"device_blocks": 5, "layers_ahead": 2}',
+        'sparda {"layer0": "resident"}',
+        'sparda {"kind": "resident", "route": "auto"}',
+    ]
+    found = _on_four_devices(WAYS, *ways)
+    assert all(same for same, _ in found.values()), found
 
 
 @pytest.mark.slow
