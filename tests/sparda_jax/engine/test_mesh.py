@@ -297,7 +297,7 @@ def test_no_kv_is_exchanged(found):
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_session_on_two_devices_is_one_on_one():
-    """Rows that join and leave, shared beginnings, log-probabilities, steps ahead."""
+    """Rows that join and leave, shared beginnings, log-probabilities."""
     found = _on_four_devices(SESSION)
     assert found["tokens"] == [True] * 3
     assert found["cached"] == [[0, 0], [256, 256], [0, 0]]
