@@ -43,8 +43,9 @@ def bound_softmax_scores(
 
     As own queries are scored over key means (docs/algorithm.md §2.3), scale included: a
     head counts by the share of its attention that a page may have, not by how large its
-    products are. Pages that are not wholly in a query's past get 0, so that a prompt's
-    rows choose what decode chooses; they are of forced or of future blocks.
+    products are. Pages that do not end before the query get 0: they are of forced or of
+    future blocks, and a prompt's rows then choose what decode chooses ahead, without
+    the newest key (docs/algorithm.md §4.4).
 
     Args:
       q: Queries, those of a kv head next to each other.
@@ -58,7 +59,7 @@ def bound_softmax_scores(
     """
     scores, held = _products(q, bounds, summed=False)
     last = (jnp.arange(bounds.shape[2]) + 1) * page - 1
-    past = (last <= positions[:, :, None])[:, None, None]  # B 1 1 T pages
+    past = (last < positions[:, :, None])[:, None, None]  # B 1 1 T pages
     scores = jnp.where(past, scores * q.shape[-1] ** -0.5, -jnp.inf)
     peak = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0))

@@ -34,7 +34,7 @@ def _scores(layer, queries, page):
     if bounds.shape[2] > 1:
         pages = bounds.shape[-1]
         last = np.arange(1, pages + 1) * page - 1
-        past = last <= np.arange(layer.length)[:, None]
+        past = last < np.arange(layer.length)[:, None]
         logits = np.where(past, bounds * layer.k.shape[-1] ** -0.5, -np.inf)
         peak = logits.max(-1, keepdims=True)
         weights = np.exp(logits - np.where(np.isfinite(peak), peak, 0))
