@@ -179,6 +179,38 @@ def test_every_command_has_its_options_in_the_reference(hooks):
     assert "None" not in tables and "==SUPPRESS==" not in tables
 
 
+def test_a_figure_older_than_its_code_is_found():
+    ages = _script("figure_ages")
+    page = (
+        "| 9 ms: `python -m pallas_kernels.tuning plan_slots` (commit aaaaaaa) | |\n"
+        "| 8 ms: `python -m pallas_kernels.tuning plan_slots` (commit ccccccc) | |\n"
+        "| 7 ms: `python -m pallas_kernels.tuning host_gather` (commit aaaaaaa) | |\n\n"
+        "`python -m benchmarks.prefill` takes 2 s (noted 2026-01-31, aaaaaaa; not\n"
+        "measured since commit bbbbbbb) and took\n3 s (commit ccccccc). Of\n"
+        "no command is\n\nthis: commit aaaaaaa\n"
+    )
+    asked = []
+
+    def changed(commit, paths):
+        asked.append((commit, paths))
+        return None if "pallas_kernels/host_gather" in paths else "ddddddd"
+
+    text, silent = ages.aged(page, changed)
+    since = "; not measured since commit ddddddd"
+    first, _, third = page.splitlines()[:3]
+    assert text.splitlines()[0] == first.replace(
+        "(commit aaaaaaa", f"(commit aaaaaaa{since}"
+    )
+    assert text.splitlines()[2] == third
+    assert f"3 s (commit ccccccc{since})" in text and "bbbbbbb) and" in text
+    assert text.endswith("this: commit aaaaaaa\n")
+    assert [line.split(":")[0] for line in silent] == ["1", "2", "5"]
+    assert "sparda_jax/inference" in dict(asked)["ccccccc"]
+    assert ages.aged(text, changed) == (text, [])
+    for paths in ages.MEASURES.values():
+        assert all((ROOT / path).exists() for path in paths)
+
+
 @pytest.fixture
 def hooks():
     """`scripts/docs_hooks.py` as a module of its own."""
