@@ -24,11 +24,11 @@ the durations of all kernels in a profile, beside a large device copy in the sam
 * batch 64, no splits: 102.7 us ±0.2 % with two compute warpgroups, 3,919 GB/s, 91 %;
   104.6 us with one. Two splits merged in a cluster: 107.1 us.
 * batch 8, one cluster of 8 a (row, kv head): 32.2 to 33.1 us, 36 %, whatever the
-  stages, more than twice what the bytes need; splits merged by XLA took 23.8 us in an
-  earlier run. Clusters of 4 at batch 16 did no better (48 to 61 us in a variant
-  without memory warpgroup). The likely cause, not shown: large thread blocks of a
-  cluster must share a group of multiprocessors, so that not all clusters run at once.
-  Hence the default is no cluster.
+  stages, more than twice what the bytes need; 8 splits merged by XLA took 21.3 us
+  (commit 455a84d; Triton with its merge kernel 19.6 in the same run). Clusters of 4 at
+  batch 16 did no better (48 to 61 us in a variant without memory warpgroup). The likely
+  cause, not shown: large thread blocks of a cluster must share a group of
+  multiprocessors, so that not all clusters run at once. Hence the default is none.
 
 Limits: bfloat16 or float16; H a multiple of 64 up to 256; blocks of 64 or 128 tokens
 that fit in shared memory; G at most 64; positive scale.
