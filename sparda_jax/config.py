@@ -201,6 +201,11 @@ class ModelConfig:
         """G, query heads per kv head."""
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def guesses_queries(self) -> bool:
+        """Whether Forecast heads guess each head's query, which any windows score."""
+        return 1 < self.forecast_queries == self.group_size
+
 
 def _block_budget(field: str, value: object) -> int | tuple[int, ...]:
     """A check of a budget: blocks, or blocks by layer."""

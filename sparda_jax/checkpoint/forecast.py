@@ -355,9 +355,10 @@ def load_forecast(
     """Reads Forecast weights for a model, from this project's or the reference's file.
 
     The Forecast was trained to rank blocks by scores of averaged keys, so the kernel,
-    its stride and the block size must be those of its training. How many blocks are
-    then taken (budget, init and local blocks) does not enter the scores: these may
-    differ. The reference's file (.pt) holds no hash of its base model: only shapes and
+    its stride and the block size must be those of its training, unless it guesses the
+    query of every head, as which it is then scored. How many blocks are then taken
+    (budget, init and local blocks) does not enter the scores: these may differ. The
+    reference's file (.pt) holds no hash of its base model: only shapes and
     `sparse_config` can be compared.
 
     Args:
@@ -379,14 +380,14 @@ def load_forecast(
     held = _held(path)
     # The base model first: another one explains every difference that follows.
     _check_fingerprint(path, held.info, held.fingerprint, fingerprint)
-    if held.sparse is not None and sparse is not None:
-        _check_geometry(path, held.sparse, sparse)
     if held.queries > config.group_size:
         raise CheckpointError(
             f"{path}: metadata queries = {held.queries}, allowed: at most "
             f"{config.group_size}, as many query heads share a kv head of the model"
         )
     config = dataclasses.replace(config, forecast_queries=held.queries)
+    if held.sparse is not None and sparse is not None and not config.guesses_queries:
+        _check_geometry(path, held.sparse, sparse)
     shapes = {name: tensor.shape for name, tensor in held.arrays.items()}
     names = layout.check_forecast(path, config, shapes, held.rank)
     if not names:

@@ -222,7 +222,7 @@ _ALL = (
     Preset(_QWEN25, _DENSE_8B, "Qwen2.5 Instruct, dense pretrained"),
     Preset(
         _QWEN25_CODER,
-        _DENSE_8B,
+        dataclasses.replace(_DENSE_8B, kernel_size=8, kernel_stride=4),
         "Qwen2.5-Coder Instruct, by `sparda fetch`; its file holds the head apart from "
         "the embedding (136 M more)",
     ),

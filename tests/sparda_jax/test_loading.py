@@ -180,3 +180,14 @@ def test_heads_for_another_geometry_are_refused_everywhere(
     assert free.forecast_sparse is None
     budget = sj.SparseConfig(local_blocks=1, block_budget=4)
     assert sj.with_attention(lm, "sparda", sparse=budget).sparse == budget
+    # A guess of every head's query is scored as that is: by any windows.
+    group = CONFIG.group_size
+    every = ForecastWeights(
+        future=np.repeat(future, group, axis=1),
+        current=np.repeat(current, group, axis=0),
+        sparse=SPARSE,
+        queries=group,
+    )
+    save_forecast(path, every, base_name=CONFIG.name)
+    lm = sj.load(directory, sparse=other, forecast=path, attention="sparda")
+    assert (lm.sparse, lm.forecast_sparse) == (other, SPARSE)
