@@ -359,7 +359,8 @@ def _geometry(
         passkeys.append(kept.figures)
         return kept.sparse
 
-    passes = len(tried) + (len(tried) > 1)
+    # Fewer local blocks are one more, where there are fewer.
+    passes = len(tried) + (len(tried) > 1 and tried[0].local_blocks > 1)
     total = passes * len(texts) * config.num_layers
     with tqdm(total=total, desc="windows and budget", disable=quiet) as bar:
         found = choose_geometry(
