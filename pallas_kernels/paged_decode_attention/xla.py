@@ -13,12 +13,16 @@ matrix product is fused into a scalar loop that one thread runs.
 Limits: none on sizes; not differentiable in reverse mode, the loop length being
 dynamic (``block_sparse_attention`` with T = 1 is).
 
-Measured on 2 cores of an AMD EPYC with about 15 GB/s of memory bandwidth between them
-(jax 0.12.0.1, float32, N = 9, K = 3, H = 64, in a jitted loop over 30 layers whose keys
-do not fit in cache): 2,048 keys dense 0.5-0.6 ms a layer, of which the 3.1 MB read
-alone need 0.2-0.3 ms; 16 listed blocks of 64, at any capacity, 0.3 ms. Tried: keys and
-values in one operand of 2H columns (no faster), one slice a block (slower), logits as
-[G, keys] (products 2.5 times slower).
+Measured, as the product of keys and a thin matrix, on 2 cores of an AMD EPYC with about
+15 GB/s of memory bandwidth between them (jax 0.12.0.1, float32, N = 9, K = 3, H = 64,
+in a jitted loop over 30 layers whose keys do not fit in cache): 2,048 keys dense
+0.5-0.6 ms a layer, of which the 3.1 MB read alone need 0.2-0.3 ms; 16 listed blocks of
+64, at any capacity, 0.3 ms. The sums take 0.83 of that at 2,048 keys and 0.86 at 8,064,
+lists 0.91 (least of 25 interleaved pairs, 2 busy cores of a Xeon, the same jax;
+processor time 0.88, 0.86, 1.02). Tried: keys and values in one operand of 2H columns
+(no faster), one slice a block (slower), a copy of the keys before the product (no
+faster than the sums), larger chunks, two loops over half of the keys each (run one
+after the other).
 """
 
 from __future__ import annotations
