@@ -407,7 +407,8 @@ class CacheConfig:
       device_blocks: C, slots per layer, row and kv head (`offload`); more than a block
         list is long are a larger cache with least-recently-used reuse. `auto`: as many
         as the device has room for beside all else, up to all blocks. None is the length
-        of a block list, the least that there can be.
+        of a block list, the least that there can be. A conversation keeps the C of its
+        first turn.
       prefetch: `lookahead`: layer l's Forecast starts the fetch for layer l + 1, while
         layer l computes. `none`: a layer selects and fetches for itself, and waits.
         `auto`: decided by measurement (`planning.auto`). None is `lookahead` where
@@ -418,7 +419,7 @@ class CacheConfig:
         layer l + 1's. It changes what is chosen, with every `prefetch`.
       layer0: Where layer 0's KV lives, for which nothing can look ahead. `auto`: in
         host memory where `device_blocks="auto"` finds room for two lists and more, and
-        not for all blocks; else on the device.
+        not for all blocks, or where the request fits only so; else on the device.
       route: How blocks are fetched (`cache.routes`); `auto` takes the recorded one.
       exactness: `forecast`: the forecast list is what is attended. `verify`: the
         layer's own queries choose, the forecast only prefetches, and what it missed is

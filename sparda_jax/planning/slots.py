@@ -47,7 +47,8 @@ def fill_slots(
     a row of sizes, each a quarter more than the one before, that fits. The first is the
     block list's length, which is taken where the request itself hardly fits.
     `layer0="auto"` is decided with it: where not all blocks fit, its KV gives way to
-    more slots if there are two lists of them then, or if it must.
+    more slots if there are two lists of them then, or if it must. It gives way to as
+    many slots as were asked for as well, where the request fits only so.
 
     Args:
       settings: How the request runs.
@@ -69,8 +70,15 @@ def fill_slots(
         storage=storage,
         forecast=forecast,
     )
-    if cache.device_blocks != "auto" or settings.offload is None:
+    if settings.offload is None:
         return cache, plan(cache)
+    if cache.device_blocks != "auto":
+        memory = plan(cache)
+        if cache.layer0 == "auto" and shortfall(memory, limits) is not None:
+            far = dataclasses.replace(cache, layer0="offload")
+            if shortfall(more := plan(far), limits) is None:
+                return far, more
+        return cache, memory
     blocks = shapes.capacity // settings.sparse.block_size
     least = min(settings.selector.list_width(blocks, settings.sparse), blocks)
 
@@ -80,10 +88,10 @@ def fill_slots(
     if cache.layer0 != "auto":
         return filled(cache)
     near, memory = filled(dataclasses.replace(cache, layer0="resident"))
-    if near.slots(blocks, least) < blocks:
+    short = shortfall(memory, limits) is not None
+    if short or near.slots(blocks, least) < blocks:
         far, more = filled(dataclasses.replace(cache, layer0="offload"))
-        worth = far.slots(blocks, least) >= _LARGE * least
-        worth = worth or shortfall(memory, limits) is not None
+        worth = short or far.slots(blocks, least) >= _LARGE * least
         if worth and shortfall(more, limits) is None:
             return far, more
     return near, memory

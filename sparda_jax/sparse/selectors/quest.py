@@ -29,7 +29,7 @@ class Quest(QuerySelector):
       over_group: `sum`: heads count by how large their bound is. `max`: the best head
         decides.
       page: Tokens that share a bound, a divisor of a block's; a block has that of its
-        best page. None: the whole block.
+        best page. None, or more than a block has: the whole block.
     """
 
     over_group: Literal["sum", "max"] = "sum"

@@ -80,6 +80,13 @@ def test_layer_0_gives_way_where_two_lists_and_not_all_blocks_fit():
     assert far.layer0 == "offload" and 3 * width <= far.device_blocks < BLOCKS
     store = Limit(dataclasses.replace(CASE, slots=None).plan().host, "a test")
     assert decided(3 * width, host=store).layer0 == "resident"
+    # As many slots as were asked for: where layer 0 lives is still open.
+    for layer0 in ("resident", "offload"):
+        size = dataclasses.replace(CASE, slots=width, layer0=layer0).plan().device
+        asked = dataclasses.replace(auto, slots=width)
+        cache, plan = _fill(asked, MemoryLimits(device=Limit(size, "a test")))
+        assert plan.device == size and cache.device_blocks == width
+        assert (cache.layer0 == "offload") == (layer0 == "offload")
 
 
 def test_limits_that_are_not_known_or_shared():
