@@ -25,6 +25,7 @@ from sparda_jax.config import CacheConfig, ModelConfig, SparseConfig
 from sparda_jax.inference.shapes import Shapes, plan_shapes, tile_tokens
 from sparda_jax.mesh import MeshConfig
 from sparda_jax.models.sharding import config_of_device
+from sparda_jax.planning.batches import batch_memory, fewest_slots
 from sparda_jax.planning.limits import (
     Limit,
     MemoryLimits,
@@ -35,7 +36,6 @@ from sparda_jax.planning.memory import GIB, MemoryPlan
 from sparda_jax.planning.misses import MissCurve, published_curve, trace_curve
 from sparda_jax.planning.rates import Rates
 from sparda_jax.planning.shape import named_shape
-from sparda_jax.planning.slots import fill_slots
 from sparda_jax.planning.step import StepTime, step_time
 from sparda_jax.sparse.selectors import Selector, ahead_names, get_selector
 
@@ -240,15 +240,9 @@ class _Planner:
         self, kind: str, context: int, batch: int, *, lookahead: bool = True
     ) -> tuple[CacheConfig, MemoryPlan]:
         """The cache with its slots counted, and what the request takes."""
-        return fill_slots(
-            self.settings(kind, lookahead=lookahead),
-            self.cache,
-            self.limits,
-            batch=batch,
-            shapes=self.shapes(context, batch),
-            dtype=self.dtype,
-            storage="per_layer",
-        )
+        how = self.settings(kind, lookahead=lookahead)
+        shapes = self.shapes(context, batch)
+        return batch_memory(how, self.cache, self.limits, batch, shapes, self.dtype)
 
     def option(
         self, kind: str, context: int, batch: int, *, lookahead: bool = True
@@ -271,9 +265,12 @@ class _Planner:
     def most(self, kind: str, context: int) -> int:
         """The largest batch that fits; 0 if none does."""
 
+        caches = fewest_slots(self.cache)[: 1 if kind == "resident" else None]
+        ways = [dataclasses.replace(self, cache=cache) for cache in caches]
+
         def fits(batch: int) -> bool:
-            _, memory = self.memory(kind, context, batch)
-            return shortfall(memory, self.limits) is None
+            plans = (way.memory(kind, context, batch)[1] for way in ways)
+            return any(shortfall(plan, self.limits) is None for plan in plans)
 
         return largest_batch(fits)
 
