@@ -59,12 +59,16 @@ def test_chat_template_makes_the_golden_prompt(dense, expected):
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_infllm_v2_finds_what_dense_finds(dense):
-    """Sixteen blocks of about fifty, seeds, depths and lengths varied."""
+@pytest.mark.parametrize("tasks", [4, pytest.param(10, marks=pytest.mark.long)])
+def test_infllm_v2_finds_what_dense_finds(dense, tasks):
+    """Sixteen blocks of about fifty, seeds, depths and lengths varied.
+
+    Of four tasks, the first of the ten, one may be missed as one of ten may.
+    """
     sparse = sj.with_attention(dense, "infllm_v2")
     assert sparse.sparse.block_budget == 16
     both = found = 0
-    for seed in range(10):
+    for seed in range(tasks):
         task = passkey_task(
             dense.tokenizer,
             tokens=(3000, 3300, 3600, 3900)[seed % 4],
@@ -80,5 +84,6 @@ def test_infllm_v2_finds_what_dense_finds(dense):
         attended, present = out.stats.decode_blocks
         assert attended < 0.4 * present
         found += task.solved_by(out.texts[0])
-    assert both >= 9, f"dense itself found only {both} of 10"
-    assert found >= 0.9 * both, f"found {found} of {both}"
+    assert both >= tasks - 1, f"dense itself found only {both} of {tasks}"
+    least = both - 1 if tasks < 10 else 0.9 * both
+    assert found >= least, f"found {found} of {both}"

@@ -199,13 +199,13 @@ def _assert_near(state: GenerateState, expected: GenerateState) -> None:
 
 
 # By what they keep of the keys, and by whether they look ahead, these are all kinds.
-KINDS = ("dense", "nosa", "quest", "snapkv", "sparda")
-OF_OTHERS = ("quest_16", "infllm_v2_bounds")
+KINDS = ("nosa", "snapkv", "sparda")
+# They keep nothing of the keys, or what others keep.
+OF_OTHERS = ("infllm_v2_bounds", "oracle", "quest_16", "random", "reuse", "window")
 CASES = [
     *(
         pytest.param(
             *(name, CacheConfig(), "stacked"),
-            # Of these indices `quest` and `sparda_bounds` stand for all.
             marks=pytest.mark.long if name in OF_OTHERS else (),
         )
         for name in selector_names()

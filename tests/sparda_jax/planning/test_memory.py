@@ -36,7 +36,6 @@ COMPILED = [
             Case(kind="offload", storage="per_layer"),
             Case("nosa", kind="offload", preset="tiny-nosa", layer0="offload"),
             Case(kind="offload", prompt=3900, batch=4, chunk=512),
-            Case(kind="offload", slots=10_000),
             Case(kind="offload", slots=14, codec="int8"),
             Case(kind="offload", layers_ahead=2, keys="int8"),
             Case(kind="offload", layers_ahead=2, storage="per_layer"),
@@ -44,7 +43,6 @@ COMPILED = [
             Case(keys="int8", prompt=3900),
             Case(kind="offload", slots=10_000, codec="int8", storage="per_layer"),
             Case("snapkv", prompt=3900),
-            Case("snapkv", kind="evict", prompt=3900),
             Case("snapkv", kind="evict", prompt=3900, batch=1, storage="per_layer"),
             Case("window", kind="evict", prompt=3900),
         )
@@ -52,6 +50,8 @@ COMPILED = [
     *(
         pytest.param(case, marks=[pytest.mark.slow, pytest.mark.long])
         for case in (
+            Case(kind="offload", slots=10_000),
+            Case("snapkv", kind="evict", prompt=3900),
             Case(storage="per_layer"),
             Case("infllm_v2"),
             Case("infllm_v2", kind="offload", storage="per_layer"),
