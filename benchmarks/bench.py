@@ -234,7 +234,7 @@ def language_model(arguments: argparse.Namespace):
             forecast=arguments.forecast,
             dtype=arguments.dtype,
         )
-    preset = get_preset(arguments.random)
+    preset = get_preset(arguments.random, "--random")
     shape = preset.shape(arguments.layers, 2**21)
     dtype = arguments.dtype or default_dtype()
     return LanguageModel(

@@ -16,7 +16,6 @@ Prints the median over calls with the least and the most, and the weights' bytes
 it.
 """
 
-import argparse
 import dataclasses
 import statistics
 import time
@@ -30,6 +29,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.lowering import silence_triton_deprecation
+from sparda_jax.checks import integer
+from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import HelpFormatter, Parser, add_option
 from sparda_jax.config import ModelConfig
 from sparda_jax.models.layers import matmul
 from sparda_jax.models.presets import get_preset
@@ -138,13 +140,18 @@ def _draw(config: ModelConfig, dtype: DTypeLike) -> Weights:
 
 def main() -> None:
     """Runs the comparison."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        "python -m benchmarks.layer_storage",
+        description=__doc__,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--model", default="minicpm4.1-8b", help="preset")
-    parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--calls", type=int, default=30, help="timed calls")
+    for name, default, about in (
+        ("--layers", None, "fewer layers than the preset has"),
+        ("--batch", 16, "rows"),
+        ("--calls", 30, "timed calls"),
+    ):
+        add_option(parser, name, integer(1), metavar="N", default=default, help=about)
     parser.add_argument("--form", nargs="+", choices=FORMS)
     arguments = parser.parse_args()
     cpu = jax.default_backend() == "cpu"
@@ -198,4 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_command(main))

@@ -9,7 +9,6 @@ run the layer several times in a loop; bytes are those of the experts in use. `t
 what a form's program needs beside its arguments and results, by the compiler.
 """
 
-import argparse
 import functools
 import json
 import statistics
@@ -19,6 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sparda_jax.checks import integer
+from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import HelpFormatter, Parser, add_option
 from sparda_jax.loading import default_dtype
 from sparda_jax.models import experts as moe
 from sparda_jax.models.layers import swiglu
@@ -56,17 +58,26 @@ def _seconds(layer, x: Array, *weights: Array, repeats: int) -> dict[str, float 
 
 def main() -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.moe",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        "python -m benchmarks.moe", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("--model", default="qwen3-30b-a3b", help="preset with experts")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 1024, 4096])
-    parser.add_argument(
-        "--together", type=int, nargs="+", default=[1, 8, 32, 128], help="tiles"
+    for name, default, about in (
+        ("--tokens", [1, 4, 16, 1024, 4096], "sizes"),
+        ("--together", [1, 8, 32, 128], "tiles"),
+    ):
+        add_option(
+            parser,
+            name,
+            integer(1),
+            metavar="N",
+            many=True,
+            default=default,
+            help=about,
+        )
+    add_option(
+        parser, "--repeats", integer(1), metavar="N", default=20, help="timed calls"
     )
-    parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args()
     config, dtype = get_preset(arguments.model).model, default_dtype()
     hidden, ffn, used = config.hidden_size, config.ffn_size, config.experts_per_token
@@ -125,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_command(main))

@@ -20,14 +20,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-import nbformat
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
-from PIL import Image
-
 from sparda_jax.checks import ConfigError, integer
 from sparda_jax.cli.ending import run_command
 from sparda_jax.cli.options import HelpFormatter, Parser, add_option
+from sparda_jax.cli.packages import command_needs
+
+with command_needs("notebooks", __name__):
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+    from PIL import Image
 
 
 def execute(

@@ -27,19 +27,22 @@ from tqdm import tqdm
 
 from sparda_jax.checks import integer, require
 from sparda_jax.cli.options import Parser
-from train.command import run_command
-from train.config import (
-    LossConfig,
-    OptimizerConfig,
-    TrainConfig,
-    load_config,
-    with_overrides,
-)
-from train.init import initial_heads
-from train.metrics import keep_json
-from train.optimizer import make_optimizer, with_inputs
-from train.run import Run
-from train.step import Gradients, make_gradients
+from sparda_jax.cli.packages import command_needs
+
+with command_needs("train", __name__):
+    from train.command import run_command
+    from train.config import (
+        LossConfig,
+        OptimizerConfig,
+        TrainConfig,
+        load_config,
+        with_overrides,
+    )
+    from train.init import initial_heads
+    from train.metrics import keep_json
+    from train.optimizer import make_optimizer, with_inputs
+    from train.run import Run
+    from train.step import Gradients, make_gradients
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,12 @@ from typing import Any
 from sparda_jax.checks import choice, integer, number
 from sparda_jax.checks import path as check_path
 from sparda_jax.cli.options import HelpFormatter, Parser, add_option
-from train.adapt import AdaptConfig, run_adapt
-from train.adapt_card import told
-from train.command import run_command
+from sparda_jax.cli.packages import command_needs
+
+with command_needs("train", __name__):
+    from train.adapt import AdaptConfig, run_adapt
+    from train.adapt_card import told
+    from train.command import run_command
 
 _EXAMPLES = """\
 examples:

@@ -30,12 +30,15 @@ from jaxtyping import Array
 
 from pallas_kernels.block_sparse_attention import api as attention_op
 from pallas_kernels.dispatch import candidates
+from sparda_jax.checks import integer
+from sparda_jax.cli.options import HelpFormatter, Parser, add_option
 from sparda_jax.config import ModelConfig
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.models.presets import get_preset
 from sparda_jax.models.spec import layer_shapes
 from sparda_jax.models.weights import random_decoder
 from train.backbone import Batch, LayerView, Settings, attend, run_backbone
+from train.command import run_command
 from train.config import PUBLISHED_LOSS, LossConfig, OptimizerConfig
 from train.init import initial_heads
 from train.metrics import keep_json
@@ -120,18 +123,19 @@ def dense_flops(config: ModelConfig, batch: int, tokens: int) -> float:
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m train.benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        "python -m train.benchmark", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument(
         "--model", default="smollm2-135m", help="preset, random weights"
     )
-    parser.add_argument("--seq-len", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--layers", type=int, help="fewer layers than the preset's")
-    parser.add_argument("--repeats", type=int, default=3)
+    for name, default, about in (
+        ("--seq-len", 4096, "tokens of a row"),
+        ("--batch", 1, "rows"),
+        ("--layers", None, "fewer layers than the preset's"),
+        ("--repeats", 3, "timed calls"),
+    ):
+        add_option(parser, name, integer(1), metavar="N", default=default, help=about)
     parser.add_argument("--attention", choices=("blocks", "masked"), default="blocks")
     parser.add_argument("--implementation", choices=("mosaic_gpu", "triton", "xla"))
     parser.add_argument(
@@ -252,4 +256,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_command(main))

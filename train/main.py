@@ -11,11 +11,14 @@ import sys
 from sparda_jax.cli.starting import interrupt_ends
 
 with interrupt_ends("sparda: interrupted"):
-    from sparda_jax.hosts import join_hosts
-    from train.command import run_command
-    from train.config import load_config, with_overrides
-    from train.options import build_parser
-    from train.run import train
+    from sparda_jax.cli.packages import command_needs
+
+    with command_needs("train", __name__):
+        from sparda_jax.hosts import join_hosts
+        from train.command import run_command
+        from train.config import load_config, with_overrides
+        from train.options import build_parser
+        from train.run import train
 
 
 def main(arguments: list[str] | None = None) -> int:

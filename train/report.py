@@ -28,18 +28,21 @@ import sparda_jax as sj
 from sparda_jax.checkpoint.forecast import load_forecast
 from sparda_jax.checks import integer, require
 from sparda_jax.cli.options import Parser
+from sparda_jax.cli.packages import command_needs
 from sparda_jax.config import ConfigError, ForecastReads
 from sparda_jax.evaluation.perplexity import perplexity
 from sparda_jax.models.weights import forecast_heads
-from train.backbone import Batch, Settings
-from train.command import run_command
-from train.config import TrainConfig, load_config, with_overrides
-from train.data import NoWholeRow, PackedRows
-from train.init import initial_heads
-from train.metrics import Evaluate, keep_json, make_evaluate
-from train.sharding import make_mesh
-from train.text import open_source
-from train.tiles import Documents
+
+with command_needs("train", __name__):
+    from train.backbone import Batch, Settings
+    from train.command import run_command
+    from train.config import TrainConfig, load_config, with_overrides
+    from train.data import NoWholeRow, PackedRows
+    from train.init import initial_heads
+    from train.metrics import Evaluate, keep_json, make_evaluate
+    from train.sharding import make_mesh
+    from train.text import open_source
+    from train.tiles import Documents
 
 
 def domain_rows(

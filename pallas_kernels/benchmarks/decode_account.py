@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._common.cache import write_json
+from pallas_kernels._common.command import Parser
 from pallas_kernels._common.devices import current_platform
 from pallas_kernels._common.splits import merge_splits
 from pallas_kernels._common.triton_merge import merge_splits_triton
@@ -132,7 +133,7 @@ def account(config: triton.Config, batch: int, bandwidth: float) -> dict[str, ob
 
 def main() -> None:
     """Runs the benchmark from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[8])
     parser.add_argument(
         "--settings",

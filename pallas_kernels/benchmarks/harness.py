@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._common.cache import write_json
+from pallas_kernels._common.command import Parser
 
 # A call that takes longer is timed by the wall clock, and not often.
 SLOW_CALL = 0.2
@@ -225,7 +226,7 @@ def small_copy_bandwidth(size: int) -> float:
 
 def arguments(description: str) -> argparse.ArgumentParser:
     """A parser with what every benchmark takes."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(description=description)
     parser.add_argument("--out", type=Path, help="folder for the JSON file and plot")
     parser.add_argument("--small", action="store_true", help="sizes that suit a CPU")
     return parser

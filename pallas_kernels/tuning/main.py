@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels._common.cache import cache_directory, write_json
+from pallas_kernels._common.command import Parser
 from pallas_kernels._common.devices import current_device_kind, device_slug
 from pallas_kernels.dispatch import IMPLEMENTATIONS, TUNED
 from pallas_kernels.tuning.cases import CASES
@@ -39,7 +40,7 @@ def _sizes(text: str) -> dict[str, int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the tuner from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser("python -m pallas_kernels.tuning", description=__doc__)
     parser.add_argument("op", choices=sorted(CASES))
     parser.add_argument("--small", action="store_true", help="try the tuner itself")
     parser.add_argument("--write", action="store_true", help="write the record")

@@ -1,15 +1,36 @@
 """How a command ends: with its result, or with one line on standard error."""
 
+import contextvars
 import io
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from sparda_jax.checkpoint.errors import CheckpointError
 from sparda_jax.checks import ConfigError, one_line
 from sparda_jax.cli.starting import interrupt_is_heeded
 
 _REFUSALS = (ConfigError, CheckpointError)
+# What a message begins with that is about an argument: options that are named already,
+# and the argument's own name.
+_ARGUMENT = re.compile(
+    r"((?:--[\w-]+=(?:'[^']*'|[^\s,]+), )*)(?:[A-Z]\w*\.)?([a-z]\w*)(?==)"
+)
+_options: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("options")
+
+
+def add_options(options: Mapping[str, str]) -> None:
+    """Tells the command that runs which options it has, by the name of their value."""
+    _options.set({**_options.get({}), **options})
+
+
+def _naming_options(text: str) -> str:
+    """A message of the library, which names arguments, with options in their place."""
+    known = _options.get({})
+    while (found := _ARGUMENT.match(text)) and found[2] in known:
+        text = f"{found[1]}{known[found[2]]}{text[found.end() :]}"
+    return text
 
 
 def print_line(text: str) -> None:
@@ -37,6 +58,7 @@ def run_command(
       0; 2 after a refusal or where the output cannot be written; 130 after Ctrl-C; 141
       if nobody reads the output.
     """
+    before = _options.set({})
     try:
         try:
             _take_any_text()
@@ -46,7 +68,7 @@ def run_command(
             # What is still held back: a full disk would else be told at exit, or never.
             sys.stdout.flush()
     except refusals as error:
-        print_line(f"{prefix}{error}")
+        print_line(f"{prefix}{_naming_options(str(error))}")
         return 2
     except KeyboardInterrupt:
         print_line(f"{prefix}interrupted{interrupted}")
@@ -58,6 +80,8 @@ def run_command(
         _give_up_output()
         print_line(f"{prefix}{error}")
         return 2
+    finally:
+        _options.reset(before)
     return 0
 
 

@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 from sparda_jax.checks import Check, ConfigError, integer, text
+from sparda_jax.cli.ending import add_options
 
 
 class HelpFormatter(
@@ -20,6 +21,13 @@ class HelpFormatter(
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises what is wrong instead of printing its usage."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; a command's errors then name its options (`run_command`)."""
+        add_options(
+            {a.dest: a.option_strings[-1] for a in self._actions if a.option_strings}
+        )
+        return super().parse_known_args(args, namespace)
 
     def print_help(self, file: Any = None) -> None:
         """Prints the help; argparse's own form says nothing of a full disk."""

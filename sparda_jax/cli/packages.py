@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Generator
 
 from sparda_jax.checks import ConfigError
+from sparda_jax.cli.ending import print_line
 
 _OURS = ("sparda_jax", "pallas_kernels", "train", "benchmarks")
 
@@ -26,3 +27,23 @@ def needs(extra: str) -> Generator[None]:
         raise ConfigError(
             f"a package is missing ({error.name}): pip install 'sparda-jax[{extra}]'"
         ) from error
+
+
+@contextlib.contextmanager
+def command_needs(extra: str, module: str) -> Generator[None]:
+    """The imports of a module that is also a command, for what not everybody installs.
+
+    Args:
+      extra: The name of the extra in pyproject.toml.
+      module: The module's `__name__`. Where it is run, a missing package ends the
+        process with one line and status 2; where it is imported, it is Python's error.
+    """
+    if module != "__main__":
+        yield
+        return
+    try:
+        with needs(extra):
+            yield
+    except ConfigError as error:
+        print_line(f"sparda: {error}")
+        raise SystemExit(2) from None

@@ -266,16 +266,19 @@ _ALL = (
 PRESETS = types.MappingProxyType({preset.model.name: preset for preset in _ALL})
 
 
-def get_preset(name: str) -> Preset:
+def get_preset(name: str, field: str = "model") -> Preset:
     """The preset of that name.
+
+    Args:
+      name: One of `PRESETS`.
+      field: What the name was given as, for the error.
 
     Raises:
       ConfigError: If there is none; names what there is.
     """
     if name not in PRESETS:
         raise ConfigError(
-            f"model={name!r} is not a preset: it must be one of {', '.join(PRESETS)}, "
-            "a GGUF file or a safetensors directory"
+            f"{field}={name!r} is not a preset: it must be one of {', '.join(PRESETS)}"
         )
     return PRESETS[name]
 

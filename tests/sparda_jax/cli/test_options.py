@@ -14,7 +14,9 @@ import pytest
 
 import sparda_jax as sj
 from sparda_jax.cli import model_options
+from sparda_jax.cli.ending import run_command
 from sparda_jax.cli.main import build_parser, main
+from sparda_jax.cli.options import Parser
 
 HUGE = "9" * 5000
 LONE = os.fsdecode(b"\xff\xfe")  # bytes of an argument that are not UTF-8
@@ -334,3 +336,32 @@ def test_variables_of_the_chat_template(written, value):
         ["generate", "--model", "tiny", "--prompt", "x", "--chat-arg", written]
     )
     assert parsed.chat_arg == [value]
+
+
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        ("model='x' is unknown: give model=2", "--model='x' is unknown: give model=2"),
+        ("CacheConfig.device_blocks=3 is few", "--slots=3 is few"),
+        ("host='a', port=1 is taken", "--host='a', --port=1 is taken"),
+        ("num_kv_heads=2 cannot be divided", "num_kv_heads=2 cannot be divided"),
+        ("data.seq_len=3 is short", "data.seq_len=3 is short"),
+        ("no field here", "no field here"),
+    ],
+)
+def test_what_the_library_says_names_options(capsys, told, shown):
+    """Of this command, as they are typed; what is no option of it stays as it is."""
+
+    def action():
+        parser = Parser()
+        for name in ("--model", "--host", "--port", "--data"):
+            parser.add_argument(name)
+        parser.add_argument("-s", "--slots", dest="device_blocks")
+        parser.parse_args([])
+        raise sj.ConfigError(told)
+
+    assert run_command(action) == 2
+    assert capsys.readouterr().err == f"{shown}\n"
+    # The next command's options are its own.
+    assert run_command(lambda: sj.SparseConfig(block_size=-1)) == 2
+    assert capsys.readouterr().err.startswith("SparseConfig.block_size=-1")

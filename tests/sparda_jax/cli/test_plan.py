@@ -112,7 +112,7 @@ def test_measure(capsys):
         ((*MODEL, *MACHINE, *H200, "--dtype", "int4"), "--dtype='int4'"),
         ((*MODEL, *MACHINE, *H200, "--attention", "magic"), "--attention='magic'"),
         ((*MODEL, *MACHINE, *H200, "--block-budget", "3"), "forced blocks"),
-        ((*MODEL, *MACHINE, *H200, "--device-blocks", "3"), "device_blocks=3"),
+        ((*MODEL, *MACHINE, *H200, "--device-blocks", "3"), "--device-blocks=3"),
         ((*MODEL, "--hbm", "0", "--host", "1", *H200), "--hbm=0"),
         (("--model", "gpt", "--context", "9", *MACHINE, *H200), "model='gpt'"),
         ((*MODEL, *MACHINE, "--measure", "--route", "mosaic"), "route='mosaic'"),

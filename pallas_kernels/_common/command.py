@@ -1,0 +1,12 @@
+"""What the commands of this package say of a wrong option."""
+
+import argparse
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, without its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with that line and status 2."""
+        self.exit(2, f"{message} (see {self.prog} --help)\n")
