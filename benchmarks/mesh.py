@@ -34,6 +34,7 @@ from typing import Any
 
 from benchmarks.offload import (
     CHUNK,
+    add_size_options,
     add_steps_option,
     decode_request,
     imposed_choice,
@@ -48,13 +49,19 @@ from benchmarks.traced import (
     install,
     standing,
 )
-from sparda_jax.checks import require
+from sparda_jax.checks import integer, number, require
 from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import add_option
 
 MODES = ("sparda", "sparse", "resident", "sparda-none", "sparda-2", "sparda-verify")
 # What every mesh of a run may have of its own.
 _OWN = ("model", "context", "batch", "codec")
 _BEGUN = time.perf_counter()
+
+
+def _xla_option(name: str, value: object) -> str:
+    require(isinstance(value, str) and "=" in value, name, value, "NAME=VALUE")
+    return str(value)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,29 +72,43 @@ def _parser() -> argparse.ArgumentParser:
         default=["llama-3.1-8b"],
         help="preset; one, or one a mesh",
     )
-    parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
-    parser.add_argument(
+    count = integer(1)
+    add_size_options(parser)
+    add_option(
+        parser,
         "--context",
-        type=int,
-        nargs="+",
+        count,
+        many=True,
+        metavar="N",
         default=[32768],
         help="tokens a row holds; one, or one a mesh",
     )
-    parser.add_argument(
-        "--batch", type=int, nargs="+", default=[4], help="rows; one, or one a mesh"
+    add_option(
+        parser,
+        "--batch",
+        count,
+        many=True,
+        metavar="B",
+        default=[4],
+        help="rows; one, or one a mesh",
     )
     parser.add_argument(
         "--mode", nargs="+", default=["sparda", "sparse", "resident"], choices=MODES
     )
-    parser.add_argument(
-        "--devices", type=int, nargs="+", default=[1, 2], help="of every run"
+    add_option(
+        parser,
+        "--devices",
+        count,
+        many=True,
+        metavar="D",
+        default=[1, 2],
+        help="of every run",
     )
     parser.add_argument(
         "--trace", type=pathlib.Path, default=DEFAULT_TRACE, help="whose lists to take"
     )
-    parser.add_argument(
-        "--slots", type=float, default=1.0, help="device slots, in budgets"
-    )
+    slots, text = number(above=0), "of a device, in budgets"
+    add_option(parser, "--slots", slots, metavar="C", default=1.0, help=text)
     parser.add_argument(
         "--codec",
         nargs="+",
@@ -97,13 +118,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--route", default="auto")
     add_steps_option(parser)
-    parser.add_argument(
-        "--limit", type=float, default=80, help="GB of memory of one device"
-    )
     parser.add_argument("--out", type=pathlib.Path, help="also write JSON lines here")
-    parser.add_argument(
+    add_option(
+        parser,
         "--option",
-        nargs="+",
+        _xla_option,
+        many=True,
         default=[],
         metavar="NAME=VALUE",
         help="XLA's options to compile with, beside those of the engine",
@@ -128,9 +148,9 @@ def _of_meshes(arguments: argparse.Namespace) -> list[tuple[int, argparse.Namesp
         allowed = "one, or one for each of --devices"
         require(len(own[name]) == len(meshes), f"--{name}", given, allowed)
     found = []
-    for number, devices in enumerate(meshes):
-        profile = arguments.profile and arguments.profile / str(number)
-        one = {name: values[number] for name, values in own.items()}
+    for index, devices in enumerate(meshes):
+        profile = arguments.profile and arguments.profile / str(index)
+        one = {name: values[index] for name, values in own.items()}
         one["profile"] = profile
         found.append((devices, argparse.Namespace(**vars(arguments) | one)))
     return found
@@ -453,8 +473,6 @@ def _run(arguments: argparse.Namespace) -> None:
         "options": arguments.option,
         "lists": meshes[0].lists.source,
     }
-    for option in arguments.option:
-        require("=" in option, "--option", option, "NAME=VALUE")
     options = dict(option.split("=", 1) for option in arguments.option)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         programs = {

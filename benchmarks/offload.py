@@ -41,7 +41,7 @@ from benchmarks.traced import (
     map_trace,
     traced_selector,
 )
-from sparda_jax.checks import ConfigError, integer
+from sparda_jax.checks import ConfigError, integer, number
 from sparda_jax.cli.ending import run_command
 from sparda_jax.cli.options import add_option
 
@@ -50,14 +50,23 @@ CHUNK = 8
 _AHEAD = ("sparda", "sparda-2", "sparda-late", "sparda-verify")
 
 
-def _budgets(value: str) -> float:
-    return math.inf if value == "all" else float(value)
+def _budgets(name: str, value: object) -> float:
+    return math.inf if value == "all" else number(above=0)(name, value)
 
 
 def add_steps_option(parser: argparse.ArgumentParser) -> None:
     """Adds `--steps`: at least a chunk of them, or there is no time of any."""
     steps = integer(CHUNK)
     add_option(parser, "--steps", steps, metavar="N", default=96, help="timed steps")
+
+
+def add_size_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--layers` and `--limit`."""
+    for name, check, default, metavar, text in (
+        ("--layers", integer(1), None, "L", "fewer than the preset has"),
+        ("--limit", number(above=0), 80, "GB", "memory of a device"),
+    ):
+        add_option(parser, name, check, default=default, metavar=metavar, help=text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,10 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--miss", type=float, help="instead: a drift that makes this share of lists new"
     )
-    parser.add_argument(
+    add_option(
+        parser,
         "--slots",
-        type=_budgets,
-        nargs="+",
+        _budgets,
+        many=True,
+        metavar="SLOTS",
         default=[1.0],
         help="slots, in budgets, or all: one for every block",
     )
@@ -103,8 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compressed-keys", default="exact", choices=["exact", "int8"])
     add_steps_option(parser)
     parser.add_argument("--route", default="auto")
-    add_option(parser, "--layers", count, metavar="L", help="fewer than the preset has")
-    parser.add_argument("--limit", type=float, default=80, help="GB of device memory")
+    add_size_options(parser)
     parser.add_argument("--profile", type=pathlib.Path, help="folder for a trace")
     parser.add_argument("--json", type=pathlib.Path, help="also write figures here")
     return parser

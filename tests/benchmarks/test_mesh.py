@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from benchmarks import mesh, offload
 from benchmarks.mesh import _of_meshes, _parser, hidden_share
 from benchmarks.traced import TracedLists, standing
 from sparda_jax.checks import ConfigError
@@ -33,6 +34,24 @@ def test_every_mesh_may_have_a_batch_of_its_own():
     assert meshes(both) == [(1, 4, "exact"), (2, 8, "int8")]
     with pytest.raises(ConfigError, match=r"--batch=\[1, 2, 3\] .* one for each"):
         meshes("--batch 1 2 3 --devices 1 2")
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--batch 0", "--slots nan", "--limit nan", "--context -1", "--layers 0"],
+)
+@pytest.mark.parametrize("command", [mesh, offload])
+def test_sizes_that_no_run_can_have_are_one_line(command, words, capsys):
+    assert command.main(words.split()) == 2
+    name, value = words.split()
+    said = capsys.readouterr().err
+    assert said.startswith(f"{name}={value} is not allowed: ") and said.count("\n") < 3
+
+
+@pytest.mark.parametrize("words", ["--devices 0", "--option 3", "--option xla_name"])
+def test_a_mesh_s_own_options_are_checked_before_anything_runs(words, capsys):
+    assert mesh.main(words.split()) == 2
+    assert "is not allowed: " in capsys.readouterr().err
 
 
 def test_lists_that_stand_still_are_those_of_the_first_token():
