@@ -19,6 +19,7 @@ nothing is prefilled: memory for it is left free as if it were. Cells:
   sparda       offloaded, Forecast, one layer ahead
   sparda int8  the same with host blocks in 8 bits
   sparda int8 keys  the same with key means in 8 bits as well
+  sparda int8 slots  the same with device slots in 8 bits as well
 """
 
 import argparse
@@ -30,7 +31,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks import offload
 from benchmarks.parsers import benchmark_parser
@@ -41,19 +42,20 @@ from sparda_jax.checks import ConfigError
 from sparda_jax.cli.ending import run_command
 
 if TYPE_CHECKING:
-    from sparda_jax.config import ModelConfig, SparseConfig
+    from sparda_jax.config import HostCodec, ModelConfig, SparseConfig
     from sparda_jax.planning.misses import MissCurve
     from sparda_jax.planning.rates import Rates
 
 _NEW, _PIECE = 256, 8192
 # Tokens/s that the reference published at 128k on an H100, with their batches.
 PUBLISHED = {"published baseline": (4, 189.5), "published SparDA": (64, 1000.0)}
-_NAMES = {
+_NAMES: Mapping[tuple[str, "HostCodec", str], str] = {
     ("resident", "exact", "exact"): "resident",
     ("sparse", "exact", "exact"): "own query",
     ("sparda", "exact", "exact"): "sparda",
     ("sparda", "int8", "exact"): "sparda int8",
     ("sparda", "int8", "int8"): "sparda int8 keys",
+    ("sparda", "int8_slots", "int8"): "sparda int8 slots",
 }
 
 
@@ -69,15 +71,17 @@ class Cell:
       slots: C; 0 for a resident cache.
       planned_ms: The step time by the plan.
       host_gib: Of the host store.
+      layer0: Where layer 0's KV lives.
     """
 
     mode: str
-    codec: str
+    codec: "HostCodec"
     keys: str
     batch: int
     slots: int
     planned_ms: float
     host_gib: float
+    layer0: str = "resident"
 
     @property
     def name(self) -> str:
@@ -105,6 +109,7 @@ class Planner:
       context: Tokens of every row, output included.
       rates: The machine, measured.
       misses: Of the trace.
+      layer0: Where layer 0's KV lives, as `CacheConfig` has it.
     """
 
     config: "ModelConfig"
@@ -112,8 +117,9 @@ class Planner:
     context: int
     rates: "Rates"
     misses: "MissCurve"
+    layer0: Literal["auto", "resident", "offload"] = "auto"
 
-    def cell(self, mode: str, codec: str, keys: str, batch: int) -> Cell | None:
+    def cell(self, mode: str, codec: "HostCodec", keys: str, batch: int) -> Cell | None:
         """The cell with as many slots as fit; None if the batch does not."""
         from sparda_jax.cache.settings import LayerSettings
         from sparda_jax.config import CacheConfig
@@ -129,8 +135,8 @@ class Planner:
         cache = CacheConfig(
             kind="resident" if resident else "offload",
             device_blocks=None if resident else "auto",
-            layer0="resident",
-            codec="int8" if codec == "int8" else "exact",
+            layer0=self.layer0,
+            codec=codec,
         )
         how = LayerSettings(
             self.config,
@@ -174,10 +180,11 @@ class Planner:
             dtype="bfloat16",
             miss=0.0 if resident else self.misses.share(slots, self.sparse),
         )
-        host = memory.host / 2**30
-        return Cell(mode, codec, keys, batch, slots, step.seconds * 1e3, host)
+        planned_ms, host = step.seconds * 1e3, memory.host / 2**30
+        where = "resident" if resident else filled.layer0
+        return Cell(mode, codec, keys, batch, slots, planned_ms, host, where)
 
-    def best(self, mode: str, codec: str, keys: str, most: int) -> list[Cell]:
+    def best(self, mode: str, codec: "HostCodec", keys: str, most: int) -> list[Cell]:
         """Cells of a way: what promises most, then smaller batches.
 
         Batches beyond 16 go in steps of 4: a batch is worth no more care.
@@ -302,7 +309,14 @@ def _measured(arguments: argparse.Namespace) -> None:
     config = preset.shape(arguments.layers, 2 * arguments.context)
     rates = measure_rates(route=arguments.route).rates
     model = random_decoder(config, "bfloat16", forecast=True)
-    planner = Planner(config, preset.sparse, arguments.context, rates, curve_of(trace))
+    planner = Planner(
+        config,
+        preset.sparse,
+        arguments.context,
+        rates,
+        curve_of(trace),
+        arguments.layer0,
+    )
     rows: list[dict[str, Any]] = []
     figures = {
         "device": jax.devices()[0].device_kind,
@@ -348,7 +362,13 @@ def _run_cell(
     """One cell's figures; None if it failed, which must not hide the others."""
     sparse = _with_keys(sparse, cell.keys)
     how = argparse.Namespace(
-        **{**vars(arguments), "codec": cell.codec, "miss": None, "profile": None},
+        **{
+            **vars(arguments),
+            "codec": cell.codec,
+            "layer0": cell.layer0,
+            "miss": None,
+            "profile": None,
+        },
         slots=[cell.slots / sparse.largest_budget],
     )
     try:
@@ -365,6 +385,7 @@ def _run_cell(
         "name": cell.name,
         "codec": cell.codec,
         "c": cell.slots,
+        "layer0": cell.layer0,
         "planned_ms": cell.planned_ms,
         "host_gib": cell.host_gib,
     }
@@ -402,6 +423,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
     parser.add_argument("--most", type=int, default=96, help="largest batch to look at")
     parser.add_argument("--minutes", type=float, default=math.inf)
+    parser.add_argument(
+        "--layer0", default="auto", choices=["auto", "resident", "offload"]
+    )
     offload.add_steps_option(parser)
     parser.add_argument("--route", default="auto")
     parser.add_argument("--trace", type=pathlib.Path, default=DEFAULT_TRACE)

@@ -30,6 +30,7 @@ import pathlib
 import statistics
 import sys
 import time
+from typing import get_args
 
 from benchmarks.parsers import benchmark_parser
 from benchmarks.traced import (
@@ -44,6 +45,7 @@ from benchmarks.traced import (
 from sparda_jax.checks import ConfigError, integer, number
 from sparda_jax.cli.ending import run_command
 from sparda_jax.cli.options import add_option
+from sparda_jax.config import HostCodec
 
 CHUNK = 8
 # Modes whose fetches run beside compute.
@@ -109,9 +111,10 @@ def _parser() -> argparse.ArgumentParser:
         help="slots, in budgets, or all: one for every block",
     )
     parser.add_argument(
-        "--codec", default="exact", choices=["exact", "int8"], help="of host blocks"
+        "--codec", default="exact", choices=get_args(HostCodec), help="of host blocks"
     )
     parser.add_argument("--compressed-keys", default="exact", choices=["exact", "int8"])
+    parser.add_argument("--layer0", default="resident", choices=["resident", "offload"])
     add_steps_option(parser)
     parser.add_argument("--route", default="auto")
     add_size_options(parser)
@@ -221,6 +224,7 @@ def mode_settings(config, sparse, mode: str, choice: Choice, slots: float, argum
         exactness="verify" if mode == "sparda-verify" else "forecast",
         route=arguments.route,
         codec=arguments.codec,
+        layer0=vars(arguments).get("layer0", "resident"),
     )
     offload = offload_settings(cache, selector)
     if mode == "sparda-late":

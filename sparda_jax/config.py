@@ -40,7 +40,7 @@ __all__ = [
 
 CacheKind = Literal["resident", "offload", "auto", "evict"]
 Prefetch = Literal["lookahead", "none", "auto"]
-HostCodec = Literal["exact", "int8"]
+HostCodec = Literal["exact", "int8", "int8_slots"]
 # What Forecast heads read of a layer.
 ForecastReads = Literal["input", "attended"]
 Route = Literal["auto", "mosaic", "triton", "dynamic_slice", "host_loop"]
@@ -427,7 +427,8 @@ class CacheConfig:
       codec: How blocks are kept in host memory (`cache.codecs`). `exact`: in the
         model's type. `int8`: in 8 bits a number, K with a scale a channel of a block, V
         with one a token, which halves host memory and transfers. A block is rounded
-        once, when it is full; the growing one is exact.
+        once, when it is full; the growing one is exact. `int8_slots`: device slots hold
+        blocks so as well, which halves them and what attention reads.
       recall_every: Every so many decode steps the forecast is compared with the
         own-query choice for the statistics; 0 never.
       device_limit, host_limit: Bytes that may be used; None takes what the device and

@@ -11,14 +11,14 @@ OP = "commit_blocks"
 
 
 def commit_blocks(
-    slots: Float[Array, " R *E"],
+    slots: Shaped[Array, " R *E"],
     staged: Shaped[Array, " J *E"],
     indices: Int[Array, " J"],
     *,
     scales: Float[Array, "J S"] | None = None,
     count: Int[Array, ""] | None = None,
     implementation: Implementation | None = None,
-) -> Float[Array, " R *E"]:
+) -> Shaped[Array, " R *E"]:
     """Writes staged blocks to the listed rows of a device array, in place under `jit`.
 
     The counterpart of ``host_gather``: a fetch that runs beside compute writes to a
@@ -49,7 +49,7 @@ def commit_blocks(
     if operands.listed == 0:
         return slots
 
-    def run(name: str) -> Float[Array, " R *E"]:
+    def run(name: str) -> Shaped[Array, " R *E"]:
         if name == "mosaic_gpu":
             if scales is not None:
                 raise NotImplementedError("mosaic_gpu has no commit of blocks in int8")

@@ -18,13 +18,13 @@ class Commit(Listed):
     """Staged blocks and the rows that they go to, no row twice.
 
     Attributes:
-      slots: rows of any shape, to be updated.
+      slots: rows of any shape, to be updated: of numbers, or of integers of 8 bits.
       staged: as many blocks as there are entries, in the dtype of ``slots``; with
         ``scales`` int8.
       scales: float32, of staged blocks in 8 bits (``int8.py``); or None.
     """
 
-    slots: Float[Array, " R *E"]
+    slots: Shaped[Array, " R *E"]
     staged: Shaped[Array, " J *E"]
     scales: Float[Array, "J S"] | None
 
@@ -41,7 +41,8 @@ def checked(slots, staged, indices, *, scales=None, count=None) -> Commit:
       ValueError: on shapes or dtypes other than the operation names.
     """
     validation.require_rows("slots", slots, "[R, ...]")
-    validation.require_float("slots", slots)
+    if slots.dtype != jnp.int8 or scales is not None:
+        validation.require_float("slots", slots)
     rows = validation.listed(indices, count)
     expected = (indices.shape[0], *slots.shape[1:])
     validation.require_shape("staged", staged, expected, "J, then as slots")

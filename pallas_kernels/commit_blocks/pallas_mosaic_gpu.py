@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float
+from jaxtyping import Array, Shaped
 
 from pallas_kernels._common.devices import require_cuda
 from pallas_kernels._common.mosaic_copies import (
@@ -47,7 +47,7 @@ class Config(WalkConfig):
 @in_32_bit
 def commit_blocks_mosaic_gpu(
     operands: Commit, *, config: Config | None = None
-) -> Float[Array, " R *E"]:
+) -> Shaped[Array, " R *E"]:
     """Computes the result in place; the arguments are those of the Triton form.
 
     Raises:

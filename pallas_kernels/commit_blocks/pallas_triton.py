@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels._common.copies import CopyConfig, copy_listed
 from pallas_kernels._common.devices import require_cuda
@@ -47,7 +47,7 @@ class Config(CopyConfig):
 @in_32_bit
 def commit_blocks_triton(
     operands: Commit, *, config: Config | None = None, interpret: bool = False
-) -> Float[Array, " R *E"]:
+) -> Shaped[Array, " R *E"]:
     """Computes the result in place.
 
     Args:

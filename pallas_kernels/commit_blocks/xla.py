@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Shaped
 
 from pallas_kernels._common.devices import current_platform
 from pallas_kernels._common.numerics import in_32_bit
@@ -20,7 +20,7 @@ from pallas_kernels.commit_blocks.reference import commit_blocks_reference
 
 
 @in_32_bit
-def commit_blocks_xla(operands: Commit) -> Float[Array, " R *E"]:
+def commit_blocks_xla(operands: Commit) -> Shaped[Array, " R *E"]:
     """Computes the result."""
     if current_platform() != "cpu":
         return commit_blocks_reference(operands)

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.paged_decode_attention.api import paged_decode_attention
 from sparda_jax.cache.settings import LayerSettings, TileState
@@ -67,13 +67,16 @@ def token_attention(
 
 def decode_attention(
     q: Float[Array, "B 1 N H"],
-    kv: Float[Array, "layers B K C block 2 H"],
+    kv: Shaped[Array, "layers B K C block 2 H"],
     slots: Int[Array, "B K P"] | None,
     blocks: Int[Array, "B K P"] | None,
     key_bias: Float[Array, "layers B K C block"] | None,
     layer: int | Int[Array, ""],
     tile: TileState,
     settings: LayerSettings,
+    *,
+    scales: Float[Array, "layers B K C S"] | None = None,
+    tail: Float[Array, "layers B K block 2 H"] | None = None,
 ) -> Float[Array, "B 1 N H"]:
     """One token's attention over slots.
 
@@ -86,20 +89,29 @@ def decode_attention(
       layer: Index on the leading axis.
       tile: The step.
       settings: Block size and kernels.
+      scales: Of slots in 8 bits.
+      tail: The growing blocks beside such slots.
     """
+    size = settings.sparse.block_size
+    length, grown = tile.length, None
+    if tail is not None:
+        grown = tile.start % size + tile.count
+        length = length - grown  # in slots, whose last one is full
     lengths = None
     if blocks is not None:
         # Only a row's last block can be partly filled.
-        size = settings.sparse.block_size
-        lengths = jnp.clip(tile.length[:, None, None] - blocks * size, 0, size)
+        lengths = jnp.clip(length[:, None, None] - blocks * size, 0, size)
     out = paged_decode_attention(
         q[:, 0],
         kv,
         slots=slots,
         slot_lengths=lengths,
-        lengths=tile.length if slots is None else None,
+        lengths=length if slots is None else None,
         layer=layer,
         key_bias=key_bias,
+        scales=scales,
+        tail=tail,
+        tail_lengths=grown,
         implementation=settings.implementation,
     )
     return out[:, None]

@@ -14,6 +14,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -36,9 +37,12 @@ class BlockCodec:
 
     Attributes:
       exact: What is stored is decoded to what it was encoded from.
+      in_slots: Device slots hold full blocks as they are stored; the growing one lies
+        beside them in the model's type.
     """
 
     exact: ClassVar[bool] = True
+    in_slots: ClassVar[bool] = False
 
     def part_shapes(
         self, block_shape: tuple[int, ...], dtype: DTypeLike
@@ -56,23 +60,41 @@ class BlockCodec:
         """Stored blocks in the model's type; runs on the device."""
         return parts[0].astype(dtype)
 
+    def slot_shapes(
+        self, block_shape: tuple[int, ...], dtype: DTypeLike
+    ) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shape and type of each array of a device slot, as `part_shapes`."""
+        if self.in_slots:
+            return self.part_shapes(block_shape, dtype)
+        return (jax.ShapeDtypeStruct(block_shape, jnp.dtype(dtype)),)
+
+    def for_slots(self, blocks: Float[Array, "*lead block two H"]) -> Parts:
+        """Full blocks as slots hold them: as a fetch would bring them."""
+        return self.encode(blocks) if self.in_slots else (self.stored(blocks),)
+
     def commit(
         self,
-        slots: Float[Array, "R block two H"],
+        slots: Parts,
         staged: Parts,
         targets: Int[Array, " J"],
         bound: Int[Array, ""] | None,
-    ) -> Float[Array, "R block two H"]:
+    ) -> Parts:
         """Staged blocks in their slots, in place; decoded on the way.
 
         Args:
-          slots: All slots.
+          slots: All slots [R, …], an array for each of `slot_shapes`.
           staged: Fetched blocks as they are stored.
           targets: Slot of each, -1 for none.
           bound: Entries behind which all are -1.
         """
-        blocks, scales = self.committed(staged, slots.dtype)
-        return commit_blocks(slots, blocks, targets, scales=scales, count=bound)
+        if self.in_slots:
+            return tuple(
+                commit_blocks(held, part, targets, count=bound)
+                for held, part in zip(slots, staged, strict=True)
+            )
+        (held,) = slots
+        blocks, scales = self.committed(staged, held.dtype)
+        return (commit_blocks(held, blocks, targets, scales=scales, count=bound),)
 
     def committed(self, staged: Parts, dtype: DTypeLike) -> tuple[Array, Array | None]:
         """What `commit_blocks` takes of staged blocks: blocks and their scales."""
@@ -103,6 +125,11 @@ class Int8Codec(BlockCodec):
 
     Stored are the integers [block, 2, H] and the float32 scales: those of K's channels,
     those of V's tokens, then padding to the kilobyte that kernels copy at a time.
+
+    A scale has 16 significant bits. So 127 of it is a float32 without rounding, and a
+    decoded block is encoded to the same integers and scales again: its largest
+    magnitude is 127 scales (rounded to 16 bits again where the model's type has fewer),
+    and every other number is off by less than half a scale.
     """
 
     exact: ClassVar[bool] = False
@@ -126,8 +153,8 @@ class Int8Codec(BlockCodec):
         values = blocks.astype(jnp.float32)
         size = jnp.abs(values)
         # A product: compilers make one of a division by a constant, but not always.
-        k_scale = jnp.max(size[..., 0, :], axis=-2) * _STEP
-        v_scale = jnp.max(size[..., 1, :], axis=-1) * _STEP
+        k_scale = _in_16_bits(jnp.max(size[..., 0, :], axis=-2) * _STEP)
+        v_scale = _in_16_bits(jnp.max(size[..., 1, :], axis=-1) * _STEP)
         scale = scale_of_each(k_scale, v_scale)
         # A scale is 0 where all that share it are, and so is the quotient then.
         quotient = values / jnp.where(scale > 0, scale, 1)
@@ -148,7 +175,27 @@ class Int8Codec(BlockCodec):
         return whole, scales
 
 
-_CODECS = types.MappingProxyType({"exact": BlockCodec(), "int8": Int8Codec()})
+@dataclasses.dataclass(frozen=True)
+class Int8SlotsCodec(Int8Codec):
+    """`Int8Codec`, and slots hold blocks as they are stored.
+
+    A slot takes half the device memory, decode attention reads half as much, and a
+    fetched block is put there as it is.
+    """
+
+    in_slots: ClassVar[bool] = True
+
+
+def _in_16_bits(scale: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Float32 numbers of at least 0, rounded to 16 significant bits."""
+    bits = lax.bitcast_convert_type(scale, jnp.uint32)
+    rounded = (bits + jnp.uint32(0x80)) & jnp.uint32(0xFFFFFF00)
+    return lax.bitcast_convert_type(rounded, jnp.float32)
+
+
+_CODECS = types.MappingProxyType(
+    {"exact": BlockCodec(), "int8": Int8Codec(), "int8_slots": Int8SlotsCodec()}
+)
 
 
 def named_codec(name: str) -> BlockCodec:

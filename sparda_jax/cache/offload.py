@@ -8,7 +8,8 @@ Who holds what:
   slots      device, per layer: C blocks per row and kv head, with their table
   tail slot  the slot of a row's last, growing block, whose newest tokens exist only
              there. It is in every list of its row, so it is never evicted
-             (`cache.slots`)
+             (`cache.slots`). Where slots hold blocks as they are stored, the growing
+             one lies in `OffloadLayer.tail`, and its slot is empty until it is full
   index, ... device: the selector's index and NOSA's per-token bias, for all blocks
   first      device: layer 0's whole cache, when nothing shall be fetched for layer 0
 
@@ -28,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparda_jax.cache.codecs import BlockCodec, Parts
 from sparda_jax.cache.host_store import CHUNK_BLOCKS, HostStore
+from sparda_jax.cache.offload_layer import OffloadLayer, as_slots_hold
 from sparda_jax.cache.one_row import as_all_rows, as_one_row, layer_at, with_layer
 from sparda_jax.cache.resident import (
     LayerCache,
@@ -44,30 +46,13 @@ from sparda_jax.cache.slots import (
     slot_of,
     table_at,
 )
-from sparda_jax.config import CacheConfig, ModelConfig, SparseConfig
+from sparda_jax.config import CacheConfig, ConfigError, ModelConfig, SparseConfig
 from sparda_jax.sparse.index import (
     IndexShape,
-    IndexState,
     Indices,
     grow_index,
     init_index,
 )
-
-
-class OffloadLayer(NamedTuple):
-    """Device side of one offloaded layer, or of all of them (leading axis).
-
-    Attributes:
-      slots: [layers, B, K, C, block, 2, H].
-      table: Contents of the slots [layers, B, K, C].
-      key_bias: NOSA's c per token [layers, B, K, M, block] float32, or None.
-      index: What the selector keeps of the keys, by part (`sparse.index`).
-    """
-
-    slots: Float[Array, "layers B K C block 2 H"]
-    table: SlotTable
-    key_bias: Float[Array, "layers B K M block"] | None
-    index: IndexState
 
 
 class OffloadCache(NamedTuple):
@@ -186,8 +171,14 @@ def init_offload(
 
     Raises:
       ConfigError: If capacity is no positive multiple of the block size, or the slots
-        cannot hold a block list, or there is no host memory kind.
+        cannot hold a block list, or there is no host memory kind, or the codec keeps
+        blocks in slots as they are stored and the model has NOSA's key bias.
     """
+    if codec.in_slots and config.key_bias:
+        raise ConfigError(
+            "CacheConfig.codec='int8_slots' is not allowed with a model of NOSA's key "
+            "bias: attention to slots in 8 bits takes none; use codec='int8'"
+        )
     check_capacity(capacity, sparse)
     blocks, heads = capacity // sparse.block_size, config.num_kv_heads
     dim = config.head_dim
@@ -200,8 +191,14 @@ def init_offload(
     def one() -> OffloadLayer:
         lead = (per_layer, batch, heads)
         shape = IndexShape(per_layer, batch, heads, blocks, dim, dtype)
+        held = tuple(
+            jnp.zeros((*lead, slots, *part.shape), part.dtype)
+            for part in codec.slot_shapes(block, dtype)
+        )
         return OffloadLayer(
-            slots=jnp.zeros((*lead, slots, *block), dtype),
+            slots=held[0],
+            scales=held[1] if codec.in_slots else None,
+            tail=jnp.zeros((*lead, *block), dtype) if codec.in_slots else None,
             table=empty_table(lead, slots, blocks),
             key_bias=(
                 jnp.zeros((*lead, blocks, sparse.block_size), jnp.float32)
@@ -254,10 +251,12 @@ def grow_offload(
 
     def one(layer: OffloadLayer) -> OffloadLayer:
         layers, batch, heads, _, _, _, dim = layer.slots.shape
-        shape = IndexShape(layers, batch, heads, blocks, dim, layer.slots.dtype)
-        key_bias = layer.key_bias
+        shape = IndexShape(layers, batch, heads, blocks, dim, cache.store.dtype)
+        key_bias, scales = layer.key_bias, layer.scales
         return OffloadLayer(
             slots=pad_blocks(layer.slots, slots),
+            scales=None if scales is None else pad_blocks(scales, slots),
+            tail=layer.tail,
             table=SlotTable(
                 pad_blocks(layer.table.blocks, slots, -1),
                 pad_blocks(layer.table.last_used, slots, -1),
@@ -337,7 +336,10 @@ def load_layer(
     tail = (start // block)[:, None]
     slot = slot_of(table_at(layer.table, place), tail)
     rows, kv_heads = jnp.arange(batch)[:, None], jnp.arange(heads)[None]
-    held = layer.slots[place, rows, kv_heads, jnp.maximum(slot, 0)]
+    if layer.tail is None:
+        held = layer.slots[place, rows, kv_heads, jnp.maximum(slot, 0)]
+    else:
+        held = layer.tail[place]
     partial = (slot >= 0) & (start % block != 0)[:, None]
     where = jnp.where(partial, tail, blocks)
     kv = kv.at[0, rows, kv_heads, where].set(held, mode="drop")
@@ -395,14 +397,8 @@ def write_back_layer(
         wanted = jnp.pad(last, ((0, 0), (0, 0), (0, padding)), constant_values=-1)
     rows, kv_heads = jnp.ogrid[:batch, :heads]
     filled = working.kv[0, rows[..., None], kv_heads[..., None], jnp.maximum(wanted, 0)]
-    if not store.codec.exact:
-        # A slot holds what a fetch would bring, so that it does not matter when a block
-        # leaves it. What was stored before has come from there.
-        new = (wanted >= (start // block)[:, None, None]) & (
-            wanted < (end // block)[:, None, None]
-        )
-        stored = store.codec.stored(filled)
-        filled = jnp.where(new[..., None, None, None], stored, filled)
+    full = start // block, end // block
+    filled, scales, tail = as_slots_hold(store.codec, filled, working.kv, wanted, full)
     stamps = jnp.where(wanted >= 0, end[:, None, None], -1)
 
     def keep(new: Array, old: Array) -> Array:
@@ -412,11 +408,14 @@ def write_back_layer(
         shape = (1, batch, *(1,) * (old.ndim - 2))
         return jnp.where(fresh.reshape(shape), new[None].astype(old.dtype), old)
 
-    old = jax.tree.map(lambda x: _at(x, place), (layer.slots, layer.table))
-    table = filled_table(wanted, stamps, blocks)
-    table = SlotTable(*map(keep, table, old[1]))
+    new = (filled, scales, tail, filled_table(wanted, stamps, blocks))
+    old = (layer.slots, layer.scales, layer.tail, layer.table)
+    old = jax.tree.map(lambda x: _at(x, place), old)
+    filled, scales, tail, table = jax.tree.map(keep, new, old)
     changed = OffloadLayer(
-        slots=keep(filled, old[0]),
+        slots=filled,
+        scales=scales,
+        tail=tail,
         table=table,
         key_bias=working.key_bias,
         index=working.index,
@@ -439,7 +438,7 @@ def write_back_full_blocks(
     holds what is stored, so that it does not matter when the block leaves it.
     """
     order = jnp.argsort(~full, stable=True)
-    codec, slots = cache.store.codec, tuple(layer.slots for layer in cache.layers)
+    codec, slots = cache.store.codec, tuple(layer.held for layer in cache.layers)
 
     def save(number: Array, loop: tuple) -> tuple:
         store, changed = loop
@@ -453,9 +452,13 @@ def write_back_full_blocks(
             slot = jnp.maximum(slot_of(table, block[given]), 0)  # layers K
             depth, heads = jnp.ogrid[: slot.shape[0], : slot.shape[1]]
             where = (depth, row, heads, slot)
-            pieces.append(held[where])
+            tail = held[0][where]
+            if layer.tail is not None:
+                tail = lax.dynamic_index_in_dim(layer.tail, row, 1, False)
+            pieces.append(tail)
             if changed:
-                kept.append(held.at[where].set(codec.stored(held[where])))
+                pairs = zip(held, codec.for_slots(tail), strict=True)
+                kept.append(tuple(x.at[where].set(new) for x, new in pairs))
         piece = jnp.concatenate(pieces)[:, None, :, None]  # Lo 1 K 1 block 2 H
         return store.write(piece, row=row, block=block[given]), tuple(kept)
 
@@ -464,5 +467,5 @@ def write_back_full_blocks(
     begun = (cache.store, () if codec.exact else slots)
     store, changed = lax.fori_loop(0, count, save, begun)
     pairs = zip(cache.layers, changed or slots, strict=True)
-    layers = tuple(layer._replace(slots=held) for layer, held in pairs)
+    layers = tuple(layer.holding(held) for layer, held in pairs)
     return cache._replace(store=store, layers=layers)

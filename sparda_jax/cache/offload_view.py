@@ -183,6 +183,8 @@ class OffloadView(NamedTuple):
             place,
             tile,
             settings,
+            scales=self.layer_cache.scales,
+            tail=self.layer_cache.tail,
         )
 
     def _choose(
@@ -222,7 +224,7 @@ class OffloadView(NamedTuple):
         A fetch never writes to slots itself: the running layer may still read them, and
         XLA would then copy them all.
         """
-        fetch, slots = self.fetch, self.layer_cache.slots
+        fetch, held = self.fetch, self.layer_cache.held
         assert fetch is not None and settings.offload is not None
         fetches = self.fetches._replace(
             hits=self.fetches.hits + fetch.plan.hits,
@@ -233,13 +235,14 @@ class OffloadView(NamedTuple):
         if fetch.staged is None:
             fetch, lookahead = lookahead.copy(fetch, settings, on_side_stream=False)
         assert fetch.staged is not None
-        flat = slots.reshape(-1, *slots.shape[4:])
+        flat = tuple(x.reshape(-1, *x.shape[4:]) for x in held)
         plan = fetch.plan
         codec = settings.offload.codec
         flat = codec.commit(flat, fetch.staged, plan.targets, plan.bound)
+        held = tuple(new.reshape(x.shape) for new, x in zip(flat, held, strict=True))
         pool = lookahead.pool.release(fetch.staged, settings.offload)
         view = self._replace(
-            layer_cache=self.layer_cache._replace(slots=flat.reshape(slots.shape)),
+            layer_cache=self.layer_cache.holding(held),
             fetch=fetch._replace(staged=None),
             fetches=fetches,
         )
@@ -312,11 +315,26 @@ class OffloadView(NamedTuple):
             slot = slot_of(table, block)
             live = (slot >= 0) & (tile.count > 0)[:, None]
             slot = jnp.where(live, slot, count)
-        kv = jnp.stack((token.k[:, 0], token.v[:, 0]), axis=2).astype(slots.dtype)
-        where = (self.layer_in_stack, rows, kv_heads, slot, offset)
-        slots = slots.at[where].set(kv, mode="drop", unique_indices=True)
-        tables = put_table(self.layer_cache.table, self.layer_in_stack, table)
-        cache = self.layer_cache._replace(slots=slots, table=tables)
+        kv = jnp.stack((token.k[:, 0], token.v[:, 0]), axis=2)
+        put = {"mode": "drop", "unique_indices": True}
+        cache, place, tail = (
+            self.layer_cache,
+            self.layer_in_stack,
+            self.layer_cache.tail,
+        )
+        if tail is None:
+            where = (place, rows, kv_heads, slot, offset)
+            slots = slots.at[where].set(kv.astype(slots.dtype), **put)
+            cache = cache._replace(slots=slots)
+        else:
+            # The block's slot takes it when it is full.
+            offset = jnp.where(slot < count, offset, tail.shape[3])
+            where = (place, rows, kv_heads, offset)
+            cache = cache._replace(
+                tail=tail.at[where].set(kv.astype(tail.dtype), **put)
+            )
+        tables = put_table(cache.table, place, table)
+        cache = cache._replace(table=tables)
         return self._replace(layer_cache=cache)
 
 

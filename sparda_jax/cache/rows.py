@@ -159,9 +159,12 @@ def reset_row(
 
     def offloaded(layer: OffloadLayer) -> OffloadLayer:
         layers, _, heads, slots, _, _, dim = layer.slots.shape
-        shape = IndexShape(layers, 1, heads, cache.num_blocks, dim, layer.slots.dtype)
+        dtype = (layer.slots if layer.tail is None else layer.tail).dtype
+        shape = IndexShape(layers, 1, heads, cache.num_blocks, dim, dtype)
         empty = OffloadLayer(
             slots=zeros(layer.slots),
+            scales=jax.tree.map(zeros, layer.scales),
+            tail=jax.tree.map(zeros, layer.tail),
             table=empty_table((layers, 1, heads), slots, cache.num_blocks),
             key_bias=jax.tree.map(zeros, layer.key_bias),
             index=init_index(indices, shape, sparse),

@@ -128,7 +128,7 @@ def add_codec_option(group: Any) -> None:
         words=get_args(HostCodec),
         default="exact",
         help="how full blocks are kept in host memory: as they are, or in 8 bits a "
-        "number",
+        "number (int8_slots: in device slots as well)",
     )
 
 

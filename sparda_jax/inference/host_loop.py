@@ -144,10 +144,14 @@ def _tails(
     slot = jnp.maximum(slot_of(table_at(layer.table, 0), block[:, None]), 0)
     rows, kv_heads = jnp.ogrid[:batch, :heads]
     tails = layer.slots[0, rows, kv_heads, slot]
+    if layer.tail is not None:
+        tails = layer.tail[0]
     if not codec.exact:
         where = (0, rows, kv_heads, jnp.where(full[:, None], slot, slots))
-        changed = layer.slots.at[where].set(codec.stored(tails), mode="drop")
-        layer = layer._replace(slots=changed)
+        pairs = zip(layer.held, codec.for_slots(tails), strict=True)
+        layer = layer.holding(
+            tuple(held.at[where].set(new, mode="drop") for held, new in pairs)
+        )
     return codec.encode(tails), layer
 
 

@@ -205,7 +205,9 @@ def _state_bytes(
         first = state.cache.first
         layers = (*state.cache.layers, *(() if first is None else (first,)))
         kv = () if first is None else (first.kv,)
-        slots = tuple(layer.slots for layer in state.cache.layers)
+        slots = tuple(
+            (layer.slots, layer.scales, layer.tail) for layer in state.cache.layers
+        )
         tables = tuple(layer.table for layer in state.cache.layers)
         spare = state.cache.staging
     else:

@@ -161,7 +161,7 @@ def test_a_format_of_several_parts_is_decoded_as_it_is_committed():
     blocks = jax.random.normal(jax.random.key(0), (3, 64, 2, 16))
     staged = Halves().encode(blocks)
     slots = jnp.zeros((4, 64, 2, 16))
-    out = Halves().commit(slots, staged, jnp.array([2, -1, 0]), jnp.array(3))
+    (out,) = Halves().commit((slots,), staged, jnp.array([2, -1, 0]), jnp.array(3))
     expected = np.zeros((4, 64, 2, 16), np.float32)
     expected[2], expected[0] = blocks[0], blocks[2]
     np.testing.assert_array_equal(out, expected)

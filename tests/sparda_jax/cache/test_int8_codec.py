@@ -11,6 +11,7 @@ import pytest
 import sparda_jax as sj
 from sparda_jax.cache.codecs import BlockCodec, Int8Codec, named_codec
 from sparda_jax.cache.host_store import HostStore
+from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.cache.routes import resolve_route
 
 SPARSE = sj.SparseConfig(local_blocks=2, block_budget=6)
@@ -31,6 +32,8 @@ def _oracle(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
                     blocks[lead][:, kind].astype(np.float32).take(i, axis=1 - axis)
                 )
                 scale = np.abs(numbers).max() * np.float32(1 / 127)
+                bits = scale.view(np.uint32) + np.uint32(0x80)
+                scale = (bits & np.uint32(0xFFFFFF00)).view(np.float32)
                 scales[(*lead, i if kind == 0 else dim + i)] = scale
                 if scale > 0:
                     rounded = np.clip(np.rint(numbers / scale), -127, 127)
@@ -67,12 +70,32 @@ def test_integers_and_scales_are_numpys(dtype):
     assert off[..., 0, 0].max() < 0.02 < off[..., 0, 5].max()
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_a_decoded_block_is_encoded_to_the_same(dtype):
+    """So what was fetched may be encoded again for a slot, and is what was stored."""
+    random = np.random.default_rng(1)
+    blocks = random.standard_normal((40, 64, 2, 16)).astype(np.float32)
+    blocks *= np.exp(random.standard_normal((40, 1, 2, 16))).astype(np.float32)
+    blocks[0, :, 0, 2] = 0
+    codec = named_codec("int8_slots")
+
+    @jax.jit
+    def twice(given):
+        stored = codec.encode(given)
+        return stored, codec.for_slots(codec.decode(stored, dtype))
+
+    for once, again in zip(*twice(jnp.asarray(blocks, dtype)), strict=True):
+        np.testing.assert_array_equal(once, again)
+
+
 def test_bytes():
     """A block of the 8B shape in bfloat16: 32 KiB become 17."""
     shape, codec = (64, 2, 128), named_codec("int8")
     assert BlockCodec().bytes_per_block(shape, jnp.bfloat16) == 32 * 1024
     assert codec.bytes_per_block(shape, jnp.bfloat16) == 17 * 1024
     assert not codec.exact and named_codec("exact").exact
+    slot = named_codec("int8_slots").slot_shapes(shape, jnp.bfloat16)
+    assert sum(part.size * part.dtype.itemsize for part in slot) == 17 * 1024
 
 
 @pytest.mark.parametrize(
@@ -109,7 +132,7 @@ def test_a_fetch_and_its_commit_are_the_oracles(route):
             )
             for part in parts
         )
-        return codec.commit(slots, staged, targets, count)
+        return codec.commit((slots,), staged, targets, count)[0]
 
     got = np.asarray(step(store.parts, slots), np.float32)
     scale = np.stack(
@@ -192,6 +215,39 @@ def test_every_number_of_slots_and_way_to_fetch_agrees(talk, change):
             np.testing.assert_array_equal(
                 mine[:, row, :, :full], theirs[:, row, :, :full]
             )
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device_blocks": 9},
+        {"device_blocks": 1000},
+        {"route": "host_loop"},
+        {"prefetch": "none", "layer0": "offload", "device_blocks": 9},
+    ],
+    ids=str,
+)
+def test_slots_in_8_bits_agree_too(talk, change):
+    """Whatever left a slot and came back, and whatever was encoded again for one."""
+    start = dataclasses.replace(INT8, codec="int8_slots")
+    first, second, _ = talk(start)
+    other = talk(dataclasses.replace(start, **change))
+    assert other[0].tokens == first.tokens
+    assert other[1].tokens == second.tokens
+    kept = second.conversation.state.cache
+    assert isinstance(kept, OffloadCache) and kept.store.codec.in_slots
+    # Slots hold what the host holds, and the same blocks as slots of numbers would.
+    for number, layer in enumerate(kept.layers):
+        held = np.asarray(layer.table.blocks)
+        lengths = np.asarray(second.conversation.state.lengths)
+        full = (held >= 0) & (held < (lengths // SPARSE.block_size)[:, None, None])
+        for at in np.argwhere(full)[::7]:
+            depth, row, head, _ = at
+            where = (number + depth, row, head, held[tuple(at)])
+            for mine, stored in zip(layer.held, kept.store.to_numpy(), strict=True):
+                np.testing.assert_array_equal(mine[tuple(at)], stored[where])
 
 
 @pytest.mark.slow

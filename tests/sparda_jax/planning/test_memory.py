@@ -53,6 +53,7 @@ COMPILED = [
             Case(kind="offload", slots=10_000),
             Case("snapkv", kind="evict", prompt=3900),
             Case(storage="per_layer"),
+            Case(kind="offload", slots=14, codec="int8_slots"),
             Case("infllm_v2"),
             Case("infllm_v2", kind="offload", storage="per_layer"),
             Case("nosa", preset="tiny-nosa"),
