@@ -75,14 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = benchmark_parser("offload", __doc__)
     parser.add_argument("--model", default="minicpm4.1-8b", help="preset")
     count = integer(1)
-    add_option(
-        parser,
-        "--context",
-        count,
-        default=131072,
-        metavar="N",
-        help="tokens a row holds",
-    )
+    size = {"default": 131072, "metavar": "N", "help": "tokens a row holds"}
+    add_option(parser, "--context", count, **size)
     add_option(
         parser, "--batch", count, many=True, default=[8], metavar="B", help="rows"
     )
