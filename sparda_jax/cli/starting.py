@@ -1,12 +1,11 @@
 """Ctrl-C while a command still imports what it needs, and while it runs."""
 
 import contextlib
-import gc
 import os
 import signal
+import sys
 import threading
 from collections.abc import Generator
-from types import FrameType
 
 # After which an interrupt that would be lost comes again.
 _AGAIN_SECONDS = 0.05
@@ -38,26 +37,10 @@ def interrupt_ends(line: str) -> Generator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _is_lost(frame: FrameType | None) -> bool:
-    """Whether an error that is raised here is only printed, as one of a destructor is.
-
-    JAX calls a function at every garbage collection, which may take a tenth of the time
-    of a command that makes many lists.
-    """
-    ignored = {getattr(call, "__code__", None) for call in gc.callbacks}
-    while frame is not None:
-        if frame.f_code in ignored or frame.f_code.co_name == "__del__":
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """As Python's own handler; where its error would be lost, a moment later."""
-    if not _is_lost(frame):
-        raise KeyboardInterrupt
+def _come_again() -> None:
+    """Sends the main thread a Ctrl-C, a moment later."""
     main = threading.main_thread().ident
-    again = threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, (main, number))
+    again = threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, (main, signal.SIGINT))
     again.daemon = True
     again.start()
 
@@ -66,15 +49,26 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def interrupt_is_heeded() -> Generator[None]:
     """Until the block ends, every Ctrl-C is a `KeyboardInterrupt` that is not lost.
 
-    Where Ctrl-C is ignored, or somebody else's business, it stays so.
+    Python only prints an error of what a garbage collection, a destructor or a weak
+    reference calls; JAX calls a function at every collection, which may take a tenth of
+    the time of a command that makes many lists. Such a Ctrl-C comes again. Where Ctrl-C
+    is ignored, or somebody else's business, it stays so.
     """
     before = signal.getsignal(signal.SIGINT)
     main = threading.current_thread() is threading.main_thread()
     if not main or before is not signal.default_int_handler:
         yield
         return
-    signal.signal(signal.SIGINT, _interrupt)
+    told = sys.unraisablehook
+
+    def lost(error: "sys.UnraisableHookArgs") -> None:
+        if issubclass(error.exc_type, KeyboardInterrupt):
+            _come_again()
+        else:
+            told(error)
+
+    sys.unraisablehook = lost
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        sys.unraisablehook = told

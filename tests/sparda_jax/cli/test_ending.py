@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 from ending_cases import ROOT, check_end, check_faults, check_outputs, ends
@@ -75,7 +76,7 @@ def _interrupt(script: str, **settings) -> tuple[int, bytes]:
 
 
 @pytest.mark.usefixtures("heeds_interrupts")
-@pytest.mark.parametrize("lost_in", ["collection", "destructor"])
+@pytest.mark.parametrize("lost_in", ["collection", "destructor", "reference"])
 def test_an_interrupt_is_never_lost(capsys, lost_in):
     """Errors of what garbage collection calls are printed, and nothing else."""
     before = signal.getsignal(signal.SIGINT)
@@ -94,8 +95,13 @@ def test_an_interrupt_is_never_lost(capsys, lost_in):
         if lost_in == "collection":
             gc.callbacks.append(callback)
             gc.collect()
-        else:
+        elif lost_in == "destructor":
             Kept()
+        else:
+            kept = set()  # unlike object(), may be referred to
+            reference = weakref.ref(kept, lambda _: signal.raise_signal(signal.SIGINT))
+            del kept
+            assert reference() is None
         time.sleep(20)
 
     begun = time.monotonic()
