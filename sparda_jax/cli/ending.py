@@ -15,7 +15,7 @@ _REFUSALS = (ConfigError, CheckpointError)
 # What a message begins with that is about an argument: options that are named already,
 # and the argument's own name.
 _ARGUMENT = re.compile(
-    r"((?:--[\w-]+=(?:'[^']*'|[^\s,]+), )*)(?:[A-Z]\w*\.)?([a-z]\w*)(?==)"
+    r"((?:--[\w-]+=(?:'[^']*'|[^\s,]+), )*)(?:[A-Z]\w*[a-z]\w*\.)?([a-z]\w*)(?==)"
 )
 _options: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("options")
 

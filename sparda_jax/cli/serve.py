@@ -49,7 +49,7 @@ _SETTINGS = (
         "decode_steps",
         "N",
         "most tokens that rows decode in a call, as far as a fifth of a second holds "
-        "them; 1: one, with no step begun ahead of what is looked at",
+        "them; 1: one, so that a cancelled row is freed within a step",
     ),
     ("max_waiting", "N", "outputs that may wait for a row; more are refused (503)"),
     ("top_logprobs", "N", "most likeliest tokens that a request can ask for"),

@@ -100,11 +100,12 @@ class Scores:
 
     def variants(self, length: int) -> list[Variant]:
         """Selectors and budgets of a length: dense first, then as they were named."""
-        found = {
+        # In the order of the cells where nobody named them: a set has none.
+        found = [
             Variant(c.attention, c.budget) for c in self.cells if c.length == length
-        }
+        ]
         return sorted(
-            found,
+            dict.fromkeys(found),
             key=lambda v: (v.budget > 0, v.budget, self.place(v.attention)),
         )
 

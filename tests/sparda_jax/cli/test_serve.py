@@ -50,7 +50,7 @@ def test_an_address_that_cannot_be_had_is_told_before_anything_is_loaded(
         ):
             assert main(["serve", "--model", "tiny", "--port", "0", *address]) == 2
             told = capsys.readouterr().err
-            assert told.startswith("sparda: host=") and told.count("\n") == 1, told
+            assert told.startswith("sparda: --host=") and told.count("\n") == 1, told
             assert "cannot be listened at" in told
 
 
