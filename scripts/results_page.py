@@ -16,6 +16,7 @@ import functools
 import json
 import pathlib
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -224,6 +225,7 @@ def draw(name: str) -> None:
             what = f"mean of {' and '.join(always_run(scores, length))}"
         else:
             series = sweep_series(Scores(cells, scores.settings), length)
+        what = textwrap.fill(what, 80)
         lines: Callable = functools.partial(
             plots.lines,
             series=series,
