@@ -100,9 +100,11 @@ def layer_before_fetch(
     elif asked and selector.asks_late(settings.config):
         late = block.next_query
     elif asked and block.next_query is not None:
-        # XLA would join this product with that of the queries, which for one token is
-        # as well, but in a prefill copies both weights side by side in every tile.
-        seen = x if tile.decoding else jax.lax.optimization_barrier(x)
+        # On a GPU XLA would join this product with that of the queries, which for one
+        # token is as well, but in a prefill copies both weights side by side in every
+        # tile. On a CPU the barrier would cost a copy of the whole prompt's states.
+        apart = not tile.decoding and jax.default_backend() == "gpu"
+        seen = jax.lax.optimization_barrier(x) if apart else x
         next_forecast = selector.next_query(block.next_query, seen, tile.rope_cos_sin)
     if late is None:
         lookahead = lookahead.plan_next(next_forecast, tile, settings)
