@@ -28,10 +28,11 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from benchmarks.parsers import benchmark_parser
 from pallas_kernels.lowering import silence_triton_deprecation
 from sparda_jax.checks import integer
 from sparda_jax.cli.ending import run_command
-from sparda_jax.cli.options import HelpFormatter, Parser, add_option
+from sparda_jax.cli.options import add_option
 from sparda_jax.config import ModelConfig
 from sparda_jax.models.layers import matmul
 from sparda_jax.models.presets import get_preset
@@ -140,11 +141,7 @@ def _draw(config: ModelConfig, dtype: DTypeLike) -> Weights:
 
 def main() -> None:
     """Runs the comparison."""
-    parser = Parser(
-        "python -m benchmarks.layer_storage",
-        description=__doc__,
-        formatter_class=HelpFormatter,
-    )
+    parser = benchmark_parser("layer_storage", __doc__)
     parser.add_argument("--model", default="minicpm4.1-8b", help="preset")
     for name, default, about in (
         ("--layers", None, "fewer layers than the preset has"),

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.fed_text import feed_text
-from benchmarks.parsers import benchmark_parser
+from benchmarks.parsers import add_document_options, benchmark_parser
 from benchmarks.trace import text_ids
 from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checks import integer
@@ -90,7 +90,6 @@ def _run(arguments: argparse.Namespace) -> None:
 
     import sparda_jax as sj
 
-    integer(1)("--context", arguments.context)
     integer(2 * _WARM)("--decode", arguments.decode)
     for number in arguments.ahead:
         integer(1, 8)("--ahead", number)
@@ -135,15 +134,9 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = benchmark_parser("layers_ahead", __doc__)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--text", default="code", help="prose, code or a text file")
-    parser.add_argument("--json", type=pathlib.Path, help="also write figures here")
-    parser.add_argument("--context", type=int, default=4096, help="tokens in all")
+    add_document_options(parser)
     parser.add_argument("--decode", type=int, default=128, help="tokens decoded")
     parser.add_argument("--ahead", type=int, nargs="+", default=[1, 2])
-    parser.add_argument(
-        "--slots", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="in budgets"
-    )
     return parser
 
 

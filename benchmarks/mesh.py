@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="stop there: a later run finds the programs in JAX's compilation cache",
     )
-    parser.set_defaults(miss=None)
+    parser.set_defaults(miss=None, layer0="resident")
     return parser
 
 

@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from benchmarks.parsers import benchmark_parser
 from sparda_jax.checks import integer
 from sparda_jax.cli.ending import run_command
-from sparda_jax.cli.options import HelpFormatter, Parser, add_option
+from sparda_jax.cli.options import add_option
 from sparda_jax.loading import default_dtype
 from sparda_jax.models import experts as moe
 from sparda_jax.models.layers import swiglu
@@ -58,9 +59,7 @@ def _seconds(layer, x: Array, *weights: Array, repeats: int) -> dict[str, float 
 
 def main() -> None:
     """Runs the command."""
-    parser = Parser(
-        "python -m benchmarks.moe", description=__doc__, formatter_class=HelpFormatter
-    )
+    parser = benchmark_parser("moe", __doc__)
     parser.add_argument("--model", default="qwen3-30b-a3b", help="preset with experts")
     for name, default, about in (
         ("--tokens", [1, 4, 16, 1024, 4096], "sizes"),

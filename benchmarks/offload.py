@@ -218,7 +218,7 @@ def mode_settings(config, sparse, mode: str, choice: Choice, slots: float, argum
         exactness="verify" if mode == "sparda-verify" else "forecast",
         route=arguments.route,
         codec=arguments.codec,
-        layer0=vars(arguments).get("layer0", "resident"),
+        layer0=arguments.layer0,
     )
     offload = offload_settings(cache, selector)
     if mode == "sparda-late":

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from benchmarks.parsers import benchmark_parser
+from benchmarks.parsers import add_document_options, benchmark_parser
 from benchmarks.trace import text_ids
 from sparda_jax.checkpoint.atomic import write_json
-from sparda_jax.checks import integer, number
+from sparda_jax.checks import number
 from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import add_option
 
 if TYPE_CHECKING:
     import sparda_jax as sj
@@ -126,11 +127,6 @@ def _run(arguments: argparse.Namespace) -> None:
 
     import sparda_jax as sj
 
-    integer(1)("--context", arguments.context)
-    for margin in arguments.margin:
-        number(above=0, most=1)("--margin", margin)
-    for size in arguments.slots:
-        number(least=1)("--slots", size)
     lm = sj.load(arguments.model, attention="sparda")
     arguments.decode = 2 * _WARM
     ids, sparse = text_ids(lm, arguments), lm.sparse
@@ -179,16 +175,9 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = benchmark_parser("prefer_held", __doc__)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--text", default="code", help="prose, code or a text file")
-    parser.add_argument("--json", type=pathlib.Path, help="also write figures here")
-    parser.add_argument("--context", type=int, default=4096, help="tokens in all")
-    parser.add_argument(
-        "--margin", type=float, nargs="+", default=[0.1, 0.25], help="of the list"
-    )
-    parser.add_argument(
-        "--slots", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="in budgets"
-    )
+    add_document_options(parser)
+    margin = {"metavar": "SHARE", "default": [0.1, 0.25], "help": "of the list"}
+    add_option(parser, "--margin", number(above=0, most=1), many=True, **margin)
     return parser
 
 

@@ -458,7 +458,9 @@ def _passkeys(
     if not tasks:
         return None
     # Dense attention and own queries were asked when the windows were chosen.
-    found = dict(geometry.get("passkeys") or {"asked": len(tasks), "tokens": tokens})
+    found = dict(
+        geometry.get("passkeys") or {"asked": len(tasks), "tokens": len(tasks[0].ids)}
+    )
     names = [x for x in ("dense", "infllm_v2", "sparda") if x not in found]
     lm = _loaded(asked, heads, geometry["sparse"])
     quiet = None if progress else True

@@ -155,11 +155,7 @@ def paged_decode_attention_xla(
             valid = (position >= step * chunk * block) & (position < lengths[:, None])
             bias = None
             if key_bias is not None:
-                bias = lax.dynamic_slice(
-                    key_bias,
-                    (layer, 0, 0, start, 0),
-                    (1, batch, kv_heads, chunk, block),
-                ).reshape(batch, kv_heads, chunk * block)
+                bias = cut(key_bias, block).reshape(batch, kv_heads, chunk * block)
             if stored is not None:
                 held = cut(kv, block, 2, head_dim), cut(stored.scales, scales)
                 return *values_of(*held), bias, valid[:, None]

@@ -111,8 +111,8 @@ class Batch:
         self._request: Request | None = None
         # Of one row, or of all, to the end, by steps: decode asks again and again.
         self._requests: dict[tuple[int | None, int], Request] = {}
-        # By row, where the only row that goes on decodes alone; None where all do.
-        self._places: list[jax.Array] | None = None
+        # By row, where the only row that goes on decodes alone; none where all do.
+        self._places: list[jax.Array] = []
 
     @property
     def programs(self) -> list[str]:
@@ -296,19 +296,17 @@ class Batch:
         Its last bits are then not those that it has among others: whoever asks for
         log-probabilities gets the same, whoever comes and goes.
         """
-        if self._places is None or not self._in_program:
+        if not self._places or not self._in_program:
             return None
         going = np.flatnonzero(~np.asarray(self.state.done)).tolist()
-        return going[0] if len(going) == 1 and not self._logged(going[0]) else None
-
-    def _logged(self, row: int) -> bool:
-        return self._given.asked[row].logprobs
+        alone = len(going) == 1 and not self._given.asked[going[0]].logprobs
+        return going[0] if alone else None
 
     def _advance(self, steps: int) -> float:
         row = self._alone
-        if row is not None and self._places is not None:
-            place = self._places[row]
-            return self.run(decode_row_loop, self.request(steps, row=row), place)
+        if row is not None:
+            request, place = self.request(steps, row=row), self._places[row]
+            return self.run(decode_row_loop, request, place)
         request = self.request(steps)
         if self._in_program:
             return self.run(decode_loop, request)

@@ -409,7 +409,7 @@ class Session(Batch):
     def _warm_up_decode(self) -> None:
         """Decodes a token of the row alone, if rows do, and no more of all rows."""
         self.decode(1)
-        if self._places is not None and self._in_program:
+        if self._places and self._in_program:
             self.run(decode_loop, self.request(0))
 
     def _warm_up_store(self, store: PrefixStore) -> None:

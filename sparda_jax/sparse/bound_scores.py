@@ -8,6 +8,8 @@ a group come to one score, is the selector's.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sparda_jax.sparse.masked import masked_softmax
+
 
 def bound_scores(
     q: Float[Array, "B T heads H"],
@@ -61,11 +63,7 @@ def bound_softmax_scores(
     last = (jnp.arange(bounds.shape[2]) + 1) * page - 1
     past = (last < positions[:, :, None])[:, None, None]  # B 1 1 T pages
     scores = jnp.where(past, scores * q.shape[-1] ** -0.5, -jnp.inf)
-    peak = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = jnp.sum(weights / jnp.where(total > 0, total, 1.0), axis=2)
-    return _of_blocks(weights, held, num_blocks)
+    return _of_blocks(jnp.sum(masked_softmax(scores), axis=2), held, num_blocks)
 
 
 def _products(

@@ -16,6 +16,7 @@ from pallas_kernels.choose_blocks.api import choose_blocks
 from pallas_kernels.choose_blocks.forced import Forced
 from sparda_jax.config import SparseConfig
 from sparda_jax.sparse.compression import Int8CompressedKeys
+from sparda_jax.sparse.masked import masked_softmax
 
 
 @jax.tree_util.register_dataclass
@@ -110,10 +111,7 @@ def summed_softmax_scores(
     )
     seen = _visible(tile, sparse)[:, :, None]
     scores = jnp.where(seen, scores * dim**-0.5, -jnp.inf)
-    peak = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return jnp.sum(weights / jnp.where(total > 0, total, 1.0), axis=2)
+    return jnp.sum(masked_softmax(scores), axis=2)
 
 
 def forecast_scores(

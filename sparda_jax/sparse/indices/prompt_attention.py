@@ -13,6 +13,7 @@ from sparda_jax.sparse.indices.query_window import (
     empty_window,
     window_positions,
 )
+from sparda_jax.sparse.masked import masked_softmax
 
 
 class PromptState(NamedTuple):
@@ -51,10 +52,7 @@ def look_back(
     token = jnp.arange(tokens)
     past = (token <= positions[..., None]) & seen[..., None]  # B w S
     logits = jnp.where(past[:, None, None], logits, -jnp.inf)
-    peak = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    votes = jnp.sum(weights / jnp.where(total > 0, total, 1.0), axis=3).mean(2)
+    votes = jnp.sum(masked_softmax(logits), axis=3).mean(2)
     before = token < first[:, None, None]
     votes = jnp.where(before, votes, 0.0)
     side = pool // 2

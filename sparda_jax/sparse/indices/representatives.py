@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from sparda_jax.config import SparseConfig
 from sparda_jax.sparse.index import IndexPart, IndexShape, NewTokens
+from sparda_jax.sparse.masked import masked_softmax
 
 # Queries whose votes are counted at a time.
 _QUERIES = 128
@@ -141,11 +142,7 @@ def _new_votes(
         )
         seen = seen & (token < end[:, None])[..., None]  # B T S
         logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
-        peak = jnp.max(logits, axis=-1, keepdims=True)
-        weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        share = weights / jnp.where(total > 0, total, 1.0)
-        return votes + jnp.sum(share, axis=(2, 3))
+        return votes + jnp.sum(masked_softmax(logits), axis=(2, 3))
 
     none = jnp.zeros(keys.shape[:3], jnp.float32)
     return jax.lax.fori_loop(0, q.shape[1] // chunk, add, none)
