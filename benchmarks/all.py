@@ -78,38 +78,14 @@ CARD = (
         "prefill",
         (
             "benchmarks.prefill",
-            *"--context 131072 --attention sparda infllm_v2 --repeats 2".split(),
-            *("--json", "{json}"),
+            *"--context 131072 --attention dense sparda infllm_v2".split(),
+            *"--offloaded sparda --together --repeats 2 --json {json}".split(),
         ),
-        120,
-    ),
-    Part(
-        "prefill_offloaded",
-        (
-            "benchmarks.prefill",
-            *"--context 131072 --attention sparda --cache offload".split(),
-            *("--repeats", "1", "--json", "{json}"),
-        ),
-        100,
-    ),
-    Part(
-        "prefill_dense",
-        (
-            "benchmarks.prefill",
-            *"--context 131072 --attention dense --repeats 1".split(),
-            *("--json", "{json}"),
-        ),
-        75,
-    ),
-    # Pinning the blocks of 20 rows takes most of a minute.
-    _decode(
-        "decode_128k_20",
-        120,
-        *"--context 131072 --batch 20 --mode sparse sparda --steps 48".split(),
+        240,
     ),
     *(
         Part(
-            f"kernel_{op}", (f"pallas_kernels.benchmarks.{op}", "--out", "{folder}"), 45
+            f"kernel_{op}", (f"pallas_kernels.benchmarks.{op}", "--out", "{folder}"), 60
         )
         for op in _OPS
     ),

@@ -15,10 +15,13 @@ allocation and the first token.
 `limit` is the least time that the products and the attention to the listed keys (dense:
 to all before a token) allow at the matrix rate that was measured in the same run.
 Fewer layers than the preset has are said in every line: nothing is extrapolated.
-`--parts` adds a profiled call: kernel time by part, and the largest of the rest.
+`--together` makes the first calls, most of a run's time, side by side before anything
+is timed; all cases have to fit into memory at once then. `--parts` adds a profiled
+call: kernel time by part, and the largest of the rest.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import pathlib
@@ -26,6 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.imposed import lists_of, selector_with
@@ -61,6 +65,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--cache", nargs="+", default=["resident"], choices=["resident", "offload"]
+    )
+    parser.add_argument(
+        "--offloaded",
+        nargs="+",
+        default=[],
+        metavar="ATTENTION",
+        help="measured offloaded as well, behind all others",
+    )
+    parser.add_argument(
+        "--together", action="store_true", help="compile all cases side by side"
     )
     add_option(parser, "--layers", count, metavar="L", help="fewer than the preset has")
     parser.add_argument(
@@ -236,15 +250,37 @@ class Case:
     tile: int
 
 
-def _measure(case: Case, model, preset, arguments, rate: float) -> dict:
-    """Figures of one case."""
-    import jax
-
+def _first_call(case: Case, model, preset, arguments) -> tuple:
+    """A case's language model and the figures of its first call, which compiles."""
     lists = lists_of(_trace(arguments), model.config, preset.sparse, case.batch)
     selector = selector_with(case.attention, arguments.agree, lists)
     lm = _language_model(model, preset, case, selector)
+    stats, _ = _prefill(lm, case.context, case.batch, 0)
+    return lm, stats
+
+
+def begin_together[T](first: Callable[[Case], T], cases: list[Case]) -> list:
+    """The first calls of all cases, all over: futures of what they gave.
+
+    The first case is alone: the products' kernels are chosen by timing them, and what
+    was chosen serves the others, which are compiled side by side.
+
+    Args:
+      first: A case's first call.
+      cases: At least one.
+    """
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        alone = pool.submit(first, cases[0])
+        concurrent.futures.wait([alone])
+        return [alone, *(pool.submit(first, case) for case in cases[1:])]
+
+
+def _measure(case: Case, begun: Callable[[], tuple], arguments, rate: float) -> dict:
+    """Figures of one case, given what gives its model and first call."""
+    import jax
+
+    lm, first = begun()
     run = functools.partial(_prefill, lm, case.context, case.batch)
-    first, _ = run(0)
     calls = [run(i + 1) for i in range(arguments.repeats)]
     seconds = [stats.total_seconds for stats, _ in calls]
     median = statistics.median(seconds)
@@ -333,13 +369,14 @@ def ratios(rows: list[dict]) -> list[str]:
 
 
 def _cases(arguments) -> list[Case]:
+    ways = [(a, cache) for cache in arguments.cache for a in arguments.attention]
+    extra = [(attention, "offload") for attention in arguments.offloaded]
     return [
         Case(attention, cache, context, batch, tile)
         for context in arguments.context
         for batch in arguments.batch
         for tile in arguments.tile
-        for cache in arguments.cache
-        for attention in arguments.attention
+        for attention, cache in dict.fromkeys([*ways, *extra])
     ]
 
 
@@ -360,7 +397,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from sparda_jax.models.weights import random_decoder
     from sparda_jax.sparse.selectors import get_selector
 
-    for name in arguments.attention:
+    for name in [*arguments.attention, *arguments.offloaded]:
         get_selector(name)
     preset = get_preset(arguments.model)
     config = preset.shape(arguments.layers, 2 * max(arguments.context))
@@ -392,10 +429,17 @@ def _run(arguments: argparse.Namespace) -> None:
         "reference_tokens_per_second": REFERENCE_TOKENS_PER_SECOND,
         "rows": rows,
     }
-    print(HEADER)
-    for case in _cases(arguments):
+    print(HEADER, flush=True)
+    cases = _cases(arguments)
+    first = functools.partial(
+        _first_call, model=model, preset=preset, arguments=arguments
+    )
+    begun = [functools.partial(first, case) for case in cases]
+    if arguments.together:
+        begun = [future.result for future in begin_together(first, cases)]
+    for case, call in zip(cases, begun, strict=True):
         try:
-            rows.append(_measure(case, model, preset, arguments, rate))
+            rows.append(_measure(case, call, arguments, rate))
         except ConfigError:
             raise
         except Exception as error:  # one case's failure must not hide the others
@@ -406,8 +450,9 @@ def _run(arguments: argparse.Namespace) -> None:
             _print_parts(rows[-1]["parts"])
         if arguments.json:
             write_json(arguments.json, figures)
-        PROGRAMS.clear()
-        jax.clear_caches()
+        if not arguments.together:
+            PROGRAMS.clear()
+            jax.clear_caches()
     if not rows:
         raise SystemExit("nothing was measured")
     print(*ratios(rows), sep="\n")

@@ -1,5 +1,7 @@
 """What the prefill benchmark counts and imposes, against brute force."""
 
+import threading
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -87,6 +89,23 @@ def test_gaps_lie_between_what_ends_last_and_what_begins_next():
 )
 def test_kernels_belong_to_parts(kernel, part):
     assert parts.part_of(kernel) == part
+
+
+def test_first_calls_side_by_side_are_over_before_anything_is_timed():
+    seen, lock = [], threading.Lock()
+
+    def first(name):
+        with lock:
+            seen.append(name)
+        if name == "wrong":
+            raise ValueError(name)
+        return name.upper()
+
+    futures = prefill.begin_together(first, ["a", "wrong", "b"])
+    assert seen[0] == "a" and all(future.done() for future in futures)
+    assert [futures[0].result(), futures[2].result()] == ["A", "B"]
+    with pytest.raises(ValueError, match="wrong"):
+        futures[1].result()
 
 
 def test_ratios_name_what_is_faster():
