@@ -64,6 +64,7 @@ def scratch_bytes(
     capacity: int,
     listed: int | None,
     itemsize: int,
+    scales: int = 0,
 ) -> int:
     """Device bytes that a call needs beside its operands and its result.
 
@@ -74,15 +75,19 @@ def scratch_bytes(
       block: tokens of a slot.
       capacity: C.
       listed: P, or None for the form with ``lengths``.
-      itemsize: bytes of a number of ``kv``.
+      itemsize: bytes of a number of ``q``.
+      scales: S, where slots are in 8 bits.
 
     Returns:
-      What the XLA form holds at its widest point: a chunk of keys and values. Pallas
-      forms need less.
+      What the XLA form holds at its widest point: a chunk of keys and values; of slots
+      in 8 bits the chunk as it is stored as well, and decoded before keys and values
+      are taken apart. Pallas forms need less.
     """
     count = capacity if listed is None else listed
-    keys = _chunk_slots(count, block, listed is not None) * block
-    return 2 * batch * kv_heads * keys * head_dim * itemsize
+    chunk = _chunk_slots(count, block, listed is not None)
+    numbers = 2 * block * head_dim
+    stored = numbers * (1 + itemsize) + 4 * scales if scales else 0
+    return batch * kv_heads * chunk * (numbers * itemsize + stored)
 
 
 def _products(

@@ -374,6 +374,10 @@ def _decode_scratch(
     block, dim = sparse.block_size, config.head_dim
     blocks = shapes.capacity // block
     lists = settings.selector.lists_blocks(blocks, sparse)
+    offload = settings.offload
+    scales = ()
+    if offload is not None:
+        _, *scales = offload.codec.slot_shapes((block, 2, dim), jnp.float32)
     attend = paged_decode_attention.scratch_bytes(
         batch=batch,
         kv_heads=config.num_kv_heads,
@@ -382,6 +386,7 @@ def _decode_scratch(
         capacity=blocks,
         listed=width if lists else None,
         itemsize=size,
+        scales=scales[0].size if scales else 0,
     )
     per_token = settings.selector.scored_heads(config, sparse, decoding=True)
     choose = (
@@ -393,7 +398,6 @@ def _decode_scratch(
     # Float32 logits, once as the head gives them and once as sampling sorts them.
     head = 4 * batch * config.vocab_size * 4
     ahead = 0
-    offload = settings.offload
     if offload is not None and offload.lookahead and lists:
         ahead = staging_area
     return ahead + max(attend, choose, mlp, head)

@@ -36,14 +36,19 @@ def _prefill(listed):
     return block_sparse_attention, arrays, said
 
 
-def _decode(listed):
-    arrays = {"q": shape(B, N, H), "kv": shape(B, K, M, BLOCK, 2, H)}
+def _decode(listed, scales=0):
+    dtype = jnp.int8 if scales else jnp.float32
+    arrays = {"q": shape(B, N, H), "kv": shape(B, K, M, BLOCK, 2, H, dtype=dtype)}
+    if scales:
+        arrays["scales"] = shape(B, K, M, scales)
+        arrays["tail"] = shape(B, K, BLOCK, 2, H)
+        arrays["tail_lengths"] = shape(B, dtype=jnp.int32)
     lists = shape(B, K, listed or 1, dtype=jnp.int32)
     if listed:
         arrays |= {"slots": lists, "slot_lengths": lists}
     else:
         arrays["lengths"] = shape(B, dtype=jnp.int32)
-    said = decode.scratch_bytes(capacity=M, listed=listed, **ATTENTION)
+    said = decode.scratch_bytes(capacity=M, listed=listed, scales=scales, **ATTENTION)
     return paged_decode_attention, arrays, said
 
 
@@ -74,6 +79,9 @@ def _scores(softmax):
         pytest.param(lambda: _prefill(P), id="prefill-lists"),
         pytest.param(lambda: _decode(P), id="decode-lists"),
         pytest.param(lambda: _scores(True), id="select-softmax"),
+        pytest.param(
+            lambda: _decode(P, 256), id="decode-lists-8-bits", marks=pytest.mark.slow
+        ),
         pytest.param(lambda: _prefill(None), id="prefill", marks=pytest.mark.slow),
         pytest.param(lambda: _decode(None), id="decode", marks=pytest.mark.slow),
         pytest.param(lambda: _scores(False), id="select", marks=pytest.mark.slow),

@@ -231,7 +231,9 @@ def test_every_number_of_slots_and_way_to_fetch_agrees(talk, change):
 )
 def test_slots_in_8_bits_agree_too(talk, change):
     """Whatever left a slot and came back, and whatever was encoded again for one."""
-    start = dataclasses.replace(INT8, codec="int8_slots")
+    # Layer 0 is exact where it is resident, so what it gives then is something else.
+    layer0 = change.get("layer0", INT8.layer0)
+    start = dataclasses.replace(INT8, codec="int8_slots", layer0=layer0)
     first, second, _ = talk(start)
     other = talk(dataclasses.replace(start, **change))
     assert other[0].tokens == first.tokens
