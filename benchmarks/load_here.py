@@ -28,6 +28,8 @@ from sparda_jax.serving.server import Serving
 from sparda_jax.serving.settings import ServeSettings
 
 _NAME = "served"
+# Tokens of the prompts that come before those that count.
+_SHORT = 256
 
 
 def engine_rates(
@@ -39,7 +41,8 @@ def engine_rates(
 ) -> dict[str, Any]:
     """Decode rates of a session's rows without a server.
 
-    One call of `decode` gives all further tokens, as `generate` does.
+    One call of `decode` gives all further tokens, as `generate` does. Before the calls
+    that count, every row has one with a short prompt: it fills pools of the device.
 
     Args:
       session: Without requests.
@@ -48,10 +51,12 @@ def engine_rates(
       rng: Draws prompts that were not run before, and so are in no prefix store.
     """
     found: dict[str, Any] = {}
-    for rows in sorted({1, session.rows}):
+    warm = ((min(prompt_tokens, _SHORT), rows) for rows in (session.rows, 1))
+    counted = ((prompt_tokens, rows) for rows in sorted({1, session.rows}))
+    for tokens, rows in (*warm, *counted):
         taken = [
             session.join(
-                rng.integers(0, vocab, prompt_tokens).tolist(),
+                rng.integers(0, vocab, tokens).tolist(),
                 max_new_tokens=output_tokens,
                 ignore_eos=True,
             )
@@ -66,7 +71,7 @@ def engine_rates(
         for row in taken:
             session.leave(row)
         found[f"rows_{rows}"] = {
-            "prefill_tokens_per_second": round(rows * prompt_tokens / prefill, 2),
+            "prefill_tokens_per_second": round(rows * tokens / prefill, 2),
             "decode_tokens_per_second": round(rows * (output_tokens - 1) / seconds, 3),
         }
     return found
@@ -164,17 +169,21 @@ def measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
         prefill_chunk=arguments.prefill_chunk,
         decode_steps=arguments.decode_steps,
     )
+    begun = time.perf_counter()
+
+    def tell(what: str) -> None:
+        note(f"{what} ({time.perf_counter() - begun:.0f} s)")
+
     serving = Serving(lm, settings)
-    note(f"compiled {', '.join(serving.warm_up())}")
+    tell("memory is taken")
+    tell(f"compiled {', '.join(serving.warm_up())}")
     vocab = lm.config.vocab_size
     rng = np.random.default_rng((arguments.seed, 2))
     lengths = (arguments.prompt_tokens, arguments.output_tokens)
     alone_rates = generate_rates(lm, *lengths, rng)
-    note(f"generate {alone_rates}")
-    # Twice: the first time fills caches and pools of the device.
-    for _ in range(2):
-        engine = engine_rates(serving.session, *lengths, vocab, rng)
-    note(f"engine {engine}")
+    tell(f"generate {alone_rates}")
+    engine = engine_rates(serving.session, *lengths, vocab, rng)
+    tell(f"engine {engine}")
     serving.scheduler.start()
     listening = socket.create_server(("127.0.0.1", 0))
     server = serving.uvicorn("127.0.0.1", 0)
@@ -186,12 +195,13 @@ def measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
         alone = {"requests": 3, "concurrency": 1, "seed": arguments.seed + 1}
         alone |= dict.fromkeys(("minutes", "rate", "cancel", "same_every"))
         one_user = _users(arguments, url, vocab, alone)
+        tell(f"one user {json.dumps(one_user)}")
         load = _users(arguments, url, vocab, {})
-        note(f"load {load['between_tokens_seconds']}")
+        tell(f"load {json.dumps(load)}")
         swept = {}
         for name, other in sweep(arguments, arguments.seed + 2):
             swept[name] = found = _users(arguments, url, vocab, other)
-            note(f"at {other['rate']:g} a second {json.dumps(found)}")
+            tell(f"at {other['rate']:g} a second {json.dumps(found)}")
     finally:
         server.should_exit = True
         thread.join()

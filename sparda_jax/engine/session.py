@@ -1,8 +1,12 @@
 """A batch of fixed shapes whose rows requests join and leave."""
 
+import concurrent.futures
 import dataclasses
-from collections.abc import Hashable
-from typing import Unpack
+import functools
+import os
+import time
+from collections.abc import Callable, Hashable
+from typing import Any, Unpack
 
 import jax
 import numpy as np
@@ -30,7 +34,12 @@ from sparda_jax.engine.row_outputs import token_logprobs
 from sparda_jax.engine.row_request import RowOutput, RowRequest
 from sparda_jax.inference.generate import decode_loop, pad_rows
 from sparda_jax.inference.prefixes import end_prefix, put_prefix_blocks, take_prefix
-from sparda_jax.inference.rows import prefill_row_and_score, reset_row
+from sparda_jax.inference.rows import (
+    decode_row_loop,
+    prefill_row_and_sample,
+    prefill_row_and_score,
+    reset_row,
+)
 from sparda_jax.inference.sampling import MOST_SEED
 from sparda_jax.models.rope import model_rope
 
@@ -391,6 +400,8 @@ class Session(Batch):
         """
         require(not self._prompts, "warm_up()", "late", "before requests join")
         before = PROGRAMS.compiled
+        if self.lm.mesh is None:
+            self.compile_programs()
         kinds = (False,) if self._top_logprobs is None else (False, True)
         for score in kinds:
             row = self.join(
@@ -405,6 +416,49 @@ class Session(Batch):
         if self._store is not None:
             self._warm_up_store(self._store)
         return PROGRAMS.compiled - before
+
+    def compile_programs(self) -> None:
+        """Compiles all that requests need side by side, as `warm_up` begins with."""
+        shapes, state, at = self.shapes, self.state, jax.device_put(np.int32(0))
+        prompt = pad_rows([[0]], shapes.prompt)
+        prefill = (prompt, self.request(0, row=0, ends=[True]), at)
+        begun, before = time.perf_counter(), self.compile_seconds
+        started: list[concurrent.futures.Future] = []
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+
+            def part(function: Callable, *given: object, **static: Hashable) -> None:
+                started.append(pool.submit(self._part, function, given, static))
+
+            def change(function: Callable, *given: object, **more: Any) -> None:
+                more.setdefault("donate", (0,))
+                given = (state, *given)
+                started.append(pool.submit(self._program, function, given, **more))
+
+            part(prefill_row_and_sample, *prefill, tile_size=shapes.tile)
+            if self._top_logprobs is not None:
+                following = jax.device_put(np.zeros(shapes.prompt, np.int32))
+                part(prefill_row_and_score, *prefill, following, tile_size=shapes.tile)
+            if self._in_program:
+                part(decode_loop, self.request(0))
+                if self._places:
+                    part(decode_row_loop, self.request(0, row=0), at)
+            change(reset_row, at)
+            if self._store is not None:
+                count = self._piece // self.lm.sparse.block_size
+                change(take_prefix, at, at, donate=(), count=count)
+                take = functools.partial(
+                    take_prefix, settings=self.settings, count=count
+                )
+                blocks, index = jax.tree.map(
+                    lambda x: jax.device_put(np.zeros(x.shape, x.dtype)),
+                    jax.eval_shape(take, state, at, at),
+                )
+                seen = jax.device_put(np.zeros(self.lm.config.vocab_size, bool))
+                change(put_prefix_blocks, blocks, at, at)
+                change(end_prefix, index, at, at, seen)
+            for one in started:
+                one.result()
+        self.compile_seconds = before + time.perf_counter() - begun
 
     def _warm_up_decode(self) -> None:
         """Decodes a token of the row alone, if rows do, and no more of all rows."""

@@ -61,8 +61,9 @@ def _check(lm, token_ids, cache, prompts, expected_cached):
     expected, none = _answers(plain, prompts, options)
     assert set(none) == {0}
     session = Session.open(placed, top_logprobs=1, prefix_bytes=2**28, **sizes)
-    session.warm_up()
+    session.compile_programs()
     before = PROGRAMS.compiled
+    session.warm_up()
     found, cached = _answers(session, prompts, options)
     assert found == expected  # log-probabilities bit for bit
     assert cached == expected_cached
