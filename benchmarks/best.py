@@ -1,7 +1,7 @@
 """The best resident batch against the best offloaded one, in one run on one device.
 
     python -m benchmarks.best --context 131072 --minutes 8 --json best.json
-    python -m benchmarks.best --plot best.png best.json
+    python -m benchmarks.best --plot best.png best.json [later.json ...]
 
 Batches are as large as fit: the resident one by the device's memory, the offloaded ones
 by host memory and, with `device_blocks="auto"`, by what is left of the device's for
@@ -30,7 +30,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks import offload
@@ -393,28 +393,51 @@ def _run_cell(
 
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.plot is None:
-        if arguments.figures is not None:
+        if arguments.figures:
             raise ConfigError(
-                f"figures={str(arguments.figures)!r} is not allowed without --plot: "
+                f"figures={str(arguments.figures[0])!r} is not allowed without --plot: "
                 "there is nothing to draw it to"
             )
         _measured(arguments)
         return
-    if arguments.figures is None:
+    if not arguments.figures:
         raise ConfigError("--plot needs the file of an earlier run's --json")
-    found = read_json(arguments.figures)
+    runs = [_figures_of(path) for path in arguments.figures]
+    for run in runs:
+        print("\n".join(summary(run["rows"])))
+    draw(of_all(runs), arguments.plot)
+
+
+def _figures_of(path: pathlib.Path) -> dict[str, Any]:
+    found = read_json(path)
     if not isinstance(found, dict) or not found.get("rows"):
         raise ConfigError(
-            f"figures={str(arguments.figures)!r} is not allowed: it must be a file "
-            "that --json wrote"
+            f"figures={str(path)!r} is not allowed: it must be a file that --json wrote"
         )
-    print("\n".join(summary(found["rows"])))
-    draw(found, arguments.plot)
+    return found
+
+
+def of_all(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Figures of several runs as one; a later run's cell is in an earlier one's place.
+
+    Raises:
+      ConfigError: If they are not of one device, model and context.
+    """
+    cells: dict[tuple[str, int], Any] = {}
+    for run in runs:
+        for name in ("device", "model", "context"):
+            if run[name] != runs[0][name]:
+                raise ConfigError(
+                    f"figures of {name} {run[name]!r} are not allowed beside those of "
+                    f"{runs[0][name]!r}: a plot is of one {name}"
+                )
+        cells |= {(row["name"], row["batch"]): row for row in run["rows"]}
+    return {**runs[0], "rows": list(cells.values())}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = benchmark_parser("best", __doc__)
-    parser.add_argument("figures", nargs="?", type=pathlib.Path, help="for --plot")
+    parser.add_argument("figures", nargs="*", type=pathlib.Path, help="for --plot")
     parser.add_argument("--plot", type=pathlib.Path, help="a PNG to draw instead")
     parser.add_argument("--model", default="minicpm4.1-8b", help="preset")
     parser.add_argument("--context", type=int, default=131072)

@@ -1,11 +1,12 @@
-"""What 8-bit host blocks, or 8-bit key means, cost on a real model and a real text.
+"""What 8-bit blocks, or 8-bit key means, cost on a real model and a real text.
 
     python -m benchmarks.codec_error --model smollm2-135m --context 4096
     python -m benchmarks.codec_error --model qwen.gguf --context 30720 --passkeys 20
+    python -m benchmarks.codec_error --of slots
     python -m benchmarks.codec_error --of keys
 
-The text is prefilled with `codec="exact"` and with `codec="int8"`, or with
-`compressed_keys` of one and the other; its last tokens are
+The text is prefilled with `codec="exact"` and with `codec="int8"` (of slots:
+`"int8_slots"`), or with `compressed_keys` of one and the other; its last tokens are
 decoded one by one as they stand in it, and passkeys are asked for. Printed are the
 error of stored K and V by layer (root mean square over that of the values), the
 perplexity of the decoded tokens, how often both caches have the same likeliest token,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 EXACT = CacheConfig(kind="offload", layer0="offload")
 INT8 = dataclasses.replace(EXACT, codec="int8")
+INT8_SLOTS = dataclasses.replace(EXACT, codec="int8_slots")
 
 
 # What is compared: models and where their KV is kept.
@@ -233,7 +235,7 @@ def _run(arguments: argparse.Namespace) -> None:
     integer(2)("--decode", arguments.decode)
     lm = sj.load(arguments.model, attention=arguments.attention)
     ids = text_ids(lm, arguments)
-    ways: Ways = ((lm, EXACT), (lm, INT8))
+    ways: Ways = ((lm, EXACT), (lm, INT8_SLOTS if arguments.of == "slots" else INT8))
     if arguments.of == "keys":
         sparse = dataclasses.replace(lm.sparse, compressed_keys="int8")
         ways = ((lm, EXACT), (dataclasses.replace(lm, sparse=sparse), EXACT))
@@ -262,7 +264,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--attention", default="sparda")
     parser.add_argument(
-        "--of", choices=["blocks", "keys"], default="blocks", help="what is rounded"
+        "--of",
+        choices=["blocks", "slots", "keys"],
+        default="blocks",
+        help="what is rounded: host blocks, they and device slots, or key means",
     )
     parser.add_argument("--text", default="code", help="prose, code or a text file")
     parser.add_argument("--context", type=int, default=4096)

@@ -5,7 +5,16 @@ import json
 
 import pytest
 
-from benchmarks.best import Cell, Planner, cells_by_worth, draw, main, summary
+from benchmarks.best import (
+    Cell,
+    Planner,
+    cells_by_worth,
+    draw,
+    main,
+    of_all,
+    summary,
+)
+from sparda_jax.checks import ConfigError
 from sparda_jax.models.presets import get_preset
 from sparda_jax.planning.misses import published_curve
 from sparda_jax.planning.rates import Rates
@@ -73,6 +82,15 @@ def test_figures_are_drawn(tmp_path):
     figures = {"rows": ROWS, "context": 131072, "model": "m", "device": "d"}
     draw(figures, tmp_path / "best.png")
     assert (tmp_path / "best.png").stat().st_size > 10_000
+
+
+def test_a_later_run_replaces_its_cells():
+    first = {"rows": ROWS, "context": 131072, "model": "m", "device": "d"}
+    again = _row("resident", 13, 9.0, 7.0)
+    both = of_all([first, {**first, "rows": [again, _row("sparda", 8, 1.0, 1.0)]}])
+    assert both["rows"][1] == again and len(both["rows"]) == 5
+    with pytest.raises(ConfigError, match="device 'e' are not allowed"):
+        of_all([first, {**first, "device": "e"}])
 
 
 def test_bad_input(tmp_path, capsys):
