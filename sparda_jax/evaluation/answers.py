@@ -28,9 +28,6 @@ from sparda_jax.evaluation.token_scores import (
     view_of_answer,
 )
 
-# Room for answers comes in few sizes, so that tasks share programs; what is beyond a
-# task's own room is cut off.
-_ROOMS = (32, 128, 512)
 # A request that does not fit is refused before it runs, or fails while it does.
 _TOO_MUCH = (ConfigError, jax.errors.JaxRuntimeError)
 DENSE = "dense"  # The selector that all others are compared with.
@@ -38,29 +35,6 @@ _NO_ANSWER = ConfigError("dense attention has no answer to compare with")
 type AnyTask = Task | FileTask
 type Record = dict[str, Any]
 type Advance = Callable[[int], None]
-
-
-def _room(tokens: int) -> int:
-    return next((room for room in _ROOMS if tokens <= room), tokens)
-
-
-def _context_room(lm: LanguageModel, longest: int, tokens: int) -> int:
-    """Tokens to generate: the shared size where the context has room for it."""
-    room = _room(tokens)
-    return room if longest + room <= lm.config.max_context else tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class _Answer:
-    tokens: list[int]
-    finish: str
-
-
-def _cut(tokens: list[int], reason: str, room: int) -> _Answer:
-    """An answer in a task's own room."""
-    if len(tokens) > room:
-        return _Answer(tokens[:room], "length")
-    return _Answer(tokens, reason)
 
 
 def _share(counts: tuple[int, int]) -> float | None:
@@ -162,9 +136,8 @@ class Runner:
         """One batch. One that fails for want of memory is run sample by sample."""
         # The last batch has the size of the others: it needs no program of its own.
         filled = [*ids, *[ids[-1]] * (size - len(ids))]
-        room = _context_room(lm, max(map(len, ids)), task.max_new_tokens)
         try:
-            out = generate(lm, filled, max_new_tokens=room)
+            out = generate(lm, filled, max_new_tokens=task.max_new_tokens)
         except _TOO_MUCH as error:
             if size == 1:
                 return [_broken(samples[0], ids[0], error)]
@@ -173,14 +146,11 @@ class Runner:
                 for sample, row in zip(samples, ids, strict=True)
                 for record in self._together(lm, task, [sample], [row], 1)
             ]
-        answers = [
-            _cut(tokens, reason, task.max_new_tokens)
-            for tokens, reason in zip(out.tokens, out.finish_reasons, strict=True)
-        ]
         read = _share(out.stats.decode_blocks)
+        answers = zip(samples, ids, out.tokens, out.finish_reasons, strict=False)
         return [
-            self._answered(lm, task, sample, row, answer, read)
-            for sample, row, answer in zip(samples, ids, answers, strict=False)
+            self._answered(lm, task, sample, row, tokens, finish, read)
+            for sample, row, tokens, finish in answers
         ]
 
     def _answered(
@@ -189,15 +159,16 @@ class Runner:
         task: AnyTask,
         sample: Sample,
         ids: list[int],
-        answer: _Answer,
+        tokens: list[int],
+        finish: str,
         read: float | None,
     ) -> Record:
         assert lm.tokenizer is not None
-        text = lm.tokenizer.decode(answer.tokens)
+        text = lm.tokenizer.decode(tokens)
         name = sample.metric or task.metric
         # The beginning of an object is a part of it.
         whole = sample.answer_prefix + text if name == "fields" else text
-        failed = answer.finish == "non_finite"
+        failed = finish == "non_finite"
         return _scored(
             sample,
             ids,
@@ -205,8 +176,8 @@ class Runner:
             failed,
             output=text,
             outputs=list(sample.outputs),
-            tokens=len(answer.tokens),
-            finish=answer.finish,
+            tokens=len(tokens),
+            finish=finish,
             read=read,
         )
 
@@ -222,7 +193,6 @@ class Runner:
         assert lm.tokenizer is not None
         sample, rows = asked.sample, [ids.tolist() for ids in asked.ids]
         shared = _common_prefix(rows)
-        room = _context_room(lm, max(map(len, rows)), task.max_new_tokens)
         try:
             read = generate(lm, [rows[0][:shared]], max_new_tokens=1, ignore_eos=True)
             forks = read.conversation.fork(rows=len(rows))
@@ -230,21 +200,17 @@ class Runner:
             out = generate(
                 lm,
                 [tail[1:] for tail in tails],
-                max_new_tokens=room,
+                max_new_tokens=task.max_new_tokens,
                 conversation=_continued_with(forks, [tail[0] for tail in tails]),
             )
         except _TOO_MUCH as error:
             return _broken(sample, rows[0], error)
-        answers = [
-            _cut(tokens, reason, task.max_new_tokens)
-            for tokens, reason in zip(out.tokens, out.finish_reasons, strict=True)
-        ]
-        texts = [lm.tokenizer.decode(answer.tokens) for answer in answers]
+        texts = [lm.tokenizer.decode(tokens) for tokens in out.tokens]
         scores = [
             METRICS[task.metric](text, question.outputs)
             for text, question in zip(texts, sample.questions, strict=True)
         ]
-        failed = any(answer.finish == "non_finite" for answer in answers)
+        failed = "non_finite" in out.finish_reasons
         return _scored(
             sample,
             rows[0],
@@ -252,8 +218,8 @@ class Runner:
             failed,
             output=texts,
             outputs=[list(question.outputs) for question in sample.questions],
-            tokens=round(float(np.mean([len(a.tokens) for a in answers])), 2),
-            finish=[answer.finish for answer in answers],
+            tokens=round(float(np.mean([len(tokens) for tokens in out.tokens])), 2),
+            finish=list(out.finish_reasons),
             read=_share(out.stats.decode_blocks),
         )
 

@@ -274,6 +274,22 @@ def test_capacity_holds_whole_tiles_behind_the_farthest_start():
     assert shapes.capacity % 64 == 0
 
 
+def test_a_short_answer_has_the_programs_of_a_long_one():
+    """A task's prompt is as long as its answer leaves room for (`sparda eval`)."""
+    short, long = (
+        plan_shapes(
+            16384 - new,
+            farthest_start=0,
+            longest=16384 - new,
+            max_new=new,
+            tile_size=4096,
+            block_size=64,
+        )
+        for new in (12, 128)
+    )
+    assert short == long and long.capacity == 16384
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
