@@ -17,7 +17,8 @@ demo: $(VENV)/.run-ready
 test: $(VENV)/.test-ready
 	$(PY) -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.test-ready $(VENV)/.notebooks-ready $(VENV)/.lm-eval-ready
+test-slow: $(VENV)/.test-ready $(VENV)/.notebooks-ready $(VENV)/.lm-eval-ready \
+		$(VENV)/.guidellm-ready
 	$(PY) -m pytest -n 2 --dist worksteal --runslow -m "$(SLOW)" $(PYTEST_ARGS)
 
 # Every worker would else take three quarters of the card when it starts.
@@ -78,6 +79,13 @@ $(VENV)/.clients-ready: $(PY) pyproject.toml
 $(VENV)/.lm-eval-ready: $(PY) pyproject.toml
 	$(PY) -m pip install --quiet --no-deps --upgrade --target $(VENV)/lm-eval "$$($(PY) -c \
 		"import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['lm-eval'])")"
+	touch $@
+
+# guidellm has requirements that others' ranges exclude.
+$(VENV)/.guidellm-ready: $(PY) pyproject.toml
+	$(PY) -m venv $(VENV)/guidellm
+	$(VENV)/guidellm/bin/python -m pip install --quiet --no-compile "$$($(PY) -c \
+		"import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['guidellm'])")"
 	touch $@
 
 $(VENV)/.notebooks-ready: $(PY) pyproject.toml

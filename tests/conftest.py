@@ -257,6 +257,15 @@ def clients_python() -> str:
 
 
 @pytest.fixture(scope="session")
+def guidellm_python() -> str:
+    """The Python of the environment that holds the extra guidellm."""
+    python = pathlib.Path(sys.prefix, "guidellm", "bin", "python")
+    if not python.exists():
+        pytest.skip("guidellm is not installed: make test-slow installs it")
+    return str(python)
+
+
+@pytest.fixture(scope="session")
 def lm_eval_python(request) -> tuple[str, ...]:
     """A command that runs a Python which has lm-eval's clients."""
     folder = pathlib.Path(sys.prefix, "lm-eval")
