@@ -427,8 +427,8 @@ class CacheConfig:
       codec: How blocks are kept in host memory (`cache.codecs`). `exact`: in the
         model's type. `int8`: in 8 bits a number, K with a scale a channel of a block, V
         with one a token, which halves host memory and transfers. A block is rounded
-        once, when it is full; the growing one is exact. `int8_slots`: device slots hold
-        blocks so as well, which halves them and what attention reads.
+        once, when it is full; the growing one is exact, and layer 0 where it is on the
+        device. `int8_slots`: device slots hold blocks so as well, which halves them.
       recall_every: Every so many decode steps the forecast is compared with the
         own-query choice for the statistics; 0 never.
       device_limit, host_limit: Bytes that may be used; None takes what the device and

@@ -54,6 +54,7 @@ COMPILED = [
             Case("snapkv", kind="evict", prompt=3900),
             Case(storage="per_layer"),
             Case(kind="offload", slots=14, codec="int8_slots"),
+            Case(kind="offload", slots=99, codec="int8_slots"),
             Case("infllm_v2"),
             Case("infllm_v2", kind="offload", storage="per_layer"),
             Case("nosa", preset="tiny-nosa"),
