@@ -340,7 +340,6 @@ def _choice_scratch(
     """
     config, selector = settings.config, settings.selector
     heads = selector.scored_heads(config, settings.sparse, decoding=False)
-    softmax = heads == config.num_heads or heads > config.num_kv_heads
     pooled = batch * tile * config.num_kv_heads * blocks * 4
     if selector.scores_all_windows:
         # Float32 scores of all windows, the masked ones beside them.
@@ -356,7 +355,6 @@ def _choice_scratch(
         windows=windows,
         blocks=blocks,
         per_block=settings.sparse.windows_per_block,
-        softmax=softmax,
         itemsize=size,
     )
 

@@ -66,7 +66,6 @@ def _scores(softmax):
         head_dim=H,
         itemsize=4,
         per_block=4,
-        softmax=softmax,
         **sizes,
     )
     call = functools.partial(select_blocks, blocks=M, budget=P, softmax=softmax)
