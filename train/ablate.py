@@ -225,8 +225,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _compare(options: argparse.Namespace) -> None:
     config = with_overrides(load_config(options.config), options.set)
     known = variants(config, integer(1)("--steps", options.steps))
-    for name in (*(options.only or ()), *options.save):
-        require(name in known, "variant", name, f"one of {', '.join(known)}")
+    for option, names in (("--only", options.only or ()), ("--save", options.save)):
+        for name in names:
+            require(name in known, option, name, f"one of {', '.join(known)}")
     run = Run(config)
     require(bool(run.held_out), "data.held_out", 0.0, "above 0: it is compared")
     result: dict[str, Any] = {

@@ -16,7 +16,6 @@ import numpy as np
 import sparda_jax as sj
 from sparda_jax.config import SparseConfig
 from sparda_jax.evaluation.forecast_report import forecast_report, mean_over_domains
-from sparda_jax.models.weights import from_query_heads
 
 # Mass that coarser windows may lose against the best ones: they cost less to score.
 _NEAR = 0.003
@@ -74,7 +73,7 @@ def choose_geometry(
     """Measures the selections and chooses windows, local blocks and budget.
 
     Args:
-      lm: Any attention; its own Forecast heads do not matter.
+      lm: Any attention, and any Forecast heads: what they choose does not matter.
       texts: Token ids [rows, tokens] by domain.
       least_mass: Share of the attention that own queries must capture.
       tried: Selections that differ in their windows; of several, the chosen one is
@@ -174,13 +173,8 @@ def _curve(
     on_layer: Callable[[], None],
 ) -> _Curve:
     """Measures one selection."""
-    model = lm.model.with_forecast(from_query_heads(lm.model))
     chosen = dataclasses.replace(
-        sj.with_attention(lm, "dense"),
-        model=model,
-        config=model.config,
-        sparse=sparse,
-        forecast_sparse=None,
+        sj.with_attention(lm, "dense"), sparse=sparse, forecast_sparse=None
     )
     chosen = sj.with_attention(chosen, "sparda")
     report = forecast_report(chosen, texts, about={}, on_layer=on_layer)

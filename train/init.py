@@ -107,8 +107,9 @@ def predictors(
     found = []
     for a, b in zip(square, product, strict=True):
         ridge = _RIDGE * np.trace(a) / len(a) + 1e-12
-        found.append(np.linalg.solve(a + ridge * np.eye(len(a)), b))
-    return np.stack(found).astype(np.float32)
+        guess = np.linalg.solve(a + ridge * np.eye(len(a)), b)
+        found.append(guess.astype(np.float32))
+    return np.stack(found)
 
 
 def combine(
@@ -187,12 +188,17 @@ def sum_moments(
             sums, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
         )
     )
-    square = product = np.float64(0)
+    total: tuple[np.ndarray, ...] | None = None
     for batch in over.taken("least squares"):
         new = jax.device_get(moments(model, over.heads, batch))
-        square, product = square + new[0], product + new[1]
-    assert isinstance(square, np.ndarray) and isinstance(product, np.ndarray)
-    return square, product
+        if total is None:
+            total = tuple(x.astype(np.float64) for x in new)
+        else:
+            for whole, part in zip(total, new, strict=True):
+                whole += part
+        del new  # gigabytes of a large model, before the next ones are made
+    assert total is not None
+    return total[0], total[1]
 
 
 def regression_heads(

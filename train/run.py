@@ -14,6 +14,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -50,8 +51,6 @@ from train.run_directory import check_writable, hold_directory
 from train.sharding import AXIS, batch_sharding, make_mesh, place, shard_model
 from train.step import StepMetrics, make_step
 from train.tiles import Documents
-
-Moments = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +150,7 @@ class Run:
         self.identity = json.loads(json.dumps(self.identity))
         fsdp = config.parallel.fsdp
         heads = initial_heads(self.lm.model, config.init, config.seed, self.queries)
-        self.moments: Moments | None = None
+        self._inputs: np.ndarray | None = None
         self.optimizer = make_optimizer(config.optimizer)
         self.state = self.placed(initial_state(heads, self.optimizer))
         self.model = shard_model(self.lm.model, self.mesh, fsdp=fsdp)
@@ -199,8 +198,11 @@ class Run:
     def fit_heads(self, *, progress: bool = False) -> None:
         """Replaces the first heads by those of `regression_heads`."""
         over = self._regression(progress)
-        self.moments = sum_moments(over)
-        heads = regression_heads(over, self.moments)
+        # It is as large as two copies of the heads, and begins anew with the new ones.
+        self.state = self.state._replace(optimizer=None)
+        moments = sum_moments(over)
+        heads, self._inputs = regression_heads(over, moments), moments[0]
+        del moments
         state = initial_state(heads, self.optimizer)
         if self.config.optimizer.whiten:
             state = state._replace(
@@ -229,9 +231,9 @@ class Run:
 
     def input_moments(self) -> np.ndarray:
         """XᵀX of what the heads read, by layer; summed now if nobody did."""
-        if self.moments is None:
-            self.moments = sum_moments(self._regression(progress=False))
-        return self.moments[0]
+        if self._inputs is None:
+            self._inputs = sum_moments(self._regression(progress=False))[0]
+        return self._inputs
 
     def own_queries(self) -> list[Array]:
         """The model's query weights, as `models.low_rank` takes them."""
@@ -299,20 +301,23 @@ def _host() -> jax.Device | None:
 
 
 def _load(config: TrainConfig) -> LanguageModel:
-    """The frozen model, in the host's memory.
+    """The frozen model without its output head, which training never reads, in the
+    host's memory.
 
     `shard_model` brings it to the devices, each part straight to where it belongs: no
     device ever holds more than its share.
     """
     dtype = default_dtype() if config.dtype is None else jnp.dtype(config.dtype)
     with jax.default_device(_host()):
-        return sparda_jax.load(
+        lm = sparda_jax.load(
             config.model,
             attention="dense",
             dtype=dtype,
             storage="stacked",
             implementation=config.implementation,
         )
+    lm.model.head = nnx.data(None)
+    return lm
 
 
 def _check_devices(wanted: int | None) -> None:

@@ -1,10 +1,11 @@
 """A decoder from a checkpoint's tensors; random and abstract ones of any shape."""
 
+import collections
 import concurrent.futures
 import functools
 import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from sparda_jax.config import ConfigError, ModelConfig
 from sparda_jax.models.decoder import Decoder, DecoderLayer, Storage
@@ -90,27 +91,65 @@ def build_decoder(
             )
         return array
 
-    def layer(index: int) -> DecoderLayer:
-        return DecoderLayer(_layer_weights(config, index, load, place))
+    # The largest arrays first, while there is room for a copy of each.
+    head = None if config.tie_embeddings else place("head", load(HEAD))
+    embedding = place("embedding", load(EMBEDDING))
+    device = jax.config.jax_default_device  # other threads do not know it
 
-    # Dequantising and transposing are NumPy's work, which leaves Python's lock.
-    layers = []
-    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for ready in pool.map(layer, range(config.num_layers)):
-            layers.append(ready)
-            if on_layer is not None:
-                on_layer()
-    head = None
-    if not config.tie_embeddings:
-        head = place("head", load(HEAD))
+    def layer(index: int) -> dict[str, Array]:
+        with jax.default_device(device):
+            return _layer_weights(config, index, load, place)
+
+    layers: list[DecoderLayer] = []
+    stack: dict[str, Array] | None = None
+    for index, ready in enumerate(_made_in_order(layer, config.num_layers)):
+        if storage == "stacked" and put is None:
+            # A stack of what lies there already would hold all of it twice.
+            stack = _stack_of(ready, config.num_layers) if stack is None else stack
+            stack = _write_layer(stack, ready, index)
+            jax.block_until_ready(stack)  # or layers pile up that wait to be written
+        else:
+            layers.append(DecoderLayer(ready))
+        if on_layer is not None:
+            on_layer()
     return Decoder(
         config,
-        embedding=place("embedding", load(EMBEDDING)),
-        layers=layers,
+        embedding=embedding,
+        layers=layers if stack is None else DecoderLayer(stack),
         final_norm=place("final_norm", load(FINAL_NORM)),
         head=head,
         storage=storage,
     )
+
+
+def _made_in_order[Made](make: Callable[[int], Made], count: int) -> Iterator[Made]:
+    """`make` of 0 … count − 1 by a few threads, of which none runs far ahead.
+
+    Dequantising and transposing are NumPy's work, which leaves Python's lock.
+    """
+    workers = min(4, os.cpu_count() or 1)
+    waiting: collections.deque[concurrent.futures.Future[Made]] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        for index in range(count):
+            waiting.append(pool.submit(make, index))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _stack_of(layer: dict[str, Array], count: int) -> dict[str, Array]:
+    """Zeros for that many layers."""
+    return {k: jnp.zeros((count, *x.shape), x.dtype) for k, x in layer.items()}
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_layer(
+    stack: dict[str, Array], layer: dict[str, Array], index: int | Int[Array, ""]
+) -> dict[str, Array]:
+    """The stack, in its own memory, with that layer."""
+    return {k: stack[k].at[index].set(x) for k, x in layer.items()}
 
 
 def add_int8(model: Decoder) -> None:

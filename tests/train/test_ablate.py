@@ -65,4 +65,4 @@ def test_a_variant_is_what_the_trainer_makes(config, tmp_path, capsys):
 
 def test_unknown_variants_are_named(config, capsys):
     assert main(["--config", str(config), "--only", "theirs"]) == 2
-    assert "variant='theirs' is not allowed" in capsys.readouterr().err
+    assert "--only='theirs' is not allowed" in capsys.readouterr().err

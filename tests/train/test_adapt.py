@@ -183,4 +183,15 @@ def test_memory_is_judged_before_loading(monkeypatch):
     wide = dataclasses.replace(eight, forecast_queries=4)
     with pytest.raises(sj.ConfigError, match="ways out: queries=1"):
         refuse_too_little_memory(wide, "bfloat16", 8192)
+    with pytest.raises(sj.ConfigError, match=r"ways out: .* dtype='bfloat16' \("):
+        refuse_too_little_memory(eight, "float32", 8192)
     refuse_too_little_memory(TINY, "float32", 512)
+
+
+def test_memory_counts_what_a_host_holds_besides():
+    eight = get_preset("llama-3.1-8b").model
+    card = training_memory(eight, "bfloat16", 8192)
+    host = training_memory(eight, "bfloat16", 8192, on_host=True)
+    # Sums of second moments in float64, twice as large as a batch's in float32.
+    assert host["second moments"] == 3 * card["second moments"]
+    assert sum(host.values()) > sum(card.values())

@@ -4,10 +4,11 @@ import dataclasses
 import math
 
 import jax
+import numpy as np
 import pytest
 
 from sparda_jax.config import ModelConfig
-from sparda_jax.models import spec
+from sparda_jax.models import spec, weights
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.models.families import FAMILIES
 from sparda_jax.models.families.family import FLAGS
@@ -89,3 +90,25 @@ def test_devices_divide_linears_alone(array):
     assert sorted(spec.shard_axes(array)) == list(
         range(len(shape)) if shape[1:] else []
     )
+
+
+def test_a_stack_is_filled_in_its_own_memory(monkeypatch):
+    """Layers are not held beside the stack that they are copied into."""
+    made, write = [], weights._write_layer
+
+    def written(stack, layer, index):
+        places = {k: x.unsafe_buffer_pointer() for k, x in stack.items()}
+        made.append((places, write(stack, layer, index)))
+        assert all(x.is_deleted() for x in stack.values())
+        return made[-1][1]
+
+    monkeypatch.setattr(weights, "_write_layer", written)
+    tensors = random_tensors(TINY, seed=0)
+    stacked = build_decoder(TINY, tensors, dtype="float32", storage="stacked")
+    apart = build_decoder(TINY, tensors, dtype="float32")
+    places, stack = made[-1]
+    assert len(made) == TINY.num_layers
+    assert places == {k: x.unsafe_buffer_pointer() for k, x in stack.items()}
+    for index, layer in enumerate(apart.layers):
+        one = jax.tree.map(lambda x, index=index: x[index], stacked.layers)
+        jax.tree.map(np.testing.assert_array_equal, one, layer)
