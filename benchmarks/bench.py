@@ -24,11 +24,13 @@ from sparda_jax.checks import (
     integer,
     number,
     path,
+    require,
 )
 from sparda_jax.cli.cache_options import add_device_blocks_option
 from sparda_jax.cli.console import note
 from sparda_jax.cli.ending import run_command
 from sparda_jax.cli.options import HelpFormatter, Parser, add_option
+from sparda_jax.mesh import MeshConfig
 from sparda_jax.sparse.selectors import selector_names
 
 _EXAMPLES = """\
@@ -43,6 +45,12 @@ examples:
   sparda bench --json a.json; sparda bench --compare a.json b.json
       two runs, cell by cell
 """
+
+
+def _one_group(field: str, value: object) -> MeshConfig:
+    mesh = MeshConfig.parse(field, value)
+    require(mesh.data == 1, field, mesh.text, "data=1: a cell is planned for one group")
+    return mesh
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -124,6 +132,13 @@ def build_parser() -> argparse.ArgumentParser:
         size,
         metavar="GiB",
         help="host memory for KV blocks (half of the machine's)",
+    )
+    add_option(
+        parser,
+        "--mesh",
+        _one_group,
+        metavar="model=N",
+        help="share every layer over N devices (one device); memory is then of each",
     )
     add_option(
         parser,
@@ -223,9 +238,11 @@ def language_model(arguments: argparse.Namespace):
     from sparda_jax.engine.model import LanguageModel
     from sparda_jax.loading import default_dtype
     from sparda_jax.models.presets import get_preset
+    from sparda_jax.models.sharding import random_on_mesh
     from sparda_jax.models.weights import random_decoder
     from sparda_jax.sparse.selectors import get_selector
 
+    mesh = getattr(arguments, "mesh", None)
     if arguments.random is None:
         model = arguments.model or "smollm2-135m"
         return sj.load(
@@ -233,17 +250,23 @@ def language_model(arguments: argparse.Namespace):
             attention="sparda",
             forecast=arguments.forecast,
             dtype=arguments.dtype,
+            mesh=mesh,
         )
     preset = get_preset(arguments.random, "--random")
     shape = preset.shape(arguments.layers, 2**21)
     dtype = arguments.dtype or default_dtype()
+    if mesh is None:
+        model = random_decoder(shape, dtype, forecast=True)
+    else:
+        model = random_on_mesh(shape, mesh, dtype)
     return LanguageModel(
-        model=random_decoder(shape, dtype, forecast=True),
+        model=model,
         config=shape,
         sparse=preset.sparse,
         selector=get_selector("sparda"),
         tokenizer=None,
         fingerprint=None,
+        mesh=mesh,
     )
 
 
@@ -316,6 +339,7 @@ def _run(
         "dtype": dtype,
         "budget": lm.sparse.block_budget,
         "device_blocks": arguments.device_blocks or "a list's length",
+        "mesh": None if lm.mesh is None else lm.mesh.text,
         "hbm_gib": hbm,
         "host_gib": host,
         "rates": dataclasses.asdict(rates),
@@ -324,7 +348,9 @@ def _run(
     figures = Figures(run, tuple(with_hidden_shares(cells)))
     print(
         f"{run['model']}, {run['layers']} layers, {run['weights']} weights, {dtype}, "
-        f"budget {run['budget']}, {run['device']}, JAX {run['jax']}, {run['date']}"
+        f"budget {run['budget']}, {run['device']}, "
+        + (f"mesh {run['mesh']}, " if run["mesh"] else "")
+        + f"JAX {run['jax']}, {run['date']}"
         + (f", slots {run['device_blocks']}" if "offload" in caches else "")
     )
     print(table(figures))

@@ -104,6 +104,7 @@ def planned(
         dtype=str(lm.model.embedding[...].dtype),
         max_new_tokens=new,
         prefill_chunk=None,
+        mesh=lm.mesh,
     )
 
 

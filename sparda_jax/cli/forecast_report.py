@@ -57,7 +57,7 @@ def add_forecast_report_parser(commands: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=HelpFormatter,
     )
-    add_model_options(parser, attention=False)
+    add_model_options(parser, attention=False, mesh=False)
     group = parser.add_argument_group("texts")
     add_option(
         group,

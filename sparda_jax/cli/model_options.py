@@ -22,9 +22,14 @@ PREFILL_CHUNK = 1024
 
 
 def add_model_options(
-    parser: argparse.ArgumentParser, *, attention: bool = True
+    parser: argparse.ArgumentParser, *, attention: bool = True, mesh: bool = True
 ) -> None:
-    """Adds the options that `load_model` reads, without --attention where unwanted."""
+    """Adds the options that `load_model` reads.
+
+    Args:
+      parser: Where to.
+      attention, mesh: Whether --attention and --mesh are among them.
+    """
     group = parser.add_argument_group("model and attention")
     add_option(
         group,
@@ -62,7 +67,8 @@ def add_model_options(
         words=FLOAT_DTYPES,
         help="of weights and cache (float32 on a CPU, bfloat16 elsewhere)",
     )
-    add_mesh_option(group)
+    if mesh:
+        add_mesh_option(group)
     add_option(
         group,
         "--weights",

@@ -52,7 +52,7 @@ def add_soak_parser(commands: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=HelpFormatter,
     )
-    add_model_options(parser)
+    add_model_options(parser, mesh=False)
     add_option(
         parser,
         "--minutes",

@@ -11,8 +11,9 @@ between the state of one device and that of all.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,6 @@ from sparda_jax.inference.generate import (
     new_state,
 )
 from sparda_jax.inference.prefixes import PrefixBlocks, PrefixIndex, take_prefix
-from sparda_jax.inference.rows import prefill_row_and_score
 from sparda_jax.inference.shapes import Shapes
 from sparda_jax.mesh import DATA, MODEL, MeshConfig, laid_out, place
 from sparda_jax.models.decoder import Decoder, DecoderLayer, Storage
@@ -277,8 +277,10 @@ class OnMesh:
     """A function of (model, …) as a program over a mesh.
 
     Attributes:
-      function: Of one device.
-      layout: Of its state; None where its result is whole on every device.
+      function: Of one device. The type that its signature gives, or each of a tuple,
+        says how its result is divided: what is no state, nor part of one, is whole on
+        every device.
+      layout: Of the state that it takes or gives; None without one.
       config: The whole model.
       own: The model of one device.
       mesh: The devices.
@@ -323,32 +325,31 @@ class OnMesh:
         )(*arguments)
 
     def _out_specs(self) -> Any:
-        if self.layout is None:
+        given = inspect.signature(self.function).return_annotation
+        if get_origin(given) is tuple:
+            return tuple(map(self._spec_of, get_args(given)))
+        return self._spec_of(given)
+
+    def _spec_of(self, kind: type) -> Any:
+        """Partition of what is of a type, where the type alone says it."""
+        if kind not in (GenerateState, PrefixBlocks, PrefixIndex):
             return _WHOLE
-        if self.function is take_prefix:
-            return self.layout.prefix_specs()
-        specs = self.layout.specs()
-        if self.function is prefill_row_and_score:
-            return specs, _WHOLE
-        return specs
+        assert self.layout is not None
+        if kind is GenerateState:
+            return self.layout.specs()
+        blocks, index = self.layout.prefix_specs()
+        return blocks if kind is PrefixBlocks else index
 
     def _spec(self, argument: Any) -> Any:
         if isinstance(argument, Decoder):
             return model_specs(argument, self.config)
-        if isinstance(argument, GenerateState):
-            assert self.layout is not None
-            return self.layout.specs()
-        if isinstance(argument, PrefixBlocks | PrefixIndex):
-            assert self.layout is not None
-            blocks, index = self.layout.prefix_specs()
-            return blocks if isinstance(argument, PrefixBlocks) else index
         # Of a single row, or of a sequence with a cache of its own, devices have all.
         rows = 1 if self.layout is None else self.layout.rows
         if isinstance(argument, Prompt):
             return _ROWS if argument.count.shape[0] == rows else _WHOLE
         if isinstance(argument, Request):
             return _request_specs(argument, rows)
-        return _WHOLE
+        return self._spec_of(type(argument))
 
 
 def state_layout(
@@ -378,7 +379,7 @@ def on_devices(
     Args:
       lm: The model.
       function: Of (model, ...); of one device.
-      layout: Of the state that it gives; None where what it gives is whole.
+      layout: Of the state that it takes or gives; None without one.
     """
     if lm.mesh is None:
         return function

@@ -18,19 +18,20 @@ _MOST_ROWS = 2**16
 Prompts = Sequence[PromptLike] | np.ndarray | jax.Array
 
 
-def model_on_one_device(field: str, value: object) -> LanguageModel:
-    """A check of a model that is not shared by several devices.
+def model_of_one_group(field: str, value: object) -> LanguageModel:
+    """A check of a model whose devices, where there are several, have the same rows.
 
     Raises:
       ConfigError: If it is none.
     """
     lm = LANGUAGE_MODEL(field, value)
     require(
-        lm.mesh is None,
+        lm.mesh is None or lm.mesh.data == 1,
         f"{field}.mesh",
-        lm.mesh,
-        "None: load the model without a mesh, and run a process on each device "
-        "(CUDA_VISIBLE_DEVICES), with a part of the work each",
+        lm.mesh and lm.mesh.text,
+        "data=1: samples are often asked one by one, in which other groups would be "
+        "idle; run a process for each group (CUDA_VISIBLE_DEVICES), with a part of the "
+        "work each",
     )
     return lm
 

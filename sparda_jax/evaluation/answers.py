@@ -194,8 +194,7 @@ class Runner:
         sample, rows = asked.sample, [ids.tolist() for ids in asked.ids]
         shared = _common_prefix(rows)
         try:
-            read = generate(lm, [rows[0][:shared]], max_new_tokens=1, ignore_eos=True)
-            forks = read.conversation.fork(rows=len(rows))
+            forks = _read(lm, rows[0][:shared], len(rows))
             tails = [ids[shared:] for ids in rows]
             out = generate(
                 lm,
@@ -302,6 +301,14 @@ def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
         if len({row[place] for row in rows}) > 1:
             return place
     return shortest
+
+
+def _read(lm: LanguageModel, prompt: list[int], rows: int) -> Conversation:
+    """So many rows that have read a prompt."""
+    # A conversation on a mesh has no copies: there every row reads for itself.
+    alone = 1 if lm.mesh is None else rows
+    read = generate(lm, [prompt] * alone, max_new_tokens=1, ignore_eos=True)
+    return read.conversation.fork(rows=rows) if alone < rows else read.conversation
 
 
 def _continued_with(conversation: Conversation, tokens: list[int]) -> Conversation:

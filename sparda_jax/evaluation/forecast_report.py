@@ -173,8 +173,9 @@ def forecast_report(
 
     Raises:
       ConfigError: Rows of different lengths, or no longer than the budget holds; or a
-        model whose selector has no Forecast.
+        model whose selector has no Forecast, or that several devices share.
     """
+    require(lm.mesh is None, "lm.mesh", lm.mesh and lm.mesh.text, "None: one device")
     lengths = sorted({rows.shape[1] for rows in texts.values()})
     require(len(lengths) == 1, "texts", lengths, "rows of one length")
     plan = make_plan(lm, lengths[0])

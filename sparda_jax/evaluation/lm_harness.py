@@ -19,7 +19,7 @@ from tqdm import tqdm
 from sparda_jax.checks import ConfigError, integer
 from sparda_jax.engine.api import generate
 from sparda_jax.engine.model import LanguageModel
-from sparda_jax.engine.requests import model_on_one_device
+from sparda_jax.engine.requests import model_of_one_group
 from sparda_jax.evaluation.token_scores import score_tokens
 
 _MAX_NEW = 256
@@ -144,7 +144,7 @@ def harness_model(lm: LanguageModel) -> Any:
     Raises:
       ConfigError: If the harness is not installed, or there is no tokenizer.
     """
-    lm = model_on_one_device("lm", lm)
+    lm = model_of_one_group("lm", lm)
     try:
         base: Any = importlib.import_module("lm_eval.api.model").LM
     except ImportError as error:

@@ -27,7 +27,7 @@ from sparda_jax.checks import (
 )
 from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.engine.model import LanguageModel
-from sparda_jax.engine.requests import model_on_one_device
+from sparda_jax.engine.requests import model_of_one_group
 from sparda_jax.evaluation.answers import (
     DENSE,
     AnyTask,
@@ -263,7 +263,7 @@ def evaluate(
       CheckpointError: If a file is damaged, or `out` cannot be written to.
     """
     begun = time.monotonic()
-    lm = model_on_one_device("lm", lm)
+    lm = model_of_one_group("lm", lm)
     if lm.tokenizer is None:
         raise ConfigError(f"{lm.no_tokenizer}: tasks are texts")
     count = integer(1, 2**16)("samples", samples)

@@ -17,6 +17,8 @@ from sparda_jax.config import CacheConfig, ConfigError
 from sparda_jax.engine.api import generate
 from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.engine.model import LanguageModel
+from sparda_jax.engine.on_mesh import on_devices, state_layout
+from sparda_jax.engine.placement import Placement
 from sparda_jax.engine.whole_sequence import run_whole
 from sparda_jax.inference.decode import decode_step
 from sparda_jax.inference.generate import (
@@ -184,7 +186,10 @@ def view_of_answer(
     forced = _Forced(jnp.asarray(answer[:-1], jnp.int32), jnp.asarray(asked, jnp.int32))
     arguments = (lm.model, state, forced, model_rope(lm.config, total))
     static = {"settings": lm.settings, "own": own}
-    program, _ = PROGRAMS.get(_decode_forced, arguments, static)
+    placement = Placement(1, shapes, lm.cache, lm.settings, ())
+    on_mesh = state_layout(lm, placement, None)
+    function = on_devices(lm, _decode_forced, on_mesh)
+    program, _ = PROGRAMS.get(function, arguments, static)
     first, tokens, logs = program(*arguments)
     return Views(np.asarray(first), np.asarray(tokens), np.asarray(logs))
 

@@ -145,6 +145,10 @@ def test_ways_that_forecast_are_offloaded_twice():
         (["--compare", "no.json", "no.json"], "no such file"),
         (["--compare", "no.json", "a\0b"], "B.json='a"),
         (["--magic"], "unrecognized"),
+        (
+            ["--mesh", "data=2"],
+            "'data=2,model=1' is not allowed: it must be data=1",
+        ),
         (["--random", "tiny", "--forecast", "x"], "--forecast is not allowed with"),
         (["--random", "tiny", "--json", "/no/such/a.json"], "--json="),
         (["--random", "tiny", "--plot", "/no/such/a.png"], "--plot="),

@@ -40,6 +40,8 @@ _MODEL = {
     "--weights": WORD,
     "--no-compilation-cache": FLAG,
 }
+# Commands that run on one device.
+_ALONE = {name: bad for name, bad in _MODEL.items() if name != "--mesh"}
 _SLOTS = {
     "--attention": WORD,
     "--device-blocks": (*INTEGER, "0"),
@@ -128,7 +130,7 @@ ROWS = {
         "--out": PATH,
     },
     "forecast-report": {
-        **_MODEL,
+        **_ALONE,
         "--text": PATH,
         "--tokens": (*INTEGER, "0"),
         "--rows": (*INTEGER, "0"),
@@ -189,7 +191,7 @@ ROWS = {
     },
     "bench": {},  # tests/benchmarks/test_bench.py
     "soak": {
-        **_MODEL,
+        **_ALONE,
         **{name: row for name, row in _SLOTS.items() if name != "--host-codec"},
         "--prefetch": (*WORD, "auto"),
         "--minutes": _SIZE,

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import pytest
 
@@ -211,19 +212,40 @@ WAYS = """
 """
 
 
+EVALUATION = """
+    import dataclasses, json, pathlib, sys
+    import sparda_jax as sj
+    from evaluation_cases import character_tokenizer
+    from sparda_jax.mesh import MeshConfig
+
+    def records(mesh, out):
+        lm = sj.load("tiny", mesh=mesh, forecast="from_query", storage="stacked")
+        lm = dataclasses.replace(lm, tokenizer=character_tokenizer())
+        tasks = ["passkey", "retr_kv", "perplexity_code", "agreement"]
+        sj.evaluate(lm, out=out, attention=["sparda"], tasks=tasks, lengths=[900],
+                    samples=2, batch=2, floor=0)
+        return {file.name: [json.loads(line) for line in file.open()]
+                for file in sorted(pathlib.Path(out, "results").iterdir())}
+
+    one, two = (records(mesh, f"{sys.argv[1]}/{n}")
+                for n, mesh in enumerate((None, MeshConfig(model=2))))
+    print(json.dumps([one, two]))
+"""
+
+
 @pytest.fixture(scope="module")
 def found():
     """What four devices gave, in a process of their own."""
     return _on_four_devices(DEVICES)
 
 
-def _on_four_devices(script: str, *words: str) -> dict:
+def _on_four_devices(script: str, *words: str) -> Any:
     """What a script prints in a process with four devices."""
     environment = dict(
         os.environ,
         XLA_FLAGS="--xla_force_host_platform_device_count=4",
         JAX_PLATFORMS="cpu",
-        PYTHONPATH=str(ROOT),
+        PYTHONPATH=os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
     )
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *words],
@@ -336,6 +358,22 @@ def test_every_cache_on_two_devices_is_itself_on_one():
     ]
     found = _on_four_devices(WAYS, *ways)
     assert all(same for same, _ in found.values()), found
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_an_evaluation_on_two_devices_is_one_on_one(tmp_path):
+    """Answers, several questions on one text, surprises and nearness to dense's own."""
+    one, two = _on_four_devices(EVALUATION, str(tmp_path))
+    assert one.keys() == two.keys()
+    assert len(one) == 8, "four tasks by two ways to attend"
+    for name, records in one.items():
+        for first, second in zip(records, two[name], strict=True):
+            assert first.keys() == second.keys()
+            for field, value in first.items():
+                close = isinstance(value, float | list) and field != "outputs"
+                same = pytest.approx(value, abs=1e-4) if close else value
+                assert second[field] == same, (name, field)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Runs: the same files whether killed or not, guards, reports, bad input."""
 
+import dataclasses
 import json
 import pathlib
 import types
@@ -23,8 +24,6 @@ WANTED = {"lengths": [1500], "budgets": [4, 6], "samples": 3, "batch": 2}
 @pytest.fixture(scope="module")
 def lm():
     """The model with random weights, and a tokenizer."""
-    import dataclasses
-
     return dataclasses.replace(sj.load("tiny"), tokenizer=character_tokenizer())
 
 
@@ -59,6 +58,14 @@ class FakeGenerate:
         answer = known[1][:5] if len(known) > 1 else "nobody"
         right = self._dense_finds if lm.selector.dense else sum(ids) % 2 == 0
         return self._tokenizer.encode(f" {answer}." if right else " none.")
+
+
+def test_devices_that_share_rows_are_refused(lm, tmp_path, monkeypatch):
+    # A machine of two devices.
+    monkeypatch.setattr("sparda_jax.engine.model.check_mesh", lambda *_: None)
+    rows = dataclasses.replace(lm, mesh=sj.MeshConfig(data=2))
+    with pytest.raises(ConfigError, match=r"lm.mesh='data=2,model=1' .* data=1"):
+        sj.evaluate(rows, out=tmp_path)
 
 
 def _run(lm, monkeypatch, out, **settings):
