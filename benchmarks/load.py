@@ -114,6 +114,12 @@ LOAD_OPTIONS: Mapping[str, tuple[Check[Any], Any, str, str]] = {
         "N",
         "every N-th request asks the same, and should get the same; 0 is none",
     ),
+    "same_prompt": (
+        non_empty_text,
+        None,
+        "TEXT",
+        "what these ask, like a text that hides a number (random tokens)",
+    ),
     "seed": (integer(0), 0, "N", "of prompts, times and patience"),
 }
 
@@ -246,8 +252,8 @@ def bodies(arguments: argparse.Namespace, vocab: int, model: str) -> list[dict]:
         for _ in range(arguments.warm_up + arguments.requests)
     ]
     for index in _fixed(arguments):
-        first = made[arguments.warm_up]["prompt"]
-        made[arguments.warm_up + index] |= {"prompt": first, "logprobs": 0}
+        asked = arguments.same_prompt or made[arguments.warm_up]["prompt"]
+        made[arguments.warm_up + index] |= {"prompt": asked, "logprobs": 0}
     return made
 
 

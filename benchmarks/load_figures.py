@@ -82,8 +82,9 @@ def steadiness(results: Sequence[Result]) -> dict[str, Any] | None:
       results: Of all requests; those that are not `fixed` are left out.
 
     Returns:
-      Answers, how many of them have another text than the first, and the largest
-      difference of a token's log-probability; None without such requests.
+      Answers, how many of them have another text than the first, the largest
+      difference of a token's log-probability, and the first one's text; None without
+      such requests.
     """
     answers = [one for one in results if one.fixed and one.failure is None]
     if not answers:
@@ -100,6 +101,7 @@ def steadiness(results: Sequence[Result]) -> dict[str, Any] | None:
         "answers": len(answers),
         "changed": changed,
         "largest_difference": largest,
+        "text": first.text,
     }
 
 
@@ -178,7 +180,7 @@ def table(found: dict[str, Any]) -> str:
     if found["same_question"] is not None:
         lines.append(
             "same question  {answers} answers, {changed} others than the first, "
-            "log-probabilities within {largest_difference:.3g}".format(
+            "log-probabilities within {largest_difference:.3g}: {text!r}".format(
                 **found["same_question"]
             )
         )

@@ -7,6 +7,23 @@ import subprocess
 from typing import Any
 
 KEY = "a-secret"
+# Bodies of /v1/completions that no server takes, and how it answers.
+MALFORMED: list[tuple[bytes, int]] = [
+    (b"", 400),
+    (b"{", 400),
+    (b"\xff\xfe", 400),
+    (b"[" * 10_000, 400),
+    (b"{}", 400),
+    (b'{"prompt": []}', 400),
+    (b'{"prompt": [5, -1]}', 400),
+    (b'{"prompt": [5], "max_tokens": -3}', 400),
+    (b'{"prompt": [5], "temperature": NaN}', 400),
+    (b'{"prompt": [5], "n": 1000000}', 400),
+    (b'{"prompt": [5], "model": "other"}', 404),
+    (b'{"prompt": [5], "colour": "red"}', 400),
+    (b'{"prompt": [' + b"5, " * 700 + b"5]}", 400),
+    (b" " * 300_000, 413),
+]
 
 
 def connect(server: Any, timeout: float = 60) -> http.client.HTTPConnection:

@@ -68,12 +68,16 @@ def test_who_asks_the_same_is_watched():
         "answers": 3,
         "changed": 1,
         "largest_difference": 0.25,
+        "text": "a b",
     }
     options = ["--requests", "9", "--same-every", "4", "--warm-up", "2"]
     made = bodies(build_parser().parse_args(options), 50, "m")
     same = [n for n, body in enumerate(made[2:]) if "logprobs" in body]
     assert same == [0, 4, 8]
     assert made[2]["prompt"] == made[6]["prompt"] != made[7]["prompt"]
+    options += ["--same-prompt", "The number is 7."]
+    made = bodies(build_parser().parse_args(options), 50, "m")
+    assert made[2]["prompt"] == made[10]["prompt"] == "The number is 7."
 
 
 def _answer(reply: bytes) -> Result:

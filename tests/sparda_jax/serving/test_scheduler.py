@@ -1,9 +1,12 @@
-"""Who runs when, without sockets."""
+"""Who runs when; random requests, with sockets and without."""
 
+import json
+import pathlib
 import threading
 
 import numpy as np
 import pytest
+from serving_client import KEY, MALFORMED, connect, post
 
 import sparda_jax as sj
 from sparda_jax.engine.compile_cache import PROGRAMS
@@ -157,10 +160,44 @@ def _scores(scheduler: Scheduler, prompt: list[int]) -> tuple:
     return client.tokens, client.ended.prompt_logs, logs
 
 
+def _body(prompt: list[int], config: sj.GenerateConfig) -> dict:
+    """The body of /v1/completions that asks for that."""
+    return {
+        "prompt": prompt,
+        "max_tokens": config.max_new_tokens,
+        "min_tokens": config.min_new_tokens,
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "repetition_penalty": config.repetition_penalty,
+        "seed": config.seed,
+        "ignore_eos": config.ignore_eos,
+        "stop": list(config.stop),
+        "include_stop_str_in_output": config.include_stop,
+    }
+
+
+def _threads() -> list[str]:
+    """Names of the threads, but for those of asyncio's pool, which has a bound."""
+    names = (thread.name for thread in threading.enumerate())
+    return sorted(name for name in names if not name.startswith("asyncio_"))
+
+
+def _hang_up(server, body: dict, seconds: float) -> None:
+    """Asks for a stream, and closes the socket in the middle of it."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    connection = connect(server)
+    data = json.dumps({**body, "stream": True})
+    connection.request("POST", "/v1/completions", data, headers)
+    threading.Event().wait(seconds)
+    connection.close()
+
+
 def _fuzz(server, count: int, seed: int, distinct: int) -> None:
     """Random requests from several threads, some of which lose patience.
 
-    Every tenth asks the same: its log-probabilities stay as they were, to the last bit.
+    A third comes through sockets, with as many malformed bodies beside. Every tenth
+    asks the same: its log-probabilities stay as they were, to the last bit.
     """
     server.settle()
     scheduler = server.serving.scheduler
@@ -168,8 +205,22 @@ def _fuzz(server, count: int, seed: int, distinct: int) -> None:
     first = [_scores(scheduler, prompt) for prompt in watched]
     kinds = _random_requests(distinct, seed)
     alone = [sj.generate(server.lm, [prompt], config) for prompt, config in kinds]
-    before, threads = PROGRAMS.compiled, threading.active_count()
+    before, threads = PROGRAMS.compiled, _threads()
     problems: list[str] = []
+
+    def by_socket(random: np.random.Generator, which: int, patience: float) -> None:
+        body, status = MALFORMED[int(random.integers(len(MALFORMED)))]
+        answer = post(server, "/v1/completions", body)
+        if answer[0] != status:
+            problems.append(f"{body[:60]!r}: {answer}")
+        asked = _body(*kinds[which])
+        if patience:
+            _hang_up(server, asked, patience)
+            return
+        status, answer = post(server, "/v1/completions", asked)
+        found = status, answer.get("choices", [{}])[0].get("text")
+        if found != (200, alone[which].texts[0]):
+            problems.append(f"request {which}: {answer}")
 
     def user(number: int) -> None:
         random = np.random.default_rng((seed, number))
@@ -179,10 +230,14 @@ def _fuzz(server, count: int, seed: int, distinct: int) -> None:
                 if _scores(scheduler, watched[place]) != first[place]:
                     problems.append(f"user {number}: watched {place} at {index}")
             which = int(random.integers(distinct))
+            patience = random.random() * 0.05 if random.random() < 0.2 else 0.0
+            if index % 3 == 0:
+                by_socket(random, which, patience)
+                continue
             client = _Client(*kinds[which])
             scheduler.submit([client.job])
-            if random.random() < 0.2:
-                client.done.wait(float(random.random()) * 0.05)
+            if patience:
+                client.done.wait(patience)
                 scheduler.cancel([client.job])
                 continue
             assert client.done.wait(300)
@@ -200,7 +255,7 @@ def _fuzz(server, count: int, seed: int, distinct: int) -> None:
     server.settle()
     assert problems == []
     assert PROGRAMS.compiled == before
-    assert threading.active_count() == threads
+    assert _threads() == threads
     assert server.serving.session.free == [0, 1, 2]
     assert server.serving.session.held_tokens() == [0, 0, 0]
 
@@ -210,8 +265,20 @@ def test_random_requests_get_what_generate_gives(server):
     _fuzz(server, count=200, seed=1, distinct=24)
 
 
+def _held_bytes() -> int:
+    """Memory of the process that is not on disk."""
+    pages = pathlib.Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]
+    return int(pages) * 4096
+
+
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_ten_thousand_random_requests(server):
-    _fuzz(server, count=10_000, seed=2, distinct=300)
+    """What the process holds does not grow either, once a tenth of them has come."""
+    _fuzz(server, count=1_000, seed=2, distinct=100)
+    held = _held_bytes()
+    _fuzz(server, count=9_000, seed=3, distinct=300)
+    grown = _held_bytes() - held
+    print(f"held {held / 2**20:.0f} MiB after 1,000, and {grown / 2**20:.1f} more now")
+    assert grown < 64 * 2**20  # 7 KiB a request

@@ -49,8 +49,10 @@ def test_a_browser_shows_live_rows(server, open_url, tmp_path):
         while going.is_set():
             post(server, "/v1/completions", body, **{"x-request-id": "seen:by.all"})
 
-    user = threading.Thread(target=load)
-    user.start()
+    # Several: while one asks again, others run.
+    users = [threading.Thread(target=load) for _ in range(3)]
+    for user in users:
+        user.start()
     try:
         time.sleep(1.0)
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu"]
@@ -63,7 +65,8 @@ def test_a_browser_shows_live_rows(server, open_url, tmp_path):
         )
     finally:
         going.clear()
-        user.join()
+        for user in users:
+            user.join()
     page = done.stdout
     shown = dict(re.findall(r'<\w+ id="(\w+)"[^>]*>([^<]*)<', page))
     assert shown["model"] == "tiny-served" and shown["state"] == "ready", done.stderr
