@@ -71,9 +71,6 @@ def _decode(name: str, seconds: int, *arguments: str) -> Part:
 
 
 CARD = (
-    # The default trace's lists go through more blocks than 32k tokens have.
-    _decode("decode_36k", 90, *"--context 36864 --batch 16 --slots 1".split()),
-    _decode("decode_128k", 140, *"--context 131072 --batch 8 --slots 1 3".split()),
     Part(
         "prefill",
         (
@@ -82,6 +79,13 @@ CARD = (
             *"--offloaded sparda --together --repeats 2 --json {json}".split(),
         ),
         240,
+    ),
+    # The default trace's lists go through more blocks than 32k tokens have.
+    _decode(
+        "decode_36k", 90, *"--context 36864 --batch 16 --slots 1 --steps 48".split()
+    ),
+    _decode(
+        "decode_128k", 140, *"--context 131072 --batch 8 --slots 1 3 --steps 48".split()
     ),
     *(
         Part(

@@ -247,12 +247,12 @@ def _is_host_loop(settings) -> bool:
     return settings.offload is not None and not settings.offload.route.in_program
 
 
-def _compile(model, state, request, settings: list) -> list:
+def _compile(model, state, request, settings: list, *, chosen: bool) -> list:
     """One program a mode, and the seconds that each took.
 
-    The route `host_loop` has no program: it compiles as it goes, in the warm-up. The
-    first program is compiled alone: the products' kernels are chosen by timing them,
-    and what was chosen serves the others, which are compiled side by side.
+    The route `host_loop` has none: it compiles as it goes, in the warm-up. Kernels of
+    products are chosen by timing them. Where none are `chosen` yet the first program is
+    compiled alone, and what was chosen serves all others, side by side.
     """
     from sparda_jax.inference.generate import decode_loop_call
     from sparda_jax.inference.host_loop import decode_host_loop
@@ -270,9 +270,9 @@ def _compile(model, state, request, settings: list) -> list:
         begun = time.perf_counter()
         return program.compile(), time.perf_counter() - begun
 
-    first = compiled(lowered[0])
+    alone = [] if chosen else [compiled(lowered[0])]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        return [first, *pool.map(compiled, lowered[1:])]
+        return [*alone, *pool.map(compiled, lowered[len(alone) :])]
 
 
 def time_steps(call, settings, model, state, request, mode: str, arguments) -> tuple:
@@ -369,6 +369,7 @@ def measure_batch(model, sparse, batch: int, modes: list, arguments, rates, trac
     request = decode_request(config, batch, context, new)
     choice = imposed_choice(arguments, trace, config, sparse, batch, new)
     cases = [(True, 1.0), *((False, slots) for slots in arguments.slots)]
+    chosen = False
     for resident, slots in cases:
         group = [mode for mode in modes if mode.startswith("resident") == resident]
         if not group:
@@ -381,7 +382,8 @@ def measure_batch(model, sparse, batch: int, modes: list, arguments, rates, trac
         cache, how = min(ways, key=lambda way: (way[0].prefetch, -way[0].layers_ahead))
         state = _state(model, how, batch, context, new, cache, choice.lists)
         capacity = state.cache.capacity
-        programs = _compile(model, state, request, [how for _, how in ways])
+        hows, was_chosen, chosen = [how for _, how in ways], chosen, True
+        programs = _compile(model, state, request, hows, chosen=was_chosen)
         for mode, (cache, how), (call, compiling) in zip(
             group, ways, programs, strict=True
         ):

@@ -54,8 +54,8 @@ def main() -> None:
     gpu = current_platform() == "cuda" and not args.small
     forms: tuple[Implementation, ...] = ("triton", "xla") if gpu else ("xla",)
     report = Report("plan_slots", args.out)
-    sizes = [(rows, 96, 512) for rows in ((8, 16, 32, 64) if gpu else (2, 8))]
-    sizes += [(64, slots, 2048) for slots in (192, 384, 1024, 1536)] if gpu else []
+    sizes = [(rows, 96, 512) for rows in ((16, 64) if gpu else (2, 8))]
+    sizes += [(64, slots, 2048) for slots in (384, 1024)] if gpu else []
     for rows, slots, blocks in sizes:
         operands = inputs(16, rows, slots, 96, blocks)
         plans = [functools.partial(plan_slots, implementation=form) for form in forms]
