@@ -1,13 +1,15 @@
 """Keeps the results of evaluations in docs/results/, and makes the tables of the page.
 
     python scripts/results_page.py take docs/results/NAME.json OUT [OUT …]
+    python scripts/results_page.py add docs/results/NAME.json OUT [OUT …]
     python scripts/results_page.py write
     python scripts/results_page.py check
 
 `take` reads directories of `sparda eval` (parts of one evaluation, run apart) and keeps
 what tables need: settings, and of every sample its score, its tokens and the blocks
-read. `write` fills the parts of docs/results.md between `<!-- results: NAME -->` and
-`<!-- end of NAME -->` with the tables that `sparda report` makes, and draws the plots.
+read; `add` puts further directories to what the file has. `write` fills the parts of
+docs/results.md between `<!-- results: NAME -->` and `<!-- end of NAME -->` with the
+tables that `sparda report` makes, and draws the plots.
 `check` says whether the page holds what the files say.
 """
 
@@ -17,7 +19,7 @@ import json
 import pathlib
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sparda_jax.checkpoint.atomic import write_text
@@ -57,59 +59,85 @@ _FACTS = (
 )
 
 
-def _joined(reports: Sequence[Report]) -> tuple[dict[str, Any], dict]:
-    """Settings and cells of parts of one evaluation.
+def _check_parts(settings: Mapping[str, Any], report: Report, other: object) -> None:
+    """Checks that a report is of the evaluation that these settings are of.
 
     Raises:
-      ConfigError: If they do not belong together.
+      ConfigError: If it is not.
     """
-    settings = dict(reports[0].settings)
-    cells: dict[Cell, list[Record]] = {}
+    for name in ("weights", "forecast", "geometry", "samples", "seed", "dtype"):
+        if report.settings.get(name) != settings.get(name):
+            raise ConfigError(
+                f"{report.folder} has {name}={report.settings.get(name)!r}, and "
+                f"{other} {settings.get(name)!r}: they are no parts of one evaluation"
+            )
+
+
+def _joined(settings: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """Settings of an evaluation with a further part."""
+    joined = dict(settings)
+    for name in _JOINED:
+        known = settings.get(name, [])
+        more = [x for x in report.settings.get(name, []) if x not in known]
+        joined[name] = [*known, *more]
+    joined["labels"] = report.settings["labels"] | settings["labels"]
+    for name in ("jax", "python"):
+        known = f"{settings.get(name, '')}, {report.settings.get(name, '')}"
+        joined[name] = ", ".join(dict.fromkeys(known.split(", ")))
+    return joined
+
+
+def _kept(cell: Cell, records: Sequence[Record]) -> dict[str, Any]:
+    """What tables need of a cell."""
+    failed = [record["index"] for record in records if "failed" in record]
+    if failed:
+        raise ConfigError(f"{cell.name}: samples {failed} failed: run them again")
+    return {
+        "task": cell.task,
+        "length": cell.length,
+        "attention": cell.attention,
+        "budget": cell.budget,
+        "prompts": [record["prompt"] for record in records],
+        "score": [record["score"] for record in records],
+        "tokens": [record["tokens"] for record in records],
+        "read": [record["read"] for record in records],
+    }
+
+
+def take(file: pathlib.Path, folders: Sequence[str], *, add: bool = False) -> None:
+    """Keeps what directories of `sparda eval` hold in one file.
+
+    Args:
+      file: Where.
+      folders: The directories; of two that have a cell the later one counts.
+      add: Keep what the file has besides, its words first.
+    """
+    reports = [read_report(folder) for folder in folders]
+    held: Any = read_json(file) if add else None
+    if add and held is None:
+        raise ConfigError(f"{file} is missing: `take` makes it")
+    settings = dict(held["settings"] if held else reports[0].settings)
+    kept = _with_prompts(held["cells"]) if held else {}
     for report in reports:
-        for name in ("weights", "forecast", "geometry", "samples", "seed", "dtype"):
-            if report.settings.get(name) != settings.get(name):
-                raise ConfigError(
-                    f"{report.folder} has {name}={report.settings.get(name)!r}, and "
-                    f"{reports[0].folder} {settings.get(name)!r}: they are no parts of "
-                    "one evaluation"
-                )
-        for name in _JOINED:
-            known = settings.get(name, [])
-            more = [x for x in report.settings.get(name, []) if x not in known]
-            settings[name] = [*known, *more]
-        settings["labels"] = report.settings["labels"] | settings["labels"]
-        for name in ("jax", "python"):
-            known = f"{settings.get(name, '')}, {report.settings.get(name, '')}"
-            settings[name] = ", ".join(dict.fromkeys(known.split(", ")))
-        cells |= report.cells
-    return settings, cells
-
-
-def take(file: pathlib.Path, folders: Sequence[str]) -> None:
-    """Keeps what directories of `sparda eval` hold in one file."""
-    settings, cells = _joined([read_report(folder) for folder in folders])
-    kept = []
-    for cell, records in sorted(cells.items()):
-        failed = [record["index"] for record in records if "failed" in record]
-        if failed:
-            raise ConfigError(f"{cell.name}: samples {failed} failed: run them again")
-        kept.append(
-            {
-                "task": cell.task,
-                "length": cell.length,
-                "attention": cell.attention,
-                "budget": cell.budget,
-                "prompts": [record["prompt"] for record in records],
-                "score": [record["score"] for record in records],
-                "tokens": [record["tokens"] for record in records],
-                "read": [record["read"] for record in records],
-            }
-        )
+        _check_parts(settings, report, file if held else reports[0].folder)
+        settings = _joined(settings, report)
+        kept |= {cell: _kept(cell, records) for cell, records in report.cells.items()}
+    cells = _without_copies([kept[cell] for cell in sorted(kept)])
     # A line a cell, so that a change of one is seen as such.
-    lines = ",\n".join(json.dumps(cell) for cell in _without_copies(kept))
+    lines = ",\n".join(json.dumps(cell) for cell in cells)
     write_text(
         file, f'{{"settings": {json.dumps(settings)},\n"cells": [\n{lines}\n]}}\n'
     )
+
+
+def _cell(held: Mapping[str, Any]) -> Cell:
+    return Cell(*(held[name] for name in ("task", "length", "attention", "budget")))
+
+
+def _with_prompts(cells: Sequence[dict[str, Any]]) -> dict[Cell, dict[str, Any]]:
+    """Cells of a file, each with its prompts again."""
+    prompts = {(c["task"], c["length"]): c["prompts"] for c in cells if c["prompts"]}
+    return {_cell(c): {**c, "prompts": prompts[c["task"], c["length"]]} for c in cells}
 
 
 def _without_copies(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -131,7 +159,7 @@ def read(file: pathlib.Path) -> Scores:
         raise ConfigError(f"{file} is missing: `take` makes it")
     cells = {}
     for cell in held["cells"]:
-        key = Cell(*(cell[name] for name in ("task", "length", "attention", "budget")))
+        key = _cell(cell)
         rows = zip(cell["score"], cell["tokens"], cell["read"], strict=True)
         cells[key] = [
             {"index": n, "score": score, "tokens": tokens, "read": share}
@@ -249,9 +277,9 @@ def filled(page: str) -> str:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    if arguments.what == "take":
+    if arguments.what in ("take", "add"):
         file, *folders = arguments.files
-        take(pathlib.Path(file), folders)
+        take(pathlib.Path(file), folders, add=arguments.what == "add")
         return
     page = PAGE.read_text(encoding="utf-8")
     if arguments.what == "write":
@@ -265,8 +293,10 @@ def _run(arguments: argparse.Namespace) -> None:
 def main(words: Sequence[str] | None = None) -> int:
     """The command."""
     parser = Parser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("what", choices=("take", "write", "check"))
-    parser.add_argument("files", nargs="*", help="of take: the file, then directories")
+    parser.add_argument("what", choices=("take", "add", "write", "check"))
+    parser.add_argument(
+        "files", nargs="*", help="of take and add: the file, then directories"
+    )
     return run_command(lambda: _run(parser.parse_args(words)))
 
 

@@ -265,6 +265,8 @@ CASES = (
             Case(exactness="verify"),  # with a codec that is exact: above
             Case(slots=WIDE, recall_every=4),
             Case("quest", layer0="offload", slots=7),
+            Case("quest_16"),
+            Case("infllm_v2_bounds"),
             Case(ByNumber(), layers_ahead=2, slots=7, storage="per_layer"),
             Case(ByNumber(), layers_ahead=8, storage="per_layer", layer0="offload"),
             Case("infinigen", slots=7, recall_every=4),
