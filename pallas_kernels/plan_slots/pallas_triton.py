@@ -17,6 +17,11 @@ lists of 96 blocks, a tenth of them missing, the reduction included: 96 slots 9.
 41.5), the second and third with 8 warps. What grows with the slots is 2 us from 96 to
 1,024.
 
+What bounds it is no pass over the slots: 1,024 slots take 12.7 to 14.0 us with 4 to 16
+warps where 96 take 11.0 to 12.8 (one H200 beside other work), and neither several ages
+counted in a pass (two to sixteen: 12.7 to 15.2 us) nor victims compared sixteen at a
+time changes that. Most of it is two launches and a chain of dependent reads.
+
 Tried before there was a page table and not kept: comparing every block with every slot
 and every slot's age with every other's, in loops over memory (9.8 and 10.1 us for 16
 and 64 rows of 96 slots, but it grew with the square of the slots) or as matrices in
@@ -53,6 +58,11 @@ MOST_SLOTS = 4096
 @dataclass(frozen=True)
 class Config(WarpsConfig):
     """Settings of the kernel."""
+
+
+def default_config(capacity: int) -> Config:
+    """Warps for as many slots, where the device has no record of the call's sizes."""
+    return Config(num_warps=8 if capacity > 256 else 4)
 
 
 def _load(ref, row, count: int, other: int) -> Int[Array, " width"]:
@@ -241,9 +251,10 @@ def plan_slots_triton(
         raise NotImplementedError(
             f"triton plans at most {MOST_SLOTS} slots of a row, not {capacity}"
         )
-    config = config or Config(
-        **tuned_config("plan_slots", "triton", {"R": rows, "C": capacity, "P": budget})
-    )
+    if config is None:
+        sizes = {"R": rows, "C": capacity, "P": budget}
+        found = tuned_config("plan_slots", "triton", sizes)
+        config = Config(**found) if found else default_config(capacity)
     entries, of_slots = rows * budget, rows * capacity
     sizes = [entries, of_slots, of_slots, rows * row_blocks, *[entries] * 5]
     # The interpreter also stores what is masked: behind the end, and back.

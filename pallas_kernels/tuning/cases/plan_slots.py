@@ -29,6 +29,6 @@ def cases(small: bool) -> Iterator[Case]:
             {"R": rows, "C": slots, "P": budget},
             operands,
             run,
-            {"triton": [triton.Config(warps) for warps in (1, 2, 4, 8)]},
+            {"triton": [triton.Config(warps) for warps in (1, 2, 4, 8, 16)]},
             links=layers,
         )
