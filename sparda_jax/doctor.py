@@ -8,13 +8,12 @@ import platform
 import warnings
 from typing import Any
 
-import jax
-
 from pallas_kernels.device import DeviceReport, ServedOp, describe, records_directory
 from sparda_jax.cache.memory import HOST_KIND
 from sparda_jax.checkpoint.fetch import cache_directory
 from sparda_jax.checks import flag
 from sparda_jax.machine import Limit, physical_memory, size_text
+from sparda_jax.mesh import present_devices
 from sparda_jax.planning.measure import measure_rates
 from sparda_jax.planning.rates import Rates, recorded_rates
 from sparda_jax.runtime import COMMAND_BUFFERS, HOST_LIMIT
@@ -136,16 +135,20 @@ def describe_device(*, measure: bool = False) -> MachineReport:
       measure: Also measure the link and the device's memory: some seconds, and 1 GiB of
         pinned memory on a GPU.
 
+    Raises:
+      ConfigError: If JAX cannot start its devices.
+
     Example:
       >>> import sparda_jax as sj
       >>> sj.describe_device().memory_kinds[0]
       'device'
     """
     measure = flag("measure", measure)
+    found = present_devices()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         device = describe()
-    default = jax.devices()[0]
+    default = found[0]
     gpu = default.platform == "gpu"
     kinds = tuple(memory.kind for memory in default.addressable_memories())
     host = physical_memory()
@@ -159,7 +162,7 @@ def describe_device(*, measure: bool = False) -> MachineReport:
     return MachineReport(
         versions=_versions(default),
         device=device,
-        devices=sum(x.device_kind == default.device_kind for x in jax.devices()),
+        devices=sum(x.device_kind == default.device_kind for x in found),
         device_bytes=stats.get("bytes_limit"),
         memory_kinds=kinds,
         host=host,

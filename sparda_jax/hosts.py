@@ -18,6 +18,7 @@ from sparda_jax.checks import (
     shown,
     text,
 )
+from sparda_jax.mesh import present_devices
 
 
 def join_hosts(coordinator: str | None, count: int | None, index: int | None) -> None:
@@ -97,7 +98,9 @@ def check_same_words(words: Sequence[str]) -> None:
 
     Raises:
       ConfigError: Another process was asked for something else; all of them say so.
+        Or JAX cannot start its devices.
     """
+    present_devices()
     if jax.process_count() == 1:
         return
     digest = hashlib.sha256(json.dumps(list(words)).encode()).digest()

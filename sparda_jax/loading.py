@@ -35,7 +35,7 @@ from sparda_jax.engine.model import LanguageModel, check_mesh
 from sparda_jax.engine.requests import LANGUAGE_MODEL
 from sparda_jax.evaluation.base_check import check_other_base
 from sparda_jax.forecasts import published_forecast
-from sparda_jax.mesh import MeshConfig
+from sparda_jax.mesh import MeshConfig, present_devices
 from sparda_jax.models.decoder import Decoder, Storage
 from sparda_jax.models.presets import PRESETS, default_sparse, get_preset
 from sparda_jax.models.sharding import place_decoder, placer, query_heads
@@ -176,7 +176,8 @@ def load(
       A `LanguageModel` for `forward`, `generate` and `stream`.
 
     Raises:
-      ConfigError: If an argument is not allowed, or "sparda" has no Forecast weights.
+      ConfigError: If an argument is not allowed, "sparda" has no Forecast weights, or
+        JAX cannot start its devices.
       CheckpointError: If a file is missing, damaged or of an unsupported kind.
 
     Example:
@@ -186,6 +187,7 @@ def load(
     """
     name = path("model", model)
     selector = get_selector(attention)
+    present_devices()
     sparse = optional(instance(SparseConfig))("sparse", sparse)
     forecast = optional(path)("forecast", forecast)
     dtype = optional(float_dtype)("dtype", dtype) or default_dtype()

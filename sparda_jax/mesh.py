@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import re
 from typing import Any
 
@@ -108,9 +109,27 @@ def laid_out(types: Any, specs: Any, mesh: Mesh) -> Any:
     return jax.tree.map(typed, types, specs)
 
 
+def present_devices() -> list[jax.Device]:
+    """The devices that JAX starts with.
+
+    Raises:
+      ConfigError: If it cannot start: a card is lost, or the platform is not here.
+    """
+    try:
+        return jax.devices()
+    # The second is JAX's where it looked for a platform and found none of it.
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS") or "what is installed"
+        why = " ".join(str(error).split()) or "there is no such device here"
+        raise ConfigError(
+            f"JAX cannot start its devices ({asked}): {why}; see what nvidia-smi says, "
+            "or set JAX_PLATFORMS=cpu"
+        ) from error
+
+
 @functools.lru_cache(16)
 def _mesh(config: MeshConfig) -> Mesh:
-    found = jax.devices()
+    found = present_devices()
     require(
         config.size <= len(found),
         "mesh",

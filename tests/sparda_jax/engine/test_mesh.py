@@ -420,6 +420,18 @@ def test_a_mesh_needs_its_devices():
         sj.load("tiny", mesh=MeshConfig(data=64, model=2))
 
 
+def test_devices_that_do_not_start_are_one_line(monkeypatch):
+    """A card that is lost: JAX raises at its first call."""
+
+    def lost():
+        raise RuntimeError("Unable to initialize backend 'cuda': INTERNAL:\n no device")
+
+    monkeypatch.setattr("jax.devices", lost)
+    for call in (lambda: sj.load("tiny"), sj.describe_device):
+        with pytest.raises(ConfigError, match=r"cannot start .* INTERNAL: no device; "):
+            call()
+
+
 @pytest.mark.parametrize("text", ["2", "model", "model=0", "model=2,model=2", "x=2"])
 def test_text_that_is_no_mesh_is_refused(text):
     with pytest.raises(ConfigError, match=r"mesh|model"):
