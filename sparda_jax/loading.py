@@ -58,9 +58,12 @@ def default_dtype() -> DTypeLike:
 
 
 def _default_sparse(source: CheckpointSource) -> SparseConfig:
+    """The file's own, else its shape's, with the windows of its published heads."""
     if source.sparse is not None:
         return source.sparse
-    return default_sparse(source.config)
+    sparse = default_sparse(source.config)
+    published = published_forecast(source.fingerprint)
+    return sparse if published is None else published.fitted(sparse)
 
 
 def _own_heads(source: CheckpointSource) -> tuple[np.ndarray, np.ndarray] | None:

@@ -35,6 +35,15 @@ class Published:
         asked = (sparse.kernel_size, sparse.kernel_stride, sparse.block_size)
         return asked == (self.kernel_size, self.kernel_stride, self.block_size)
 
+    def fitted(self, sparse: SparseConfig) -> SparseConfig:
+        """A selection that scores the averages that it is for."""
+        return dataclasses.replace(
+            sparse,
+            kernel_size=self.kernel_size,
+            kernel_stride=self.kernel_stride,
+            block_size=self.block_size,
+        )
+
 
 PUBLISHED = types.MappingProxyType(
     {

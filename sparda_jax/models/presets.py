@@ -286,11 +286,15 @@ def get_preset(name: str, field: str = "model") -> Preset:
 def default_sparse(config: ModelConfig) -> SparseConfig:
     """The block selection of the preset of that shape, or the general one."""
     shape = ("vocab_size", "hidden_size", "ffn_size", "num_layers", "num_heads")
-    for preset in PRESETS.values():
-        same = all(
+    same = [
+        preset
+        for preset in PRESETS.values()
+        if all(
             getattr(preset.model, field) == getattr(config, field)
             for field in (*shape, "num_kv_heads", "key_bias", "num_experts")
         )
-        if same:
-            return preset.sparse
-    return SparseConfig()
+    ]
+    # Presets of one shape differ in whether the head is the embedding.
+    tied = config.tie_embeddings
+    same.sort(key=lambda preset: preset.model.tie_embeddings != tied)
+    return same[0].sparse if same else SparseConfig()

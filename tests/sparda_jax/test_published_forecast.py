@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ import pytest
 import sparda_jax as sj
 from sparda_jax.checkpoint.fetch import JOINED_MODELS, cached_model
 from sparda_jax.checkpoint.forecast import load_forecast
+from sparda_jax.checkpoint.source import CheckpointSource
 from sparda_jax.evaluation.documents import token_rows
 from sparda_jax.evaluation.forecast_report import forecast_report
 from sparda_jax.forecasts import PUBLISHED, published_forecast
-from sparda_jax.models.presets import get_preset
+from sparda_jax.loading import _default_sparse
+from sparda_jax.models.presets import PRESETS, default_sparse, get_preset
 from sparda_jax.models.weights import random_decoder
 
 # Base model's hash → preset, shape of the heads' matrices, steps of their training, and
@@ -79,6 +82,24 @@ def test_published_files_fit_their_presets(fingerprint):
     extra = json.loads(json.dumps(held.info["extra"]))
     assert extra["step"] == steps
     assert "/" not in extra["identity"]["config"]["model"]
+
+
+def _opened(config, fingerprint):
+    """A file without settings of its own."""
+    opened = CheckpointSource(config, {}, None, pathlib.Path("a file"))
+    opened.__dict__["fingerprint"] = fingerprint  # else it is made of the tensors
+    return opened
+
+
+def test_a_file_gets_the_windows_of_its_heads():
+    """Whichever preset has its shape, so that its heads are loaded by default."""
+    for preset in PRESETS.values():
+        assert default_sparse(preset.model) == preset.sparse
+    shape = get_preset("minicpm4.1-8b").model
+    for fingerprint, published in PUBLISHED.items():
+        assert published.fits(_default_sparse(_opened(shape, fingerprint)))
+        preset = get_preset(FILES[fingerprint][0])
+        assert _default_sparse(_opened(preset.model, fingerprint)) == preset.sparse
 
 
 @pytest.mark.slow
