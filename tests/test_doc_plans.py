@@ -101,6 +101,8 @@ _PLANS = (
     _H100.format(230) + _INT8 + _KEYS,
     _H200,
     _H200 + " --device-blocks 96",
+    "--hbm 75 --host 210 --device-kind H200 --bandwidth 3750 --layer0 resident"
+    " --host-codec int8_slots" + _KEYS,
 )
 
 

@@ -10,7 +10,7 @@ from sparda_jax.cache.settings import LayerSettings, OffloadSettings
 from sparda_jax.config import CacheConfig
 from sparda_jax.models.presets import PRESETS
 from sparda_jax.models.spec import num_parameters
-from sparda_jax.planning.rates import Rates
+from sparda_jax.planning.rates import Rates, recorded_rates
 from sparda_jax.planning.step import step_time
 from sparda_jax.sparse.selectors import get_selector
 
@@ -142,3 +142,39 @@ def test_what_the_best_batches_took_is_expected(
         miss=miss,
     )
     assert found.seconds * 1e3 == pytest.approx(milliseconds, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("attention", "codec", "context", "batch", "miss", "milliseconds"),
+    [
+        ("infllm_v2", None, 131072, 14, 0.0, 7.80),
+        ("sparda", "int8_slots", 131072, 102, 0.0098, 16.55),
+        ("sparda", "exact", 32768, 16, 0.0048, 7.28),
+        ("sparda", "exact", 32768, 8, 0.0023, 6.81),
+        ("sparda", "exact", 32768, 8, 0.0429, 7.10),
+    ],
+)
+def test_what_an_h200_took_is_expected(
+    attention, codec, context, batch, miss, milliseconds
+):
+    """benchmarks.best and benchmarks.offload on an H200, JAX 0.11.2.
+
+    Attention of the cell of 102 rows took 1 ms more than it does since.
+    """
+    offload = None
+    if codec is not None:
+        route = named_route("mosaic")
+        offload = OffloadSettings(route, lookahead=True, codec=named_codec(codec))
+    keys = "int8" if codec == "int8_slots" else "exact"
+    sparse = dataclasses.replace(MINICPM.sparse, compressed_keys=keys)
+    found = step_time(
+        LayerSettings(MINICPM.model, sparse, get_selector(attention), offload=offload),
+        CacheConfig(kind="offload", device_blocks=None),
+        dataclasses.replace(recorded_rates("H200"), memory=3.75e12, fetch=4.55e10),
+        batch=batch,
+        capacity=context,
+        context=context,
+        dtype="bfloat16",
+        miss=miss,
+    )
+    assert found.seconds * 1e3 == pytest.approx(milliseconds, rel=0.1)
