@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from jaxtyping import Array, Float
 
 # Of the mean eigenvalue of the second moments: directions without any input.
@@ -93,20 +94,23 @@ def _factor(
     # d/dgain of ‖X·(gain ⊙ own − rest)‖²; alike inputs with alike weights may be many.
     normal = square * (own @ own.T)
     normal += 1e-9 * np.trace(normal) / size * np.eye(size)
-    values, vectors = np.linalg.eigh(square)
-    root = np.sqrt(values)
-    whiten, back = root[:, None] * vectors.T, vectors / root
+    root = np.linalg.cholesky(square)  # ‖X·M‖² = ‖rootᵀ·M‖²
 
     def product(gain: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         """The best one for a gain, and what it leaves of the answers."""
-        change = whiten @ (head - gain[:, None] * own)
-        # Its left singular vectors; a singular value decomposition takes far longer.
-        squares, sides = np.linalg.eigh(change @ change.T)
-        squares, sides = squares[::-1], sides[:, ::-1][:, :rank]
+        change = root.T @ (head - gain[:, None] * own)
+        wide = change.shape[1] > size
+        # Singular vectors of the shorter side, and no more of them than are kept: a
+        # whole decomposition takes many times as long.
+        gram = change @ change.T if wide else change.T @ change
+        kept = (max(0, len(gram) - rank), len(gram) - 1)
+        squares, sides = scipy.linalg.eigh(gram, subset_by_index=kept)
         # A half of the scale in each factor, so that rounding hurts neither.
-        half = np.maximum(squares[:rank], 1e-30 * squares[0]) ** 0.25
-        up = (sides / half).T @ change
-        return float(squares[rank:].sum()), back @ (sides * half), up
+        half = np.maximum(squares, 1e-30 * squares[-1]) ** 0.25
+        left = sides * half if wide else change @ (sides / half)
+        up = (sides / half).T @ change if wide else (sides * half).T
+        down = scipy.linalg.solve_triangular(root, left, trans="T", lower=True)
+        return float(np.trace(gram) - squares.sum()), down, up
 
     def fitted(rest: np.ndarray) -> np.ndarray:
         """The best gain for what a product leaves."""
