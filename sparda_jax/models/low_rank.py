@@ -15,6 +15,7 @@ inputs, whose second moments it is given (reduced-rank regression).
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -104,13 +105,14 @@ def _factor(
         # whole decomposition takes many times as long.
         gram = change @ change.T if wide else change.T @ change
         kept = (max(0, len(gram) - rank), len(gram) - 1)
-        squares, sides = scipy.linalg.eigh(gram, subset_by_index=kept)
+        found: Any = scipy.linalg.eigh(gram, subset_by_index=kept)
+        squares, sides = (np.asarray(x) for x in found)
         # A half of the scale in each factor, so that rounding hurts neither.
         half = np.maximum(squares, 1e-30 * squares[-1]) ** 0.25
         left = sides * half if wide else change @ (sides / half)
         up = (sides / half).T @ change if wide else (sides * half).T
-        down = scipy.linalg.solve_triangular(root, left, trans="T", lower=True)
-        return float(np.trace(gram) - squares.sum()), down, up
+        down: Any = scipy.linalg.solve_triangular(root, left, trans="T", lower=True)
+        return float(np.trace(gram) - squares.sum()), np.asarray(down), up
 
     def fitted(rest: np.ndarray) -> np.ndarray:
         """The best gain for what a product leaves."""
