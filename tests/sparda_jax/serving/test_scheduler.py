@@ -178,9 +178,10 @@ def _body(prompt: list[int], config: sj.GenerateConfig) -> dict:
 
 
 def _threads() -> list[str]:
-    """Names of the threads, but for those of asyncio's pool, which has a bound."""
+    """Names of the threads, but for those of the event loop's pool, which has a bound."""
     names = (thread.name for thread in threading.enumerate())
-    return sorted(name for name in names if not name.startswith("asyncio_"))
+    pools = ("asyncio_", "uvloop_")
+    return sorted(name for name in names if not name.startswith(pools))
 
 
 def _hang_up(server, body: dict, seconds: float) -> None:
