@@ -178,7 +178,7 @@ def _body(prompt: list[int], config: sj.GenerateConfig) -> dict:
 
 
 def _threads() -> list[str]:
-    """Names of the threads, but for those of the event loop's pool, which has a bound."""
+    """Names of the threads, but for the event loop's pool, which has a bound."""
     names = (thread.name for thread in threading.enumerate())
     pools = ("asyncio_", "uvloop_")
     return sorted(name for name in names if not name.startswith(pools))
