@@ -1,5 +1,6 @@
 """Several devices give what one gives, and no KV ever leaves its own."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -7,6 +8,8 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -15,8 +18,9 @@ import sparda_jax as sj
 from sparda_jax.config import ConfigError
 from sparda_jax.mesh import MeshConfig
 from sparda_jax.models.presets import PRESETS
-from sparda_jax.models.sharding import config_of_device
+from sparda_jax.models.sharding import config_of_device, placer
 from sparda_jax.models.spec import LAYER, MESH_AXES, MODEL
+from sparda_jax.models.weights import build_decoder, random_tensors
 from sparda_jax.sparse.selectors import get_selector, selector_names
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -413,6 +417,42 @@ def test_the_axis_of_every_dimension_is_in_the_table():
 def test_what_cannot_be_divided_is_refused(model, parts, message):
     with pytest.raises(ConfigError, match=message):
         config_of_device(PRESETS[model].model, parts)
+
+
+def test_a_mesh_is_loaded_with_a_few_layers_on_the_host():
+    """What was read is gone when it lies on its devices; layers come one by one."""
+    config = dataclasses.replace(PRESETS["tiny"].model, num_layers=24)
+    held, most, sizes, lock = 0, 0, [], threading.RLock()
+
+    def freed(size):
+        nonlocal held
+        with lock:
+            held -= size
+
+    def counted(load):
+        def read():
+            nonlocal held, most
+            array = load()
+            with lock:
+                held += array.nbytes
+                most = max(most, held)
+            sizes.append(array.nbytes)
+            weakref.finalize(array, freed, array.nbytes)
+            return array
+
+        return read
+
+    tensors = random_tensors(config, seed=0, scale=0.2)
+    told = []
+    build_decoder(
+        config,
+        {name: counted(load) for name, load in tensors.items()},
+        dtype="bfloat16",
+        put=placer(config, MeshConfig(), "bfloat16"),
+        on_layer=lambda: told.append(held),
+    )
+    assert len(told) == 24
+    assert most < sum(sizes) / 3, (most, sum(sizes))
 
 
 def test_a_mesh_needs_its_devices():
