@@ -13,17 +13,29 @@ the first compiles it and the others wait for that one.
 """
 
 import collections
+import contextlib
 import functools
+import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 
 # Requests of all small sizes need 10 (`inference.shapes`), further turns a few more.
 _MOST_PROGRAMS = 64
+
+# Settings of JAX that change a program and may change between two calls: each is a
+# context manager of that name, and then the thread's own.
+_TRACED = (
+    "enable_x64",
+    "default_matmul_precision",
+    "numpy_dtype_promotion",
+    "default_prng_impl",
+    "threefry_partitionable",
+)
 
 
 class BoundedCache[Value]:
@@ -107,16 +119,42 @@ def signature(arguments: Any) -> Hashable:
     return tree, types
 
 
-def _trace_settings() -> Hashable:
-    """Settings of JAX that change a program and may change between two calls."""
-    config: Any = jax.config
-    return (
-        config.jax_enable_x64,
-        config.jax_default_matmul_precision,
-        config.jax_numpy_dtype_promotion,
-        config.jax_default_prng_impl,
-        config.jax_threefry_partitionable,
-    )
+def _trace_settings(*more: str) -> dict[str, Any]:
+    """This thread's settings of JAX that change a program, and others, by name."""
+    return {name: getattr(jax.config, f"jax_{name}") for name in (*_TRACED, *more)}
+
+
+@contextlib.contextmanager
+def side_by_side() -> Iterator[Callable[..., None]]:
+    """Threads that work under the settings of JAX, and on the device, of this one.
+
+    Yields:
+      What takes a function and its arguments, for a thread to call. The block ends when
+      all calls have. Where one fails, or the block does (Ctrl-C), that is raised, and
+      calls that have not begun never do.
+    """
+    here = _trace_settings("default_device")
+
+    def call(function: Callable, given: tuple, named: dict) -> None:
+        with contextlib.ExitStack() as settings:
+            for name, value in here.items():
+                if getattr(jax.config, f"jax_{name}") != value:
+                    settings.enter_context(getattr(jax, name)(value))
+            function(*given, **named)
+
+    started: list[Future[None]] = []
+
+    def start(function: Callable, *given: Any, **named: Any) -> None:
+        started.append(pool.submit(call, function, given, named))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            yield start
+            for one in started:
+                one.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 class Programs:
@@ -161,7 +199,7 @@ class Programs:
             tuple(sorted(static.items())),
             donate,
             signature(arguments),
-            _trace_settings(),
+            tuple(_trace_settings().values()),
         )
         seconds = 0.0
 

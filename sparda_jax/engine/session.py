@@ -1,9 +1,7 @@
 """A batch of fixed shapes whose rows requests join and leave."""
 
-import concurrent.futures
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Callable, Hashable
 from typing import Any, Unpack
@@ -13,7 +11,7 @@ import numpy as np
 
 from sparda_jax.checks import LARGEST_BYTES, ConfigError, integer, optional, require
 from sparda_jax.engine.batch import Batch
-from sparda_jax.engine.compile_cache import PROGRAMS
+from sparda_jax.engine.compile_cache import PROGRAMS, side_by_side
 from sparda_jax.engine.generate_config import (
     GenerateConfig,
     GenerateOptions,
@@ -73,6 +71,7 @@ class Session(Batch):
         *,
         rows: int,
         max_context: int,
+        max_new: int,
         piece: int,
         top_logprobs: int | None,
         prefix_bytes: int,
@@ -82,7 +81,8 @@ class Session(Batch):
         # Rows that requests have joined, with what is left of their prompts.
         self._prompts: dict[int, list[int]] = {}
         self._prompt_logs: dict[int, list[TokenLogprobs]] = {}
-        self._open_rows, self._max_context, self._piece = rows, max_context, piece
+        self._open_rows, self._piece = rows, piece
+        self._max_context, self._max_new = max_context, max_new
         self._store = PrefixStore(piece, prefix_bytes) if prefix_bytes else None
         # Whole prompts of the rows that may use the store, and where in it they stand.
         self._whole: dict[int, list[int]] = {}
@@ -166,6 +166,7 @@ class Session(Batch):
             placement,
             rows=rows,
             max_context=context,
+            max_new=new,
             piece=piece,
             top_logprobs=top,
             prefix_bytes=prefix,
@@ -187,6 +188,11 @@ class Session(Batch):
     def max_context(self) -> int:
         """Tokens of a request, prompt and output together."""
         return self._max_context
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Most output tokens of a request."""
+        return self._max_new
 
     def held_tokens(self) -> list[int]:
         """Tokens in the cache of each row."""
@@ -220,10 +226,10 @@ class Session(Batch):
         require(has_room or not score_prompt, "score_prompt", score_prompt, room)
         new, limit = config.max_new_tokens, self._max_context
         require(
-            new <= self.shapes.new,
+            new <= self._max_new,
             "max_new_tokens",
             new,
-            f"at most {self.shapes.new}, the room of the session's rows",
+            f"at most {self._max_new}, what the session was opened for",
         )
         if len(tokens) + new > limit:
             raise ConfigError(
@@ -406,7 +412,7 @@ class Session(Batch):
         for score in kinds:
             row = self.join(
                 [0],
-                max_new_tokens=min(2, self.shapes.new),
+                max_new_tokens=min(2, self._max_new),
                 ignore_eos=True,
                 score_prompt=score,
             )
@@ -423,16 +429,14 @@ class Session(Batch):
         prompt = pad_rows([[0]], shapes.prompt)
         prefill = (prompt, self.request(0, row=0, ends=[True]), at)
         begun, before = time.perf_counter(), self.compile_seconds
-        started: list[concurrent.futures.Future] = []
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        with side_by_side() as start:
 
             def part(function: Callable, *given: object, **static: Hashable) -> None:
-                started.append(pool.submit(self._part, function, given, static))
+                start(self._part, function, given, static)
 
             def change(function: Callable, *given: object, **more: Any) -> None:
                 more.setdefault("donate", (0,))
-                given = (state, *given)
-                started.append(pool.submit(self._program, function, given, **more))
+                start(self._program, function, (state, *given), **more)
 
             part(prefill_row_and_sample, *prefill, tile_size=shapes.tile)
             if self._top_logprobs is not None:
@@ -456,8 +460,6 @@ class Session(Batch):
                 seen = jax.device_put(np.zeros(self.lm.config.vocab_size, bool))
                 change(put_prefix_blocks, blocks, at, at)
                 change(end_prefix, index, at, at, seen)
-            for one in started:
-                one.result()
         self.compile_seconds = before + time.perf_counter() - begun
 
     def _warm_up_decode(self) -> None:

@@ -338,7 +338,7 @@ def _request(
     if new is None:
         longest = max(map(len, prompts))
         room = max(session.max_context - longest, 1)
-        new = min(session.shapes.new, room, default_tokens or room)
+        new = min(session.max_new_tokens, room, default_tokens or room)
     require(new > 0 or echo, "max_tokens", new, "at least 1 (0 with echo)")
     config = GenerateConfig(
         max_new_tokens=max(new, 1),

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 import sparda_jax as sj
-from sparda_jax.engine.compile_cache import PROGRAMS, BoundedCache, Programs
+from sparda_jax.engine import compile_cache
+from sparda_jax.engine.compile_cache import (
+    PROGRAMS,
+    BoundedCache,
+    Programs,
+    side_by_side,
+)
 
 
 def test_what_was_not_used_for_longest_makes_room():
@@ -52,6 +58,38 @@ def test_a_failure_leaves_nothing():
             cache.get_or_make("key", fail)
     assert len(cache) == 0
     assert cache.get_or_make("key", lambda: 5) == 5
+
+
+def test_threads_have_the_settings_of_who_starts_them():
+    here, seen = jax.devices()[0], []
+
+    def look():
+        config = jax.config
+        settings = config.jax_threefry_partitionable, config.jax_default_device
+        seen.append((*settings, config.jax_default_matmul_precision))
+
+    with jax.threefry_partitionable(False), jax.default_device(here):
+        with jax.default_matmul_precision("highest"), side_by_side() as start:
+            start(look)
+    assert seen == [(False, here, "highest")]
+
+
+def test_what_has_not_begun_when_the_user_stops_never_does(monkeypatch):
+    stopped, begun = threading.Event(), []
+
+    class Pool(concurrent.futures.ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(False, cancel_futures=cancel_futures)
+            stopped.set()
+            super().shutdown(wait)
+
+    monkeypatch.setattr(compile_cache, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(compile_cache.os, "cpu_count", lambda: 1)
+    with pytest.raises(KeyboardInterrupt), side_by_side() as start:
+        start(stopped.wait, 30)
+        start(begun.append, "further")
+        raise KeyboardInterrupt
+    assert begun == []
 
 
 def _scaled(x, *, factor):

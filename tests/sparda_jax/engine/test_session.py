@@ -107,11 +107,11 @@ def test_many_rows_join_and_leave(lm, token_ids, count):
 
 
 def test_what_a_session_refuses(lm):
-    session = Session.open(lm, rows=1, max_context=256, max_new_tokens=64)
+    session = Session.open(lm, rows=1, max_context=256, max_new_tokens=60)
     for arguments, named in (
         ({"prompt": []}, "prompt is empty"),
         ({"prompt": [5] * 250}, "prompt has 250 tokens.*at most 256 fit a row"),
-        ({"prompt": [5], "max_new_tokens": 65}, "max_new_tokens=65.*at most 64"),
+        ({"prompt": [5], "max_new_tokens": 61}, "max_new_tokens=61.*at most 60"),
         ({"prompt": [5], "n": 2}, "n=2"),
         ({"prompt": [5], "seed": [1, 2]}, "seed"),
         ({"prompt": [5], "stop_ids": [999]}, "stop_ids holds 999"),
