@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_directory import TINY, tiny_directory
@@ -11,12 +13,20 @@ import sparda_jax as sj
 from sparda_jax.checkpoint.errors import CheckpointError
 from sparda_jax.machine import Limit
 from sparda_jax.models.presets import get_preset
+from sparda_jax.models.weights import abstract_decoder
 from sparda_jax.planning.limits import MemoryLimits
 from train import adapt as adapt_module
 from train.adapt import adapt
 from train.adapt_command import main
 from train.adapt_work import same_call
+from train.backbone import Batch, Settings
+from train.config import PUBLISHED_LOSS, OptimizerConfig
+from train.init import query_moments
 from train.memory import refuse_too_little_memory, training_memory
+from train.optimizer import initial_state, make_optimizer
+from train.sharding import make_mesh
+from train.step import make_step
+from train.tiles import Documents
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +205,33 @@ def test_memory_counts_what_a_host_holds_besides():
     # Sums of second moments in float64, twice as large as a batch's in float32.
     assert host["second moments"] == 3 * card["second moments"]
     assert sum(host.values()) > sum(card.values())
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_is_what_the_compiler_says(dtype):
+    """Regression and a step of a real shape, a query for each query head."""
+    tokens, preset = 2048, get_preset("qwen2.5-coder-0.5b")
+    config = dataclasses.replace(preset.model, forecast_queries=7)
+    model = abstract_decoder(config, dtype, storage="stacked", forecast=False)
+    sparse = dataclasses.replace(preset.sparse, local_blocks=2, block_budget=8)
+    settings = Settings(config, sparse, PUBLISHED_LOSS, whole_rows=True)
+    heads = jax.ShapeDtypeStruct((24, 896, 896), jnp.float32)
+    ids = jax.ShapeDtypeStruct((1, 1, tokens), jnp.int32)
+    batch = Batch(ids, Documents(ids, ids))
+    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    optimizer = make_optimizer(OptimizerConfig())
+    state = jax.eval_shape(lambda x: initial_state(x, optimizer), heads)
+    step = make_step(model, settings, optimizer, make_mesh(1))
+    sums = jax.jit(query_moments, static_argnames="settings")
+    held = []
+    for lowered in (
+        sums.lower(model, heads, row, settings=settings),
+        step.lower(model, state, batch),
+    ):
+        found = lowered.compile().memory_analysis()
+        held.append(found.argument_size_in_bytes + found.temp_size_in_bytes)
+        held[-1] += found.output_size_in_bytes - found.alias_size_in_bytes
+    planned = sum(training_memory(config, dtype, tokens).values())
+    assert 0.85 * planned < max(held) < 1.02 * planned, (planned, held)
