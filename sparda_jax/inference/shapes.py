@@ -17,7 +17,8 @@ import dataclasses
 from sparda_jax.inference.prefill import padded_length
 
 _MIN_PROMPT = 128
-# So much room for output costs a row 512 bytes: short answers and long share programs.
+# So much room for output costs a row 512 bytes, and a block more where a cache evicts:
+# short answers and long share programs.
 _MIN_NEW = 128
 
 _ROWS = (1, 2, 4, 8)
