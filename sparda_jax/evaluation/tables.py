@@ -200,10 +200,14 @@ def score_table(scores: Scores, length: int) -> Table | None:
         ]
         rows.append(tuple(row))
     low = [task for task in tasks if not scores.measured(task, length)]
-    told = "; ".join(f"{t}: {scores.dense_score(t, length):.1f}" for t in low)
+    dense = {task: scores.dense_score(task, length) for task in low}
+    told = "; ".join(f"{t}: {s:.1f}" for t, s in dense.items() if s is not None)
+    gone = ", ".join(task for task, score in dense.items() if score is None)
     note = "95 % bootstrap intervals. The mean is over the measured tasks."
-    if low:
+    if told:
         note += f" Not measured, as dense scores less than {scores.floor:g}: {told}."
+    if gone:
+        note += f" Not measured, as there is no result of dense: {gone}."
     return Table(
         f"Scores at {length:,} tokens (0–100)",
         ("attention", *tasks, "mean", "mean − dense"),

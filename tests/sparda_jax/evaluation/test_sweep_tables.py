@@ -11,7 +11,12 @@ from sparda_jax.evaluation.sweep_tables import (
     solved_series,
     task_sweep_tables,
 )
-from sparda_jax.evaluation.tables import MISSING, Scores
+from sparda_jax.evaluation.tables import (
+    MISSING,
+    NOT_MEASURED,
+    Scores,
+    score_table,
+)
 
 SETTINGS = {
     "attention": ["dense", "sparda", "quest", "magicpig_tokens"],
@@ -110,6 +115,12 @@ def test_tasks_that_dense_solves(scores):
     }
     none = _scores(("passkey", "dense", 0, [89]), ("passkey", "sparda", 4, [89]))
     assert solved_means(none, 100) is None and nearness_table(none, 100) is None
+
+
+def test_a_task_without_dense_is_not_measured():
+    table = score_table(_scores(("passkey", "sparda", 4, [90])), 100)
+    assert table is not None and "no result of dense: passkey" in table.note
+    assert table.rows[0][1] == NOT_MEASURED
 
 
 def test_near_is_two_points():
