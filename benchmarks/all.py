@@ -6,12 +6,13 @@
 
 Every part is a benchmark command in a process of its own, with a limit; what a part has
 measured when its time is up is kept, and what does not fit into `--minutes` is left out
-and said. What this card has no figures of comes first, then the oldest ones: all parts
-take about twelve minutes where nothing is compiled yet, so that a second run measures
-what the first one left out. Results are `<out>/<device>/<part>.json`: command, commit,
-device, JAX version, date, exit status and the benchmark's own figures; by default they
-are those in `benchmarks/results`, which the tables are made of. A card that was not at
-hand when a part was last measured has lines of its own that say since which commit.
+and said. What this card has no figures of comes first, then the oldest ones: where
+nothing is compiled yet all parts have not been seen to fit (whole prefill alone took
+194 s of an H200), so that a second run measures what the first one left out.
+Results are `<out>/<device>/<part>.json`: command, commit, device, JAX version, date,
+exit status and the benchmark's own figures; by default they are those in
+`benchmarks/results`, which the tables are made of. A card that was not at hand when a
+part was last measured has lines of its own that say since which commit.
 """
 
 import argparse
