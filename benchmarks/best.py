@@ -38,8 +38,9 @@ from benchmarks.parsers import benchmark_parser
 from benchmarks.traced import DEFAULT_TRACE
 from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checkpoint.files import read_json
-from sparda_jax.checks import ConfigError
+from sparda_jax.checks import ConfigError, integer, number
 from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import add_option
 
 if TYPE_CHECKING:
     from sparda_jax.config import HostCodec, ModelConfig, SparseConfig
@@ -217,8 +218,8 @@ def cells_by_worth(
         for (mode, codec, keys), name in _NAMES.items()
         if name in set(ways)
     ]
-    for number in range(max(map(len, found), default=0)):
-        round_ = [way[number] for way in found if number < len(way)]
+    for place in range(max(map(len, found), default=0)):
+        round_ = [way[place] for way in found if place < len(way)]
         yield from sorted(
             round_, key=lambda cell: (cell.slots > 0, -cell.host_gib, -cell.promise)
         )
@@ -440,12 +441,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("figures", nargs="*", type=pathlib.Path, help="for --plot")
     parser.add_argument("--plot", type=pathlib.Path, help="a PNG to draw instead")
     parser.add_argument("--model", default="minicpm4.1-8b", help="preset")
-    parser.add_argument("--context", type=int, default=131072)
+    for name, check, metavar, default, text in (
+        ("--context", integer(1), "N", 131072, "tokens of a row"),
+        ("--layers", integer(1), "L", None, "fewer layers than the preset has"),
+        ("--most", integer(1), "B", 96, "largest batch to look at"),
+        ("--minutes", number(above=0), "M", math.inf, "begin no cell after them"),
+    ):
+        add_option(parser, name, check, metavar=metavar, default=default, help=text)
     names = tuple(_NAMES.values())
     parser.add_argument("--ways", nargs="+", default=names, choices=names)
-    parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
-    parser.add_argument("--most", type=int, default=96, help="largest batch to look at")
-    parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument(
         "--layer0", default="auto", choices=["auto", "resident", "offload"]
     )

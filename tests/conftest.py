@@ -24,9 +24,9 @@ os.environ["PALLAS_KERNELS_CACHE"] = os.devnull
 
 import hypothesis
 import jaxtyping
-from jaxtyping import install_import_hook
+import type_checks
 
-install_import_hook(("sparda_jax", "pallas_kernels", "train"), "beartype.beartype")
+type_checks.install()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

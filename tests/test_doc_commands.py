@@ -105,8 +105,11 @@ _SMALL = {
     "eval": ["--samples", "1", "--attention", "infllm_v2,sparda"],
     "forecast-report": ["--tokens", "640", "--rows", "1"],
     "generate": ["--max-new-tokens", "4"],
-    "soak": ["--requests", "2", "--context", "128", "--new", "24"],
+    # With its warm-up: tests/sparda_jax/evaluation/test_soak.py.
+    "soak": ["--only", "1", "--context", "128", "--new", "24", "--minutes", "1"],
 }
+# One model stands in the place of theirs, but where commands only compute.
+_MODEL = ("model", "forecast")
 # What is tested by itself, fetches, or is no more than a name; the commands of the
 # results took hours.
 _NOT_HERE = ("adapt", "bench", "completion", "demo", "fetch", "serve", "train", "tune")
@@ -129,11 +132,22 @@ def _shown_commands() -> list[list[str]]:
     return found
 
 
-def _run(words: list[str]) -> int:
+def _small(words: list[str]) -> list[str]:
     extra = list(_SMALL.get(words[0], []))
     if "--no-compilation-cache" in all_options()[words[0]]:
         extra.append("--no-compilation-cache")
-    return main([*words, *extra])
+    return [*words, *extra]
+
+
+def _run(words: list[str]) -> int:
+    return main(_small(words))
+
+
+def _asked(words: list[str]) -> str:
+    """What a command asks for, whatever model it names: the same is run once."""
+    given = vars(build_parser().parse_args(_small(words)))
+    left_out = () if words[0] == "plan" else _MODEL
+    return repr(sorted((k, v) for k, v in given.items() if k not in left_out))
 
 
 @pytest.mark.slow
@@ -148,7 +162,7 @@ def test_commands_run(text_lm, monkeypatch, tmp_path, capsys):
     (tmp_path / "typed.txt").write_text("Who speaks?\n/exit\n")
     (tmp_path / "book.txt").write_text("stop an operation in the engine\n" * 60)
     ran = []
-    for words in _shown_commands():
+    for words in {_asked(words): words for words in _shown_commands()}.values():
         with open("typed.txt", encoding="utf-8") as typed:
             monkeypatch.setattr("sys.stdin", typed)
             status = _run(words)

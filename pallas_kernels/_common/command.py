@@ -9,4 +9,5 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with that line and status 2."""
-        self.exit(2, f"{message} (see {self.prog} --help)\n")
+        told = message.removeprefix("argument ")
+        self.exit(2, f"{told} (see {self.prog} --help)\n")

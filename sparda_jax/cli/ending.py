@@ -18,6 +18,7 @@ _ARGUMENT = re.compile(
     r"((?:--[\w-]+=(?:'[^']*'|[^\s,]+), )*)(?:[A-Z]\w*[a-z]\w*\.)?([a-z]\w*)(?==)"
 )
 _options: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("options")
+_given: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("given")
 
 
 def add_options(options: Mapping[str, str]) -> None:
@@ -25,12 +26,32 @@ def add_options(options: Mapping[str, str]) -> None:
     _options.set({**_options.get({}), **options})
 
 
+def add_given(options: Mapping[str, str]) -> None:
+    """Tells it which option each text was given to: what files are called by."""
+    _given.set({**options, **_given.get({})})
+
+
 def _naming_options(text: str) -> str:
-    """A message of the library, which names arguments, with options in their place."""
+    """A message of the library, which names arguments, with options in their place.
+
+    One of a file names it first: that, or the directory it lies in, may be an option's.
+    """
     known = _options.get({})
     while (found := _ARGUMENT.match(text)) and found[2] in known:
         text = f"{found[1]}{known[found[2]]}{text[found.end() :]}"
+    for name, option in _given.get({}).items():
+        if text.startswith((f"{name}: ", f"{name}, ")):
+            return f"{option}={text}"
+        if text.startswith(f"{name.rstrip(os.sep)}{os.sep}"):
+            return f"{option}={name}: {text}"
     return text
+
+
+def _told(error: OSError) -> str:
+    """What an error of the system says, beginning with the file where there is one."""
+    if isinstance(error.filename, str) and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def print_line(text: str) -> None:
@@ -58,7 +79,7 @@ def run_command(
       0; 2 after a refusal or where the output cannot be written; 130 after Ctrl-C; 141
       if nobody reads the output.
     """
-    before = _options.set({})
+    before, given = _options.set({}), _given.set({})
     try:
         try:
             _take_any_text()
@@ -78,10 +99,11 @@ def run_command(
         return 141
     except OSError as error:
         _give_up_output()
-        print_line(f"{prefix}{error}")
+        print_line(f"{prefix}{_naming_options(_told(error))}")
         return 2
     finally:
         _options.reset(before)
+        _given.reset(given)
     return 0
 
 

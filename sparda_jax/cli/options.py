@@ -2,10 +2,13 @@
 
 import argparse
 import functools
+import os
+import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from sparda_jax.checks import Check, ConfigError, integer, text
-from sparda_jax.cli.ending import add_options
+from sparda_jax.cli.ending import add_given, add_options
 
 
 class HelpFormatter(
@@ -27,7 +30,23 @@ class Parser(argparse.ArgumentParser):
         add_options(
             {a.dest: a.option_strings[-1] for a in self._actions if a.option_strings}
         )
-        return super().parse_known_args(args, namespace)
+        found = super().parse_known_args(args, namespace)
+        add_given(self._given(vars(found[0])))
+        return found
+
+    def _given(self, values: Mapping[str, Any]) -> dict[str, str]:
+        """Options by the texts and paths that were written behind them."""
+        found = {}
+        for action in self._actions:
+            value = values.get(action.dest)
+            if not action.option_strings or value == action.default:
+                continue
+            for one in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(one, str | os.PathLike) and os.fspath(one):
+                    option, name = action.option_strings[-1], os.fspath(one)
+                    # As it was written, and as a path that is made of it is.
+                    found |= {name: option, str(pathlib.Path(name)): option}
+        return found
 
     def print_help(self, file: Any = None) -> None:
         """Prints the help; argparse's own form says nothing of a full disk."""

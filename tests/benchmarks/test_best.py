@@ -102,3 +102,12 @@ def test_bad_input(tmp_path, capsys):
     ):
         assert main(arguments) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--most", "0"), ("--context", "x"), ("--minutes", "-1")]
+)
+def test_bad_numbers_name_their_option(capsys, option, value):
+    assert main([option, value]) == 2
+    told = capsys.readouterr().err.replace("'", "")
+    assert told.startswith(f"{option}={value} is not allowed: it must be ")

@@ -170,6 +170,12 @@ def test_entries_by_hand_keep_their_order(cases):
     assert merged(old, new, partial=False)["default"] == ["triton", "xla"]
 
 
+def test_an_operation_that_is_none_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main.main(["nothing"])
+    assert capsys.readouterr().err.startswith("op: invalid choice: 'nothing'")
+
+
 def test_nothing_to_tune(cases):
     with pytest.raises(ValueError, match="no case of op is left"):
         search.tune("op", only=[{"B": 5}])

@@ -3,6 +3,7 @@
 import gc
 import io
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import weakref
 import pytest
 from ending_cases import ROOT, check_end, check_faults, check_outputs, ends
 
+from sparda_jax.checkpoint.errors import CheckpointError
 from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import Parser
 
 COMMAND = [sys.executable, "-m", "sparda_jax.cli"]
 
@@ -27,6 +30,30 @@ def test_every_end_is_one_line(capsys, error, status, told):
 
 def test_other_errors_are_faults_of_ours():
     check_faults(run_command)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (CheckpointError("./h.json: no JSON"), "--heads=./h.json: no JSON"),
+        (CheckpointError("h.json, line 2 is wrong"), "--heads=h.json, line 2 is wrong"),
+        (CheckpointError("m/a.json: no JSON"), "--model=m: m/a.json: no JSON"),
+        (CheckpointError("mm/a.json: no JSON"), "mm/a.json: no JSON"),
+        (CheckpointError("x.json: no JSON"), "x.json: no JSON"),
+        (FileNotFoundError(2, "No such file", "m"), "--model=m: No such file"),
+    ],
+)
+def test_the_line_of_a_file_names_its_option(capsys, error, told):
+    def action():
+        parser = Parser()
+        parser.add_argument("--heads")
+        parser.add_argument("--model", type=pathlib.Path)
+        parser.add_argument("--out", default="x.json")
+        parser.parse_args(["--heads", "./h.json", "--model", "m/", "--out", "x.json"])
+        raise error
+
+    assert run_command(action) == 2
+    assert capsys.readouterr().err == f"{told}\n"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
