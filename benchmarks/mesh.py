@@ -59,9 +59,13 @@ _OWN = ("model", "context", "batch", "codec")
 _BEGUN = time.perf_counter()
 
 
-def _xla_option(name: str, value: object) -> str:
-    require(isinstance(value, str) and "=" in value, name, value, "NAME=VALUE")
-    return str(value)
+def _xla_option(field: str, value: object) -> tuple[str, str | int | bool]:
+    """Name and value, of the type that XLA wants."""
+    name, equals, text = str(value).partition("=")
+    require(bool(name and equals), field, value, "NAME=VALUE")
+    if text in ("true", "false"):
+        return name, text == "true"
+    return name, int(text) if text.isdecimal() else text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -256,7 +260,7 @@ def _cases(devices: int, model, sparse, choice, new: int, arguments) -> list[Cas
     return cases
 
 
-def _compile(case: Case, request, options: dict[str, str]) -> tuple[Any, str]:
+def _compile(case: Case, request, options: dict) -> tuple[Any, str]:
     """The program of a case, from types alone, and its seconds."""
     import jax
 
@@ -277,10 +281,8 @@ def _compile(case: Case, request, options: dict[str, str]) -> tuple[Any, str]:
     lowered = call.lower(model, layout.types(), request)
     traced = time.perf_counter()
     program = lowered.compile(case.program.compiler_options | options)
-    times = (
-        f"traced {traced - begun:.1f} s, compiled {time.perf_counter() - traced:.1f} s"
-    )
-    return program, times
+    compiled = time.perf_counter()
+    return program, f"traced {traced - begun:.1f} s, compiled {compiled - traced:.1f} s"
 
 
 def _sums_seconds(config, devices: int, batch: int) -> float:
@@ -449,10 +451,9 @@ def _run(arguments: argparse.Namespace) -> None:
     from sparda_jax.models.presets import get_preset
     from sparda_jax.planning.traces import read_trace
 
-    new = arguments.steps + 4 * CHUNK
-    begun = _BEGUN
+    new, options = arguments.steps + 4 * CHUNK, dict(arguments.option)
     found = jax.devices()
-    _phase(f"{len(found)} devices", begun)
+    _phase(f"{len(found)} devices", _BEGUN)
     begun = time.perf_counter()
     trace = read_trace(arguments.trace)
     meshes: list[Mesh] = []
@@ -470,10 +471,9 @@ def _run(arguments: argparse.Namespace) -> None:
         "device": found[0].device_kind,
         "jax": jax.__version__,
         "slots": arguments.slots,
-        "options": arguments.option,
+        "options": options,
         "lists": meshes[0].lists.source,
     }
-    options = dict(option.split("=", 1) for option in arguments.option)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         programs = {
             id(case): pool.submit(_compile, case, mesh.request, options)

@@ -54,6 +54,12 @@ def test_a_mesh_s_own_options_are_checked_before_anything_runs(words, capsys):
     assert "is not allowed: " in capsys.readouterr().err
 
 
+def test_options_of_xla_have_the_type_that_it_wants():
+    words = ["--option", "xla_a=true", "xla_b=2", "xla_c=ALLREDUCE"]
+    given = dict(_parser().parse_args(words).option)
+    assert given == {"xla_a": True, "xla_b": 2, "xla_c": "ALLREDUCE"}
+
+
 def test_lists_that_stand_still_are_those_of_the_first_token():
     bits = np.random.default_rng(0).integers(0, 256, (2, 1, 2, 5, 3), np.uint8)
     still = standing(TracedLists(bits, places=24, scored=4, source="random"))
