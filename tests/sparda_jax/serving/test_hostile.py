@@ -136,6 +136,19 @@ def test_slow_and_half_open_clients_are_let_go(server):
     assert post(server, "/health", None)[0] == 200
 
 
+def test_a_body_of_100_megabytes_is_refused_before_it_has_come(server):
+    """By its length; and without one, when it has become too long."""
+    told = _send(server, _head(100 * 2**20) + b" " * 2**16)
+    assert b" 413 " in told.recv(1000)
+    head = _head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    untold = _send(server, head)
+    chunk = b"10000\r\n" + b" " * 2**16 + b"\r\n"
+    untold.sendall(chunk * 4)
+    assert b" 413 " in untold.recv(1000)
+    for one in (told, untold):
+        one.close()
+
+
 def test_who_does_not_take_an_answer_is_let_go(server):
     """More than the sockets hold stands in the server's buffer, but not for long."""
     prompt = json.dumps({"prompt": "ab the " * 25_000}).encode()
