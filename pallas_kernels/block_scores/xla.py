@@ -89,12 +89,12 @@ def scratch_bytes(
 
     Returns:
       What the XLA form holds at its widest point on the device at hand: the logits of
-      a tile's chunk and their exponentials, scores of blocks, and a copy of the queries
-      by tile. Pallas forms need less.
+      a tile's chunk, their exponentials and the weights of the second walk, scores of
+      blocks, and a copy of the queries by tile. Pallas forms need less.
     """
     tile = _tile_size(batch, tokens, heads, windows)
     span = min(windows, _chunk_windows(windows, per_block))
-    logits = 2 * batch * tile * heads * span * 4
+    logits = 3 * batch * tile * heads * span * 4
     queries = batch * tokens * heads * head_dim * itemsize if tile < tokens else 0
     return queries + logits + batch * tokens * kv_heads * blocks * 4
 

@@ -53,7 +53,7 @@ def test_rows_of_padding_change_no_token(lm, prompts, monkeypatch):
     assert padded.conversation.lengths == (188, 11, 158)
     assert padded.stats.batch == 3 and padded.stats.new_tokens == 27
     state = close.conversation.state
-    assert state.lengths.shape == (3,) and state.tokens.shape == (3, 32)
+    assert state.lengths.shape == (3,) and state.tokens.shape == (3, 128)
     assert padded.tokens == close.tokens
     assert padded.stats.decode_blocks == close.stats.decode_blocks
     assert padded.stats.prefill_blocks == close.stats.prefill_blocks
