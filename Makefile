@@ -75,17 +75,19 @@ $(VENV)/.clients-ready: $(PY) pyproject.toml
 	$(VENV)/clients/bin/python -m pip install --quiet -e ".[serve-clients,ray]"
 	touch $@
 
+# What an extra names, for pip where the project itself is not installed.
+requirements = $$($(PY) -c \
+	"import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$(1)'])")
+
 # lm-eval without what its own tasks and metrics need: `local-completions` needs none of it.
 $(VENV)/.lm-eval-ready: $(PY) pyproject.toml
-	$(PY) -m pip install --quiet --no-deps --upgrade --target $(VENV)/lm-eval "$$($(PY) -c \
-		"import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['lm-eval'])")"
+	$(PY) -m pip install --quiet --no-deps --upgrade --target $(VENV)/lm-eval "$(call requirements,lm-eval)"
 	touch $@
 
 # guidellm has requirements that others' ranges exclude.
 $(VENV)/.guidellm-ready: $(PY) pyproject.toml
 	$(PY) -m venv $(VENV)/guidellm
-	$(VENV)/guidellm/bin/python -m pip install --quiet --no-compile "$$($(PY) -c \
-		"import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['guidellm'])")"
+	$(VENV)/guidellm/bin/python -m pip install --quiet --no-compile "$(call requirements,guidellm)"
 	touch $@
 
 $(VENV)/.notebooks-ready: $(PY) pyproject.toml

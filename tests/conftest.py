@@ -247,22 +247,24 @@ def smollm2_path() -> pathlib.Path:
     return fetch_default_model(progress=False)
 
 
+def _python_of(environment: str, how: str) -> str:
+    """The Python of an environment beside this one; skips, saying how, without it."""
+    python = pathlib.Path(sys.prefix, environment, "bin", "python")
+    if not python.exists():
+        pytest.skip(f"{environment}: not installed ({how})")
+    return str(python)
+
+
 @pytest.fixture(scope="session")
 def clients_python() -> str:
     """The Python of the environment that holds the extras serve-clients and ray."""
-    python = pathlib.Path(sys.prefix, "clients", "bin", "python")
-    if not python.exists():
-        pytest.skip("the clients are not installed: make clients")
-    return str(python)
+    return _python_of("clients", "make clients")
 
 
 @pytest.fixture(scope="session")
 def guidellm_python() -> str:
     """The Python of the environment that holds the extra guidellm."""
-    python = pathlib.Path(sys.prefix, "guidellm", "bin", "python")
-    if not python.exists():
-        pytest.skip("guidellm is not installed: make test-slow installs it")
-    return str(python)
+    return _python_of("guidellm", "make test-slow installs it")
 
 
 @pytest.fixture(scope="session")

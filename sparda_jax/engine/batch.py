@@ -38,7 +38,7 @@ from sparda_jax.inference.rows import (
 from sparda_jax.models.rope import Rope
 from sparda_jax.planning.auto import on_demand
 
-PREFILLS = (prefill_and_sample, prefill_row_and_sample, prefill_row_and_score)
+_PREFILLS = (prefill_and_sample, prefill_row_and_sample, prefill_row_and_score)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +225,7 @@ class Batch:
         state: tuple[GenerateState, ...] = ()
         if function is not prefill_and_sample_new:
             state = (self.state,)
-        if function in PREFILLS:
+        if function in _PREFILLS:
             offload = self.settings.offload
             if offload is not None:
                 # Prefill is the same program whether decode looks ahead or not.
