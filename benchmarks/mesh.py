@@ -3,13 +3,15 @@
     python -m benchmarks.mesh --context 131072 --batch 4 --devices 1 2 4
     python -m benchmarks.mesh --devices 1 2 2 --batch 16 16 32 --codec int8
     python -m benchmarks.mesh --model llama-3.1-70b --layers 40 --devices 4
+    python -m benchmarks.mesh --mode sparda sparda-scheduled --devices 2
 
 Weights are random, drawn by every device for itself, and KV blocks are arbitrary
 bytes: nothing is prefilled. Which blocks a step asks for is imposed, from the lists
 that a real model chose (`benchmarks.traced`), beside the scoring that is really done.
-Modes are those of `benchmarks.offload`. Every offloaded mode also runs with lists that
-stand still, which fetch nothing: `hidden` is the part of the time that `sparse` waits
-for its fetches which `sparda` does not,
+Modes are those of `benchmarks.offload`, and `sparda-scheduled`: `sparda` compiled with
+XLA's latency hiding scheduler, which the engine leaves out. Every offloaded mode also
+runs with lists that stand still, which fetch nothing: `hidden` is the part of the time
+that `sparse` waits for its fetches which `sparda` does not,
 
     1 - (sparda - sparda standing) / (sparse - sparse standing).
 
@@ -42,6 +44,7 @@ from benchmarks.offload import (
     time_steps,
 )
 from benchmarks.parsers import benchmark_parser
+from benchmarks.sums import measured_sums
 from benchmarks.traced import (
     DEFAULT_TRACE,
     TracedLists,
@@ -53,7 +56,11 @@ from sparda_jax.checks import integer, number, require
 from sparda_jax.cli.ending import run_command
 from sparda_jax.cli.options import add_option
 
-MODES = ("sparda", "sparse", "resident", "sparda-none", "sparda-2", "sparda-verify")
+_SCHEDULED = "-scheduled"
+MODES = (
+    *("sparda", "sparse", "resident", "sparda-none", "sparda-2", "sparda-verify"),
+    f"sparda{_SCHEDULED}",
+)
 # What every mesh of a run may have of its own.
 _OWN = ("model", "context", "batch", "codec")
 _BEGUN = time.perf_counter()
@@ -227,8 +234,9 @@ def _cases(devices: int, model, sparse, choice, new: int, arguments) -> list[Cas
     capacity = arguments.context + -(-new // sparse.block_size) * sparse.block_size
     ways = []
     for mode in arguments.mode:
+        plain = mode.removesuffix(_SCHEDULED)
         cache, how = mode_settings(
-            model, sparse, mode, choice, arguments.slots, arguments
+            model, sparse, plain, choice, arguments.slots, arguments
         )
         ways.append((mode, cache, dataclasses.replace(how, config=own, parts=devices)))
 
@@ -260,6 +268,12 @@ def _cases(devices: int, model, sparse, choice, new: int, arguments) -> list[Cas
     return cases
 
 
+def compiler_options(mode: str, own: dict, given: dict) -> dict:
+    """What a mode is compiled with: the engine's own options, then those given."""
+    scheduled = mode.endswith(_SCHEDULED)
+    return (dict.fromkeys(own, True) if scheduled else own) | given
+
+
 def _compile(case: Case, request, options: dict) -> tuple[Any, str]:
     """The program of a case, from types alone, and its seconds."""
     import jax
@@ -280,47 +294,10 @@ def _compile(case: Case, request, options: dict) -> tuple[Any, str]:
     call = jax.jit(case.program, donate_argnums=(1,))
     lowered = call.lower(model, layout.types(), request)
     traced = time.perf_counter()
-    program = lowered.compile(case.program.compiler_options | options)
+    own = case.program.compiler_options
+    program = lowered.compile(compiler_options(case.mode, own, options))
     compiled = time.perf_counter()
     return program, f"traced {traced - begun:.1f} s, compiled {compiled - traced:.1f} s"
-
-
-def _sums_seconds(config, devices: int, batch: int) -> float:
-    """Seconds of a step's all-reduces alone: two a layer, of [batch, D]."""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import PartitionSpec
-
-    from sparda_jax.mesh import MODEL, MeshConfig
-
-    if devices == 1:
-        return 0.0
-    steps = 20
-
-    def steps_of_sums(x):
-        def one(_, x):
-            # Scaled, so that sums of sums stay finite, and none can be left out.
-            return jax.lax.psum(x, MODEL) * jnp.asarray(0.5, x.dtype)
-
-        return jax.lax.fori_loop(0, steps * 2 * config.num_layers, one, x)
-
-    run = jax.jit(
-        jax.shard_map(
-            steps_of_sums,
-            mesh=MeshConfig(model=devices).devices,
-            in_specs=PartitionSpec(),
-            out_specs=PartitionSpec(),
-            check_vma=False,
-        )
-    )
-    x = jnp.ones((batch, config.hidden_size), jnp.bfloat16)
-    jax.block_until_ready(run(x))
-    times = []
-    for _ in range(5):
-        begun = time.perf_counter()
-        jax.block_until_ready(run(x))
-        times.append((time.perf_counter() - begun) / steps)
-    return statistics.median(times)
 
 
 def _figures(case: Case, seconds, fetched: float, sparse, arguments) -> dict:
@@ -390,7 +367,7 @@ def _measure_mesh(mesh: Mesh, programs: dict) -> Iterator[dict]:
             _phase(f"waited for {case.mode} on {devices} ({times})", begun)
             if sums is None:
                 begun = time.perf_counter()
-                sums = _sums_seconds(layout.config, devices, arguments.batch)
+                sums = measured_sums(layout.config, devices, arguments.batch)
                 _phase(f"all-reduces on {devices}", begun)
             row: dict[str, Any] = {"mode": case.mode, "devices": devices}
             row["sums_ms"] = sums * 1e3

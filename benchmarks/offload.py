@@ -188,7 +188,7 @@ def imposed_choice(arguments, trace, config, sparse, batch: int, new: int) -> Ch
     return Choice(lists, arguments.context, 0.0)
 
 
-def _state(model, settings, batch: int, context: int, new: int, cache, lists):
+def held_state(model, settings, batch: int, context: int, new: int, cache, lists):
     """A state whose rows hold `context` tokens of arbitrary bytes."""
     from sparda_jax.inference.generate import new_state
     from sparda_jax.inference.shapes import Shapes
@@ -380,7 +380,7 @@ def measure_batch(model, sparse, batch: int, modes: list, arguments, rates, trac
         ]
         # "lookahead" before "none": the most fetches under way, and areas for them.
         cache, how = min(ways, key=lambda way: (way[0].prefetch, -way[0].layers_ahead))
-        state = _state(model, how, batch, context, new, cache, choice.lists)
+        state = held_state(model, how, batch, context, new, cache, choice.lists)
         capacity = state.cache.capacity
         hows, was_chosen, chosen = [how for _, how in ways], chosen, True
         programs = _compile(model, state, request, hows, chosen=was_chosen)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import mesh, offload
-from benchmarks.mesh import _of_meshes, _parser, hidden_share
+from benchmarks.mesh import _of_meshes, _parser, compiler_options, hidden_share
 from benchmarks.traced import TracedLists, standing
 from sparda_jax.checks import ConfigError
 
@@ -58,6 +58,13 @@ def test_options_of_xla_have_the_type_that_it_wants():
     words = ["--option", "xla_a=true", "xla_b=2", "xla_c=ALLREDUCE"]
     given = dict(_parser().parse_args(words).option)
     assert given == {"xla_a": True, "xla_b": 2, "xla_c": "ALLREDUCE"}
+
+
+def test_a_mode_may_be_compiled_with_the_scheduler_that_the_engine_leaves_out():
+    own, given = {"xla_scheduler": False}, {"xla_a": 2}
+    assert compiler_options("sparda", own, given) == own | given
+    scheduled = compiler_options("sparda-scheduled", own, given)
+    assert scheduled == {"xla_scheduler": True, "xla_a": 2}
 
 
 def test_lists_that_stand_still_are_those_of_the_first_token():
