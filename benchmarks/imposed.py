@@ -1,4 +1,4 @@
-"""Block lists that the prefill benchmark imposes: shared by neighbours, or of a trace.
+"""Block lists that benchmarks impose: shared by neighbours, or of a trace.
 
 Whoever is told what to list still scores and chooses as ever, so that a prefill costs
 what it costs; only what attention then reads is another. Importing this imports JAX.
@@ -45,12 +45,18 @@ def _agreeing(base: Selector, agree: int) -> Selector:
     return Agreeing(agree)
 
 
-def imposing(base: Selector, lists: TracedLists) -> Selector:
+# Tokens of the trace that a row's lists are ahead of those of the row before it.
+_ROWS_APART = 131
+
+
+def imposing(base: Selector, lists: TracedLists, *, decode: bool = False) -> Selector:
     """A selector that scores as `base` does and chooses what a trace chose.
 
     Args:
       base: The selector to run.
       lists: A trace's lists, mapped (`benchmarks.traced.map_trace`).
+      decode: Also in decode, whichever row of how many is run: all rows take the lists
+        of the first, each at a place of its own.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -59,12 +65,16 @@ def imposing(base: Selector, lists: TracedLists) -> Selector:
 
         def score(self, tile, config, sparse, implementation):
             real = super().score(tile, config, sparse, implementation)
-            if tile.decoding:
+            if tile.decoding and not decode:
                 return real
+            bits, at = jnp.asarray(lists.bits)[tile.layer], tile.positions
+            if decode:
+                bits = jnp.repeat(bits[:1], real.shape[0], axis=0)
+                at += _ROWS_APART * jnp.arange(real.shape[0])[:, None]
             imposed = traced_scores(
-                jnp.asarray(lists.bits)[tile.layer, : real.shape[0]],
+                bits[: real.shape[0]],
                 lists.places,
-                tile.positions % lists.tokens,
+                at % lists.tokens,
                 tile.positions[0, 0] // sparse.block_size,
                 real.shape[-1],
                 sparse,

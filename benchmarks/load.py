@@ -9,6 +9,7 @@ first `--warm-up` requests are in no figure.
 With `--url` the server is another process, of ours or of anybody's with the same API.
 Without, a model is served by this process to users in another one, and measured first:
 `generate` with one prompt, and the engine on the same rows without a server around it.
+`--json` is written after each part of it.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from sparda_jax.checks import (
     require,
     shown,
 )
+from sparda_jax.cli.cache_options import add_codec_option
 from sparda_jax.cli.console import note
 from sparda_jax.cli.options import HelpFormatter, Parser, add_option
 from sparda_jax.cli.packages import needs
@@ -383,12 +385,20 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="offload: device slots per layer and kv head, or auto",
     )
+    add_codec_option(source)
     add_option(
         source,
         "--layers",
         integer(2),
         metavar="N",
         help="fewer layers (with --random)",
+    )
+    add_option(
+        source,
+        "--trace",
+        path,
+        metavar="FILE",
+        help="block lists of this trace, not those of random weights (with --random)",
     )
     add_option(
         source,
@@ -402,6 +412,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("--max-context", None, "tokens of a row (what the load needs)"),
         ("--prefill-chunk", 512, "tokens of a piece of a prompt"),
         ("--decode-steps", 32, "most tokens between two looks at requests"),
+        ("--prefix-bytes", 2**30, "host memory for beginnings that prompts share"),
     ):
         add_option(source, name, integer(1), metavar="N", default=default, help=help)
     return parser
@@ -440,6 +451,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--prompt-tokens={arguments.prompt_tokens} is not allowed: all requests "
             f"together may have {_MOST_TOKENS} prompt tokens, and these have {tokens}"
         )
+    chosen = {
+        name: value for name, value in vars(arguments).items() if name != "api_key"
+    }
+
+    def write(figures: dict[str, Any]) -> None:
+        if arguments.json is not None:
+            write_json(arguments.json, {"arguments": chosen, **figures})
+
     if arguments.url is not None:
         found = {"load": _of_url(arguments)}
         for name, other in sweep(arguments, arguments.seed + 1):
@@ -449,13 +468,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with needs("serve"):
             from benchmarks.load_here import measure_here
 
-        found = measure_here(arguments)
-    chosen = {
-        name: value for name, value in vars(arguments).items() if name != "api_key"
-    }
-    found = {"arguments": chosen, **found}
-    if arguments.json is not None:
-        write_json(arguments.json, found)
+        found = measure_here(arguments, write)
+    write(found)
     for name, one in found.items():
         if "between_tokens_seconds" in one:
             print(f"{name.replace('_', ' ')}\n{table(one)}")

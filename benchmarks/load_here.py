@@ -3,21 +3,26 @@
 import argparse
 import dataclasses
 import json
+import pathlib
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import jax
 import numpy as np
 
 from benchmarks.bench import language_model
+from benchmarks.imposed import imposing, lists_of
 from benchmarks.load import LOAD_OPTIONS, sweep
+from benchmarks.traced import check_room
 from sparda_jax.checkpoint.files import read_json
-from sparda_jax.checks import ConfigError
+from sparda_jax.checks import ConfigError, require
 from sparda_jax.cli.console import note
 from sparda_jax.config import CacheConfig
 from sparda_jax.engine.api import generate
@@ -38,6 +43,8 @@ def engine_rates(
     output_tokens: int,
     vocab: int,
     rng: np.random.Generator,
+    *,
+    shared_tokens: int = 0,
 ) -> dict[str, Any]:
     """Decode rates of a session's rows without a server.
 
@@ -49,14 +56,19 @@ def engine_rates(
       prompt_tokens, output_tokens: Of every row.
       vocab: Token ids are below it.
       rng: Draws prompts that were not run before, and so are in no prefix store.
+      shared_tokens: With which prompts of that length begin alike, once they have been
+        run: prefill's rate counts the tokens that were.
     """
     found: dict[str, Any] = {}
+    shared = rng.integers(0, vocab, shared_tokens).tolist()
     warm = ((min(prompt_tokens, _SHORT), rows) for rows in (session.rows, 1))
     counted = ((prompt_tokens, rows) for rows in sorted({1, session.rows}))
     for tokens, rows in (*warm, *counted):
+        begins = shared if tokens == prompt_tokens else []
+        own = max(tokens - len(begins), 1)
         taken = [
             session.join(
-                rng.integers(0, vocab, tokens).tolist(),
+                [*begins, *rng.integers(0, vocab, own).tolist()],
                 max_new_tokens=output_tokens,
                 ignore_eos=True,
             )
@@ -67,11 +79,12 @@ def engine_rates(
             while not session.prefill(row):
                 pass
         prefill = time.perf_counter() - begun
+        run = rows * (len(begins) + own) - sum(map(session.cached_tokens, taken))
         seconds = session.decode(output_tokens)
         for row in taken:
             session.leave(row)
         found[f"rows_{rows}"] = {
-            "prefill_tokens_per_second": round(rows * tokens / prefill, 2),
+            "prefill_tokens_per_second": round(run / prefill, 2),
             "decode_tokens_per_second": round(rows * (output_tokens - 1) / seconds, 3),
         }
     return found
@@ -90,13 +103,17 @@ def generate_rates(
       prompt_tokens, output_tokens: Of the call.
       rng: Draws the prompts.
     """
-    found = []
-    for _ in range(4):
-        prompt = rng.integers(0, lm.config.vocab_size, prompt_tokens).tolist()
-        given = generate(lm, [prompt], max_new_tokens=output_tokens, ignore_eos=True)
-        found.append(given.stats)
-    rates = sorted(stats.decode_tokens_per_second or 0.0 for stats in found[1:])
+    rates = sorted(_generate(lm, prompt_tokens, output_tokens, rng) for _ in range(3))
     return {"decode_tokens_per_second": round(rates[1], 3)}
+
+
+def _generate(
+    lm: LanguageModel, prompt_tokens: int, output_tokens: int, rng: np.random.Generator
+) -> float:
+    """Decoded tokens a second of `generate` with one prompt."""
+    prompt = rng.integers(0, lm.config.vocab_size, prompt_tokens).tolist()
+    given = generate(lm, [prompt], max_new_tokens=output_tokens, ignore_eos=True)
+    return given.stats.decode_tokens_per_second or 0.0
 
 
 def _users(
@@ -148,42 +165,81 @@ def _shares(
     }
 
 
-def measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The rates of `generate` and of the engine, then those of one user and the load.
-
-    Args:
-      arguments: Of the command.
-    """
-    from sparda_jax.runtime import configure_offload
-
-    configure_offload()
+def _model(arguments: argparse.Namespace) -> LanguageModel:
+    """What is served."""
     lm = language_model(argparse.Namespace(**vars(arguments), forecast=None))
-    cache = CacheConfig(kind=arguments.cache, device_blocks=arguments.device_blocks)
-    lm = dataclasses.replace(with_attention(lm, arguments.attention), cache=cache)
+    lm = with_attention(lm, arguments.attention)
+    if arguments.trace is not None:
+        require(arguments.random is not None, "--trace", arguments.trace, "of --random")
+        lists = lists_of(pathlib.Path(arguments.trace), lm.config, lm.sparse, 1)
+        assert lists is not None
+        check_room(lists, arguments.prompt_tokens, lm.sparse)
+        lm = dataclasses.replace(lm, selector=imposing(lm.selector, lists, decode=True))
+    cache = CacheConfig(
+        kind=arguments.cache,
+        device_blocks=arguments.device_blocks,
+        codec=arguments.host_codec,
+    )
+    return dataclasses.replace(lm, cache=cache)
+
+
+def _settings(arguments: argparse.Namespace) -> ServeSettings:
+    """What the server is told."""
     needed = arguments.prompt_tokens + arguments.output_tokens
-    settings = ServeSettings(
+    return ServeSettings(
         model_name=_NAME,
         max_batch=arguments.max_batch,
         max_context=arguments.max_context or max(needed, arguments.output_tokens + 2),
         max_new_tokens=arguments.output_tokens,
         prefill_chunk=arguments.prefill_chunk,
         decode_steps=arguments.decode_steps,
+        prefix_bytes=arguments.prefix_bytes,
     )
+
+
+def measure_here(
+    arguments: argparse.Namespace, write: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """The rates of `generate` and of the engine, then those of one user and the load.
+
+    Args:
+      arguments: Of the command.
+      write: Called with what there is after each part.
+    """
+    from sparda_jax.runtime import configure_offload
+
+    configure_offload()
+    lm = _model(arguments)
+    device = jax.devices()[0]
+    found = {"device": device.device_kind, "jax": jax.__version__}
     begun = time.perf_counter()
 
     def tell(what: str) -> None:
         note(f"{what} ({time.perf_counter() - begun:.0f} s)")
 
-    serving = Serving(lm, settings)
+    def keep(name: str, figures: Any) -> Any:
+        found[name] = figures
+        tell(f"{name} {json.dumps(figures)}")
+        write(found)
+        return figures
+
+    serving = Serving(lm, _settings(arguments))
     tell("memory is taken")
-    tell(f"compiled {', '.join(serving.warm_up())}")
     vocab = lm.config.vocab_size
     rng = np.random.default_rng((arguments.seed, 2))
     lengths = (arguments.prompt_tokens, arguments.output_tokens)
-    alone_rates = generate_rates(lm, *lengths, rng)
-    tell(f"generate {alone_rates}")
-    engine = engine_rates(serving.session, *lengths, vocab, rng)
-    tell(f"engine {engine}")
+    with ThreadPoolExecutor(1) as pool:
+        # Programs of `generate` are compiled beside those of the server.
+        first = pool.submit(_generate, lm, *lengths, rng)
+        tell(f"compiled {', '.join(serving.warm_up())}")
+        first.result()
+    tell("compiled those of generate")
+    alone_rates = keep("generate", generate_rates(lm, *lengths, rng))
+    shared = arguments.shared_tokens
+    engine = keep(
+        "engine",
+        engine_rates(serving.session, *lengths, vocab, rng, shared_tokens=shared),
+    )
     serving.scheduler.start()
     listening = socket.create_server(("127.0.0.1", 0))
     server = serving.uvicorn("127.0.0.1", 0)
@@ -194,27 +250,15 @@ def measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
         # Prompts of their own: those of the load shall not be in the prefix store.
         alone = {"requests": 3, "concurrency": 1, "seed": arguments.seed + 1}
         alone |= dict.fromkeys(("minutes", "rate", "cancel", "same_every"))
-        one_user = _users(arguments, url, vocab, alone)
-        tell(f"one user {json.dumps(one_user)}")
-        load = _users(arguments, url, vocab, {})
-        tell(f"load {json.dumps(load)}")
-        swept = {}
+        one_user = keep("one_user", _users(arguments, url, vocab, alone))
+        load = keep("load", _users(arguments, url, vocab, {}))
+        shares = _shares(alone_rates, engine, one_user, load, arguments.max_batch)
+        keep("served", shares)
         for name, other in sweep(arguments, arguments.seed + 2):
-            swept[name] = found = _users(arguments, url, vocab, other)
-            tell(f"at {other['rate']:g} a second {json.dumps(found)}")
+            keep(name, _users(arguments, url, vocab, other))
     finally:
         server.should_exit = True
         thread.join()
         serving.scheduler.stop(abort=True)
         listening.close()
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "generate": alone_rates,
-        "engine": engine,
-        "one_user": one_user,
-        "load": load,
-        **swept,
-        "served": _shares(alone_rates, engine, one_user, load, arguments.max_batch),
-    }
+    return found

@@ -62,6 +62,38 @@ def test_a_trace_is_imposed_on_tokens_and_layers():
         np.testing.assert_array_equal(found, np.sort(wanted)[..., -found.shape[-1] :])
 
 
+def test_in_decode_a_row_alone_takes_the_lists_of_the_first():
+    trace = drifting_trace()
+    lists = map_trace(trace, layers=2, rows=1, kv_heads=2, scored=trace.scored)
+    sparse = SparseConfig(block_budget=16, local_blocks=2)
+    base = get_selector("random")
+    model = get_preset("minicpm4.1-8b").model
+
+    def chosen(selector, positions):
+        tile = SelectionTile(
+            q=jnp.zeros((len(positions), 1, 2, 4)),
+            forecast=None,
+            positions=jnp.asarray(positions)[:, None],
+            length=jnp.asarray(positions) + 1,
+            index={},
+            num_blocks=512,
+            decoding=True,
+            layer=1,
+        )
+        return np.sort(np.asarray(selector.select(tile, model, sparse)))[:, :, 0]
+
+    found = chosen(imposed.imposing(base, lists, decode=True), [16384] * 3)
+    wanted = prefill_lists(lists, 1, tokens=1, sparse=sparse, start=16384)
+    wanted = np.sort(wanted)[0, :, 0, -found.shape[-1] :]
+    np.testing.assert_array_equal(found[0], wanted)
+    assert (found[0] != found[1]).any() and (found[1] != found[2]).any()
+    alone = chosen(imposed.imposing(base, lists, decode=True), [16384])
+    np.testing.assert_array_equal(alone[0], found[0])
+    np.testing.assert_array_equal(
+        chosen(imposed.imposing(base, lists), [16384]), chosen(base, [16384])
+    )
+
+
 def test_gaps_lie_between_what_ends_last_and_what_begins_next():
     events = [
         ("s", "a_1", 0.0, 10.0),
