@@ -26,7 +26,7 @@ from sparda_jax.checks import (
     path,
     require,
 )
-from sparda_jax.cli.cache_options import add_device_blocks_option
+from sparda_jax.cli.cache_options import add_codec_option, add_device_blocks_option
 from sparda_jax.cli.console import note
 from sparda_jax.cli.ending import run_command
 from sparda_jax.cli.options import HelpFormatter, Parser, add_option
@@ -107,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
             f"--{name}", nargs="+", default=default.split(","), metavar=words, help=help
         )
     add_device_blocks_option(parser)
+    add_codec_option(parser)
     add_option(
         parser,
         "--new",
@@ -301,7 +302,26 @@ def _run(
     limits = Limits(hbm, host, rates)
     rng = np.random.default_rng(arguments.seed)
     cells = []
-    every = ways(attentions, caches, arguments.device_blocks)
+    slots, codec = arguments.device_blocks, arguments.host_codec
+    run = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "version": sj.__version__,
+        "model": lm.config.name,
+        "layers": lm.config.num_layers,
+        "weights": "random" if arguments.random else "real",
+        "dtype": dtype,
+        "budget": lm.sparse.block_budget,
+        "device_blocks": arguments.device_blocks or "a list's length",
+        "host_codec": codec,
+        "mesh": None if lm.mesh is None else lm.mesh.text,
+        "hbm_gib": hbm,
+        "host_gib": host,
+        "rates": dataclasses.asdict(rates),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    figures = Figures(run, ())
+    every = ways(attentions, caches, slots, codec)
     planned = len(contexts) * len(batches) * len(every)
     for context in contexts:
         for batch in batches:
@@ -329,33 +349,18 @@ def _run(
                     )
                 )
                 jax.clear_caches()
-    run = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "version": sj.__version__,
-        "model": lm.config.name,
-        "layers": lm.config.num_layers,
-        "weights": "random" if arguments.random else "real",
-        "dtype": dtype,
-        "budget": lm.sparse.block_budget,
-        "device_blocks": arguments.device_blocks or "a list's length",
-        "mesh": None if lm.mesh is None else lm.mesh.text,
-        "hbm_gib": hbm,
-        "host_gib": host,
-        "rates": dataclasses.asdict(rates),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
-    figures = Figures(run, tuple(with_hidden_shares(cells)))
+                figures = Figures(run, tuple(with_hidden_shares(cells)))
+                if arguments.json is not None:
+                    write_json(arguments.json, figures.record())
     print(
         f"{run['model']}, {run['layers']} layers, {run['weights']} weights, {dtype}, "
         f"budget {run['budget']}, {run['device']}, "
         + (f"mesh {run['mesh']}, " if run["mesh"] else "")
         + f"JAX {run['jax']}, {run['date']}"
         + (f", slots {run['device_blocks']}" if "offload" in caches else "")
+        + (f", blocks in {codec}" if codec != "exact" else "")
     )
     print(table(figures))
-    if arguments.json is not None:
-        write_json(arguments.json, figures.record())
     if arguments.plot is not None:
         plot(figures, pathlib.Path(arguments.plot))
 

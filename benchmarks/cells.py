@@ -10,6 +10,7 @@ import numpy as np
 import sparda_jax as sj
 from benchmarks.figures import Cell
 from sparda_jax.checks import ConfigError
+from sparda_jax.config import HostCodec
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.planning.plan import Option, Plan
 from sparda_jax.sparse.selectors import get_selector
@@ -26,12 +27,14 @@ class Way:
       cache: "resident" or "offload".
       prefetch: "lookahead", "none", or "" for a resident cache.
       slots: Of an offloaded cache, as `CacheConfig.device_blocks`.
+      codec: Of an offloaded cache, as `CacheConfig.codec`.
     """
 
     attention: str
     cache: str
     prefetch: str = ""
     slots: int | Literal["auto"] | None = None
+    codec: HostCodec = "exact"
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.attention, self.cache, self.prefetch)))
@@ -44,6 +47,7 @@ class Way:
             kind="offload",
             prefetch="lookahead" if self.prefetch == "lookahead" else "none",
             device_blocks=self.slots,
+            codec=self.codec,
             device_limit=int(limits.hbm_gib * 2**30),
             host_limit=int(limits.host_gib * 2**30),
         )
@@ -67,6 +71,7 @@ def ways(
     attentions: list[str],
     caches: list[str],
     slots: int | Literal["auto"] | None = None,
+    codec: HostCodec = "exact",
 ) -> list[Way]:
     """All ways to run; an attention that forecasts is offloaded in both."""
     found = []
@@ -75,8 +80,8 @@ def ways(
             found.append(Way(attention, "resident"))
         if "offload" in caches:
             if get_selector(attention).looks_ahead:
-                found.append(Way(attention, "offload", "lookahead", slots))
-            found.append(Way(attention, "offload", "none", slots))
+                found.append(Way(attention, "offload", "lookahead", slots, codec))
+            found.append(Way(attention, "offload", "none", slots, codec))
     return found
 
 

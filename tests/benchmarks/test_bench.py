@@ -112,6 +112,9 @@ def test_ways_that_forecast_are_offloaded_twice():
     limits = Limits(2.0, 3.0, sj.Rates(memory=1e11, fetch=1e10))
     assert way.config(limits).device_blocks == "auto"
     assert way.config(limits).device_limit == 2 * 2**30
+    assert way.config(limits).codec == "exact"
+    (way,) = ways(["dense"], ["offload"], None, "int8")
+    assert way.config(limits).codec == "int8"
     assert str(Way("sparda", "offload", "none")) == "sparda offload none"
     assert str(Way("dense", "resident")) == "dense resident"
 
