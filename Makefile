@@ -24,8 +24,8 @@ test-slow: $(VENV)/.test-ready $(VENV)/.notebooks-ready $(VENV)/.lm-eval-ready \
 # Every worker would else take three quarters of the card when it starts.
 test-gpu: $(VENV)/.test-ready
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(PY) -m pytest -m gpu -p no:benchmark -n $(GPU_WORKERS) \
-		tests/pallas_kernels tests/train tests/sparda_jax/inference/test_offload.py \
-		$(PYTEST_ARGS)
+		tests/pallas_kernels tests/train tests/sparda_jax/cache \
+		tests/sparda_jax/inference/test_offload.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev-ready
 	$(VENV)/bin/ruff check .

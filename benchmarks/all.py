@@ -4,11 +4,13 @@
     python -m benchmarks.all --card --parts decode_36k prefill --out FOLDER
     python -m benchmarks.all --tables                # Markdown, of what was measured
 
-Every part is a benchmark command in a process of its own, with a limit; what a part has
-measured when its time is up is kept, and what does not fit into `--minutes` is left out
-and said. What this card has no figures of comes first, then the oldest ones: where
-nothing is compiled yet all parts have not been seen to fit (whole prefill alone took
-194 s of an H200), so that a second run measures what the first one left out.
+Every part is a benchmark command with a limit. Whole prefill has a process of its own;
+parts of decode share one, and kernels another, which starts JAX and pins memory once
+for all of them (`benchmarks.in_turn`). Results are written while a part runs, whenever
+it has measured more: who ends the run keeps what there is. What does not fit into
+`--minutes` is left out and said. What this card has no figures of comes first, then the
+oldest ones, so that a second run measures what the first one left out.
+
 Results are `<out>/<device>/<part>.json`: command, commit, device, JAX version, date,
 exit status and the benchmark's own figures; by default they are those in
 `benchmarks/results`, which the tables are made of. A card that was not at hand when a
@@ -18,14 +20,16 @@ part was last measured has lines of its own that say since which commit.
 import argparse
 import dataclasses
 import datetime
+import itertools
 import pathlib
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from benchmarks.in_turn import Ended, Run, run_in_turn
 from benchmarks.parsers import benchmark_parser
 from benchmarks.tables import tables
 from pallas_kernels.device import device_slug
@@ -53,22 +57,24 @@ class Part:
       name: Of its result.
       command: Module and arguments; "{json}" and "{folder}" are where it writes.
       seconds: Most that it may take.
+      process: Parts that stand side by side and name the same one share a process.
     """
 
     name: str
     command: tuple[str, ...]
     seconds: int
+    process: str = ""
 
-    def files(self, folder: pathlib.Path) -> tuple[list[str], pathlib.Path]:
-        """The command line, and the file that the benchmark writes."""
+    def run_in(self, folder: pathlib.Path) -> Run:
+        """The command, writing to a folder."""
         file = folder / f"{self.name.removeprefix('kernel_')}.json"
         words = [word.format(json=file, folder=folder) for word in self.command]
-        return [sys.executable, "-u", "-m", *words], file
+        return Run(self.name, tuple(words), file, self.seconds)
 
 
 def _decode(name: str, seconds: int, *arguments: str) -> Part:
     command = ("benchmarks.offload", *arguments, "--json", "{json}")
-    return Part(name, command, seconds)
+    return Part(name, command, seconds, "decode")
 
 
 CARD = (
@@ -77,20 +83,25 @@ CARD = (
         (
             "benchmarks.prefill",
             *"--context 131072 --attention dense sparda infllm_v2".split(),
-            *"--offloaded sparda --together --repeats 2 --json {json}".split(),
+            *"--offloaded sparda --together --repeats 2 --enough 10".split(),
+            *"--json {json}".split(),
         ),
-        240,
+        270,
+    ),
+    # What the first one pins serves the second.
+    _decode(
+        "decode_128k", 150, *"--context 131072 --batch 8 --slots 1 3 --steps 48".split()
     ),
     # The default trace's lists go through more blocks than 32k tokens have.
     _decode(
         "decode_36k", 90, *"--context 36864 --batch 16 --slots 1 --steps 48".split()
     ),
-    _decode(
-        "decode_128k", 140, *"--context 131072 --batch 8 --slots 1 3 --steps 48".split()
-    ),
     *(
         Part(
-            f"kernel_{op}", (f"pallas_kernels.benchmarks.{op}", "--out", "{folder}"), 60
+            f"kernel_{op}",
+            (f"pallas_kernels.benchmarks.{op}", "--out", "{folder}"),
+            60,
+            "kernels",
         )
         for op in _OPS
     ),
@@ -127,38 +138,16 @@ def _device() -> tuple[str, str, str]:
     return kind, platform, version
 
 
-def run_part(part: Part, seconds: float) -> dict[str, Any]:
-    """Runs a part and returns its result, whole or as far as it came.
-
-    Args:
-      part: What to run.
-      seconds: When it is ended, if that comes before its own limit.
-    """
-    begun = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        command, file = part.files(pathlib.Path(folder))
-        status: int | None = None
-        try:
-            done = subprocess.run(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=min(seconds, part.seconds),
-                check=False,
-            )
-            status, printed = done.returncode, done.stdout
-        except subprocess.TimeoutExpired as error:
-            printed = error.stdout or b""
-        text = printed.decode("utf-8", "replace")
-        print(text, flush=True)
-        return {
-            "part": part.name,
-            "command": "python -m " + " ".join(part.command),
-            "status": status,
-            "seconds": round(time.monotonic() - begun, 1),
-            "figures": read_json(file) or {},
-            "end": text[-1500:] if status != 0 else "",
-        }
+def _result(part: Part, run: Run, ended: Ended) -> dict[str, Any]:
+    """A part's result, whole or as far as it came."""
+    return {
+        "part": part.name,
+        "command": "python -m " + " ".join(part.command),
+        "status": ended.status,
+        "seconds": round(ended.seconds, 1),
+        "figures": read_json(run.file) or {},
+        "end": ended.printed[-1500:] if ended.status != 0 else "",
+    }
 
 
 def run_card(
@@ -176,27 +165,52 @@ def run_card(
     kind, platform, version = _device()
     if platform == "cpu":
         print("no GPU is at hand: these are figures of a CPU", flush=True)
-    missing = []
     folder = out / device_slug(kind)
-    for part in sorted(parts, key=lambda part: _last_measured(folder, part)):
+    folder.mkdir(parents=True, exist_ok=True)
+    head = {"device": kind, "jax": version, "commit": commit}
+
+    def keep(part: Part, run: Run, ended: Ended) -> None:
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        result = head | {"date": date} | _result(part, run, ended)
+        if result["figures"]:
+            write_json(folder / f"{part.name}.json", result)
+
+    missing = []
+    ordered = sorted(parts, key=lambda part: _last_measured(folder, part))
+    for _, group in itertools.groupby(ordered, lambda part: part.process or part.name):
+        together = list(group)
         left = end - time.monotonic()
-        if left < 10:
-            missing.append(f"{part.name} is left out: the time is up")
-            continue
-        print(f"== {part.name}, {left:.0f} s left", flush=True)
-        result = run_part(part, left)
-        if not result["figures"]:
-            missing.append(f"{part.name} has no figures: status {result['status']}")
-            continue
-        head = {
-            "device": kind,
-            "jax": version,
-            "commit": commit,
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"{part.name}.json", head | result)
+        names = ", ".join(part.name for part in together)
+        print(f"== {names}: {left:.0f} s left", flush=True)
+        with tempfile.TemporaryDirectory() as written:
+            missing += _run_group(together, pathlib.Path(written), left, keep)
     return missing
+
+
+def _run_group(
+    parts: list[Part],
+    folder: pathlib.Path,
+    seconds: float,
+    keep: Callable[[Part, Run, Ended], None],
+) -> list[str]:
+    """Runs the parts of one process; returns a line on each that has no result."""
+    runs = {part.name: part.run_in(folder) for part in parts}
+    by_name = {part.name: part for part in parts}
+
+    def kept(ended: Ended) -> None:
+        keep(by_name[ended.name], runs[ended.name], ended)
+
+    missing = dict.fromkeys(runs, "is left out: the time is up")
+    # Less is no time for anything.
+    seconds = seconds if seconds >= 10 else 0.0
+    for ended in run_in_turn(list(runs.values()), seconds, kept):
+        kept(ended)
+        took = f"{ended.name}: status {ended.status} after {ended.seconds:.0f} s"
+        print(f"== {took}", flush=True)
+        missing[ended.name] = f"has no figures: status {ended.status}"
+        if read_json(runs[ended.name].file):
+            del missing[ended.name]
+    return [f"{name} {why}" for name, why in missing.items()]
 
 
 def _last_measured(folder: pathlib.Path, part: Part) -> str:

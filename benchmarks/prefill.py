@@ -16,7 +16,8 @@ allocation and the first token.
 to all before a token) allow at the matrix rate that was measured in the same run.
 Fewer layers than the preset has are said in every line: nothing is extrapolated.
 `--together` makes the first calls, most of a run's time, side by side before anything
-is timed; all cases have to fit into memory at once then. `--parts` adds a profiled
+is timed; all cases have to fit into memory at once then. `--enough 10` times a case of
+more than ten seconds once, whatever `--repeats` says. `--parts` adds a profiled
 call: kernel time by part, and the largest of the rest.
 """
 
@@ -36,7 +37,7 @@ from benchmarks.imposed import lists_of, selector_with
 from benchmarks.parsers import benchmark_parser
 from benchmarks.parts import by_part
 from benchmarks.traced import DEFAULT_TRACE
-from sparda_jax.checks import ConfigError, integer
+from sparda_jax.checks import ConfigError, integer, number
 from sparda_jax.cli.ending import run_command
 from sparda_jax.cli.options import add_option
 
@@ -100,6 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_option(
         parser, "--repeats", count, default=3, metavar="N", help="timed calls of each"
+    )
+    add_option(
+        parser,
+        "--enough",
+        number(above=0),
+        metavar="SECONDS",
+        help="no further timed call of what has been timed for so long",
     )
     parser.add_argument("--parts", action="store_true", help="profile one more call")
     add_option(
@@ -275,13 +283,23 @@ def begin_together[T](first: Callable[[Case], T], cases: list[Case]) -> list:
         return [alone, *(pool.submit(first, case) for case in cases[1:])]
 
 
+def _timed(run: Callable, repeats: int, enough: float | None) -> list[tuple]:
+    """What `run` gives for 1, 2, …: figures and seconds of at most `repeats` calls."""
+    calls: list[tuple] = []
+    while len(calls) < repeats:
+        calls.append(run(len(calls) + 1))
+        if enough is not None and sum(wall for _, wall in calls) >= enough:
+            break
+    return calls
+
+
 def _measure(case: Case, begun: Callable[[], tuple], arguments, rate: float) -> dict:
     """Figures of one case, given what gives its model and first call."""
     import jax
 
     lm, first = begun()
     run = functools.partial(_prefill, lm, case.context, case.batch)
-    calls = [run(i + 1) for i in range(arguments.repeats)]
+    calls = _timed(run, arguments.repeats, arguments.enough)
     seconds = [stats.total_seconds for stats, _ in calls]
     median = statistics.median(seconds)
     flops = useful_flops(lm.config, lm.sparse, lm.selector, case.context)
@@ -293,6 +311,7 @@ def _measure(case: Case, begun: Callable[[], tuple], arguments, rate: float) -> 
         "median_ms": median * 1e3,
         "least_ms": min(seconds) * 1e3,
         "most_ms": max(seconds) * 1e3,
+        "calls": len(seconds),
         "tokens_per_second": case.batch * case.context / median,
         "first_token_ms": statistics.median(wall for _, wall in calls) * 1e3,
         "limit_ms": limit * 1e3,
@@ -388,6 +407,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     from sparda_jax.runtime import configure_offload
 
+    started = time.perf_counter()
     configure_offload()
     import jax
 
@@ -429,6 +449,8 @@ def _run(arguments: argparse.Namespace) -> None:
         "reference_tokens_per_second": REFERENCE_TOKENS_PER_SECOND,
         "rows": rows,
     }
+    took = {"until_model": time.perf_counter() - started}
+    figures["seconds"] = took
     print(HEADER, flush=True)
     cases = _cases(arguments)
     first = functools.partial(
@@ -437,6 +459,7 @@ def _run(arguments: argparse.Namespace) -> None:
     begun = [functools.partial(first, case) for case in cases]
     if arguments.together:
         begun = [future.result for future in begin_together(first, cases)]
+        took["first_calls"] = time.perf_counter() - started - sum(took.values())
     for case, call in zip(cases, begun, strict=True):
         try:
             rows.append(_measure(case, call, arguments, rate))
@@ -448,6 +471,7 @@ def _run(arguments: argparse.Namespace) -> None:
         print(_line(rows[-1]), flush=True)
         if "parts" in rows[-1]:
             _print_parts(rows[-1]["parts"])
+        took["all"] = time.perf_counter() - started
         if arguments.json:
             write_json(arguments.json, figures)
         if not arguments.together:

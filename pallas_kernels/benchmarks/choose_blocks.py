@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._common.devices import current_platform
-from pallas_kernels.benchmarks.harness import Report, arguments, measure
+from pallas_kernels.benchmarks.harness import Report, arguments, compile_all, measure
 from pallas_kernels.choose_blocks.api import choose_blocks
 from pallas_kernels.dispatch import Implementation
 
@@ -38,6 +38,7 @@ def main() -> None:
     forms: tuple[Implementation, ...] = ("triton", "xla") if gpu else ("xla",)
     shapes = ((16, 512), (16, 1024), (16, 2048), (64, 2048), (4096, 2048))
     report = Report("choose_blocks", args.out)
+    cases = []
     for rows, blocks in shapes if gpu else ((3, 64), (3, 512), (1024, 64)):
         layers = 16 if rows < 1024 else 1
         scores = jax.random.normal(jax.random.key(0), (layers, rows, blocks))
@@ -45,7 +46,10 @@ def main() -> None:
         for form in forms:
             run = functools.partial(chain, budget=budget, implementation=form)
             name = f"{form}, {budget} of {blocks} blocks, {rows} rows"
-            report.add(measure(name, run, scores, own, links=layers))
+            cases.append((name, run, (scores, own)))
+    programs = compile_all([(run, operands) for _, run, operands in cases])
+    for (name, _, operands), run in zip(cases, programs, strict=True):
+        report.add(measure(name, run, *operands, links=operands[0].shape[0]))
     report.finish()
 
 

@@ -64,8 +64,20 @@ def compile_side_by_side(
     Returns:
       What `measure` takes for each of them: compiled, or the error that stands for it.
     """
+    return compile_all([(call, operands) for call in calls])
 
-    def compiled(f):
+
+def compile_all(
+    calls: Sequence[tuple[Callable[..., Any], Sequence[Any]]],
+) -> list[Any]:
+    """Compiles functions, each of its own operands, as `compile_side_by_side` does.
+
+    Args:
+      calls: functions, not compiled, with arrays that they take, or shapes of them.
+    """
+
+    def compiled(call):
+        f, operands = call
         try:
             return jax.jit(f).lower(*operands).compile()
         except Exception as error:

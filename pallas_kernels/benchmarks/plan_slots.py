@@ -13,7 +13,7 @@ from pallas_kernels._common.devices import current_platform
 from pallas_kernels.benchmarks.harness import (
     Report,
     arguments,
-    compile_side_by_side,
+    compile_all,
     measure,
 )
 from pallas_kernels.dispatch import Implementation
@@ -56,14 +56,16 @@ def main() -> None:
     report = Report("plan_slots", args.out)
     sizes = [(rows, 96, 512) for rows in ((16, 64) if gpu else (2, 8))]
     sizes += [(64, slots, 2048) for slots in (384, 1024)] if gpu else []
+    cases = []
     for rows, slots, blocks in sizes:
         operands = inputs(16, rows, slots, 96, blocks)
-        plans = [functools.partial(plan_slots, implementation=form) for form in forms]
-        chains = [functools.partial(chain, plan) for plan in plans]
-        programs = compile_side_by_side(chains, operands)
-        for form, run in zip(forms, programs, strict=True):
+        for form in forms:
+            plan = functools.partial(plan_slots, implementation=form)
             name = f"{form}, 96 of {blocks} blocks, {slots} slots, {rows} rows"
-            report.add(measure(name, run, *operands, links=16))
+            cases.append((name, functools.partial(chain, plan), operands))
+    programs = compile_all([(run, operands) for _, run, operands in cases])
+    for (name, _, operands), run in zip(cases, programs, strict=True):
+        report.add(measure(name, run, *operands, links=16))
     report.finish()
 
 

@@ -1,10 +1,14 @@
 """The run of a whole card: limits, what is kept, and tables that say what is old."""
 
 import json
+import os
+import pathlib
+import sys
 
 import pytest
 
 from benchmarks import all as whole
+from benchmarks.in_turn import Ended, Run, run_in_turn
 from benchmarks.tables import stale, tables
 
 DECODE = {
@@ -69,10 +73,48 @@ def test_tables_say_what_is_old_or_missing():
     assert tables([]) == "nothing has been measured"
 
 
-def test_a_part_that_takes_too_long_is_ended():
-    result = whole.run_part(whole.Part("p", ("http.server", "0"), 600), 0.5)
-    assert result["status"] is None and result["figures"] == {}
-    assert result["seconds"] < 60
+def _run(name, *words, file="x", seconds=60):
+    return Run(name, words, pathlib.Path(file), seconds)
+
+
+def test_runs_share_a_process_until_one_fails_or_takes_too_long(tmp_path, capfd):
+    note = tmp_path / "note.py"
+    note.write_text("import os, sys; print(os.getpid()); sys.exit(int(sys.argv[1]))")
+    names = [note.stem, "0"], [note.stem, "3"], [note.stem, "0"], ["http.server", "0"]
+    limits = 60, 60, 60, 3
+    runs = [
+        _run(f"{i}", *words, seconds=limit)
+        for i, (words, limit) in enumerate(zip(names, limits, strict=True))
+    ]
+    runs.append(_run("last", "no_such_module"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+        ended = list(run_in_turn(runs, 100))
+    assert [e.name for e in ended] == ["0", "1", "2", "3", "last"]
+    assert [e.status for e in ended] == [0, 3, 0, None, 1]
+    first, second, third = (e.printed.strip() for e in ended[:3])
+    assert first == second != third
+    assert "no_such_module" in ended[-1].printed
+    assert all(e.seconds < 60 for e in ended) and ended[3].seconds > 2.5
+    assert first in capfd.readouterr().out
+
+
+def test_figures_are_told_while_a_run_goes_on(tmp_path):
+    file, seen, told = tmp_path / "x.json", tmp_path / "seen", []
+    (tmp_path / "note.py").write_text(
+        "import pathlib, time\n"
+        f"pathlib.Path({str(file)!r}).write_text('1')\n"
+        f"while not pathlib.Path({str(seen)!r}).exists(): time.sleep(0.1)\n"
+    )
+
+    def on_change(ended):
+        told.append((ended.name, ended.status))
+        seen.touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+        [ended] = run_in_turn([_run("x", "note", file=file)], 60, on_change)
+    assert ended.status == 0 and told == [("x", None)]
 
 
 def test_a_run_keeps_what_it_has_and_says_what_is_missing(tmp_path, monkeypatch):
@@ -92,15 +134,39 @@ def test_a_run_keeps_what_it_has_and_says_what_is_missing(tmp_path, monkeypatch)
     ]
 
 
+def test_parts_of_one_process_stand_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(whole, "_device", lambda: ("Card 1", "gpu", "0.0"))
+    ran = []
+
+    def run(runs, seconds, on_change):
+        ran.append([run.name for run in runs])
+        for each in runs:
+            each.file.write_text('{"rows": [1]}')
+            on_change(Ended(each.name, None, 1.0, ""))
+            kept = json.loads((tmp_path / "card_1" / f"{each.name}.json").read_text())
+            assert kept["status"] is None and kept["figures"] == {"rows": [1]}
+            yield Ended(each.name, 0, 2.0, "")
+
+    monkeypatch.setattr(whole, "run_in_turn", run)
+    names = (("a", ""), ("b", "two"), ("c", "two"), ("d", ""))
+    parts = tuple(whole.Part(name, ("x",), 60, process) for name, process in names)
+    assert whole.run_card(parts, tmp_path, 5.0, "abc") == []
+    assert ran == [["a"], ["b", "c"], ["d"]]
+    found = {result["part"]: result["status"] for result in whole.results(tmp_path)}
+    assert found == dict.fromkeys("abcd", 0)
+
+
 def test_what_was_never_measured_comes_first_and_then_the_oldest(tmp_path, monkeypatch):
     monkeypatch.setattr(whole, "_device", lambda: ("Card 1", "gpu", "0.0"))
     ran = []
 
-    def run(part, seconds):
-        ran.append(part.name)
-        return {"part": part.name, "status": 0, "figures": {"rows": [1]}}
+    def run(runs, seconds, on_change):
+        for each in runs:
+            ran.append(each.name)
+            each.file.write_text('{"rows": [1]}')
+            yield Ended(each.name, 0, 1.0, "")
 
-    monkeypatch.setattr(whole, "run_part", run)
+    monkeypatch.setattr(whole, "run_in_turn", run)
     dates = {"new": "2026-02-02", "old": "2026-01-01", "cut": "2026-01-15"}
     for name, date in dates.items():
         status = None if name == "cut" else 0
