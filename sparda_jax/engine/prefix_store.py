@@ -8,7 +8,9 @@ the same cuts: its tokens are those that it would have without, bit for bit.
 
 Only prompts are kept: what decode has written differs from what prefill would write in
 the last bits. When the store is full, the piece that was used longest ago makes room,
-from the ends of the tree on. Rows hold copies, so that any piece may go at any time.
+from the ends of the tree on, and the next is written where it was: memory given back
+piece by piece comes to lie in holes, and the process grows beyond the store's bound.
+Rows hold copies, so that any piece may go at any time.
 """
 
 import dataclasses
@@ -18,6 +20,9 @@ from typing import Any
 
 import jax
 import numpy as np
+
+# KV blocks and the selector's index, trees of arrays.
+Kept = tuple[Any, Any]
 
 
 @dataclasses.dataclass(eq=False)
@@ -112,26 +117,32 @@ class PrefixStore:
         key = self._key(tokens)
         if key in behind.children:
             return behind.children[key]
-        blocks, index = jax.device_get((blocks, index))
-        nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves((blocks, index)))
+        # Whatever read a dropped piece is done: this was computed behind it.
+        given = jax.device_get((blocks, index))
+        nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(given))
         now = next(self._clock)
         behind.last_used = now
-        if not self._make_room(nbytes, behind):
+        dropped = self._make_room(nbytes, behind)
+        if dropped is None:
             return None
+        place = next((p for p in map(_kept, dropped) if _alike(p, given)), None)
+        blocks, index = _written(given, place)
         node = Piece(key, behind, blocks, index, nbytes, now)
         behind.children[key] = node
         self._pieces.add(node)
         self.nbytes += nbytes
         return node
 
-    def _make_room(self, nbytes: int, keep: Piece) -> bool:
-        """Drops ends of the tree, but for one, until there is room."""
+    def _make_room(self, nbytes: int, keep: Piece) -> list[Piece] | None:
+        """Drops ends of the tree, but for one, until there is room; None if none is."""
+        dropped = []
         while self.nbytes + nbytes > self.most_bytes:
             ends = [p for p in self._pieces if not p.children and p is not keep]
             if not ends:
-                return False
-            self._drop(min(ends, key=lambda piece: piece.last_used))
-        return True
+                return None
+            dropped.append(min(ends, key=lambda piece: piece.last_used))
+            self._drop(dropped[-1])
+        return dropped
 
     def _drop(self, node: Piece) -> None:
         assert node.parent is not None
@@ -144,3 +155,24 @@ class PrefixStore:
         self.root = Piece(b"", None)
         self._pieces.clear()
         self.nbytes = 0
+
+
+def _kept(piece: Piece) -> Kept:
+    return piece.blocks, piece.index
+
+
+def _alike(place: Kept, given: Kept) -> bool:
+    """Whether arrays of `given` fit where those of `place` are."""
+    if jax.tree.structure(place) != jax.tree.structure(given):
+        return False
+    pairs = zip(jax.tree.leaves(place), jax.tree.leaves(given), strict=True)
+    return all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in pairs)
+
+
+def _written(given: Kept, place: Kept | None) -> Kept:
+    """Copies of arrays, in `place` if there is one; those of JAX are read-only."""
+    if place is None:
+        return jax.tree.map(np.array, given)
+    for old, new in zip(jax.tree.leaves(place), jax.tree.leaves(given), strict=True):
+        np.copyto(old, new)
+    return place

@@ -36,6 +36,29 @@ def test_a_tree_of_pieces():
     assert len(store) == store.nbytes == 0 and not store.holds(other)
 
 
+def test_a_full_store_writes_where_the_dropped_piece_was():
+    """So that the process does not grow by the holes between pieces."""
+    store = PrefixStore(piece=2, most_bytes=100)
+
+    def add(behind, number: int, size: int = 40):
+        blocks, index = np.full(size, number, np.int8), (np.full(8, -number, np.int8),)
+        made = store.add(behind, [number, number], blocks, index)
+        assert made is not None and not np.shares_memory(made.blocks, blocks)
+        assert (made.blocks == number).all() and (made.index[0] == -number).all()
+        return made
+
+    first = add(store.root, 1)
+    second = add(first, 2)
+    places = [first.blocks, second.blocks, first.index[0], second.index[0]]
+    for number in range(3, 9):
+        new = add(store.root, number)
+        assert any(new.blocks is place for place in places)
+        assert any(new.index[0] is place for place in places)
+        assert len(store) == 2
+    # What has another shape takes memory of its own.
+    assert add(store.root, 9, size=41).blocks.size == 41
+
+
 def _answers(session: Session, prompts, options) -> tuple[list, list[int]]:
     """Tokens with their logs, and cached tokens, of prompts one after the other."""
     answers, cached = [], []
@@ -113,6 +136,46 @@ def test_hits_change_no_answer_of_any_selector(lm, token_ids, attention):
     offload = dataclasses.replace(OFFLOAD, device_blocks=None)
     cache = sj.CacheConfig() if resident else offload
     _check(placed, token_ids, cache, prompts, cached)
+
+
+@pytest.mark.slow
+def test_a_store_that_is_full_changes_no_answer(lm, token_ids):
+    """Two rows read at once; every piece is written where one was that either took."""
+    placed = dataclasses.replace(lm, cache=OFFLOAD)
+    sizes = {"rows": 2, "max_context": 640, "max_new_tokens": 64, "prefill_chunk": 128}
+    whole = Session.open(placed, prefix_bytes=2**28, top_logprobs=1, **sizes)
+    whole.warm_up()
+    begin = [token_ids(260, seed=seed) for seed in range(3)]
+    random = np.random.default_rng(0)
+    prompts = [
+        [*begin[number % 3][: int(random.integers(130, 260))], *token_ids(150, seed=9)]
+        for number in range(12)
+    ]
+
+    def answers(session: Session) -> tuple[list, int]:
+        found, reused = [], 0
+        for pair in zip(prompts[::2], prompts[1::2], strict=True):
+            options = {"max_new_tokens": 5, "ignore_eos": True, "logprobs": True}
+            rows = [session.join(prompt, **options) for prompt in pair]
+            left = list(rows)
+            while left:
+                row = left.pop(0)
+                left += [] if session.prefill(row) else [row]
+            session.decode(5)
+            found += [(e.index, e.token, e.logs) for e in session.take_events()]
+            reused += sum(session.cached_tokens(row) for row in rows)
+            for row in rows:
+                session.leave(row)
+        return found, reused
+
+    expected, _ = answers(whole)
+    assert whole._store is not None
+    piece = whole._store.nbytes // len(whole._store)
+    small = Session.open(placed, prefix_bytes=2 * piece, top_logprobs=1, **sizes)
+    small.warm_up()
+    found, reused = answers(small)
+    assert found == expected and reused > 0
+    assert small._store is not None and len(small._store) == 2
 
 
 @pytest.mark.slow
