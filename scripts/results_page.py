@@ -2,14 +2,16 @@
 
     python scripts/results_page.py take docs/results/NAME.json OUT [OUT …]
     python scripts/results_page.py add docs/results/NAME.json OUT [OUT …]
+    python scripts/results_page.py begin docs/results/NAME.json OUT
     python scripts/results_page.py write
     python scripts/results_page.py check
 
 `take` reads directories of `sparda eval` (parts of one evaluation, run apart) and keeps
 what tables need: settings, and of every sample its score, its tokens and the blocks
-read; `add` puts further directories to what the file has. `write` fills the parts of
-docs/results.md between `<!-- results: NAME -->` and `<!-- end of NAME -->` with the
-tables that `sparda report` makes, and draws the plots.
+read; `add` puts further directories to what the file has. `begin` makes a directory of
+what the file has, so that `sparda eval --out OUT` runs what it lacks and nothing else.
+`write` fills the parts of docs/results.md between `<!-- results: NAME -->` and
+`<!-- end of NAME -->` with the tables that `sparda report` makes, and draws the plots.
 `check` says whether the page holds what the files say.
 """
 
@@ -30,7 +32,7 @@ from sparda_jax.cli.options import HelpFormatter, Parser
 from sparda_jax.evaluation import plots
 from sparda_jax.evaluation.answers import DENSE, Record
 from sparda_jax.evaluation.report import Report, read_report, tables_of
-from sparda_jax.evaluation.run_files import Cell
+from sparda_jax.evaluation.run_files import Cell, RunFiles
 from sparda_jax.evaluation.sweep_tables import always_run, solved_series
 from sparda_jax.evaluation.tables import Scores, sweep_series
 
@@ -42,6 +44,8 @@ _PART = re.compile(r"<!-- results: (\S+) -->\n.*?<!-- end of \1 -->", re.S)
 _JOINED = ("attention", "tasks", "lengths", "devices", "commits")
 # What these say stands in the sweeps of single tasks, where there are several budgets.
 _SWEPT, _LEFT_OUT = "Scores at", "Budget sweep"
+# What is kept of every sample, beside its prompt's hash.
+_COLUMNS = ("score", "tokens", "read")
 _FEWEST = 3  # Ways to attend that are worth a plot.
 _MEAN = "mean"
 _FACTS = (
@@ -65,12 +69,20 @@ def _check_parts(settings: Mapping[str, Any], report: Report, other: object) -> 
     Raises:
       ConfigError: If it is not.
     """
+    one, known = _of_all(report.settings), _of_all(settings)
     for name in ("weights", "forecast", "geometry", "samples", "seed", "dtype"):
-        if report.settings.get(name) != settings.get(name):
+        if one.get(name) != known.get(name):
             raise ConfigError(
-                f"{report.folder} has {name}={report.settings.get(name)!r}, and "
-                f"{other} {settings.get(name)!r}: they are no parts of one evaluation"
+                f"{report.folder} has {name}={one.get(name)!r}, and "
+                f"{other} {known.get(name)!r}: they are no parts of one evaluation"
             )
+
+
+def _of_all(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without budgets by layer: those are one selector's, under its name."""
+    geometry = dict(settings.get("geometry", {}))
+    geometry.pop("layer_budgets", None)
+    return {**settings, "geometry": geometry}
 
 
 def _joined(settings: Mapping[str, Any], report: Report) -> dict[str, Any]:
@@ -98,9 +110,7 @@ def _kept(cell: Cell, records: Sequence[Record]) -> dict[str, Any]:
         "attention": cell.attention,
         "budget": cell.budget,
         "prompts": [record["prompt"] for record in records],
-        "score": [record["score"] for record in records],
-        "tokens": [record["tokens"] for record in records],
-        "read": [record["read"] for record in records],
+        **{name: [record[name] for record in records] for name in _COLUMNS},
     }
 
 
@@ -116,7 +126,7 @@ def take(file: pathlib.Path, folders: Sequence[str], *, add: bool = False) -> No
     held: Any = read_json(file) if add else None
     if add and held is None:
         raise ConfigError(f"{file} is missing: `take` makes it")
-    settings = dict(held["settings"] if held else reports[0].settings)
+    settings = _of_all(held["settings"] if held else reports[0].settings)
     kept = _with_prompts(held["cells"]) if held else {}
     for report in reports:
         _check_parts(settings, report, file if held else reports[0].folder)
@@ -128,6 +138,27 @@ def take(file: pathlib.Path, folders: Sequence[str], *, add: bool = False) -> No
     write_text(
         file, f'{{"settings": {json.dumps(settings)},\n"cells": [\n{lines}\n]}}\n'
     )
+
+
+def begin(file: pathlib.Path, folder: pathlib.Path) -> None:
+    """Makes the directory of an evaluation that goes on from what a file has.
+
+    Args:
+      file: What `take` has kept.
+      folder: A new `--out` of `sparda eval`: it runs the cells that are not there.
+    """
+    held: Any = read_json(file)
+    if held is None:
+        raise ConfigError(f"{file} is missing: `take` makes it")
+    if folder.exists():
+        raise ConfigError(f"{folder} is there already: name another directory")
+    files = RunFiles(folder)
+    files.begin(held["settings"])
+    for cell, kept in _with_prompts(held["cells"]).items():
+        rows = zip(*(kept[n] for n in ("prompts", *_COLUMNS)), strict=True)
+        names = ("prompt", *_COLUMNS)
+        records = [dict(zip(names, row, strict=True)) for row in rows]
+        files.write_result(cell, [{"index": n} | r for n, r in enumerate(records)])
 
 
 def _cell(held: Mapping[str, Any]) -> Cell:
@@ -145,10 +176,12 @@ def _without_copies(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     first: dict[tuple[str, int], list[str]] = {}
     for cell in cells:
         key = cell["task"], cell["length"]
-        if first.setdefault(key, cell["prompts"]) is not cell["prompts"]:
-            if cell["prompts"] != first[key]:
-                raise ConfigError(f"{cell['task']}: prompts differ between selectors")
-            cell["prompts"] = []
+        if key not in first:
+            first[key] = cell["prompts"]
+            continue
+        if cell["prompts"] != first[key]:
+            raise ConfigError(f"{cell['task']}: prompts differ between selectors")
+        cell["prompts"] = []
     return cells
 
 
@@ -281,6 +314,10 @@ def _run(arguments: argparse.Namespace) -> None:
         file, *folders = arguments.files
         take(pathlib.Path(file), folders, add=arguments.what == "add")
         return
+    if arguments.what == "begin":
+        file, folder = arguments.files
+        begin(pathlib.Path(file), pathlib.Path(folder))
+        return
     page = PAGE.read_text(encoding="utf-8")
     if arguments.what == "write":
         for name in _PART.findall(page):
@@ -293,9 +330,9 @@ def _run(arguments: argparse.Namespace) -> None:
 def main(words: Sequence[str] | None = None) -> int:
     """The command."""
     parser = Parser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("what", choices=("take", "add", "write", "check"))
+    parser.add_argument("what", choices=("take", "add", "begin", "write", "check"))
     parser.add_argument(
-        "files", nargs="*", help="of take and add: the file, then directories"
+        "files", nargs="*", help="of take, add and begin: the file, then directories"
     )
     return run_command(lambda: _run(parser.parse_args(words)))
 

@@ -133,7 +133,7 @@ class Runner:
         ids: list[list[int]],
         size: int,
     ) -> list[Record]:
-        """One batch. One that fails for want of memory is run sample by sample."""
+        """One batch. One that fails for want of memory is run in two halves."""
         # The last batch has the size of the others: it needs no program of its own.
         filled = [*ids, *[ids[-1]] * (size - len(ids))]
         try:
@@ -141,10 +141,17 @@ class Runner:
         except _TOO_MUCH as error:
             if size == 1:
                 return [_broken(samples[0], ids[0], error)]
+            half = -(-size // 2)
             return [
                 record
-                for sample, row in zip(samples, ids, strict=True)
-                for record in self._together(lm, task, [sample], [row], 1)
+                for first in range(0, len(samples), half)
+                for record in self._together(
+                    lm,
+                    task,
+                    samples[first : first + half],
+                    ids[first : first + half],
+                    half,
+                )
             ]
         read = _share(out.stats.decode_blocks)
         answers = zip(samples, ids, out.tokens, out.finish_reasons, strict=False)

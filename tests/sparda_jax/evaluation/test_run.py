@@ -192,6 +192,25 @@ def test_failures_stay_in_the_mean(lm, monkeypatch, tmp_path):
     assert all(record["score"] == 0 for record in cell if "failed" in record)
 
 
+def test_a_batch_that_does_not_fit_is_halved(lm, monkeypatch, tmp_path):
+    fake, sizes = FakeGenerate(lm.tokenizer), []
+
+    def small(lm, prompts, **options):
+        sizes.append(len(prompts))
+        if len(prompts) > 3:
+            raise ConfigError("a request does not fit")
+        return fake(lm, prompts, **options)
+
+    monkeypatch.setattr(answers, "generate", small)
+    wanted = WANTED | {"samples": 5, "batch": 5}
+    sj.evaluate(lm, out=tmp_path, attention=["dense"], tasks=["passkey"], **wanted)
+    # The smaller half has the size of the other: it needs no program of its own.
+    assert sizes == [5, 3, 3]
+    (records,) = read_report(tmp_path).cells.values()
+    assert [record["index"] for record in records] == [0, 1, 2, 3, 4]
+    assert not any("failed" in record for record in records)
+
+
 def test_compare(lm, monkeypatch, tmp_path):
     _run(lm, monkeypatch, tmp_path / "a", tasks=["passkey"])
     _run(lm, monkeypatch, tmp_path / "b", tasks=["passkey"], seed=7)

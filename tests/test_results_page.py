@@ -1,0 +1,103 @@
+"""scripts/results_page.py: what it keeps, and an evaluation that goes on from it."""
+
+import importlib.util
+import json
+
+import pytest
+from doc_pages import ROOT
+
+from sparda_jax.config import ConfigError
+from sparda_jax.evaluation.report import read_report
+from sparda_jax.evaluation.run_files import Cell, RunFiles
+
+SETTINGS = {
+    "format": 1,
+    "model": "tiny",
+    "attention": ["dense", "sparda"],
+    "labels": {"dense": "dense", "sparda": "sparda"},
+    "tasks": ["passkey"],
+    "lengths": [2048],
+    "floor": 50.0,
+    "seed": 42,
+    "samples": 2,
+    "geometry": {"block_size": 64},
+}
+DENSE, SPARDA, TUPLE = (
+    Cell("passkey", 2048, name, budget)
+    for name, budget in (("dense", 0), ("sparda", 8), ("by_layer", 8))
+)
+
+
+@pytest.fixture(scope="module")
+def page():
+    """The script as a module."""
+    place = ROOT / "scripts/results_page.py"
+    spec = importlib.util.spec_from_file_location("results_page", place)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _write(folder, cells, *, failed=False, **settings):
+    files = RunFiles(folder)
+    files.begin(SETTINGS | settings)
+    for cell, score in cells.items():
+        record = {"score": score, "tokens": 5, "read": 0.25, "output": "text"}
+        files.write_result(
+            cell,
+            [
+                {"index": n, "prompt": f"hash{n}", **record}
+                | ({"failed": "why"} if failed and n else {})
+                for n in range(2)
+            ],
+        )
+    return str(folder)
+
+
+def test_an_evaluation_goes_on_from_what_was_kept(page, tmp_path):
+    file, out = tmp_path / "kept.json", tmp_path / "out"
+    page.take(file, [_write(tmp_path / "a", {DENSE: 100.0, SPARDA: 50.0})])
+    page.begin(file, out)
+    # The same settings are taken, and what is there is not run again.
+    files = RunFiles(out)
+    files.check(SETTINGS | {"task_files": {}})
+    records = files.result(SPARDA)
+    assert records is not None
+    assert [(r["prompt"], r["score"]) for r in records] == [
+        ("hash0", 50),
+        ("hash1", 50),
+    ]
+    with pytest.raises(ConfigError, match="was begun with"):
+        files.check(SETTINGS | {"task_files": {}, "geometry": {"block_size": 32}})
+    before = file.read_text()
+    page.take(file, [str(out)], add=True)
+    assert file.read_text() == before and before.count("hash0") == 1
+    with pytest.raises(ConfigError, match="is there already"):
+        page.begin(file, out)
+    with pytest.raises(ConfigError, match="is missing"):
+        page.begin(tmp_path / "none.json", tmp_path / "other")
+
+
+def test_budgets_by_layer_are_one_selectors_own(page, tmp_path):
+    file = tmp_path / "kept.json"
+    page.take(file, [_write(tmp_path / "a", {DENSE: 100.0, SPARDA: 50.0})])
+    geometry = SETTINGS["geometry"] | {"layer_budgets": [4, 12]}
+    more = {"attention": ["dense", "by_layer"], "geometry": geometry}
+    labels = {"labels": {"dense": "dense", "by_layer": "sparda, budgets by layer"}}
+    folder = _write(tmp_path / "b", {DENSE: 100.0, TUPLE: 100.0}, **more, **labels)
+    page.take(file, [folder], add=True)
+    kept = json.loads(file.read_text())
+    assert kept["settings"]["geometry"] == SETTINGS["geometry"]
+    assert "by_layer" in kept["settings"]["labels"]
+    assert set(page.read(file).cells) == {DENSE, SPARDA, TUPLE}
+    assert read_report(folder).settings["geometry"]["layer_budgets"] == [4, 12]
+    other = _write(tmp_path / "c", {DENSE: 100.0}, geometry={"block_size": 32})
+    with pytest.raises(ConfigError, match="no parts of one evaluation"):
+        page.take(file, [other], add=True)
+
+
+def test_failed_samples_are_not_kept(page, tmp_path):
+    folder = _write(tmp_path / "a", {DENSE: 0.0}, failed=True)
+    with pytest.raises(ConfigError, match=r"samples \[1\] failed"):
+        page.take(tmp_path / "kept.json", [folder])
