@@ -43,6 +43,7 @@ _PREFILL = _ops("block_sparse_attention", "block_scores", "choose_blocks")
 # What a command measures, by its module; a kernel's own command measures its folder.
 MEASURES = {
     "benchmarks.prefill": (*_SHARED, *_PREFILL),
+    "benchmarks.prefill_attention": _ops("block_sparse_attention"),
     "benchmarks.all": (*_SHARED, *_PREFILL, *_DECODE),
     "benchmarks.offload": (*_SHARED, "sparda_jax/cache", *_DECODE),
     "benchmarks.best": (*_SHARED, "sparda_jax/cache", *_DECODE),

@@ -219,6 +219,9 @@ _MEASURED = {
     "benchmarks.mesh": f"{_TINY} --context 2048 --steps 8 --devices 1 --mode resident",
     "benchmarks.offload": f"{_TINY} --context 1024 --batch 2 --steps 8 --limit 4",
     "benchmarks.prefill": f"{_TINY} --context 640 --repeats 1 --attention sparda",
+    "benchmarks.prefill_attention": (
+        f"{_TINY} --context 512 --tokens 64 --layers 1 --repeats 1"
+    ),
     "benchmarks.scale": "--model tiny --context 4096 --cards 1 2 --host-cards 2",
     "benchmarks.trace show": "benchmarks/traces/{own}.npz",
     "pallas_kernels.benchmarks.block_scores": "--small --tokens 512",
