@@ -1,6 +1,10 @@
 """How the commands speak: notes, progress bars, figures."""
 
+import contextlib
 import sys
+import threading
+import time
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
@@ -9,6 +13,30 @@ def note(text: str) -> None:
     """Prints to standard error, whatever characters the text holds."""
     text = text.encode("utf-8", "backslashreplace").decode()
     print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def waiting(what: str, every: float = 10.0) -> Iterator[None]:
+    """Notes what begins, and how long it has taken while it goes on.
+
+    Args:
+      what: What takes its time.
+      every: Seconds between two notes.
+    """
+    begun, over = time.perf_counter(), threading.Event()
+    note(f"{what} …")
+
+    def tell() -> None:
+        while not over.wait(every):
+            note(f"{what}: {time.perf_counter() - begun:.0f} s")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def advance(bar: tqdm, steps: int) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from sparda_jax.checks import integer, non_empty_text, require
 from sparda_jax.cli.cache_options import add_cache_options, cache_config
-from sparda_jax.cli.console import note
+from sparda_jax.cli.console import note, waiting
 from sparda_jax.cli.model_options import add_model_options, load_model
 from sparda_jax.cli.options import HelpFormatter, Parser, add_option
 from sparda_jax.cli.packages import needs
@@ -204,10 +204,10 @@ def _ready(arguments: argparse.Namespace) -> "Serving":
     require(cache.kind != "evict", "--cache", cache.kind, allowed)
     lm = load_model(arguments, arguments.attention)
     lm = dataclasses.replace(lm, cache=cache)
-    note(f"serve: taking memory for {settings.max_batch} rows …")
-    serving = module.Serving(lm, settings)
-    note("serve: compiling …")
-    programs = serving.warm_up()
+    with waiting(f"serve: taking memory for {settings.max_batch} rows"):
+        serving = module.Serving(lm, settings)
+    with waiting("serve: compiling"):
+        programs = serving.warm_up()
     note(f"serve: compiled {', '.join(programs)}; nothing is compiled from here on")
     return serving
 

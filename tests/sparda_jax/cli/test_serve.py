@@ -7,12 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.request
 
 import pytest
 
 from sparda_jax.checks import ConfigError
 from sparda_jax.cli import serve
+from sparda_jax.cli.console import waiting
 from sparda_jax.cli.main import build_parser, main
 from sparda_jax.serving import server
 
@@ -86,6 +89,18 @@ def test_an_address_is_one_servers_from_the_start():
         pass
     with pytest.raises(ConfigError, match="port=70000 cannot be listened at"):
         server.bind("127.0.0.1", 70000)
+
+
+def test_what_takes_long_is_told_while_it_does(capsys):
+    before = threading.active_count()
+    with pytest.raises(MemoryError), waiting("taking memory", every=0.01):
+        assert capsys.readouterr().err == "taking memory …\n"
+        told = ""
+        while len(re.findall(r"taking memory: \d+ s\n", told)) < 2:
+            told += capsys.readouterr().err
+            time.sleep(0.01)
+        raise MemoryError
+    assert threading.active_count() == before
 
 
 @pytest.mark.slow
