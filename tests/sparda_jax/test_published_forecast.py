@@ -61,6 +61,7 @@ def test_published_files_fit_their_presets(fingerprint):
     name, shape, steps, size = FILES[fingerprint]
     published = published_forecast(fingerprint)
     assert published is not None
+    assert published.preset == name
     preset = get_preset(name)
     other = sj.SparseConfig(kernel_size=64, kernel_stride=32)
     assert published.fits(preset.sparse) and not published.fits(other)

@@ -98,6 +98,23 @@ def test_from_a_directory_to_heads(model, text, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.timeout(1800)
+def test_the_default_model(smollm2_path, tmp_path):
+    """SmolLM2, as small as it goes: heads that find more than training-free ones."""
+    out = tmp_path / "heads.safetensors"
+    options = OPTIONS | {"steps": 1, "kernel_size": 8, "init_batches": 3, "rank": None}
+    result = sj.adapt(smollm2_path, out=out, text=("pydoc",), progress=False, **options)
+    held, first = result.figures["held_out"], result.figures["regression"]
+    # Least squares are kept where the step did not beat them.
+    assert held["recall"] >= first["recall"] - 1e-6
+    assert held["own_mass"] - held["forecast_mass"] < 0.02, held
+    assert held["recall"] > 0.8, held
+    lm = sj.load(smollm2_path, attention="sparda", forecast=out)
+    assert lm.sparse == result.sparse and lm.config.forecast_queries == 3
+
+
+@pytest.mark.slow
 def test_a_model_of_experts(text, tmp_path, text_tokenizer):
     """Nothing is new for it: heads read what its attention reads."""
     shape = dataclasses.replace(

@@ -136,6 +136,20 @@ def test_plan_takes_a_shape_of_ones_own():
     assert found.resident.memory.weights == 4 * num_parameters(TINY.model)
 
 
+def test_a_preset_has_the_queries_of_its_published_heads():
+    """Of a shape alone nobody knows which heads it will have: one query is planned."""
+    name = "qwen2.5-coder-0.5b"
+    size = {"context": 8192, "hbm_gib": 20.0, "host_gib": 20.0}
+    size["rates"] = recorded_rates("H200")
+    of_preset = plan(name, **size)
+    of_shape = plan(PRESETS[name].model, sparse=of_preset.sparse, **size)
+    config = of_preset.model
+    assert config.forecast_queries == config.group_size == 7
+    assert config.forecast_reads == "attended" and of_shape.model.forecast_queries == 1
+    heads = of_preset.resident.memory.forecast_heads
+    assert heads == 7 * of_shape.resident.memory.forecast_heads == 24 * 896 * 896 * 2
+
+
 def test_a_mesh_is_planned_by_the_device():
     """Of two devices each holds half of the layers, the KV and the vocabulary."""
     rates = recorded_rates("H100")
