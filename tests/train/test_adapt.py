@@ -101,7 +101,7 @@ def test_from_a_directory_to_heads(model, text, tmp_path, monkeypatch):
 @pytest.mark.network
 @pytest.mark.timeout(1800)
 def test_the_default_model(smollm2_path, tmp_path):
-    """SmolLM2, as small as it goes: heads that find more than training-free ones."""
+    """SmolLM2, as small as it goes: its heads lose little of what own queries hold."""
     out = tmp_path / "heads.safetensors"
     options = OPTIONS | {"steps": 1, "kernel_size": 8, "init_batches": 3, "rank": None}
     result = sj.adapt(smollm2_path, out=out, text=("pydoc",), progress=False, **options)
