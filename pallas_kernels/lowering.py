@@ -47,5 +47,7 @@ def silence_triton_deprecation() -> None:
     The only place that knows about it; every Triton kernel calls this before it is
     traced. The notice is given while lowering, after the kernel's function has
     returned, so that the filter has to outlive the call. It names that one message.
+    Who lowers what may have been traced earlier calls this as well: filters may have
+    been put back since, as pytest does behind each test.
     """
     warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")

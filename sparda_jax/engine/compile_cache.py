@@ -24,6 +24,8 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.lowering import silence_triton_deprecation
+
 # Requests of all small sizes need 10 (`inference.shapes`), further turns a few more.
 _MOST_PROGRAMS = 64
 
@@ -209,6 +211,8 @@ class Programs:
             # A function of its own: what JAX keeps for it goes when the program does.
             own = jax.jit(functools.partial(function, **static), donate_argnums=donate)
             options = getattr(function, "compiler_options", None)
+            # Kernels of a layer that JAX has traced before do not say it again.
+            silence_triton_deprecation()
             program = own.lower(*arguments).compile(options)
             seconds = time.perf_counter() - begun
             with self._lock:

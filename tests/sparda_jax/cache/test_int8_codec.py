@@ -212,9 +212,23 @@ def test_every_number_of_slots_and_way_to_fetch_agrees(talk, change):
     for mine, theirs in zip(after.cache.store.to_numpy(), kept, strict=True):
         for row, length in enumerate(np.asarray(after.lengths)):
             full = length // SPARSE.block_size
-            np.testing.assert_array_equal(
-                mine[:, row, :, :full], theirs[:, row, :, :full]
-            )
+            _assert_stored_alike(mine[:, row, :, :full], theirs[:, row, :, :full])
+
+
+def _assert_stored_alike(mine: np.ndarray, theirs: np.ndarray) -> None:
+    """Blocks that two programs stored: bit for bit on a CPU.
+
+    A GPU's programs may add up K and V in another order (docs/exactness.md). A number
+    at the edge of two integers is then one or the other, and a scale at the edge of its
+    16 bits likewise.
+    """
+    if jax.default_backend() == "cpu":
+        np.testing.assert_array_equal(mine, theirs)
+    elif mine.dtype == np.int8:
+        off = np.abs(mine.astype(np.int16) - theirs)
+        assert off.max() <= 1 and off.mean() < 1e-3
+    else:
+        np.testing.assert_allclose(mine, theirs, rtol=2**-14)
 
 
 @pytest.mark.slow

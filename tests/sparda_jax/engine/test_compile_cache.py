@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import threading
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,18 @@ def test_a_function_is_compiled_with_its_options():
     of_a_mesh = _WithOption("xla_gpu_enable_latency_hiding_scheduler")
     program, _ = Programs().get(of_a_mesh, (x,), {})
     assert program(x) == 2
+
+
+def _with_triton(x):
+    message = "The Pallas Triton backend is deprecated and will be removed"
+    warnings.warn(message, DeprecationWarning, stacklevel=1)
+    return x + 1
+
+
+def test_a_kernel_traced_under_other_filters_is_lowered_in_silence():
+    """JAX keeps a layer's trace; what its kernels silenced may be gone by then."""
+    program, _ = Programs().get(_with_triton, (jnp.zeros(3),), {})
+    assert program(jnp.zeros(3)).tolist() == [1, 1, 1]
 
 
 def test_programs_are_keyed_by_all_that_is_static():
