@@ -109,7 +109,9 @@ def test_heads_that_others_cannot_read(kit, tmp_path, capsys, monkeypatch):
     model = ["--model", str(tmp_path / "base"), "--out", str(tmp_path / "out")]
     assert main(["export", *model, "--forecast", str(heads)]) == 2
     assert "make 2 queries for each kv head" in capsys.readouterr().err
-    built_in = Published(str(heads), kernel_size=32, kernel_stride=16, block_size=64)
+    built_in = Published(
+        str(heads), preset="m", kernel_size=32, kernel_stride=16, block_size=64
+    )
     monkeypatch.setattr(export, "published_forecast", lambda _: built_in)
     assert main(["export-forecast", *model]) == 2
     assert "make 2 queries for each kv head" in capsys.readouterr().err
