@@ -27,6 +27,7 @@ from benchmarks.load_figures import Result, figures, table
 from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checks import (
     FLOAT_DTYPES,
+    LARGEST_BYTES,
     Check,
     ConfigError,
     choice,
@@ -412,9 +413,16 @@ def build_parser() -> argparse.ArgumentParser:
         ("--max-context", None, "tokens of a row (what the load needs)"),
         ("--prefill-chunk", 512, "tokens of a piece of a prompt"),
         ("--decode-steps", 32, "most tokens between two looks at requests"),
-        ("--prefix-bytes", 2**30, "host memory for beginnings that prompts share"),
     ):
         add_option(source, name, integer(1), metavar="N", default=default, help=help)
+    add_option(
+        source,
+        "--prefix-bytes",
+        integer(0, LARGEST_BYTES),
+        metavar="N",
+        default=2**30,
+        help="host memory for beginnings that prompts share",
+    )
     return parser
 
 

@@ -159,6 +159,11 @@ def test_bad_options_are_one_line(capsys, options, named):
     assert named in error and error.count("\n") == 1
 
 
+def test_memory_for_beginnings_is_counted_in_bytes():
+    options = ["--prefix-bytes", str(2**34), "--max-batch", "16"]
+    assert build_parser().parse_args(options).prefix_bytes == 2**34
+
+
 def test_a_server_that_is_not_there_is_a_failure(capsys, tmp_path):
     where = ["--url", "http://127.0.0.1:9", "--json", str(tmp_path / "a.json")]
     with pytest.raises(SystemExit) as stop:
