@@ -242,8 +242,19 @@ def grow_offload(
     indices: Indices,
     *,
     width: int,
+    store: HostStore | None = None,
 ) -> OffloadCache:
-    """A copy of the cache with a larger capacity (a multiple of the block size)."""
+    """A copy of the cache with a larger capacity (a multiple of the block size).
+
+    Args:
+      cache: The cache; it keeps its buffers.
+      capacity: Tokens of a row.
+      sparse: Block and window sizes.
+      config: Slots.
+      indices: What the selector keeps of the keys.
+      width: Most blocks of a list.
+      store: The larger host store; None to make it here.
+    """
     blocks = capacity // sparse.block_size
     slots = config.slots(blocks, width)
     # A slot for every block is that block's own: there is no other order.
@@ -269,7 +280,7 @@ def grow_offload(
     first = cache.first
     _, batch, heads, _ = cache.store.lead
     return OffloadCache(
-        store=cache.store.grow(blocks),
+        store=cache.store.grow(blocks) if store is None else store,
         layers=tuple(one(layer) for layer in cache.layers),
         first=None if first is None else grow_layer(first, blocks, sparse, indices),
         staging=tuple(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, Shaped
 
+from sparda_jax.cache.host_store import HostStore
 from sparda_jax.cache.offload import OffloadCache, OffloadLayer
 from sparda_jax.cache.resident import KVCache, LayerCache
 from sparda_jax.cache.slots import empty_table
@@ -23,12 +24,15 @@ def _of_layers(
     return jnp.take(leaf, jnp.asarray(rows), axis=1)
 
 
-def copy_rows(cache: Cache, rows: Sequence[int]) -> Cache:
+def copy_rows(
+    cache: Cache, rows: Sequence[int], *, store: HostStore | None = None
+) -> Cache:
     """A cache of N rows, each a copy of a row of another.
 
     Args:
       cache: The cache to copy from; it keeps its buffers.
       rows: Which of its rows, N of them; one may be copied several times.
+      store: Of the copy, if it is offloaded; None to make it here.
     """
 
     def copy[Tree](tree: Tree) -> Tree:
@@ -38,7 +42,7 @@ def copy_rows(cache: Cache, rows: Sequence[int]) -> Cache:
         return copy(cache)
     # What lies in a staging buffer means nothing between two calls.
     return OffloadCache(
-        store=cache.store.copy_rows(rows),
+        store=cache.store.copy_rows(rows) if store is None else store,
         layers=copy(cache.layers),
         first=copy(cache.first),
         staging=tuple(

@@ -11,12 +11,12 @@ import numpy as np
 from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.on_mesh import (
+    StateLayout,
     new_mesh_state,
     on_devices,
     place_request,
-    state_layout,
 )
-from sparda_jax.engine.placement import Placement
+from sparda_jax.engine.placement import Placement, state_layout
 from sparda_jax.engine.results import StreamEvent
 from sparda_jax.engine.row_outputs import RowOutputs, row_tokens
 from sparda_jax.engine.row_request import RowOutput, RowRequest, joined_request
@@ -113,6 +113,11 @@ class Batch:
         self._requests: dict[tuple[int | None, int], Request] = {}
         # By row, where the only row that goes on decodes alone; none where all do.
         self._places: list[jax.Array] = []
+
+    @property
+    def layout(self) -> StateLayout | None:
+        """Of the state's arrays; None on one device."""
+        return self._layout
 
     @property
     def programs(self) -> list[str]:

@@ -14,7 +14,7 @@ from sparda_jax.engine.conversation import Conversation, MadeWith
 from sparda_jax.engine.generate_config import GenerateConfig
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.offload_stats import OffloadStats, offload_stats
-from sparda_jax.engine.placement import Placement, Sizes, place
+from sparda_jax.engine.placement import Placement, Sizes, place, state_layout
 from sparda_jax.engine.prefetch_trial import PROBES, PrefetchTrial
 from sparda_jax.engine.requests import (
     LANGUAGE_MODEL,
@@ -32,12 +32,12 @@ from sparda_jax.engine.results import (
     StreamEvent,
 )
 from sparda_jax.engine.row_request import RowRequest
+from sparda_jax.engine.turns import next_state
 from sparda_jax.inference.generate import (
     GenerateState,
     generate_loop,
     pad_rows,
 )
-from sparda_jax.inference.next_turn import next_turn
 from sparda_jax.models.rope import model_rope
 from sparda_jax.planning.auto import Probe, fetch_rate, hidden_share, on_demand
 
@@ -84,11 +84,12 @@ class Call:
         placement = self._place(conversation, single_call=single_call)
         state: GenerateState | None = None
         if conversation is not None:
-            state = next_turn(
+            state = next_state(
                 conversation.take(),
                 placement.shapes,
                 placement.settings,
                 placement.cache,
+                state_layout(lm, placement, None),
             )
         rope = model_rope(lm.config, self.rope_length)
         self.session = Batch(lm, placement, rope, state)
@@ -325,5 +326,6 @@ class Call:
                 tuple(np.asarray(state.lengths)[: self.batch].tolist()),
                 self.rope_length,
                 MadeWith.of(self.lm, self._asked_cache()),
+                layout=self.session.layout,
             ),
         )

@@ -11,8 +11,9 @@ import numpy as np
 from sparda_jax.checks import integer
 from sparda_jax.config import CacheConfig, ConfigError, ModelConfig, SparseConfig
 from sparda_jax.engine.model import LanguageModel
+from sparda_jax.engine.on_mesh import StateLayout
+from sparda_jax.engine.turns import copied_state
 from sparda_jax.inference.generate import GenerateState
-from sparda_jax.inference.next_turn import copy_state
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.planning.limits import refuse_copy
 from sparda_jax.sparse.selectors import Selector
@@ -140,6 +141,7 @@ class Conversation:
       lengths: Tokens in the cache, per row.
       rope_length: Longest context that the rotary frequencies were chosen for.
       made_with: The model and the configuration that it can be continued with.
+      layout: Of the state's arrays on a mesh; None on one device.
       chat: The messages that it holds, if `chat` made it.
     """
 
@@ -147,6 +149,7 @@ class Conversation:
     lengths: tuple[int, ...]
     rope_length: int
     made_with: MadeWith
+    layout: StateLayout | None = None
     chat: ChatHistory | None = None
     _claim: _Claim = dataclasses.field(default_factory=_Claim, repr=False)
 
@@ -196,7 +199,8 @@ class Conversation:
 
         Raises:
           ConfigError: If the conversation is used up, has several rows to be copied
-            `rows` times, or the copy does not fit.
+            `rows` times, the copy does not fit, or groups of a mesh's devices would
+            have to exchange rows.
 
         Example:
           >>> read = sj.generate(lm, ["A document."], max_new_tokens=1).conversation
@@ -208,26 +212,26 @@ class Conversation:
           (2, True)
         """
         lengths = self.lengths
-        if len(self.state.lengths.sharding.device_set) > 1:
-            raise ConfigError(
-                "fork() is not allowed on a mesh: begin another conversation with the "
-                "same prompt"
-            )
-        chosen = list(range(self.state.lengths.shape[0]))
+        copied = self.state.lengths.shape[0]
         if rows is not None:
-            chosen = [0] * integer(1, _MOST_ROWS)("rows", rows)
+            copied = integer(1, _MOST_ROWS)("rows", rows)
             if len(lengths) != 1:
                 raise ConfigError(
                     f"rows={rows} is not allowed: this conversation has {len(lengths)} "
                     "rows, and only one row can be copied several times"
                 )
-            lengths *= len(chosen)
+            lengths *= copied
         with self._claim.lock:
             self.check_unused()
-            refuse_copy(self.state, len(chosen), self.made_with.cache)
+            refuse_copy(self.state, copied, self.made_with.cache)
+            state, layout = copied_state(
+                self.state, self.layout, None if rows is None else copied
+            )
             # Once these are done, a turn may write over the buffers.
-            state = jax.block_until_ready(copy_state(self.state, chosen))
-        return dataclasses.replace(self, state=state, lengths=lengths, _claim=_Claim())
+            jax.block_until_ready(state)
+        return dataclasses.replace(
+            self, state=state, lengths=lengths, layout=layout, _claim=_Claim()
+        )
 
     def __repr__(self) -> str:
         kind = self.made_with.cache.kind

@@ -27,7 +27,6 @@ from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig, ModelConfig
 from sparda_jax.engine.model import LanguageModel
-from sparda_jax.engine.placement import Placement
 from sparda_jax.inference.generate import (
     WITHOUT_ROWS,
     GenerateState,
@@ -93,7 +92,7 @@ class StateLayout:
             if isinstance(state.cache, OffloadCache):
                 # The store is of types, which no traced function can give.
                 stores.append(state.cache.store)
-                state = _without_store(state)
+                state = without_store(state)
             return state
 
         state = jax.eval_shape(make)
@@ -180,9 +179,26 @@ def _decoder_like(config: ModelConfig, dtype: Any, storage: Storage) -> Decoder:
         )
 
 
-def _without_store(state: GenerateState) -> GenerateState:
+def without_store(state: GenerateState) -> GenerateState:
+    """The state, or its partitions, without a host store, if it has one."""
+    if not isinstance(state.cache, OffloadCache):
+        return state
     kept = state.cache._replace(store=None)  # pyrefly: ignore
     return state._replace(cache=kept)
+
+
+def empty_store(layout: StateLayout) -> HostStore:
+    """An offloaded cache's host store of zeros, every device's part on its own link."""
+    mesh, specs = layout.mesh, layout.specs()
+    whole = layout.abstract(data=mesh.data, model=mesh.model)
+    assert isinstance(whole.cache, OffloadCache)
+    assert isinstance(specs.cache, OffloadCache)
+    store = whole.cache.store
+    parts = tuple(
+        host_zeros(part.shape, part.dtype, mesh=mesh.devices, spec=spec)
+        for part, spec in zip(store.parts, specs.cache.store.parts, strict=True)
+    )
+    return dataclasses.replace(store, parts=parts)
 
 
 def new_mesh_state(layout: StateLayout) -> GenerateState:
@@ -205,28 +221,17 @@ def new_mesh_state(layout: StateLayout) -> GenerateState:
             abstract=True,
             top_logprobs=layout.top_logprobs,
         )
-        return _without_store(state) if layout.settings.offload else state
+        return without_store(state)
 
-    out = specs
-    if layout.settings.offload:
-        out = _without_store(specs)
+    out = without_store(specs)
     made = jax.jit(
         jax.shard_map(
             make, mesh=mesh.devices, in_specs=(), out_specs=out, check_vma=False
         )
     )()
-    if not layout.settings.offload:
+    if not isinstance(made.cache, OffloadCache):
         return made
-    whole = layout.abstract(data=mesh.data, model=mesh.model)
-    assert isinstance(whole.cache, OffloadCache)
-    assert isinstance(specs.cache, OffloadCache)
-    store = whole.cache.store
-    parts = tuple(
-        host_zeros(part.shape, part.dtype, mesh=mesh.devices, spec=spec)
-        for part, spec in zip(store.parts, specs.cache.store.parts, strict=True)
-    )
-    store = dataclasses.replace(store, parts=parts)
-    return made._replace(cache=made.cache._replace(store=store))
+    return made._replace(cache=made.cache._replace(store=empty_store(layout)))
 
 
 def _sum_of_devices(count: WideCount) -> WideCount:
@@ -350,25 +355,6 @@ class OnMesh:
         if isinstance(argument, Request):
             return _request_specs(argument, rows)
         return self._spec_of(type(argument))
-
-
-def state_layout(
-    lm: LanguageModel, placement: Placement, top_logprobs: int | None
-) -> StateLayout | None:
-    """The layout of a session's state; None for a model on one device."""
-    if lm.mesh is None:
-        return None
-    return StateLayout(
-        config=lm.config,
-        settings=placement.settings,
-        mesh=lm.mesh,
-        rows=placement.rows,
-        shapes=placement.shapes,
-        cache=placement.cache,
-        dtype=lm.model.embedding[...].dtype,
-        storage=lm.model.storage,
-        top_logprobs=top_logprobs,
-    )
 
 
 def on_devices(

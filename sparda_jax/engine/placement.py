@@ -10,6 +10,7 @@ from sparda_jax.checks import require
 from sparda_jax.config import CacheConfig, ConfigError
 from sparda_jax.engine.conversation import Conversation
 from sparda_jax.engine.model import LanguageModel
+from sparda_jax.engine.on_mesh import StateLayout
 from sparda_jax.inference.generate import GenerateState
 from sparda_jax.inference.shapes import Shapes, plan_shapes, shared_rows, shared_shapes
 from sparda_jax.planning.auto import offload_settings
@@ -108,7 +109,7 @@ def place(
     if cache.kind == "evict":
         notes += _evicts(settings, close)
     if lm.mesh is not None:
-        refuse_on_mesh(settings, state, close)
+        refuse_on_mesh(settings)
     decided, reason = _decide_slots(lm, cache, settings, rows // groups, close, state)
     notes += [] if reason is None else [reason]
     refuse = functools.partial(
@@ -132,6 +133,25 @@ def place(
         refuse(rows // groups, close)
         shared = rows, close
     return Placement(*shared, decided, settings, tuple(notes))
+
+
+def state_layout(
+    lm: LanguageModel, placement: Placement, top_logprobs: int | None
+) -> StateLayout | None:
+    """The layout of a session's state; None for a model on one device."""
+    if lm.mesh is None:
+        return None
+    return StateLayout(
+        config=lm.config,
+        settings=placement.settings,
+        mesh=lm.mesh,
+        rows=placement.rows,
+        shapes=placement.shapes,
+        cache=placement.cache,
+        dtype=lm.model.embedding[...].dtype,
+        storage=lm.model.storage,
+        top_logprobs=top_logprobs,
+    )
 
 
 def _tokens(lm: LanguageModel, sizes: Sizes) -> dict[str, int]:
@@ -288,9 +308,7 @@ def _decide_slots(
     return decided, f"device_blocks: {count} of {blocks} fit the device"
 
 
-def refuse_on_mesh(
-    settings: LayerSettings, state: GenerateState | None, shapes: Shapes
-) -> None:
+def refuse_on_mesh(settings: LayerSettings) -> None:
     """Raises ConfigError for what several devices cannot do together."""
     if settings.evict:
         raise ConfigError(
@@ -304,12 +322,6 @@ def refuse_on_mesh(
         raise ConfigError(
             f"CacheConfig.route={offload.route.name!r} is not allowed on a mesh: a "
             "layer is one call there; take another route"
-        )
-    if state is not None and state.cache.capacity < shapes.capacity:
-        raise ConfigError(
-            f"this turn needs room for {shapes.capacity} tokens, and the conversation "
-            f"was begun with {state.cache.capacity}: an offloaded cache on a mesh does "
-            "not grow; begin with a larger max_new_tokens, or with kind='resident'"
         )
 
 

@@ -312,10 +312,8 @@ def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
 
 def _read(lm: LanguageModel, prompt: list[int], rows: int) -> Conversation:
     """So many rows that have read a prompt."""
-    # A conversation on a mesh has no copies: there every row reads for itself.
-    alone = 1 if lm.mesh is None else rows
-    read = generate(lm, [prompt] * alone, max_new_tokens=1, ignore_eos=True)
-    return read.conversation.fork(rows=rows) if alone < rows else read.conversation
+    read = generate(lm, [prompt], max_new_tokens=1, ignore_eos=True)
+    return read.conversation.fork(rows=rows) if rows > 1 else read.conversation
 
 
 def _continued_with(conversation: Conversation, tokens: list[int]) -> Conversation:

@@ -17,8 +17,9 @@ from sparda_jax.config import CacheConfig, ConfigError
 from sparda_jax.engine.api import generate
 from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.engine.model import LanguageModel
-from sparda_jax.engine.on_mesh import on_devices, state_layout
-from sparda_jax.engine.placement import Placement
+from sparda_jax.engine.on_mesh import on_devices
+from sparda_jax.engine.placement import Placement, state_layout
+from sparda_jax.engine.turns import next_state
 from sparda_jax.engine.whole_sequence import run_whole
 from sparda_jax.inference.decode import decode_step
 from sparda_jax.inference.generate import (
@@ -26,7 +27,6 @@ from sparda_jax.inference.generate import (
     Prompt,
     hidden_states,
 )
-from sparda_jax.inference.next_turn import next_turn
 from sparda_jax.inference.shapes import Shapes, plan_shapes
 from sparda_jax.models.decoder import Decoder, logits
 from sparda_jax.models.rope import Rope, model_rope
@@ -179,15 +179,16 @@ def view_of_answer(
         tile_size=1,
         block_size=lm.sparse.block_size,
     )
-    state = next_turn(out.conversation.take(), shapes, lm.settings, lm.cache)
+    placement = Placement(1, shapes, lm.cache, lm.settings, ())
+    on_mesh = state_layout(lm, placement, None)
+    state = out.conversation.take()
+    state = next_state(state, shapes, lm.settings, lm.cache, on_mesh)
     own = about is None
     steps = len(answer) - 1
     asked = np.zeros((steps, LIKELIEST), np.int32) if about is None else about
     forced = _Forced(jnp.asarray(answer[:-1], jnp.int32), jnp.asarray(asked, jnp.int32))
     arguments = (lm.model, state, forced, model_rope(lm.config, total))
     static = {"settings": lm.settings, "own": own}
-    placement = Placement(1, shapes, lm.cache, lm.settings, ())
-    on_mesh = state_layout(lm, placement, None)
     function = on_devices(lm, _decode_forced, on_mesh)
     program, _ = PROGRAMS.get(function, arguments, static)
     first, tokens, logs = program(*arguments)

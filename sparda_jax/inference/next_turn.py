@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparda_jax.cache.counters import BlockCounts, FetchTotals
+from sparda_jax.cache.host_store import HostStore
 from sparda_jax.cache.offload import OffloadCache, grow_offload
 from sparda_jax.cache.resident import grow
 from sparda_jax.cache.rows import copy_rows
@@ -17,9 +18,20 @@ from sparda_jax.inference.shapes import Shapes
 
 
 def next_turn(
-    state: GenerateState, shapes: Shapes, settings: LayerSettings, config: CacheConfig
+    state: GenerateState,
+    shapes: Shapes,
+    settings: LayerSettings,
+    config: CacheConfig,
+    *,
+    store: HostStore | None = None,
 ) -> GenerateState:
-    """The state with a larger cache if need be, and an empty output."""
+    """The state with a larger cache if need be, and an empty output.
+
+    Args:
+      state: Where the turn before has ended.
+      shapes, settings, config: Of the turn.
+      store: Of an offloaded cache that grows; None to make it here.
+    """
     cache = state.cache
     if cache.capacity < shapes.capacity:
         if isinstance(cache, OffloadCache):
@@ -31,6 +43,7 @@ def next_turn(
                 config,
                 settings.indices,
                 width=width,
+                store=store,
             )
         else:
             cache = grow(cache, shapes.capacity, settings.sparse, settings.indices)
@@ -45,15 +58,18 @@ def next_turn(
     )
 
 
-def copy_state(state: GenerateState, rows: Sequence[int]) -> GenerateState:
+def copy_state(
+    state: GenerateState, rows: Sequence[int], *, store: HostStore | None = None
+) -> GenerateState:
     """A state of some of the rows, in buffers of its own.
 
     Args:
       state: Where generation stands; it keeps its buffers.
       rows: Which of its rows; one may be copied several times.
+      store: Of a copy of an offloaded cache; None to make it here.
     """
     chosen = jnp.asarray(rows)
-    copies: dict[str, Any] = {"cache": copy_rows(state.cache, rows)}
+    copies: dict[str, Any] = {"cache": copy_rows(state.cache, rows, store=store)}
     for name in WITHOUT_ROWS:
         copies[name] = jax.tree.map(jnp.copy, getattr(state, name))
     for name in set(GenerateState._fields) - set(copies):

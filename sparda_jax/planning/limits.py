@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gc
+import math
 import os
 from collections.abc import Callable
 
@@ -267,6 +268,11 @@ def _refuse_beside_others(plan: MemoryPlan, limit: Limit, *, held: bool) -> None
         )
 
 
+def _own_bytes(x: jax.Array) -> int:
+    """What one device holds of an array."""
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
 def refuse_copy(state: GenerateState, rows: int, cache: CacheConfig) -> None:
     """Raises before `rows` rows of a state are copied, if the copy cannot fit.
 
@@ -280,8 +286,8 @@ def refuse_copy(state: GenerateState, rows: int, cache: CacheConfig) -> None:
     """
     limits = memory_limits(cache)
     leaves = jax.tree.leaves(state)
-    held_host = sum(leaf.nbytes for leaf in leaves if in_host_memory(leaf))
-    held_device = sum(leaf.nbytes for leaf in leaves) - held_host
+    held_host = sum(_own_bytes(leaf) for leaf in leaves if in_host_memory(leaf))
+    held_device = sum(map(_own_bytes, leaves)) - held_host
     share = rows / state.lengths.shape[0]
     in_use = held_device
     if cache.device_limit is None and limits.device is not None:

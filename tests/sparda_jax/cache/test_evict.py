@@ -9,7 +9,6 @@ import sparda_jax as sj
 from sparda_jax.cache.evict import kept_blocks
 from sparda_jax.engine.placement import refuse_on_mesh
 from sparda_jax.engine.session import Session
-from sparda_jax.inference.shapes import Shapes
 
 SPARSE = sj.SparseConfig(local_blocks=2, block_budget=6)
 EVICT = sj.CacheConfig(kind="evict")
@@ -104,4 +103,4 @@ def test_what_it_cannot_do_is_refused():
         sj.generate(sj.with_attention(lm, "snapkv", cache=verified), [[2, 3]])
     settings = dataclasses.replace(lm.settings, evict=True)
     with pytest.raises(sj.ConfigError, match="mesh"):
-        refuse_on_mesh(settings, None, Shapes(128, 32, 256, 128))
+        refuse_on_mesh(settings)

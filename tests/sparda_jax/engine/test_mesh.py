@@ -1,18 +1,12 @@
 """Several devices give what one gives, and no KV ever leaves its own."""
 
 import dataclasses
-import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
-import textwrap
 import threading
 import weakref
-from typing import Any
 
 import pytest
+from mesh_cases import on_four_devices
 
 import sparda_jax as sj
 from sparda_jax.config import ConfigError
@@ -23,7 +17,6 @@ from sparda_jax.models.spec import LAYER, MESH_AXES, MODEL
 from sparda_jax.models.weights import build_decoder, random_tensors
 from sparda_jax.sparse.selectors import get_selector, selector_names
 
-ROOT = pathlib.Path(__file__).parents[3]
 DEVICES = """
     import json
     import jax, numpy as np
@@ -240,27 +233,7 @@ EVALUATION = """
 @pytest.fixture(scope="module")
 def found():
     """What four devices gave, in a process of their own."""
-    return _on_four_devices(DEVICES)
-
-
-def _on_four_devices(script: str, *words: str) -> Any:
-    """What a script prints in a process with four devices."""
-    environment = dict(
-        os.environ,
-        XLA_FLAGS="--xla_force_host_platform_device_count=4",
-        JAX_PLATFORMS="cpu",
-        PYTHONPATH=os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return on_four_devices(DEVICES)
 
 
 @pytest.mark.slow
@@ -324,7 +297,7 @@ def test_no_kv_is_exchanged(found):
 @pytest.mark.long
 def test_a_session_on_two_devices_is_one_on_one():
     """Rows that join and leave, shared beginnings, log-probabilities."""
-    found = _on_four_devices(SESSION)
+    found = on_four_devices(SESSION)
     assert found["tokens"] == [True] * 3
     assert found["cached"] == [[0, 0], [256, 256], [0, 0]]
     assert found["logs"] == [[20, 20], [0, 0], [1, 1]]
@@ -343,7 +316,7 @@ DIVIDED = [
 @pytest.mark.long
 @pytest.mark.parametrize("names", [DIVIDED[::2], DIVIDED[1::2]])
 def test_every_selector_on_two_devices_is_itself_on_one(names):
-    found = _on_four_devices(WAYS, *names)
+    found = on_four_devices(WAYS, *names)
     assert {name: same for name, (same, _) in found.items()} == dict.fromkeys(
         names, True
     )
@@ -360,7 +333,7 @@ def test_every_cache_on_two_devices_is_itself_on_one():
         'sparda {"layer0": "resident"}',
         'sparda {"kind": "resident", "route": "auto"}',
     ]
-    found = _on_four_devices(WAYS, *ways)
+    found = on_four_devices(WAYS, *ways)
     assert all(same for same, _ in found.values()), found
 
 
@@ -368,7 +341,7 @@ def test_every_cache_on_two_devices_is_itself_on_one():
 @pytest.mark.long
 def test_an_evaluation_on_two_devices_is_one_on_one(tmp_path):
     """Answers, several questions on one text, surprises and nearness to dense's own."""
-    one, two = _on_four_devices(EVALUATION, str(tmp_path))
+    one, two = on_four_devices(EVALUATION, str(tmp_path))
     assert one.keys() == two.keys()
     assert len(one) == 8, "four tasks by two ways to attend"
     for name, records in one.items():

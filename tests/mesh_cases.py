@@ -1,0 +1,31 @@
+"""Scripts that run where JAX has four devices of the host."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def on_four_devices(script: str, *words: str) -> Any:
+    """What a script prints in a process with four devices."""
+    environment = dict(
+        os.environ,
+        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+        JAX_PLATFORMS="cpu",
+        PYTHONPATH=os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
