@@ -1,6 +1,6 @@
 """Decode with experts beside a dense model of the same active size, in one run.
 
-    python -m benchmarks.moe_decode --model qwen3-30b-a3b --context 8192 --batch 1 4 16
+    python -m benchmarks.moe_decode --model qwen3-30b-a3b --context 32768 --batch 1 4 16
 
 The dense model has all of the other's shape but its MLP, which is as wide as the
 experts that a token uses: it multiplies as much for a token. Weights are random, the
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     count = integer(1)
     add_size_options(parser)
     about = "tokens a row holds"
-    add_option(parser, "--context", count, metavar="N", default=8192, help=about)
+    add_option(parser, "--context", count, metavar="N", default=32768, help=about)
     add_option(
         parser,
         "--batch",

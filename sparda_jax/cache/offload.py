@@ -164,7 +164,8 @@ def init_offload(
       dtype: Type of KV and index.
       storage: As the model's layers are stored.
       width: P, blocks that a token attends to at most.
-      staging: Staging buffers to keep (`OffloadCache.staging`).
+      staging: Staging buffers to keep (`OffloadCache.staging`) where anything is ever
+        fetched.
       codec: How blocks are stored.
       abstract: Give the host store's type only, to lower without allocating it (call
         under `jax.eval_shape` for the rest).
@@ -227,11 +228,14 @@ def init_offload(
         store=store,
         layers=tuple(one() for _ in range(count)),
         first=first,
-        staging=tuple(
-            store.staging(0 if slots == blocks else batch * heads * width)
-            for _ in range(staging)
+        staging=_staging(
+            store, batch * heads * width, staging if slots < blocks else 0
         ),
     )
+
+
+def _staging(store: HostStore, entries: int, areas: int) -> tuple[Parts, ...]:
+    return tuple(store.staging(entries) for _ in range(areas))
 
 
 def grow_offload(
@@ -242,6 +246,7 @@ def grow_offload(
     indices: Indices,
     *,
     width: int,
+    staging: int,
     store: HostStore | None = None,
 ) -> OffloadCache:
     """A copy of the cache with a larger capacity (a multiple of the block size).
@@ -253,6 +258,7 @@ def grow_offload(
       config: Slots.
       indices: What the selector keeps of the keys.
       width: Most blocks of a list.
+      staging: As of `init_offload`.
       store: The larger host store; None to make it here.
     """
     blocks = capacity // sparse.block_size
@@ -283,9 +289,8 @@ def grow_offload(
         store=cache.store.grow(blocks) if store is None else store,
         layers=tuple(one(layer) for layer in cache.layers),
         first=None if first is None else grow_layer(first, blocks, sparse, indices),
-        staging=tuple(
-            cache.store.staging(0 if slots == blocks else batch * heads * width)
-            for _ in cache.staging
+        staging=_staging(
+            cache.store, batch * heads * width, staging if slots < blocks else 0
         ),
     )
 

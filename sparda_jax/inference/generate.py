@@ -19,7 +19,7 @@ from sparda_jax.cache.counters import BlockCounts, FetchTotals
 from sparda_jax.cache.evict import kept_blocks
 from sparda_jax.cache.offload import init_offload
 from sparda_jax.cache.resident import init_cache
-from sparda_jax.cache.settings import LayerSettings
+from sparda_jax.cache.settings import LayerSettings, OffloadSettings
 from sparda_jax.config import CacheConfig, ConfigError, ModelConfig
 from sparda_jax.inference.decode import decode_step
 from sparda_jax.inference.logprobs import TokenLogs, empty_logs, record_logs
@@ -359,6 +359,15 @@ def list_width(shapes: Shapes, settings: LayerSettings) -> int:
     return settings.selector.list_width(blocks, settings.sparse)
 
 
+def staging_areas(offload: OffloadSettings, cache: CacheConfig) -> int:
+    """Staging buffers that a cache keeps.
+
+    Fetches that overlap need areas of their own; what `auto` decides shall not matter.
+    """
+    ahead = offload.lookahead or cache.prefetch == "auto"
+    return offload.route.staging_areas(1 + offload.layers_ahead * ahead)
+
+
 def new_state(
     model: Decoder,
     settings: LayerSettings,
@@ -394,10 +403,6 @@ def new_state(
             settings.config, settings.sparse, settings.indices, **kind, kept=kept
         )
     else:
-        # Fetches that overlap need areas of their own; what `auto` decides shall not
-        # matter.
-        ahead = offload.lookahead or cache.prefetch == "auto"
-        areas = offload.route.staging_areas(1 + offload.layers_ahead * ahead)
         kv = init_offload(
             settings.config,
             settings.sparse,
@@ -405,7 +410,7 @@ def new_state(
             settings.indices,
             **kind,
             width=list_width(shapes, settings),
-            staging=areas,
+            staging=staging_areas(offload, cache),
             codec=offload.codec,
             abstract=abstract,
         )

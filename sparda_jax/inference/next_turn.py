@@ -13,7 +13,12 @@ from sparda_jax.cache.resident import grow
 from sparda_jax.cache.rows import copy_rows
 from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.config import CacheConfig
-from sparda_jax.inference.generate import WITHOUT_ROWS, GenerateState, list_width
+from sparda_jax.inference.generate import (
+    WITHOUT_ROWS,
+    GenerateState,
+    list_width,
+    staging_areas,
+)
 from sparda_jax.inference.shapes import Shapes
 
 
@@ -35,6 +40,7 @@ def next_turn(
     cache = state.cache
     if cache.capacity < shapes.capacity:
         if isinstance(cache, OffloadCache):
+            assert settings.offload is not None
             width = list_width(shapes, settings)
             cache = grow_offload(
                 cache,
@@ -43,6 +49,7 @@ def next_turn(
                 config,
                 settings.indices,
                 width=width,
+                staging=staging_areas(settings.offload, config),
                 store=store,
             )
         else:
