@@ -137,7 +137,9 @@ def _grown(state: GenerateState, layout: StateLayout) -> GenerateState:
         grown = next_turn(state, shapes, settings, layout.cache, store=store)
         return without_store(grown)
 
-    return _on_devices(local, state, layout)
+    # Of other sizes, of which the same axes are divided; staging buffers are made anew.
+    specs = _without_staging(layout.specs())
+    return _on_devices(local, _without_staging(state), specs, layout)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "copies"))
@@ -150,7 +152,13 @@ def _copied(
         rows = _chosen(state, copies)
         return without_store(copy_state(state, rows, store=_held_store(state)))
 
-    return _on_devices(local, state, layout)
+    return _on_devices(local, state, layout.specs(), layout)
+
+
+def _without_staging(state: GenerateState) -> GenerateState:
+    if not isinstance(state.cache, OffloadCache):
+        return state
+    return state._replace(cache=state.cache._replace(staging=()))
 
 
 def _held_store(state: GenerateState) -> HostStore | None:
@@ -161,14 +169,14 @@ def _held_store(state: GenerateState) -> HostStore | None:
 def _on_devices(
     local: Callable[[GenerateState], GenerateState],
     state: GenerateState,
+    specs: GenerateState,
     layout: StateLayout,
 ) -> GenerateState:
-    """What every device makes of its part of a state; a state without a store."""
-    # Of a state of other sizes too: the same axes are divided.
+    """What every device makes of its part of a state, without a store."""
     return jax.shard_map(
         local,
         mesh=layout.mesh.devices,
-        in_specs=(layout.specs(),),
+        in_specs=(specs,),
         out_specs=without_store(layout.specs()),
         check_vma=False,
     )(state)
