@@ -33,8 +33,9 @@ from sparda_jax.evaluation import plots
 from sparda_jax.evaluation.answers import DENSE, Record
 from sparda_jax.evaluation.report import Report, read_report, tables_of
 from sparda_jax.evaluation.run_files import Cell, RunFiles
+from sparda_jax.evaluation.statistics import estimate, mean_of_tasks
 from sparda_jax.evaluation.sweep_tables import always_run, solved_series
-from sparda_jax.evaluation.tables import Scores, sweep_series
+from sparda_jax.evaluation.tables import MISSING, Scores, Table, sweep_series
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
@@ -207,6 +208,7 @@ def part(name: str) -> str:
     scores, alone = _with_others(every)
     without = (_SWEPT, _LEFT_OUT) if _swept(scores) else (_LEFT_OUT,)
     tables = [t for t in tables_of(scores) if not t.title.startswith(without)]
+    tables += [t for n in scores.lengths() if (t := _without_dense(scores, n))]
     report = Report(DATA, scores.settings, {}, tuple(tables))
     facts = [f"* {key}: {value}" for key, value in report.facts() if key in _FACTS]
     if alone:
@@ -219,6 +221,23 @@ def part(name: str) -> str:
                 file = _picture(name, task, length)
                 parts.append(f"![{task}, {length:,} tokens](results/{file.name})\n")
     return "\n".join(parts)
+
+
+def _without_dense(scores: Scores, length: int) -> Table | None:
+    """Scores of the tasks that dense was not run on: it says nothing of a floor."""
+    tasks = [t for t in scores.scored(length) if scores.dense_score(t, length) is None]
+    rows = []
+    for way in scores.variants(length):
+        every = [scores.values(task, length, way, "score") for task in tasks]
+        if any(every):
+            texts = (estimate(v).text(".0f") if v else MISSING for v in every)
+            mean = mean_of_tasks(every).text() if all(every) else MISSING
+            rows.append((scores.label(way), *texts, mean))
+    title = f"Without dense, at {length:,} tokens"
+    note = "Intervals are 95 %, by bootstrap; a dash: not run."
+    return (
+        Table(title, ("attention", *tasks, _MEAN), tuple(rows), note) if rows else None
+    )
 
 
 def _titles(task: str, length: int) -> str:
@@ -259,6 +278,8 @@ def _swept(scores: Scores) -> list[tuple[str, int]]:
     for length in scores.lengths():
         for task in scores.scored(length):
             cells = [c for c in scores.cells if (c.task, c.length) == (task, length)]
+            if scores.dense_score(task, length) is None:
+                continue
             budgets = {cell.budget for cell in cells if cell.budget}
             if len(budgets) > 1 and len({c.attention for c in cells}) >= _FEWEST:
                 found.append((task, length))

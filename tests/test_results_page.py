@@ -97,6 +97,14 @@ def test_budgets_by_layer_are_one_selectors_own(page, tmp_path):
         page.take(file, [other], add=True)
 
 
+def test_scores_without_dense_have_a_table(page, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "DATA", tmp_path)
+    page.take(tmp_path / "x.json", [_write(tmp_path / "a", {SPARDA: 50.0})])
+    assert "| sparda, 8 blocks | 50 [50, 50] | 50.0 [50.0, 50.0] |" in page.part("x")
+    page.take(tmp_path / "x.json", [_write(tmp_path / "b", {DENSE: 90.0})], add=True)
+    assert "Without dense" not in page.part("x")
+
+
 def test_failed_samples_are_not_kept(page, tmp_path):
     folder = _write(tmp_path / "a", {DENSE: 0.0}, failed=True)
     with pytest.raises(ConfigError, match=r"samples \[1\] failed"):
