@@ -1,23 +1,29 @@
-"""CPU benchmark: SmolLM2 against transformers + torch, sparse against dense.
+"""CPU benchmark: SmolLM2 beside transformers and llama.cpp, sparse against dense.
 
-    python -m benchmarks.cpu                       ours alone
-    python -m benchmarks.cpu --peer-python PYTHON  beside transformers + torch
-    python -m benchmarks.cpu --parts context       one part; all by default
+    python -m benchmarks.cpu                        ours alone
+    python -m benchmarks.cpu --peer-python PYTHON   beside transformers + torch
+    python -m benchmarks.cpu --llama-python PYTHON  beside llama.cpp
+    python -m benchmarks.cpu --parts context        one part; all by default
 
-Parts: `peer` has 2,048 tokens, dense beside the peer, the same with weights of 8 bits,
-and infllm_v2; `context` has sparda, dense and infllm_v2 at 8,064 tokens, sparda with
-weights of 8 bits, too, and infllm_v2 at 1,024; `start` times `sparda generate`
-to its first token, without and with compiled code kept from before.
+Parts: `peer` has 2,048 tokens, dense beside transformers, the same with weights of 8
+bits, and infllm_v2; `context` has sparda, dense and infllm_v2 at 8,064 tokens, sparda
+with weights of 8 bits, too, beside llama.cpp, and infllm_v2 at 1,024; `start` times
+`sparda generate` to its first token, without and with compiled code kept from before.
 
-The peer runs in a process of its own, so that the two never share a thread pool, and
-may be another interpreter (`pip install "sparda-jax[bench]"` puts it into this one).
-It has SmolLM2's shape and random weights, which cost the same. Both sides get float32
-and two threads. Every figure is the median of `--repeats` runs with the spread (least …
-most). Timings on a CPU are ratios: compare within one run only.
+A peer runs in a process of its own and may be another interpreter, one for both
+(`pip install "sparda-jax[bench]"` puts transformers and torch into this one;
+`llama-cpp-python` builds llama.cpp for this machine). transformers has SmolLM2's shape
+and random weights, which cost the same; llama.cpp reads the 4-bit file that our weights
+are widened from. All get two threads, and all but llama.cpp float32. Ways to run take
+turns: every figure is the median of `--repeats` rounds (of half as many at 8,064
+tokens) with the spread (least … most), and a ratio is the median of the rounds' ratios.
+Timings on a CPU are ratios: compare within one run only. `work` is the processor time
+of a call, prefill and 32 tokens, over all threads, which other work on the same cores
+lengthens less.
 """
 
 import argparse
-import json
+import contextlib
 import os
 import pathlib
 import platform
@@ -25,53 +31,25 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
+from benchmarks.cpu_peers import Timing, llama_peer, transformers_peer
 from benchmarks.parsers import benchmark_parser
 from sparda_jax.checks import ConfigError, integer
 from sparda_jax.cli.ending import run_command
 from sparda_jax.cli.options import add_option
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    import sparda_jax as sj
 
 THREADS = 2
 PROMPT = 2048
 SHORT, LONG = 1024, 8064
 NEW = 33
 PARTS = ("peer", "context", "start")
-
-_PEER = """
-import json, sys, time
-import torch
-torch.set_num_threads({threads})
-import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
-transformers.logging.set_verbosity_error()
-config = LlamaConfig(
-    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-    num_attention_heads=9, num_key_value_heads=3, head_dim=64,
-    max_position_embeddings=8192, rope_theta=100000.0, rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
-)
-torch.manual_seed(0)
-model = LlamaForCausalLM(config).eval()
-ids = torch.randint(0, 49152, (1, {prompt}))
-prefill, decode = [], []
-with torch.inference_mode():
-    for run in range({repeats} + 1):
-        start = time.perf_counter()
-        out = model(ids, use_cache=True, logits_to_keep=1)
-        middle = time.perf_counter()
-        cache, token = out.past_key_values, ids[:, :1]
-        steps = []
-        for _ in range({new} - 1):
-            begun = time.perf_counter()
-            out = model(token, past_key_values=cache, use_cache=True)
-            token = out.logits[:, -1].argmax(-1, keepdim=True)
-            steps.append(time.perf_counter() - begun)
-        if run:
-            prefill.append(middle - start)
-            decode.append(sum(steps) / len(steps))
-versions = f"transformers {{transformers.__version__}}, torch {{torch.__version__}}"
-print(json.dumps(dict(prefill=prefill, decode=decode, versions=versions)))
-"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,12 +60,17 @@ def _parser() -> argparse.ArgumentParser:
         integer(1),
         default=5,
         metavar="N",
-        help="timed runs of each",
+        help="rounds of timed runs",
     )
     parser.add_argument(
         "--peer-python",
         metavar="PYTHON",
         help="interpreter that has torch and transformers; without it no peer is run",
+    )
+    parser.add_argument(
+        "--llama-python",
+        metavar="PYTHON",
+        help="interpreter that has llama_cpp; without it llama.cpp is not run",
     )
     parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
     parser.add_argument(
@@ -107,71 +90,51 @@ def _show(
     )
 
 
-def _ours(repeats: int, parts: list[str]) -> dict[str, list[float]]:
-    import numpy as np
+class _Way(NamedTuple):
+    """A way to run a prompt of some length, and what its rounds took."""
 
+    name: str
+    run: Callable[[int, int], Timing]
+    length: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.length} tokens"
+
+
+def _ours(lm: "sj.LanguageModel", ids: "np.ndarray") -> Callable[[int, int], Timing]:
     import sparda_jax as sj
-    from sparda_jax.evaluation.texts import python_manual
 
-    results: dict[str, list[float]] = {}
-    if not {"peer", "context"} & set(parts):
-        return results
-    lm = sj.load("smollm2-135m", dtype="float32")
-    assert lm.tokenizer is not None
-    text = python_manual()[:60_000]
-    ids = np.asarray(lm.tokenizer.encode(text))[:LONG]
-    if len(ids) < LONG:
-        raise ConfigError(f"the manual gave {len(ids)} tokens, {LONG} are needed")
-    sparse = sj.with_attention(lm, "infllm_v2")
-    ahead = sj.load("smollm2-135m", attention="sparda", dtype="float32")
-    narrow_ahead = sj.load(
-        "smollm2-135m", attention="sparda", dtype="float32", weights="int8"
-    )
-    narrow = sj.with_attention(narrow_ahead, "dense")
+    def run(length: int, new: int) -> Timing:
+        work = time.process_time()
+        stats = sj.generate(
+            lm, [ids[:length]], max_new_tokens=new, ignore_eos=True
+        ).stats
+        work = time.process_time() - work
+        assert stats.prefill_seconds is not None
+        assert stats.decode_seconds is not None
+        return Timing(stats.prefill_seconds, stats.decode_seconds / (new - 1), work)
 
-    def timed(
-        name: str, lm: sj.LanguageModel, length: int, runs: int, warm_up: int = 1
-    ) -> None:
-        prefill, decode = [], []
-        for run in range(runs + warm_up):
-            stats = sj.generate(
-                lm, [ids[:length]], max_new_tokens=NEW, ignore_eos=True
-            ).stats
-            assert stats.prefill_seconds is not None
-            assert stats.decode_seconds is not None
-            if run >= warm_up:
-                prefill.append(stats.prefill_seconds)
-                decode.append(stats.decode_seconds / (NEW - 1))
-        results[f"{name} prefill"], results[f"{name} decode"] = prefill, decode
-        _show(f"{name}, prefill", prefill)
-        _show(f"{name}, decode, a token", decode, 1e3, "ms")
-
-    if "peer" in parts:
-        timed(f"dense, {PROMPT} tokens", lm, PROMPT, repeats)
-        timed(f"dense, int8 weights, {PROMPT} tokens", narrow, PROMPT, repeats)
-        timed(f"infllm_v2, {PROMPT} tokens", sparse, PROMPT, repeats)
-    if "context" in parts:
-        few = max(1, repeats // 2)
-        # Half a minute or more each: the first one counts. Compiling never does.
-        for name, one in (
-            ("sparda", ahead),
-            ("dense", lm),
-            ("infllm_v2", sparse),
-            ("sparda, int8 weights", narrow_ahead),
-        ):
-            timed(f"{name}, {LONG} tokens", one, LONG, few, warm_up=0)
-        timed(f"infllm_v2, {SHORT} tokens", sparse, SHORT, repeats)
-    return results
+    return run
 
 
-def _peer(python: str, repeats: int) -> dict:
-    script = _PEER.format(threads=THREADS, prompt=PROMPT, repeats=repeats, new=NEW)
-    done = subprocess.run(
-        [python, "-c", script], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise ConfigError(f"the peer failed: {done.stderr.strip()[-800:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def _in_turn(ways: list[_Way], rounds: int, results: dict[str, list[float]]) -> None:
+    """Runs all ways in every round, the other way round in every second one."""
+    for way in ways:
+        # Half a minute or more each at 8,064 tokens: there the first one counts.
+        # Compiling never does, but in `work`.
+        if way.length != LONG:
+            way.run(way.length, 2)
+    for number in range(rounds):
+        for way in ways if number % 2 == 0 else ways[::-1]:
+            for half, value in way.run(way.length, NEW)._asdict().items():
+                results.setdefault(f"{way.label} {half}", []).append(value)
+        print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+    for way in ways:
+        _show(f"{way.label}, prefill", results[f"{way.label} prefill"])
+        _show(f"{way.label}, a token", results[f"{way.label} decode"], 1e3, "ms")
+        if way.length != LONG:
+            _show(f"{way.label}, work", results[f"{way.label} work"])
 
 
 def _first_token(cache: pathlib.Path) -> float:
@@ -222,15 +185,100 @@ def _cold_start(repeats: int) -> dict[str, list[float]]:
 def _ratio(
     name: str, value: list[float], base: list[float], aim: float
 ) -> tuple[str, float]:
-    ratio = statistics.median(value) / statistics.median(base)
+    ratios = [one / other for one, other in zip(value, base, strict=True)]
+    ratio = statistics.median(ratios)
     verdict = "reached" if ratio <= aim else "NOT reached"
-    print(f"{name:56} {ratio:5.2f}   aim ≤ {aim:.1f}: {verdict}")
+    spread = f"({min(ratios):.2f} … {max(ratios):.2f})"
+    print(f"{name:50} {ratio:5.2f} {spread:15} aim ≤ {aim:.1f}: {verdict}")
     return name, ratio
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark and prints medians, spreads and ratios."""
     return run_command(lambda: _run(_parser().parse_args(argv)))
+
+
+def _prompt(lm: "sj.LanguageModel") -> "np.ndarray":
+    import numpy as np
+
+    from sparda_jax.evaluation.texts import python_manual
+
+    assert lm.tokenizer is not None
+    ids = np.asarray(lm.tokenizer.encode(python_manual()[:60_000]))[:LONG]
+    if len(ids) < LONG:
+        raise ConfigError(f"the manual gave {len(ids)} tokens, {LONG} are needed")
+    return ids
+
+
+def _measured(
+    arguments: argparse.Namespace, results: dict[str, list[float]], versions: list[str]
+) -> list[tuple[str, str, str, float]]:
+    """Runs the parts that generate; returns the ratios' names, figures and aims."""
+    import sparda_jax as sj
+    from sparda_jax.checkpoint.fetch import fetch_default_model
+
+    dense = sj.load("smollm2-135m", dtype="float32")
+    ids = _prompt(dense)
+    own = sj.with_attention(dense, "infllm_v2")
+    narrow = sj.load(
+        "smollm2-135m", attention="sparda", dtype="float32", weights="int8"
+    )
+    ratios: list[tuple[str, str, str, float]] = []
+    with contextlib.ExitStack() as stack:
+        if "peer" in arguments.parts:
+            ways = [
+                _Way("dense", _ours(dense, ids), PROMPT),
+                _Way(
+                    "dense, int8 weights",
+                    _ours(sj.with_attention(narrow, "dense"), ids),
+                    PROMPT,
+                ),
+                _Way("infllm_v2", _ours(own, ids), PROMPT),
+            ]
+            if arguments.peer_python:
+                peer = transformers_peer(arguments.peer_python, THREADS)
+                stack.enter_context(peer)
+                versions.append(peer.versions)
+                ways.insert(1, _Way("transformers", peer.run, PROMPT))
+                other = f"transformers, {PROMPT} tokens"
+                for mine, half, aim in (
+                    ("dense", "prefill", 1.0),
+                    ("dense", "work", 1.0),
+                    ("dense", "decode", 0.8),
+                    ("dense, int8 weights", "decode", 0.8),
+                ):
+                    name = f"{half}, {mine} / transformers"
+                    one = f"{mine}, {PROMPT} tokens {half}"
+                    ratios.append((name, one, f"{other} {half}", aim))
+            _in_turn(ways, arguments.repeats, results)
+        if "context" in arguments.parts:
+            ahead = sj.load("smollm2-135m", attention="sparda", dtype="float32")
+            ways = [
+                _Way("sparda", _ours(ahead, ids), LONG),
+                _Way("dense", _ours(dense, ids), LONG),
+                _Way("infllm_v2", _ours(own, ids), LONG),
+                _Way("sparda, int8 weights", _ours(narrow, ids), LONG),
+                _Way("infllm_v2", _ours(own, ids), SHORT),
+            ]
+            base = f"dense, {LONG} tokens prefill"
+            for mine in ("sparda", "infllm_v2"):
+                name = f"prefill of {LONG}, {mine} / dense"
+                ratios.append((name, f"{mine}, {LONG} tokens prefill", base, 1.0))
+            name = f"decode, infllm_v2 at {LONG} / at {SHORT}"
+            at = [f"infllm_v2, {length} tokens decode" for length in (LONG, SHORT)]
+            ratios.append((name, at[0], at[1], 1.3))
+            if arguments.llama_python:
+                file = str(fetch_default_model())
+                peer = llama_peer(arguments.llama_python, file, THREADS)
+                stack.enter_context(peer)
+                versions.append(peer.versions)
+                ways.append(_Way("llama.cpp", peer.run, LONG))
+                other = f"llama.cpp, {LONG} tokens decode"
+                for mine in ("sparda", "sparda, int8 weights", "infllm_v2"):
+                    name = f"decode at {LONG}, {mine} / llama.cpp"
+                    ratios.append((name, f"{mine}, {LONG} tokens decode", other, 1.0))
+            _in_turn(ways, max(1, arguments.repeats // 2), results)
+    return ratios
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -241,33 +289,21 @@ def _run(arguments: argparse.Namespace) -> None:
 
     device = platform.processor() or platform.machine()
     print(f"JAX {jax.__version__}, {device}, {THREADS} threads, float32, SmolLM2-135M")
-    figures: dict[str, object] = {"jax": jax.__version__}
-    ours = _ours(arguments.repeats, arguments.parts)
-    figures["ours"] = ours
-    ratios: list[tuple[str, list[float], list[float], float]] = []
-    if arguments.peer_python and "peer" in arguments.parts:
-        peer = _peer(arguments.peer_python, arguments.repeats)
-        figures["peer"] = peer
-        print(peer["versions"])
-        _show(f"peer, dense, {PROMPT} tokens, prefill", peer["prefill"])
-        _show(f"peer, dense, {PROMPT} tokens, decode", peer["decode"], 1e3, "ms")
-        for half, aim in (("prefill", 1.0), ("decode", 0.8)):
-            mine = ours[f"dense, {PROMPT} tokens {half}"]
-            ratios.append((f"{half}, ours / transformers", mine, peer[half], aim))
-        mine = ours[f"dense, int8 weights, {PROMPT} tokens decode"]
-        name = "decode, int8 weights / transformers"
-        ratios.append((name, mine, peer["decode"], 0.8))
-    if "context" in arguments.parts:
-        long, short = (ours[f"infllm_v2, {n} tokens decode"] for n in (LONG, SHORT))
-        ratios.append((f"sparse decode at {LONG} / at {SHORT}", long, short, 1.3))
-        dense = ours[f"dense, {LONG} tokens prefill"]
-        for name in ("sparda", "infllm_v2"):
-            sparse = ours[f"{name}, {LONG} tokens prefill"]
-            ratios.append((f"prefill of {LONG}, {name} / dense", sparse, dense, 1.0))
+    results: dict[str, list[float]] = {}
+    versions: list[str] = []
+    figures: dict[str, object] = {"jax": jax.__version__, "seconds": results}
+    figures["peers"] = versions
+    ratios: list[tuple[str, str, str, float]] = []
+    if {"peer", "context"} & set(arguments.parts):
+        ratios = _measured(arguments, results, versions)
+        print(*versions, sep="\n")
     if "start" in arguments.parts:
-        figures["start"] = _cold_start(max(1, arguments.repeats // 2))
+        results |= _cold_start(max(1, arguments.repeats // 2))
     print()
-    figures["ratios"] = dict(_ratio(*row) for row in ratios)
+    figures["ratios"] = dict(
+        _ratio(name, results[one], results[other], aim)
+        for name, one, other, aim in ratios
+    )
     if arguments.json:
         from sparda_jax.checkpoint.atomic import write_json
 
