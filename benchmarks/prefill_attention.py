@@ -44,8 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--trace", type=pathlib.Path, default=DEFAULT_TRACE, help="whose lists to take"
     )
-    parser.add_argument(
-        "--agree", type=int, help="instead of a trace: neighbours that share a list"
+    add_option(
+        parser,
+        "--agree",
+        count,
+        metavar="N",
+        help="instead of a trace: neighbours that share a list",
     )
     parser.add_argument("--json", type=pathlib.Path, help="also write figures here")
     return parser

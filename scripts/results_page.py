@@ -330,7 +330,23 @@ def filled(page: str) -> str:
     return _PART.sub(fill, page)
 
 
+def _check_files(what: str, files: Sequence[str]) -> None:
+    """Checks how many files are named.
+
+    Raises:
+      ConfigError: If it is none of what they are for.
+    """
+    wanted, fits = {
+        "take": ("a file and directories", len(files) > 1),
+        "add": ("a file and directories", len(files) > 1),
+        "begin": ("a file and a directory", len(files) == 2),
+    }.get(what, ("no files", not files))
+    if not fits:
+        raise ConfigError(f"{what} is of {wanted}, not of {len(files)} names")
+
+
 def _run(arguments: argparse.Namespace) -> None:
+    _check_files(arguments.what, arguments.files)
     if arguments.what in ("take", "add"):
         file, *folders = arguments.files
         take(pathlib.Path(file), folders, add=arguments.what == "add")

@@ -109,3 +109,18 @@ def test_failed_samples_are_not_kept(page, tmp_path):
     folder = _write(tmp_path / "a", {DENSE: 0.0}, failed=True)
     with pytest.raises(ConfigError, match=r"samples \[1\] failed"):
         page.take(tmp_path / "kept.json", [folder])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["begin", "kept.json"], "begin is of a file and a directory, not of 1"),
+        (["begin", "kept.json", "a", "b"], "a file and a directory, not of 3"),
+        (["take"], "take is of a file and directories, not of 0"),
+        (["add", "kept.json"], "add is of a file and directories, not of 1"),
+        (["check", "kept.json"], "check is of no files, not of 1"),
+    ],
+)
+def test_a_wrong_number_of_files_is_told(page, words, told, capsys):
+    assert page.main(words) == 2
+    assert told in capsys.readouterr().err

@@ -35,6 +35,7 @@ from benchmarks import (
         (prefill_attention.main, ["--layers", "32"], "--layers=32 is not allowed"),
         (prefill_attention.main, ["--context", "63"], "--context=63 is not allowed"),
         (prefill_attention.main, ["--trace", "none"], "none"),
+        (prefill_attention.main, ["--agree", "0"], "--agree=0 is not allowed"),
         (calls.main, ["--rows", "0"], "--rows=0 is not allowed"),
         (calls.main, ["--json", "/no/such/f.json"], "/no/such/f.json"),
         (cpu.main, ["--repeats", "0"], "--repeats=0 is not allowed"),
