@@ -358,7 +358,7 @@ def _run(
         + (f"mesh {run['mesh']}, " if run["mesh"] else "")
         + f"JAX {run['jax']}, {run['date']}"
         + (f", slots {run['device_blocks']}" if "offload" in caches else "")
-        + (f", blocks in {codec}" if codec != "exact" else "")
+        + (f", blocks in {codec}" if codec != "exact" and "offload" in caches else "")
     )
     print(table(figures))
     if arguments.plot is not None:

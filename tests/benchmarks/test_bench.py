@@ -204,3 +204,11 @@ def test_a_small_run(capsys, tmp_path):
     assert picture.stat().st_size > 1000
     assert bench.main([*command[:-8], "--hbm", "0.0001"]) == 0
     assert "does not fit: it needs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("cache", "said"), [("resident", False), ("offload", True)])
+def test_a_codec_is_said_where_blocks_are_offloaded(capsys, cache, said):
+    size = "--random tiny --context 512 --batch 1 --new 2 --attention sparda".split()
+    options = ["--cache", cache, "--host-codec", "int8", "--hbm", "0.0001"]
+    assert bench.main([*size, *options]) == 0
+    assert (", blocks in int8" in capsys.readouterr().out) == said
