@@ -46,7 +46,7 @@ def no_allocation(monkeypatch):
         raise AssertionError("a refused request must not allocate")
 
     monkeypatch.setattr(batch, "new_state", never)
-    monkeypatch.setattr(call, "next_turn", never)
+    monkeypatch.setattr(call, "next_state", never)
 
 
 def _refused(lm, prompts, **arguments) -> str:
