@@ -181,6 +181,7 @@ WAYS = """
     import sparda_jax as sj
     from sparda_jax.config import CacheConfig
     from sparda_jax.mesh import MeshConfig
+    from sparda_jax.sparse.selectors import get_selector
 
     rng = np.random.default_rng(0)
     prompts = [rng.integers(2, 128, n).tolist() for n in (400, 3)]
@@ -200,7 +201,8 @@ WAYS = """
 
     for name in sys.argv[1:]:
         attention, _, more = name.partition(" ")
-        resident = attention in ("dense", "snapkv", "window")
+        resident = (attention in ("dense", "snapkv", "window")
+                    or get_selector(attention).attends_tokens)
         cache = {} if resident else few | json.loads(more or "{}")
         one, two = (outcome(mesh, attention, cache)
                     for mesh in (None, MeshConfig(model=2)))

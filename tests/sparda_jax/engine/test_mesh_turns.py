@@ -84,30 +84,33 @@ TURNS = """
 """
 
 
+OFFLOAD = '"kind": "offload", "route": "dynamic_slice", "device_blocks": 5'
+
+
 @pytest.mark.slow
 @pytest.mark.long
-def test_turns_and_copies_on_a_mesh_are_those_of_one_device():
-    offload = '"kind": "offload", "route": "dynamic_slice"'
-    ways = [
+@pytest.mark.parametrize(
+    "way",
+    [
         'model=2 {"kind": "resident"}',
-        f'model=2 {{{offload}, "device_blocks": 5}}',
-        f'model=2 {{{offload}, "device_blocks": 5, "codec": "int8"}}',
-        f'data=2,model=2 {{{offload}, "device_blocks": 5}}',
-    ]
-    found = on_four_devices(TURNS, *ways)
-    for way in ways:
-        differ, grown, shards, fetched = found[way]
-        assert differ == [], way
-        assert grown, way
-        if "offload" not in way:
-            continue
-        assert fetched[1] > 0, way
+        f"model=2 {{{OFFLOAD}}}",
+        f'model=2 {{{OFFLOAD}, "codec": "int8"}}',
+        f"data=2,model=2 {{{OFFLOAD}}}",
+    ],
+)
+def test_turns_and_copies_on_a_mesh_are_those_of_one_device(way):
+    found = on_four_devices(TURNS, way)
+    differ, grown, shards, fetched = found[way]
+    assert differ == []
+    assert grown
+    if "offload" in way:
+        assert fetched[1] > 0
         *parts, kinds = shards
         devices = 4 if "data" in way else 2
-        assert all(part == [1 / devices] * devices for part in parts), way
+        assert all(part == [1 / devices] * devices for part in parts)
         assert set(kinds) == {"pinned_host"}
     assert "rows=2 is not allowed on a mesh of data=2" in found["refused"]
-    assert found["programs"] > 10
+    assert found["programs"] > 2
     assert found["exchanged"] == []
 
 
