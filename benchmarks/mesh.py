@@ -26,7 +26,6 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
-import json
 import pathlib
 import statistics
 import sys
@@ -34,6 +33,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks import json_lines
 from benchmarks.offload import (
     CHUNK,
     add_size_options,
@@ -405,14 +405,6 @@ def hidden_share(rows: list[dict]) -> float | None:
     return 1 - waits["sparda"] / waits["sparse"] if waits["sparse"] > 0 else None
 
 
-def _write(row: dict, about: dict, arguments) -> None:
-    line = json.dumps(about | row)
-    print(line, flush=True)
-    if arguments.out is not None:
-        with arguments.out.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the command."""
     return run_command(lambda: _run(_parser().parse_args(argv)))
@@ -468,9 +460,9 @@ def _run(arguments: argparse.Namespace) -> None:
             rows, shared = [], about | own | {"layers": layers}
             for row in _measure_mesh(mesh, programs):
                 rows.append(row)
-                _write(row, shared, arguments)
+                json_lines.say(shared | row, arguments.out)
             hidden = {"devices": mesh.devices, "hidden": hidden_share(rows)}
-            _write(hidden, shared, arguments)
+            json_lines.say(shared | hidden, arguments.out)
 
 
 if __name__ == "__main__":

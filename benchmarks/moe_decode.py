@@ -11,13 +11,13 @@ the experts that a batch of evenly spread tokens has in use, on the average.
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import statistics
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks import json_lines
 from benchmarks.offload import (
     CHUNK,
     add_size_options,
@@ -153,11 +153,7 @@ def _run(arguments: argparse.Namespace) -> None:
             }
             if config is experts:
                 row["times_dense"] = median / found[dense.name, batch]
-            line = json.dumps(row)
-            print(line, flush=True)
-            if arguments.out is not None:
-                with arguments.out.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+            json_lines.say(row, arguments.out)
 
 
 def main(argv: list[str] | None = None) -> int:
