@@ -479,7 +479,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = measure_here(arguments, write)
     write(found)
     for name, one in found.items():
-        if "between_tokens_seconds" in one:
+        if isinstance(one, dict) and "between_tokens_seconds" in one:
             print(f"{name.replace('_', ' ')}\n{table(one)}")
         elif name in ("generate", "engine", "served"):
             print(f"{name:<11}" + json.dumps(one))

@@ -147,21 +147,34 @@ def _users(
         return cast(Any, found)["load"]
 
 
-def _shares(
-    alone: dict[str, Any],
-    engine: dict[str, Any],
-    one_user: dict[str, Any],
-    load: dict[str, Any],
-    rows: int,
-) -> dict[str, float | None]:
-    """What is left of rates that need no server: of `generate`, and of full rows."""
-    gap = one_user["between_tokens_seconds"]["p50"]
-    full = load["full_batch_tokens_per_second"]
-    of_rows = engine[f"rows_{rows}"]["decode_tokens_per_second"]
-    of_generate = alone["decode_tokens_per_second"]
+def shares(found: dict[str, Any], rows: int) -> dict[str, float]:
+    """What is left of rates that need no server, as far as they are measured.
+
+    Args:
+      found: Figures by part, as `measure_here` gives them.
+      rows: Of the server.
+
+    Returns:
+      Of `generate` with one prompt: the engine's row without a server, and one user.
+      Of the engine: one user, and the rate while all rows are taken.
+    """
+    engine, users, load = (found.get(x, {}) for x in ("engine", "one_user", "load"))
+    alone = found["generate"]["decode_tokens_per_second"]
+    row, full = (
+        engine.get(f"rows_{n}", {}).get("decode_tokens_per_second") for n in (1, rows)
+    )
+    gap = users.get("between_tokens_seconds", {}).get("p50")
+    user = 1 / gap if gap else None
+    pairs = {
+        "engine_row_of_generate": (row, alone),
+        "one_user_of_generate": (user, alone),
+        "one_user_of_engine": (user, row),
+        "full_batch_of_engine": (load.get("full_batch_tokens_per_second"), full),
+    }
     return {
-        "one_user_of_generate": round(1 / gap / of_generate, 4) if gap else None,
-        "full_batch_of_engine": round(full / of_rows, 4) if full else None,
+        name: round(part / whole, 4)
+        for name, (part, whole) in pairs.items()
+        if part and whole
     }
 
 
@@ -211,17 +224,17 @@ def measure_here(
     configure_offload()
     lm = _model(arguments)
     device = jax.devices()[0]
-    found = {"device": device.device_kind, "jax": jax.__version__}
+    found: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__}
     begun = time.perf_counter()
 
     def tell(what: str) -> None:
         note(f"{what} ({time.perf_counter() - begun:.0f} s)")
 
-    def keep(name: str, figures: Any) -> Any:
+    def keep(name: str, figures: Any) -> None:
         found[name] = figures
         tell(f"{name} {json.dumps(figures)}")
+        found["served"] = shares(found, arguments.max_batch)
         write(found)
-        return figures
 
     serving = Serving(lm, _settings(arguments))
     tell("memory is taken")
@@ -232,11 +245,12 @@ def measure_here(
         # Programs of `generate` are compiled beside those of the server.
         first = pool.submit(_generate, lm, *lengths, rng)
         tell(f"compiled {', '.join(serving.warm_up())}")
+        found["ready_seconds"] = round(time.perf_counter() - begun, 1)
         first.result()
     tell("compiled those of generate")
-    alone_rates = keep("generate", generate_rates(lm, *lengths, rng))
+    keep("generate", generate_rates(lm, *lengths, rng))
     shared = arguments.shared_tokens
-    engine = keep(
+    keep(
         "engine",
         engine_rates(serving.session, *lengths, vocab, rng, shared_tokens=shared),
     )
@@ -250,10 +264,8 @@ def measure_here(
         # Prompts of their own: those of the load shall not be in the prefix store.
         alone = {"requests": 3, "concurrency": 1, "seed": arguments.seed + 1}
         alone |= dict.fromkeys(("minutes", "rate", "cancel", "same_every"))
-        one_user = keep("one_user", _users(arguments, url, vocab, alone))
-        load = keep("load", _users(arguments, url, vocab, {}))
-        shares = _shares(alone_rates, engine, one_user, load, arguments.max_batch)
-        keep("served", shares)
+        keep("one_user", _users(arguments, url, vocab, alone))
+        keep("load", _users(arguments, url, vocab, {}))
         for name, other in sweep(arguments, arguments.seed + 2):
             keep(name, _users(arguments, url, vocab, other))
     finally:

@@ -58,6 +58,25 @@ def test_the_rate_of_full_rows_counts_only_while_all_are_taken():
     assert full_batch_rate([first, second, late], rows=2) == 2.0
 
 
+def test_shares_are_told_as_far_as_they_are_measured():
+    found = {"generate": {"decode_tokens_per_second": 50.0}}
+    assert load_here.shares(found, 2) == {}
+    found["engine"] = {
+        "rows_1": {"decode_tokens_per_second": 48.0},
+        "rows_2": {"decode_tokens_per_second": 80.0},
+    }
+    assert load_here.shares(found, 2) == {"engine_row_of_generate": 0.96}
+    found["one_user"] = {"between_tokens_seconds": {"p50": 1 / 47}}
+    found["load"] = {"full_batch_tokens_per_second": None}
+    assert load_here.shares(found, 2) == {
+        "engine_row_of_generate": 0.96,
+        "one_user_of_generate": 0.94,
+        "one_user_of_engine": 0.9792,
+    }
+    found["load"] = {"full_batch_tokens_per_second": 78.0}
+    assert load_here.shares(found, 2)["full_batch_of_engine"] == 0.975
+
+
 def test_who_asks_the_same_is_watched():
     assert steadiness([Result(0.0, text="a")]) is None
     first = Result(0.0, fixed=True, text="a b", logprobs=[-1.0, -2.0])
