@@ -68,7 +68,17 @@ def attention_mass(
         shift = jnp.where(jnp.isfinite(peak), peak, 0.0)
         return peak, jnp.sum(jnp.exp(logits - shift[..., None]), axis=-1)
 
-    peaks, totals = jax.lax.map(chunk, jnp.arange(blocks // size))
+    def unread(number: Int[Array, ""]) -> tuple[Array, Array]:
+        """What `chunk` gives of keys that all come after all queries."""
+        del number
+        shape = (batch, kv_heads, heads // kv_heads, steps, size)
+        return jnp.full(shape, -jnp.inf), jnp.zeros(shape)
+
+    latest = jnp.max(positions)
+    peaks, totals = jax.lax.map(
+        lambda n: jax.lax.cond(n * span <= latest, chunk, unread, n),
+        jnp.arange(blocks // size),
+    )
     peaks, totals = (
         jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], blocks) for x in (peaks, totals)
     )

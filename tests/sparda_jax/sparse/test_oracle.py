@@ -34,6 +34,21 @@ def test_masses_are_the_definition_s(kind):
     assert cases.listed_sets(lists) == cases.best_sets(got, positions, SPARSE)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_behind_all_queries_hold_nothing(kind):
+    """They are not read: a larger capacity gives the same masses, bit for bit."""
+    layer, oracle = cases.draw_layer(kind), get_selector("oracle")
+
+    def masses(blocks):
+        index = cases.make_index(oracle, layer, [layer.length], blocks)
+        tile = cases.tile_of(layer, index, WHERE, blocks)
+        return np.asarray(oracle.score(tile, CONFIG, SPARSE, None))
+
+    small, large = masses(BLOCKS), masses(4 * BLOCKS)
+    np.testing.assert_array_equal(large[..., :BLOCKS], small)
+    assert np.all(large[..., BLOCKS:] == 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_selector_captures_more_than_the_oracle(kind):
