@@ -35,7 +35,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks import offload
-from benchmarks.parsers import benchmark_parser
+from benchmarks.parsers import add_file_option, benchmark_parser
 from benchmarks.traced import DEFAULT_TRACE
 from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checkpoint.files import read_json
@@ -444,7 +444,7 @@ def of_all(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = benchmark_parser("best", __doc__)
     parser.add_argument("figures", nargs="*", type=pathlib.Path, help="for --plot")
-    parser.add_argument("--plot", type=pathlib.Path, help="a PNG to draw instead")
+    add_file_option(parser, "--plot", help="a PNG to draw instead")
     parser.add_argument("--model", default="minicpm4.1-8b", help="preset")
     for name, check, metavar, default, text in (
         ("--context", integer(1), "N", 131072, "tokens of a row"),
@@ -461,7 +461,7 @@ def _parser() -> argparse.ArgumentParser:
     offload.add_steps_option(parser)
     parser.add_argument("--route", default="auto")
     parser.add_argument("--trace", type=pathlib.Path, default=DEFAULT_TRACE)
-    parser.add_argument("--json", type=pathlib.Path, help="write figures here")
+    add_file_option(parser, help="write figures here")
     return parser
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from benchmarks.fed_text import feed_text
-from benchmarks.parsers import benchmark_parser
+from benchmarks.parsers import add_file_option, benchmark_parser
 from benchmarks.trace import text_ids
 from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checks import integer
@@ -273,7 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--decode", type=int, default=256)
     parser.add_argument("--passkeys", type=int, default=10)
-    parser.add_argument("--json", type=pathlib.Path, help="also write figures here")
+    add_file_option(parser)
     return parser
 
 

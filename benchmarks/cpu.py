@@ -35,7 +35,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.cpu_peers import Timing, llama_peer, transformers_peer
-from benchmarks.parsers import benchmark_parser
+from benchmarks.parsers import add_file_option, benchmark_parser
 from sparda_jax.checks import ConfigError, integer
 from sparda_jax.cli.ending import run_command
 from sparda_jax.cli.options import add_option
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PYTHON",
         help="interpreter that has llama_cpp; without it llama.cpp is not run",
     )
-    parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
+    add_file_option(parser)
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to run"
     )

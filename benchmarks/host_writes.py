@@ -11,22 +11,23 @@ whose target then lies in host memory: alone, or in a call whose results are sai
 
 import argparse
 import functools
-import pathlib
 import statistics
+import sys
 import time
 from typing import Any
+
+from benchmarks.parsers import add_file_option, benchmark_parser
+from sparda_jax.cli.ending import run_command
 
 HEADS = 2
 BLOCK = (64, 2, 128)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = benchmark_parser("host_writes", __doc__)
     parser.add_argument("--blocks", type=int, default=2048, help="of a head, to write")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls")
-    parser.add_argument("--json", type=pathlib.Path, help="also write figures here")
+    add_file_option(parser)
     return parser
 
 
@@ -125,9 +126,12 @@ def _measure(call, store, piece, repeats: int) -> list[float]:
     return seconds[1:]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark."""
-    arguments = _parser().parse_args()
+    return run_command(lambda: _run(_parser().parse_args(argv)))
+
+
+def _run(arguments: argparse.Namespace) -> None:
     import jax
     import jax.numpy as jnp
 
@@ -202,4 +206,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

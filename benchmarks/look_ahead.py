@@ -28,7 +28,7 @@ import sys
 import numpy as np
 from jaxtyping import Bool
 
-from benchmarks.parsers import benchmark_parser
+from benchmarks.parsers import add_file_option, benchmark_parser
 from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checks import ConfigError
 from sparda_jax.cli.ending import run_command
@@ -147,7 +147,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = benchmark_parser("look_ahead", __doc__)
     parser.add_argument("own", type=pathlib.Path, help="trace of own queries")
-    parser.add_argument("--json", type=pathlib.Path, help="also write figures here")
+    add_file_option(parser)
     parser.add_argument("--forecast", type=pathlib.Path, help="trace of the Forecast")
     return parser
 

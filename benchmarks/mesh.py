@@ -43,7 +43,7 @@ from benchmarks.offload import (
     mode_settings,
     time_steps,
 )
-from benchmarks.parsers import benchmark_parser
+from benchmarks.parsers import add_file_option, benchmark_parser
 from benchmarks.sums import measured_sums
 from benchmarks.traced import (
     DEFAULT_TRACE,
@@ -62,7 +62,7 @@ MODES = (
     f"sparda{_SCHEDULED}",
 )
 # What every mesh of a run may have of its own.
-_OWN = ("model", "context", "batch", "codec")
+_OWN = ("model", "layers", "context", "batch", "codec")
 _BEGUN = time.perf_counter()
 
 
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         help="preset; one, or one a mesh",
     )
     count = integer(1)
-    add_size_options(parser)
+    add_size_options(parser, many=True)
     add_option(
         parser,
         "--context",
@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--route", default="auto")
     add_steps_option(parser)
-    parser.add_argument("--out", type=pathlib.Path, help="also write JSON lines here")
+    add_file_option(parser, "--out", help="also write JSON lines here")
     add_option(
         parser,
         "--option",
@@ -380,8 +380,9 @@ def _measure_mesh(mesh: Mesh, programs: dict) -> Iterator[dict]:
                 begun = time.perf_counter()
                 state = begin_rows(state, arguments.context)
                 state = state._replace(cache=install(state.cache, lists))
+                way = f"{name}{case.mode}".replace(" ", "-")
                 seconds, fetched, state = time_steps(
-                    call, case.settings, model, state, request, case.mode, arguments
+                    call, case.settings, model, state, request, way, arguments
                 )
                 found = _figures(case, seconds, fetched, mesh.sparse, arguments)
                 if name:
@@ -456,8 +457,8 @@ def _run(arguments: argparse.Namespace) -> None:
             return
         for mesh in meshes:
             own = {name: getattr(mesh.arguments, name) for name in _OWN}
-            layers = mesh.cases[0].layout.config.num_layers
-            rows, shared = [], about | own | {"layers": layers}
+            own["layers"] = mesh.cases[0].layout.config.num_layers
+            rows, shared = [], about | own
             for row in _measure_mesh(mesh, programs):
                 rows.append(row)
                 json_lines.say(shared | row, arguments.out)

@@ -11,7 +11,6 @@ the experts that a batch of evenly spread tokens has in use, on the average.
 
 import argparse
 import dataclasses
-import pathlib
 import statistics
 import sys
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from benchmarks.offload import (
     mode_settings,
     time_steps,
 )
-from benchmarks.parsers import benchmark_parser
+from benchmarks.parsers import add_file_option, benchmark_parser
 from benchmarks.traced import DEFAULT_TRACE
 from sparda_jax.checks import integer, require
 from sparda_jax.cli.ending import run_command
@@ -71,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         help="rows",
     )
     add_steps_option(parser)
-    parser.add_argument("--out", type=pathlib.Path, help="also write JSON lines here")
+    add_file_option(parser, "--out", help="also write JSON lines here")
     parser.set_defaults(
         miss=None,
         layer0="resident",

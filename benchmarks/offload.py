@@ -32,7 +32,7 @@ import sys
 import time
 from typing import get_args
 
-from benchmarks.parsers import benchmark_parser
+from benchmarks.parsers import add_file_option, benchmark_parser
 from benchmarks.traced import (
     DEFAULT_TRACE,
     TracedLists,
@@ -62,13 +62,13 @@ def add_steps_option(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--steps", steps, metavar="N", default=96, help="timed steps")
 
 
-def add_size_options(parser: argparse.ArgumentParser) -> None:
-    """Adds `--layers` and `--limit`."""
-    for name, check, default, metavar, text in (
-        ("--layers", integer(1), None, "L", "fewer than the preset has"),
-        ("--limit", number(above=0), 80, "GB", "memory of a device"),
-    ):
-        add_option(parser, name, check, default=default, metavar=metavar, help=text)
+def add_size_options(parser: argparse.ArgumentParser, *, many: bool = False) -> None:
+    """Adds `--layers`, or with `many` one or more of them, and `--limit`."""
+    text = "fewer than the preset has" + "; one, or one a mesh" * many
+    some = {"many": many, "default": [None] if many else None}
+    add_option(parser, "--layers", integer(1), metavar="L", help=text, **some)
+    size = {"default": 80, "metavar": "GB", "help": "memory of a device"}
+    add_option(parser, "--limit", number(above=0), **size)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--route", default="auto")
     add_size_options(parser)
     parser.add_argument("--profile", type=pathlib.Path, help="folder for a trace")
-    parser.add_argument("--json", type=pathlib.Path, help="also write figures here")
+    add_file_option(parser)
     return parser
 
 

@@ -2,8 +2,9 @@
 
 import argparse
 import pathlib
+from typing import Any
 
-from sparda_jax.checks import integer, number
+from sparda_jax.checks import file_to_write, integer, number
 from sparda_jax.cli.options import Parser, add_option
 
 
@@ -16,11 +17,29 @@ def benchmark_parser(name: str, text: str | None) -> Parser:
     )
 
 
+def _file(field: str, value: object) -> pathlib.Path:
+    return pathlib.Path(file_to_write(field, value))
+
+
+def add_file_option(
+    parser: Any,
+    name: str = "--json",
+    *,
+    help: str = "also write figures here",
+    required: bool = False,
+) -> None:
+    """Adds the option of a file to write, in a folder that is there.
+
+    Its folder is looked at before anything is measured, not when there are figures.
+    """
+    add_option(parser, name, _file, metavar="FILE", help=help, required=required)
+
+
 def add_document_options(parser: Parser) -> None:
     """Adds what commands ask that replay a model's lists over a document."""
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", default="code", help="prose, code or a text file")
-    parser.add_argument("--json", type=pathlib.Path, help="also write figures here")
+    add_file_option(parser)
     tokens = {"metavar": "N", "default": 4096, "help": "tokens in all"}
     add_option(parser, "--context", integer(1), **tokens)
     slots = {"metavar": "C", "default": [1.0, 2.0, 4.0], "help": "in budgets"}

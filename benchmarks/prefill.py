@@ -34,7 +34,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.imposed import lists_of, selector_with
-from benchmarks.parsers import benchmark_parser
+from benchmarks.parsers import add_file_option, benchmark_parser
 from benchmarks.parts import by_part
 from benchmarks.traced import DEFAULT_TRACE
 from sparda_jax.checks import ConfigError, integer, number
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="kernels of the rest",
     )
-    parser.add_argument("--json", type=pathlib.Path, help="also write figures here")
+    add_file_option(parser)
     return parser
 
 

@@ -15,7 +15,7 @@ import functools
 import pathlib
 import sys
 
-from benchmarks.parsers import benchmark_parser
+from benchmarks.parsers import add_file_option, benchmark_parser
 from benchmarks.traced import DEFAULT_TRACE
 from sparda_jax.checks import ConfigError, integer
 from sparda_jax.cli.ending import run_command
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="instead of a trace: neighbours that share a list",
     )
-    parser.add_argument("--json", type=pathlib.Path, help="also write figures here")
+    add_file_option(parser)
     return parser
 
 

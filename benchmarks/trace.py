@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from benchmarks.fed_text import feed_text
+from benchmarks.parsers import add_file_option
 from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checkpoint.files import read_text
 from sparda_jax.checks import ConfigError, integer
@@ -278,15 +279,15 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--context", type=int, default=4096, help="tokens in all")
     new.add_argument("--prefill", type=int, default=192, help="lists of prefill kept")
     new.add_argument("--decode", type=int, default=256, help="tokens decoded")
-    new.add_argument("--out", type=pathlib.Path, required=True)
+    add_file_option(new, "--out", help="the trace", required=True)
     new.set_defaults(run=_record)
     show = commands.add_parser("show", help="what the lists of traces are like")
     show.add_argument("traces", type=pathlib.Path, nargs="+")
-    show.add_argument("--json", type=pathlib.Path, help="also write figures here")
+    add_file_option(show)
     show.set_defaults(run=_show)
     curves = commands.add_parser("curves", help="write the planner's curves")
     curves.add_argument("traces", type=pathlib.Path, nargs="+")
-    curves.add_argument("--out", type=pathlib.Path, required=True)
+    add_file_option(curves, "--out", help="the curves", required=True)
     curves.set_defaults(run=_curves)
     return parser
 

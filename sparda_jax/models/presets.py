@@ -3,6 +3,7 @@
 import dataclasses
 import types
 
+from sparda_jax.checks import require
 from sparda_jax.config import ConfigError, ModelConfig, RopeConfig, SparseConfig
 
 
@@ -28,7 +29,12 @@ class Preset:
         Args:
           layers: How many layers.
           context: Tokens that it must have room for.
+
+        Raises:
+          ConfigError: If the model has fewer layers.
         """
+        most = self.model.num_layers
+        require(layers is None or layers <= most, "layers", layers, f"at most {most}")
         return dataclasses.replace(
             self.model,
             num_layers=layers or self.model.num_layers,

@@ -6,11 +6,19 @@ import pytest
 
 from benchmarks import all as every
 from benchmarks import (
+    bench,
     best,
     calls,
+    codec_error,
     cpu,
     host_routes,
+    host_writes,
+    layers_ahead,
+    look_ahead,
+    mesh,
+    moe_decode,
     offload,
+    prefer_held,
     prefill,
     prefill_attention,
     profile_streams,
@@ -56,6 +64,37 @@ def test_wrong_arguments_are_one_line(capsys, main, arguments, told):
     assert out == ""
     assert told in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("main", "written"),
+    [
+        *((mesh.main, ["--out"]), (moe_decode.main, ["--out"])),
+        *((best.main, ["--json"]), (best.main, ["--plot"])),
+        *((bench.main, ["--json"]), (bench.main, ["--plot"])),
+        *((calls.main, ["--json"]), (codec_error.main, ["--json"])),
+        *((cpu.main, ["--json"]), (host_routes.main, ["--json"])),
+        *((host_writes.main, ["--json"]), (bench.main, ["serve", "--json"])),
+        *((layers_ahead.main, ["--json"]), (look_ahead.main, ["own", "--json"])),
+        *((offload.main, ["--json"]), (prefer_held.main, ["--json"])),
+        *((prefill.main, ["--json"]), (prefill_attention.main, ["--json"])),
+        *((timeline.main, ["run", "--out"]), (trace.main, ["record", "--out"])),
+        (trace.main, ["show", "a.npz", "--json"]),
+        (trace.main, ["curves", "a.npz", "--out"]),
+    ],
+)
+def test_figures_for_a_folder_that_is_not_there_are_refused_at_once(
+    capsys, main, written
+):
+    assert main([*written, "/no/such/file.png"]) == 2
+    told = "must be a file in a folder that can be written to"
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [mesh, moe_decode, offload, prefill, best])
+def test_more_layers_than_the_preset_has_are_refused(command, capsys):
+    assert command.main(["--layers", "99"]) == 2
+    assert "layers=99 is not allowed: it must be at most" in capsys.readouterr().err
 
 
 @pytest.mark.slow
