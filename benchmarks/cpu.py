@@ -7,19 +7,21 @@
 
 Parts: `peer` has 2,048 tokens, dense beside transformers, the same with weights of 8
 bits, and infllm_v2; `context` has sparda, dense and infllm_v2 at 8,064 tokens, sparda
-with weights of 8 bits, too, beside llama.cpp, and infllm_v2 at 1,024; `start` times
-`sparda generate` to its first token, without and with compiled code kept from before.
+with weights of 8 bits, too, and infllm_v2 at 1,024; `llama` has sparda at 8,064 tokens,
+with weights of 8 bits, too, beside llama.cpp, each with 96 tokens behind the prompt
+(nothing without `--llama-python`); `start` times `sparda generate` to its first token,
+without and with compiled code kept from before.
 
 A peer runs in a process of its own and may be another interpreter, one for both
 (`pip install "sparda-jax[bench]"` puts transformers and torch into this one;
-`llama-cpp-python` builds llama.cpp for this machine). transformers has SmolLM2's shape
-and random weights, which cost the same; llama.cpp reads the 4-bit file that our weights
-are widened from. All get two threads, and all but llama.cpp float32. Ways to run take
-turns: every figure is the median of `--repeats` rounds (of half as many at 8,064
-tokens) with the spread (least … most), and a ratio is the median of the rounds' ratios.
-Timings on a CPU are ratios: compare within one run only. `work` is the processor time
-of a call, prefill and 32 tokens, over all threads, which other work on the same cores
-lengthens less.
+`llama-cpp-python` builds llama.cpp for this machine, `xllamacpp` has it built for any).
+transformers has SmolLM2's shape and random weights, which cost the same; llama.cpp
+reads the 4-bit file that our weights are widened from. All get two threads, and all but
+llama.cpp float32. Ways to run take turns: every figure is the median of `--repeats`
+rounds (of half as many in `context`) with the spread (least … most), and a ratio is the
+median of the rounds' ratios. Timings on a CPU are ratios: compare within one run only.
+`work` is the processor time of a call, prefill and 32 tokens, over all threads, which
+other work on the same cores lengthens less.
 """
 
 import argparse
@@ -48,8 +50,9 @@ if TYPE_CHECKING:
 THREADS = 2
 PROMPT = 2048
 SHORT, LONG = 1024, 8064
-NEW = 33
-PARTS = ("peer", "context", "start")
+# One of them is of the prompt.
+NEW, NEW_LLAMA = 33, 97
+PARTS = ("peer", "context", "llama", "start")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--llama-python",
         metavar="PYTHON",
-        help="interpreter that has llama_cpp; without it llama.cpp is not run",
+        help="interpreter that has llama_cpp or xllamacpp; without it no such peer",
     )
     add_file_option(parser)
     parser.add_argument(
@@ -118,7 +121,9 @@ def _ours(lm: "sj.LanguageModel", ids: "np.ndarray") -> Callable[[int, int], Tim
     return run
 
 
-def _in_turn(ways: list[_Way], rounds: int, results: dict[str, list[float]]) -> None:
+def _in_turn(
+    ways: list[_Way], rounds: int, results: dict[str, list[float]], new: int = NEW
+) -> None:
     """Runs all ways in every round, the other way round in every second one."""
     for way in ways:
         # Half a minute or more each at 8,064 tokens: there the first one counts.
@@ -127,7 +132,7 @@ def _in_turn(ways: list[_Way], rounds: int, results: dict[str, list[float]]) -> 
             way.run(way.length, 2)
     for number in range(rounds):
         for way in ways if number % 2 == 0 else ways[::-1]:
-            for half, value in way.run(way.length, NEW)._asdict().items():
+            for half, value in way.run(way.length, new)._asdict().items():
                 results.setdefault(f"{way.label} {half}", []).append(value)
         print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
     for way in ways:
@@ -220,6 +225,7 @@ def _measured(
     dense = sj.load("smollm2-135m", dtype="float32")
     ids = _prompt(dense)
     own = sj.with_attention(dense, "infllm_v2")
+    ahead = sj.load("smollm2-135m", attention="sparda", dtype="float32")
     narrow = sj.load(
         "smollm2-135m", attention="sparda", dtype="float32", weights="int8"
     )
@@ -252,7 +258,6 @@ def _measured(
                     ratios.append((name, one, f"{other} {half}", aim))
             _in_turn(ways, arguments.repeats, results)
         if "context" in arguments.parts:
-            ahead = sj.load("smollm2-135m", attention="sparda", dtype="float32")
             ways = [
                 _Way("sparda", _ours(ahead, ids), LONG),
                 _Way("dense", _ours(dense, ids), LONG),
@@ -267,17 +272,26 @@ def _measured(
             name = f"decode, infllm_v2 at {LONG} / at {SHORT}"
             at = [f"infllm_v2, {length} tokens decode" for length in (LONG, SHORT)]
             ratios.append((name, at[0], at[1], 1.3))
-            if arguments.llama_python:
-                file = str(fetch_default_model())
-                peer = llama_peer(arguments.llama_python, file, THREADS)
-                stack.enter_context(peer)
-                versions.append(peer.versions)
-                ways.append(_Way("llama.cpp", peer.run, LONG))
-                other = f"llama.cpp, {LONG} tokens decode"
-                for mine in ("sparda", "sparda, int8 weights", "infllm_v2"):
-                    name = f"decode at {LONG}, {mine} / llama.cpp"
-                    ratios.append((name, f"{mine}, {LONG} tokens decode", other, 1.0))
             _in_turn(ways, max(1, arguments.repeats // 2), results)
+        if "llama" in arguments.parts and arguments.llama_python:
+            file = str(fetch_default_model())
+            peer = llama_peer(arguments.llama_python, file, THREADS)
+            stack.enter_context(peer)
+            versions.append(peer.versions)
+            ways = [
+                _Way("sparda beside llama.cpp", _ours(ahead, ids), LONG),
+                _Way("llama.cpp", peer.run, LONG),
+                _Way(
+                    "sparda with int8 weights beside llama.cpp",
+                    _ours(narrow, ids),
+                    LONG,
+                ),
+            ]
+            for mine in (ways[0], ways[2]):
+                name = f"decode at {LONG}, {mine.name.replace(' beside', ' /')}"
+                other = f"{ways[1].label} decode"
+                ratios.append((name, f"{mine.label} decode", other, 1.0))
+            _in_turn(ways, arguments.repeats, results, NEW_LLAMA)
     return ratios
 
 
@@ -294,7 +308,7 @@ def _run(arguments: argparse.Namespace) -> None:
     figures: dict[str, object] = {"jax": jax.__version__, "seconds": results}
     figures["peers"] = versions
     ratios: list[tuple[str, str, str, float]] = []
-    if {"peer", "context"} & set(arguments.parts):
+    if set(arguments.parts) - {"start"}:
         ratios = _measured(arguments, results, versions)
         print(*versions, sep="\n")
     if "start" in arguments.parts:

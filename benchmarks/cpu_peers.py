@@ -12,27 +12,31 @@ from typing import NamedTuple, Self
 
 from sparda_jax.checks import ConfigError
 
+# A peer's own log goes where its errors go.
 _LOOP = """
 import json, os, sys, time
-import {module}
-{setup}
-print(json.dumps({versions}), flush=True)
-for line in sys.stdin:
-    length, new = map(int, line.split())
-    work, start = time.process_time(), time.perf_counter()
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+def timed(length, new):
+    start = time.perf_counter()
     prefill(length)
     middle = time.perf_counter()
     for _ in range(new - 1):
         step()
-    end = time.perf_counter()
-    print(json.dumps([
-        middle - start, (end - middle) / (new - 1), time.process_time() - work
-    ]), flush=True)
+    return middle - start, (time.perf_counter() - middle) / (new - 1)
+{setup}
+print(json.dumps(versions), file=answers, flush=True)
+for line in sys.stdin:
+    length, new = map(int, line.split())
+    work = time.process_time()
+    figures = timed(length, new)
+    work = time.process_time() - work
+    print(json.dumps([*figures, work]), file=answers, flush=True)
 """
 
 # SmolLM2's shape with random weights, which cost the same.
 _TRANSFORMERS = """
-import torch
+import torch, transformers
 torch.set_num_threads({threads})
 from transformers import LlamaConfig, LlamaForCausalLM
 transformers.logging.set_verbosity_error()
@@ -53,26 +57,45 @@ def prefill(length):
     feed(ids[:, :length], None)
 def step():
     feed(token, held)
+versions = f"transformers {{transformers.__version__}}, torch {{torch.__version__}}"
 """
-_TRANSFORMERS_VERSIONS = (
-    'f"transformers {transformers.__version__}, torch {torch.__version__}"'
-)
 
-# The file that our weights come from, as it is.
+# The file that our weights come from, as it is. Of two packages the first that is
+# there: llama-cpp-python evaluates tokens; xllamacpp has llama.cpp's server alone,
+# which times a request itself (its first token is of the prompt's last one).
 _LLAMA = """
-model = llama_cpp.Llama(
-    {file!r}, n_ctx=8192, n_threads={threads}, n_threads_batch={threads}, verbose=False
-)
-def prefill(length):
-    model.reset()
-    model.eval([(7919 * place) % 49000 + 100 for place in range(length)])
-def step():
-    model.eval([1000])
+def tokens(length):
+    return [(7919 * place) % 49000 + 100 for place in range(length)]
+try:
+    import llama_cpp
+except ImportError:
+    import xllamacpp
+    settings = xllamacpp.CommonParams()
+    settings.model.path = {file!r}
+    settings.n_ctx, settings.n_parallel, settings.cache_ram_mib = 8192, 1, 0
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = {threads}
+    server = xllamacpp.Server(settings)
+    def timed(length, new):
+        found = server.handle_completions(dict(
+            prompt=tokens(length), n_predict=new, ignore_eos=True, cache_prompt=False,
+            temperature=0, samplers=["temperature"],
+        ))["timings"]
+        assert (found["prompt_n"], found["predicted_n"]) == (length, new), found
+        return found["prompt_ms"] / 1e3, found["predicted_ms"] / 1e3 / (new - 1)
+    versions = f"xllamacpp {{xllamacpp.__version__}}, {{xllamacpp.get_system_info()}}"
+else:
+    model = llama_cpp.Llama(
+        {file!r}, n_ctx=8192, n_threads={threads}, n_threads_batch={threads},
+        verbose=False,
+    )
+    def prefill(length):
+        model.reset()
+        model.eval(tokens(length))
+    def step():
+        model.eval([1000])
+    versions = f"llama-cpp-python {{llama_cpp.__version__}}, "
+    versions += llama_cpp.llama_print_system_info().decode().strip()
 """
-_LLAMA_VERSIONS = (
-    'f"llama-cpp-python {llama_cpp.__version__}, "'
-    " + llama_cpp.llama_print_system_info().decode().strip()"
-)
 
 
 class Timing(NamedTuple):
@@ -132,15 +155,10 @@ class Peer:
 
 def transformers_peer(python: str, threads: int) -> Peer:
     """Transformers with torch: SmolLM2's shape, dense, float32."""
-    setup = _TRANSFORMERS.format(threads=threads)
-    versions = _TRANSFORMERS_VERSIONS
-    script = _LOOP.format(module="transformers", setup=setup, versions=versions)
-    return Peer(python, script)
+    return Peer(python, _LOOP.format(setup=_TRANSFORMERS.format(threads=threads)))
 
 
 def llama_peer(python: str, file: str, threads: int) -> Peer:
-    """llama.cpp, through llama-cpp-python, with a GGUF file."""
+    """llama.cpp, through llama-cpp-python or xllamacpp, with a GGUF file."""
     setup = _LLAMA.format(file=file, threads=threads)
-    versions = _LLAMA_VERSIONS
-    script = _LOOP.format(module="llama_cpp", setup=setup, versions=versions)
-    return Peer(python, script)
+    return Peer(python, _LOOP.format(setup=setup))
