@@ -15,7 +15,7 @@ Rows hold copies, so that any piece may go at any time.
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -134,12 +134,16 @@ class PrefixStore:
         return node
 
     def _make_room(self, nbytes: int, keep: Piece) -> list[Piece] | None:
-        """Drops ends of the tree, but for one, until there is room; None if none is."""
+        """Drops ends of the tree, but for one, until there is room.
+
+        Returns:
+          What was dropped; None, and nothing is, if all of it would not do.
+        """
+        if nbytes + sum(one.nbytes for one in _from_root(keep)) > self.most_bytes:
+            return None
         dropped = []
         while self.nbytes + nbytes > self.most_bytes:
             ends = [p for p in self._pieces if not p.children and p is not keep]
-            if not ends:
-                return None
             dropped.append(min(ends, key=lambda piece: piece.last_used))
             self._drop(dropped[-1])
         return dropped
@@ -155,6 +159,14 @@ class PrefixStore:
         self.root = Piece(b"", None)
         self._pieces.clear()
         self.nbytes = 0
+
+
+def _from_root(piece: Piece) -> Iterator[Piece]:
+    """A piece and those before it, which stay while it does."""
+    node: Piece | None = piece
+    while node is not None:
+        yield node
+        node = node.parent
 
 
 def _kept(piece: Piece) -> Kept:

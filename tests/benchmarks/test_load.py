@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import time
+from typing import Any
 
 import pytest
 
@@ -59,7 +60,7 @@ def test_the_rate_of_full_rows_counts_only_while_all_are_taken():
 
 
 def test_shares_are_told_as_far_as_they_are_measured():
-    found = {"generate": {"decode_tokens_per_second": 50.0}}
+    found: dict[str, Any] = {"generate": {"decode_tokens_per_second": 50.0}}
     assert load_here.shares(found, 2) == {}
     found["engine"] = {
         "rows_1": {"decode_tokens_per_second": 48.0},

@@ -59,6 +59,23 @@ def test_a_full_store_writes_where_the_dropped_piece_was():
     assert add(store.root, 9, size=41).blocks.size == 41
 
 
+def test_what_finds_no_room_drops_nothing():
+    store, index = PrefixStore(2, 100), np.zeros(0, np.int8)
+
+    def add(behind, number: int, size: int):
+        return store.add(behind, [number, number], np.zeros(size, np.int8), index)
+
+    first = add(store.root, 1, 40)
+    second = add(first, 2, 30)
+    other = add(store.root, 3, 20)
+    # Larger than the store, or than what is left beside the pieces before it.
+    assert add(store.root, 4, 101) is None and add(second, 4, 31) is None
+    assert all(map(store.holds, (first, second, other))) and store.nbytes == 90
+    # All but those before it makes just enough room.
+    third = add(second, 4, 30)
+    assert third is not None and not store.holds(other) and store.nbytes == 100
+
+
 def _answers(session: Session, prompts, options) -> tuple[list, list[int]]:
     """Tokens with their logs, and cached tokens, of prompts one after the other."""
     answers, cached = [], []
