@@ -29,7 +29,7 @@ from sparda_jax.checks import (
 )
 from sparda_jax.checks import text_path as check_path
 from sparda_jax.config import ForecastReads, SparseConfig
-from train.config_checks import check_export_best, settle_fields
+from train.config_checks import check_export_best, check_source, settle_fields
 
 _positive, _count = integer(1), integer(0)
 # A seed is a key of JAX and of grain, 32 bits each; sources count on from it.
@@ -60,7 +60,7 @@ def _source(field: str, value: object) -> tuple[str, float]:
     pair = isinstance(value, list | tuple) and len(value) == 2
     require(pair, field, value, "(name or path, weight above 0)")
     source, weight = typing.cast(tuple[object, object], value)
-    return check_path(f"{field}[0]", source), _share(f"{field}[1]", weight)
+    return check_source(f"{field}[0]", source), _share(f"{field}[1]", weight)
 
 
 _sources = several(_source, "(name or path, weight) pairs")
@@ -195,9 +195,9 @@ class DataConfig:
     """Text, and how sequences are made of it.
 
     Attributes:
-      sources: (name or path, weight) pairs. Names are "pydoc" and "stdlib", the manual
-        text and the library of the running Python; a path is a file or directory of
-        .txt, .md, .rst, .py, .gz and .jsonl, or a directory of `train.prepare`.
+      sources: (name or path, weight) pairs. Names are "pydoc" and "stdlib", manual and
+        library of the running Python, and "records" or "records:SEED" (`evaluation.
+        records`); a path is a file, directory or a directory of `train.prepare`.
       seq_len: Tokens of a sequence, a multiple of the block size.
       packing: "documents" packs documents and pieces of documents, apart from each
         other; "long" takes whole sequences out of single documents and leaves out

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from sparda_jax.checks import Check, choice, flag, optional, require, settle
+from sparda_jax.checks import text_path as check_path
+from sparda_jax.evaluation.records import records_seed
 
 
 @functools.cache
@@ -44,3 +46,10 @@ def check_export_best(config: Any) -> None:
         config.export_best,
         "False where DataConfig.held_out or CheckpointConfig.keep_best is 0",
     )
+
+
+def check_source(field: str, value: object) -> str:
+    """A source's name or path, as `evaluation.documents` takes them."""
+    source = check_path(field, value)
+    records_seed(source, field)
+    return source

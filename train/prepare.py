@@ -27,7 +27,7 @@ def _open(model: str):
 def main(arguments: list[str] | None = None) -> int:
     """Entry point."""
     parser = Parser(prog="python -m train.prepare", description=__doc__)
-    parser.add_argument("sources", nargs="+", help="stdlib, pydoc, files, directories")
+    parser.add_argument("sources", nargs="+", help="stdlib, pydoc, records, paths")
     parser.add_argument("--model", default="smollm2-135m", help="whose tokenizer")
     parser.add_argument("--out", required=True, help="new or empty directory")
     return run_command(lambda: _prepare(parser.parse_args(arguments)))

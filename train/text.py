@@ -1,8 +1,9 @@
 """Documents: where text comes from, and token corpora on disk.
 
-A source is "pydoc" or "stdlib", which every Python has, a file or directory of text, or
-a directory that `python -m train.prepare` wrote. Whatever it is, it becomes a `Corpus`:
-token ids of all documents one after the other, and where each one ends.
+A source is "pydoc" or "stdlib", which every Python has, "records", which is made, a
+file or directory of text, or a directory that `python -m train.prepare` wrote. Whatever
+it is, it becomes a `Corpus`: token ids of all documents one after the other, and where
+each one ends.
 """
 
 import dataclasses

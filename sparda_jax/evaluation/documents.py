@@ -1,6 +1,7 @@
 """Documents: where text comes from, and which of it training leaves alone.
 
-A source is "pydoc" or "stdlib", which every Python has, or a file or directory of text.
+A source is "pydoc" or "stdlib", which every Python has, "records", which is made
+(`evaluation.records`), or a file or directory of text.
 """
 
 import gzip
@@ -16,6 +17,7 @@ import numpy as np
 
 from sparda_jax.checkpoint.files import open_regular
 from sparda_jax.checks import ConfigError, shown
+from sparda_jax.evaluation.records import record_documents, records_seed
 
 _TEXT = (".txt", ".md", ".rst", ".py")
 _SUFFIXES = (*_TEXT, ".gz", ".jsonl")
@@ -113,15 +115,19 @@ def read_documents(source: str) -> Iterator[str]:
     if source == "pydoc":
         yield from _pydoc_documents()
         return
+    seed = records_seed(source)
+    if seed is not None:
+        yield from record_documents(seed)
+        return
     path = local_path(source)
     if path is not None and path.is_file():
         yield from _file_documents(path)
         return
     if path is None or not path.is_dir():
         raise DataError(
-            f"source {shown(source)} does not exist: it must be 'stdlib', 'pydoc', a "
-            f"file or a directory with {', '.join(_SUFFIXES)} files, or (for training) "
-            "a directory that train.prepare wrote"
+            f"source {shown(source)} does not exist: it must be 'stdlib', 'pydoc', "
+            f"'records', a file or a directory with {', '.join(_SUFFIXES)} files, or "
+            "(for training) a directory that train.prepare wrote"
         )
     for file in sorted(path.rglob("*")):
         if file.is_file() and file.suffix in _SUFFIXES:

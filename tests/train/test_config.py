@@ -131,6 +131,8 @@ def test_any_librarys_numbers_are_numbers():
 @pytest.mark.parametrize(
     "sources",
     [
+        (("records:-1", 1.0),),
+        (("records:x", 1.0), ("stdlib", 1.0)),
         "stdlib",
         ["stdlib"],
         [("stdlib",)],

@@ -13,6 +13,7 @@ from train.data import (
     NoWholeRow,
     PackedRows,
     batches,
+    data_identity,
     held_out_rows,
     open_sources,
     pack,
@@ -56,6 +57,30 @@ def test_built_in_corpora():
     assert len(topics) > 50 and any("Emulating" in text for text in topics)
     first = next(iter(read_documents("stdlib")))
     assert isinstance(first, str) and first
+
+
+def test_records_are_a_source_that_repeats_and_resumes(monkeypatch):
+    monkeypatch.setattr("sparda_jax.evaluation.records.DOCUMENTS", 12)
+    corpora = [open_source(name, Bytes(), 256) for name in ("records", "records:5")]
+    sources = (("records", 1.0), ("records:5", 3.0))
+    data = DataConfig(
+        sources=sources, seq_len=1024, packing="joined", held_out=0.2, seed=1
+    )
+    again = open_sources(data, Bytes(), 256)
+    assert data_identity(again) == data_identity(corpora)
+    assert corpora[0].digest() != corpora[1].digest()
+    first, second = (
+        batches(training_data(two, data, block=64, batch=2)) for two in (corpora, again)
+    )
+    for _ in range(3):
+        np.testing.assert_array_equal(next(first)["tokens"], next(second)["tokens"])
+    state = json.loads(json.dumps(first.get_state()))
+    wanted = [next(first)["tokens"] for _ in range(3)]
+    third = batches(training_data(again, data, block=64, batch=2))
+    third.set_state(state)
+    for tokens in wanted:
+        np.testing.assert_array_equal(next(third)["tokens"], tokens)
+    assert held_out_rows(corpora, data, block=64, count=2)
 
 
 def test_prepared_corpora_round_trip(tmp_path, monkeypatch):
