@@ -374,6 +374,8 @@ def _run_cell(
             "layer0": cell.layer0,
             "miss": None,
             "profile": None,
+            "turns": 1,
+            "gather_programs": [None],
         },
         slots=[cell.slots / sparse.largest_budget],
     )

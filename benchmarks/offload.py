@@ -17,8 +17,10 @@ query, offloaded, each layer waits), `sparda-none` (Forecast, each layer waits),
 `sparda` (looking one layer ahead), `sparda-2` (two), `sparda-late` (heads that read
 behind attention: a fetch runs beside the MLP alone), `sparda-verify` (own queries have
 the last word: what verifying costs). Figures are medians over timed chunks of steps,
-with the least and the most. `bound` is the least step time that the bandwidths of the
-same run allow (`planning.step.step_time`), `reached` it over the median.
+with the least and the most. With `--turns` the modes of a batch are timed in turns, all
+states held at once, so that what disturbs a moment falls on all alike, and shows.
+`bound` is the least step time that the bandwidths of the same run allow
+(`planning.step.step_time`), `reached` it over the median.
 """
 
 import argparse
@@ -30,26 +32,22 @@ import pathlib
 import statistics
 import sys
 import time
-from typing import get_args
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, get_args
 
-from benchmarks.parsers import add_file_option, benchmark_parser
-from benchmarks.traced import (
-    DEFAULT_TRACE,
-    TracedLists,
-    begin_rows,
-    check_room,
-    install,
-    map_trace,
-    traced_selector,
+from benchmarks.offload_figures import CHUNK, HEAD, hidden, line, row_of
+from benchmarks.offload_ways import (
+    decode_request,
+    held_state,
+    imposed_choice,
+    mode_settings,
 )
-from sparda_jax.checks import ConfigError, integer, number
+from benchmarks.parsers import add_file_option, benchmark_parser
+from benchmarks.traced import DEFAULT_TRACE, begin_rows
+from sparda_jax.checks import ConfigError, integer, number, require
 from sparda_jax.cli.ending import run_command
 from sparda_jax.cli.options import add_option
 from sparda_jax.config import HostCodec
-
-CHUNK = 8
-# Modes whose fetches run beside compute.
-_AHEAD = ("sparda", "sparda-2", "sparda-late", "sparda-verify")
 
 
 def _budgets(name: str, value: object) -> float:
@@ -111,135 +109,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layer0", default="resident", choices=["resident", "offload"])
     add_steps_option(parser)
     parser.add_argument("--route", default="auto")
+    text = "of a fetch by a kernel: each a way of `sparda` of its own"
+    programs = {"many": True, "metavar": "N", "default": [None], "help": text}
+    add_option(parser, "--gather-programs", count, **programs)
+    text = "rounds in which the modes take turns, all states held at once"
+    add_option(parser, "--turns", count, metavar="N", default=1, help=text)
     add_size_options(parser)
     parser.add_argument("--profile", type=pathlib.Path, help="folder for a trace")
     add_file_option(parser)
     return parser
-
-
-def _drifting(tile, real, rate: float):
-    """Block scores whose top list drifts, in the place of real ones.
-
-    Block b of M stands at place (odd · b) mod M of a circle; a step moves the window of
-    best places on by `rate`. Rows and heads start at places of their own.
-    """
-    import jax.numpy as jnp
-
-    batch, heads, _, count = real.shape
-    rows = jnp.arange(batch)[:, None, None, None] * 37
-    rows = rows + jnp.arange(heads)[None, :, None, None] * 11
-    moved = jnp.floor(rate * tile.positions).astype(jnp.int32)[:, None, :, None]
-    place = (jnp.arange(count) * 769 - moved - rows) % count
-    # `real` decides nothing, but the compiler cannot know that.
-    drift = -place.astype(jnp.float32)
-    return jnp.where(real > 1e30, real, jnp.where(real == -jnp.inf, real, drift))
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """What is imposed on the choice of blocks.
-
-    Attributes:
-      lists: A trace's lists, mapped; None for the synthetic drift.
-      context: Tokens that rows hold at the beginning.
-      rate: Blocks of a list that the drift makes new at a step.
-    """
-
-    lists: TracedLists | None
-    context: int
-    rate: float
-
-
-def _selector(mode: str, choice: Choice):
-    """A mode's selector, which scores as ever and chooses what is imposed."""
-    from sparda_jax.sparse.selectors import get_selector
-
-    own = mode in ("resident", "sparse")
-    found = get_selector("infllm_v2" if own else "sparda")
-    if choice.lists is not None:
-        return traced_selector(found, choice.lists, context=choice.context)
-
-    @dataclasses.dataclass(frozen=True)
-    class Drifting(type(found)):
-        rate: float = 0.0
-
-        name = mode
-
-        def score(self, tile, config, sparse, implementation):
-            real = super().score(tile, config, sparse, implementation)
-            return _drifting(tile, real, self.rate)
-
-    return Drifting(choice.rate)
-
-
-def imposed_choice(arguments, trace, config, sparse, batch: int, new: int) -> Choice:
-    """What one batch's steps choose."""
-    if trace is None:
-        return Choice(None, arguments.context, arguments.miss * sparse.largest_budget)
-    lists = map_trace(
-        trace,
-        layers=config.num_layers,
-        rows=batch,
-        kv_heads=config.num_kv_heads,
-        scored=sparse.largest_budget - sparse.forced_blocks,
-        tokens=new,
-    )
-    check_room(lists, arguments.context, sparse)
-    return Choice(lists, arguments.context, 0.0)
-
-
-def held_state(model, settings, batch: int, context: int, new: int, cache, lists):
-    """A state whose rows hold `context` tokens of arbitrary bytes."""
-    from sparda_jax.inference.generate import new_state
-    from sparda_jax.inference.shapes import Shapes
-
-    block = settings.sparse.block_size
-    capacity = context + -(-new // block) * block
-    shapes = Shapes(prompt=0, new=new, capacity=capacity, tile=1024)
-    state = new_state(model, settings, batch, shapes, cache)
-    if lists is not None:
-        state = state._replace(cache=install(state.cache, lists))
-    return begin_rows(state, context)
-
-
-def mode_settings(config, sparse, mode: str, choice: Choice, slots: float, arguments):
-    """A mode's cache and how its layers run."""
-    from sparda_jax.cache.settings import LayerSettings
-    from sparda_jax.config import CacheConfig
-    from sparda_jax.planning.auto import offload_settings
-
-    selector = _selector(mode, choice)
-    every = -(-arguments.context * 2 // sparse.block_size)
-    cache = CacheConfig(
-        device_blocks=round(min(slots * sparse.largest_budget, every)),
-        kind="resident" if mode.startswith("resident") else "offload",
-        prefetch="lookahead" if mode in _AHEAD else "none",
-        layers_ahead=2 if mode == "sparda-2" else 1,
-        exactness="verify" if mode == "sparda-verify" else "forecast",
-        route=arguments.route,
-        codec=arguments.codec,
-        layer0=arguments.layer0,
-    )
-    offload = offload_settings(cache, selector)
-    if mode == "sparda-late":
-        config = dataclasses.replace(config, forecast_reads="attended")
-    return cache, LayerSettings(config, sparse, selector, offload=offload)
-
-
-def decode_request(config, batch: int, context: int, new: int):
-    import jax.numpy as jnp
-
-    from sparda_jax.inference.generate import Request
-    from sparda_jax.inference.sampling import SamplingConfig, sampling_state
-    from sparda_jax.models.rope import model_rope
-
-    return Request(
-        sampling=sampling_state(SamplingConfig(), 0, batch),
-        stops=jnp.full((16,), -1, jnp.int32),
-        max_new=jnp.full((batch,), new, jnp.int32),
-        steps=jnp.int32(CHUNK),
-        rope=model_rope(config, context + new),
-    )
 
 
 def _is_host_loop(settings) -> bool:
@@ -316,45 +194,86 @@ def time_steps(call, settings, model, state, request, mode: str, arguments) -> t
     return seconds, fetched / (len(seconds) * CHUNK), state
 
 
-def _row(mode, cache, settings, seconds, fetched, capacity, rates, arguments, batch):
-    """The figures of one mode."""
-    import jax.numpy as jnp
+class _Case(NamedTuple):
+    """One way to decode, compiled.
 
-    from sparda_jax.planning.step import step_time
+    Attributes:
+      name: In the figures.
+      mode: As `mode_settings` names it.
+      way: Its cache and how its layers run.
+      call: The program.
+      compiling: Seconds that it took to compile.
+    """
 
-    config, sparse = settings.config, settings.sparse
-    block_bytes = stored = sparse.block_size * 2 * config.head_dim * 2
-    if settings.offload is not None:
-        shape = (sparse.block_size, 2, config.head_dim)
-        stored = settings.offload.codec.bytes_per_block(shape, jnp.bfloat16)
-    listed = batch * config.num_kv_heads * config.num_layers * sparse.largest_budget
-    median = statistics.median(seconds)
-    bound = step_time(
-        settings,
-        cache,
-        rates,
-        batch=batch,
-        capacity=capacity,
-        context=arguments.context,
-        dtype=jnp.bfloat16,
-        miss=fetched / listed,
+    name: str
+    mode: str
+    way: tuple
+    call: Callable
+    compiling: float
+
+
+@dataclasses.dataclass
+class _Group:
+    """Ways that run on one state, with what they took by turn."""
+
+    slots: float | str | None
+    cases: list[_Case]
+    state: Any
+    taken: list[list]
+    fetched: list[float]
+
+
+def _with_programs(way: tuple, programs: int | None) -> tuple:
+    """A way whose fetches by a kernel are so many programs."""
+    if programs is None:
+        return way
+    from sparda_jax.cache.routes import KernelRoute
+
+    cache, how = way
+    require(
+        isinstance(how.offload.route, KernelRoute),
+        "--gather-programs",
+        programs,
+        f"left out: the route {how.offload.route.name!r} is no kernel",
     )
-    return {
-        "mode": mode,
-        "batch": batch,
-        "step_ms": median * 1e3,
-        "least_ms": min(seconds) * 1e3,
-        "most_ms": max(seconds) * 1e3,
-        "tokens_per_second": batch / median,
-        "steps": len(seconds) * CHUNK,
-        "fetched_mb": fetched * stored / 1e6,
-        "fetched_share": fetched / listed,
-        "attended_gb": listed * block_bytes / 1e9,
-        "bound_ms": bound.bound * 1e3,
-        "bound_by": bound.bound_by,
-        "bound_share": bound.bound / median,
-        "planned_ms": bound.seconds * 1e3,
-    }
+    route = dataclasses.replace(how.offload.route, programs=programs)
+    offload = dataclasses.replace(how.offload, route=route)
+    return cache, dataclasses.replace(how, offload=offload)
+
+
+def _groups(model, sparse, batch: int, modes: list, arguments, trace):
+    """Yields every state with its ways: the resident one, then by number of slots."""
+    config, context = model.config, arguments.context
+    new = arguments.steps + 4 * CHUNK
+    request = decode_request(config, batch, context, new)
+    choice = imposed_choice(arguments, trace, config, sparse, batch, new)
+    cases = [(True, 1.0), *((False, slots) for slots in arguments.slots)]
+    chosen = False
+    for resident, slots in cases:
+        wanted = [mode for mode in modes if mode.startswith("resident") == resident]
+        if not wanted:
+            continue
+        names, ways = [], []
+        for mode in wanted:
+            way = mode_settings(config, sparse, mode, choice, slots, arguments)
+            fetches = mode == "sparda" and slots != math.inf
+            for programs in arguments.gather_programs if fetches else [None]:
+                names.append((f"{mode}/{programs}" if programs else mode, mode))
+                ways.append(_with_programs(way, programs))
+        # "lookahead" before "none": the most fetches under way, and areas for them.
+        cache, how = min(ways, key=lambda way: (way[0].prefetch, -way[0].layers_ahead))
+        state = held_state(model, how, batch, context, new, cache, choice.lists)
+        hows, was_chosen, chosen = [how for _, how in ways], chosen, True
+        programs = _compile(model, state, request, hows, chosen=was_chosen)
+        made = [
+            _Case(name, mode, way, call, seconds)
+            for (name, mode), way, (call, seconds) in zip(
+                names, ways, programs, strict=True
+            )
+        ]
+        label = None if resident else "all" if slots == math.inf else slots
+        yield request, _Group(label, made, state, [[] for _ in made], [0.0] * len(made))
+        del state, programs, made
 
 
 def measure_batch(model, sparse, batch: int, modes: list, arguments, rates, trace):
@@ -364,41 +283,47 @@ def measure_batch(model, sparse, batch: int, modes: list, arguments, rates, trac
     """
     import jax
 
-    config, context = model.config, arguments.context
-    new = arguments.steps + 4 * CHUNK
-    request = decode_request(config, batch, context, new)
-    choice = imposed_choice(arguments, trace, config, sparse, batch, new)
-    cases = [(True, 1.0), *((False, slots) for slots in arguments.slots)]
-    chosen = False
-    for resident, slots in cases:
-        group = [mode for mode in modes if mode.startswith("resident") == resident]
-        if not group:
-            continue
-        ways = [
-            mode_settings(config, sparse, mode, choice, slots, arguments)
-            for mode in group
-        ]
-        # "lookahead" before "none": the most fetches under way, and areas for them.
-        cache, how = min(ways, key=lambda way: (way[0].prefetch, -way[0].layers_ahead))
-        state = held_state(model, how, batch, context, new, cache, choice.lists)
-        capacity = state.cache.capacity
-        hows, was_chosen, chosen = [how for _, how in ways], chosen, True
-        programs = _compile(model, state, request, hows, chosen=was_chosen)
-        for mode, (cache, how), (call, compiling) in zip(
-            group, ways, programs, strict=True
-        ):
-            seconds, fetched, state = time_steps(
-                call, how, model, state, request, mode, arguments
+    def row(group: _Group, place: int) -> dict:
+        case, capacity = group.cases[place], group.state.cache.capacity
+        taken, fetched = group.taken[place], group.fetched[place]
+        figures = row_of(
+            case.mode, case.way, taken, fetched, capacity, rates, arguments, batch
+        )
+        more = {"slots": group.slots, "compile_s": case.compiling}
+        return figures | more | {"mode": case.name}
+
+    def timed(request, group: _Group) -> Iterator[int]:
+        for place, case in enumerate(group.cases):
+            seconds, group.fetched[place], group.state = time_steps(
+                case.call,
+                case.way[1],
+                model,
+                group.state,
+                request,
+                case.mode,
+                arguments,
             )
-            row = _row(
-                mode, cache, how, seconds, fetched, capacity, rates, arguments, batch
-            )
-            yield row | {
-                "slots": None if resident else "all" if slots == math.inf else slots,
-                "compile_s": compiling,
-            }
-        del state, programs
-        jax.clear_caches()
+            group.taken[place].append(seconds)
+            yield place
+
+    groups = _groups(model, sparse, batch, modes, arguments, trace)
+    if arguments.turns == 1:
+        for request, group in groups:
+            for place in timed(request, group):
+                yield row(group, place)
+            # The next one's state needs this one's room.
+            del request, group
+            jax.clear_caches()
+        return
+    held = list(groups)
+    for _ in range(arguments.turns):
+        for request, group in held:
+            for _ in timed(request, group):
+                pass
+    for _, group in held:
+        yield from (row(group, place) for place in range(len(group.cases)))
+    held.clear()
+    jax.clear_caches()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -454,12 +379,7 @@ def _run(arguments: argparse.Namespace) -> None:
         "rates": dataclasses.asdict(rates),
         "rows": rows,
     }
-    print(
-        f"{'mode':16} {'batch':>5} {'slots':>5} {'step, ms':>9} "
-        f"{'least':>7} {'most':>7} "
-        f"{'tokens/s':>9} {'fetched, MB':>11} {'of lists':>8} {'bound, ms':>9} "
-        f"{'reached':>7} {'compile, s':>10}"
-    )
+    print(HEAD)
     for batch in arguments.batch:
         token_bytes = 4 * config.num_kv_heads * config.head_dim * config.num_layers
         kv_bytes = batch * arguments.context * token_bytes
@@ -477,21 +397,15 @@ def _run(arguments: argparse.Namespace) -> None:
             )
             for row in measured:
                 rows.append(row)
-                print(
-                    f"{row['mode']:16} {batch:5} {row['slots'] or '':>5} "
-                    f"{row['step_ms']:9.2f} "
-                    f"{row['least_ms']:7.2f} {row['most_ms']:7.2f} "
-                    f"{row['tokens_per_second']:9.1f} {row['fetched_mb']:11.1f} "
-                    f"{row['fetched_share']:8.3f} {row['bound_ms']:9.2f} "
-                    f"{row['bound_share']:7.0%} {row['compile_s']:10.1f}",
-                    flush=True,
-                )
+                print(line(row), flush=True)
                 if arguments.json:
                     write_json(arguments.json, figures)
         except ConfigError:
             raise
         except Exception as error:  # one batch's failure must not hide the others
             print(f"batch {batch} failed: {error!r}"[:300], flush=True)
+        said = hidden([row for row in rows if row["batch"] == batch])
+        print(*said, sep="\n", end="\n" if said else "", flush=True)
     if not rows or not all(math.isfinite(row["step_ms"]) for row in rows):
         raise SystemExit("nothing was measured")
 

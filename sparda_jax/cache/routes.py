@@ -140,11 +140,13 @@ class KernelRoute(FetchRoute):
     Attributes:
       implementation: Of `host_gather`.
       least_capability: Compute capability that it needs.
+      programs: Thread blocks that read; None takes what is recorded.
     """
 
     overlaps: bool = True
     implementation: Implementation = "mosaic_gpu"
     least_capability: float = 9.0
+    programs: int | None = None
 
     def check(self) -> None:
         """Raises ConfigError if there is no such device."""
@@ -162,6 +164,7 @@ class KernelRoute(FetchRoute):
                 host_blocks,
                 count=num_entries,
                 skipped="undefined",
+                programs=self.programs,
                 implementation=self.implementation,
             )
 
