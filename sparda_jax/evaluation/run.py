@@ -259,7 +259,7 @@ def evaluate(
     Raises:
       ConfigError: If an argument is not allowed, a task or selector does not exist or
         does not fit, a length is beyond the context, or `out` was begun with other
-        settings.
+        settings, or has results on other samples than this Python makes.
       CheckpointError: If a file is damaged, or `out` cannot be written to.
     """
     begun = time.monotonic()
@@ -291,6 +291,8 @@ def evaluate(
     }
     files.check(settings)
     plans, made = _planned(files, chosen, lengths, prompts, count, seed)
+    for plan in made:
+        files.check_prompts(plan.task.name, plan.length, plan.samples)
     files.begin(settings)
     for plan in made:
         files.write_samples(plan.task.name, plan.length, plan.samples)

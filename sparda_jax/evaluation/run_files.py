@@ -17,6 +17,7 @@ import functools
 import json
 import os
 import pathlib
+import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ from sparda_jax.evaluation.run_checks import (
     check_sample,
     check_settings,
 )
-from sparda_jax.evaluation.samples import Asked, sample_of
+from sparda_jax.evaluation.samples import Asked, fingerprint, sample_of
 from sparda_jax.evaluation.token_scores import Views
 
 # What all cells of a directory must share; other settings may grow from run to run.
@@ -324,6 +325,39 @@ class RunFiles:
                 )
         lines = _lines(one.sample.row() for one in asked)
         write_text(self.folder / "samples" / f"{task}-{length}.jsonl", lines)
+
+    def check_prompts(self, task: str, length: int, asked: Sequence[Asked]) -> None:
+        """Refuses samples made anew that results of their task do not belong to.
+
+        Texts are made of the running Python's own manual, so another Python may make
+        others.
+
+        Args:
+          task: Whose samples they are.
+          length: Theirs.
+          asked: As this run has made them.
+
+        Raises:
+          ConfigError: If a result is of another prompt; says which Python began.
+          CheckpointError: If a file is damaged.
+        """
+        made = [fingerprint(one.ids[0].tolist()) for one in asked]
+        for path in sorted((self.folder / "results").glob(f"{task}-{length}-*.jsonl")):
+            found = _read_cell(path)
+            if found is None or (found[0].task, found[0].length) != (task, length):
+                continue
+            for record in found[1]:
+                number, known = record["index"], record.get("prompt")
+                if known is None or made[number : number + 1] == [known]:
+                    continue
+                before = self.settings.get("python", "unknown")
+                raise ConfigError(
+                    f"out={str(self.folder)!r} has results of {task!r} at {length} "
+                    f"tokens on other samples ({path.name}: sample {number}): it was "
+                    f"begun by Python {before}, this is {platform.python_version()}, "
+                    "and texts are made of Python's own manual: go on with the Python "
+                    "that made them, or take another directory"
+                )
 
     def result(self, cell: Cell) -> list[Record] | None:
         """The records of a cell that is done, else None.

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import types
 
 import numpy as np
@@ -112,6 +113,29 @@ def test_killed_and_resumed_is_the_same_as_whole(lm, monkeypatch, tmp_path):
     cells = {(row["task"], row["attention"], row["budget"]) for row in took}
     assert len(took) == len(cells) == again.done
     assert all(row["seconds"] >= row["compiling"] >= 0 for row in took)
+
+
+def test_results_on_other_samples_are_refused_before_anything_runs(
+    lm, monkeypatch, tmp_path
+):
+    """As of another Python's manual, in a directory that has results alone."""
+    _run(lm, monkeypatch, tmp_path, tasks=["passkey"])
+    shutil.rmtree(tmp_path / "samples")
+    _, same = _run(lm, monkeypatch, tmp_path, tasks=["passkey"])
+    assert same.calls == 0
+    shutil.rmtree(tmp_path / "samples")
+    (result,) = (tmp_path / "results").glob("passkey-1500-random-4.jsonl")
+    lines = result.read_text().splitlines()
+    other = json.dumps({**json.loads(lines[1]), "prompt": "0123456789abcdef"})
+    result.write_text("\n".join([lines[0], other, lines[2]]) + "\n")
+    run = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**run, "python": "3.11.99"}))
+    before = _files(tmp_path)
+    told = r"'passkey' at 1500 tokens on other samples \(passkey-1500-random-4\.jsonl: "
+    told += r"sample 1\): it was begun by Python 3\.11\.99, this is 3\."
+    with pytest.raises(ConfigError, match=told):
+        _run(lm, monkeypatch, tmp_path, tasks=["passkey"], budgets=[7])
+    assert _files(tmp_path) == before
 
 
 def test_every_selector_gets_the_same_tokens(lm, monkeypatch, tmp_path):
