@@ -277,10 +277,21 @@ def begin_together[T](first: Callable[[Case], T], cases: list[Case]) -> list:
       first: A case's first call.
       cases: At least one.
     """
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        alone = pool.submit(first, cases[0])
-        concurrent.futures.wait([alone])
-        return [alone, *(pool.submit(first, case) for case in cases[1:])]
+    from sparda_jax.engine.compile_cache import side_by_side
+
+    futures = [concurrent.futures.Future() for _ in cases]
+
+    def keep(future: concurrent.futures.Future, case: Case) -> None:
+        try:
+            future.set_result(first(case))
+        except Exception as error:
+            future.set_exception(error)
+
+    keep(futures[0], cases[0])
+    with side_by_side(4) as start:
+        for future, case in zip(futures[1:], cases[1:], strict=True):
+            start(keep, future, case)
+    return futures
 
 
 def _timed(run: Callable, repeats: int, enough: float | None) -> list[tuple]:

@@ -127,8 +127,11 @@ def _trace_settings(*more: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def side_by_side() -> Iterator[Callable[..., None]]:
+def side_by_side(most: int | None = None) -> Iterator[Callable[..., None]]:
     """Threads that work under the settings of JAX, and on the device, of this one.
+
+    Args:
+      most: Threads; as many as the machine's processors if none.
 
     Yields:
       What takes a function and its arguments, for a thread to call. The block ends when
@@ -149,7 +152,7 @@ def side_by_side() -> Iterator[Callable[..., None]]:
     def start(function: Callable, *given: Any, **named: Any) -> None:
         started.append(pool.submit(call, function, given, named))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(most or os.cpu_count()) as pool:
         try:
             yield start
             for one in started:
