@@ -23,8 +23,12 @@ def documents():
     return [make_document(0, index) for index in range(12)]
 
 
-def test_the_text_is_that_of_its_seed(documents):
-    texts = list(record_documents(0))
+@pytest.fixture(scope="module")
+def texts():
+    return list(record_documents(0))
+
+
+def test_the_text_is_that_of_its_seed(documents, texts):
     assert len(texts) == DOCUMENTS == len(set(texts))
     assert texts[:12] == [one.text for one in documents]
     assert list(read_documents("records"))[:2] == texts[:2]
@@ -60,10 +64,10 @@ def test_a_key_or_value_stands_for_one_record(documents):
             assert told.setdefault(look.text, look.told) == look.told
 
 
-def test_the_split_sees_documents_apart():
+def test_the_split_sees_documents_apart(texts):
     sides = [
         is_held_out(np.frombuffer(text[:256].encode(), np.uint8), 0.1, 42)
-        for text in record_documents(0)
+        for text in texts
     ]
     assert 0 < sum(sides) < DOCUMENTS // 4
 
@@ -93,12 +97,12 @@ def _task_phrases():
     return found
 
 
-def test_no_words_of_the_evaluation_are_in_it(documents):
+def test_no_words_of_the_evaluation_are_in_it(texts):
     phrases = _task_phrases()
     # They are the sentences that are meant.
     assert {"special magic", "the special magic"} & phrases
     assert "the grass is" in phrases and "5-digit passkey number" in phrases
-    whole = " ".join(" ".join(text.lower().split()) for text in record_documents(0))
+    whole = " ".join(" ".join(text.lower().split()) for text in texts)
     words = whole.split()
     seen = {" ".join(words[i : i + 3]) for i in range(len(words) - 2)}
     assert not seen & phrases, sorted(seen & phrases)[:20]
