@@ -35,13 +35,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks import offload
-from benchmarks.parsers import add_file_option, benchmark_parser
+from benchmarks.parsers import benchmark_parser
 from benchmarks.traced import DEFAULT_TRACE
 from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checkpoint.files import read_json
 from sparda_jax.checks import ConfigError, integer, number
 from sparda_jax.cli.ending import run_command
-from sparda_jax.cli.options import add_option
+from sparda_jax.cli.options import add_file_option, add_option
 
 if TYPE_CHECKING:
     from sparda_jax.config import HostCodec, ModelConfig, SparseConfig

@@ -24,11 +24,12 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from benchmarks.fed_text import feed_text
-from benchmarks.parsers import add_file_option, benchmark_parser
+from benchmarks.parsers import benchmark_parser
 from benchmarks.trace import text_ids
 from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checks import integer
 from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import add_file_option
 from sparda_jax.config import CacheConfig
 
 if TYPE_CHECKING:

@@ -37,10 +37,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.cpu_peers import Timing, llama_peer, transformers_peer
-from benchmarks.parsers import add_file_option, benchmark_parser
+from benchmarks.parsers import benchmark_parser
 from sparda_jax.checks import ConfigError, integer
 from sparda_jax.cli.ending import run_command
-from sparda_jax.cli.options import add_option
+from sparda_jax.cli.options import add_file_option, add_option
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,8 +16,9 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.parsers import add_file_option, benchmark_parser
+from benchmarks.parsers import benchmark_parser
 from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import add_file_option
 
 HEADS = 2
 BLOCK = (64, 2, 128)

@@ -28,10 +28,11 @@ import sys
 import numpy as np
 from jaxtyping import Bool
 
-from benchmarks.parsers import add_file_option, benchmark_parser
+from benchmarks.parsers import benchmark_parser
 from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checks import ConfigError
 from sparda_jax.cli.ending import run_command
+from sparda_jax.cli.options import add_file_option
 from sparda_jax.planning.traces import WARM_STEPS, BlockTrace, read_trace, slot_misses
 
 SIZES = (1.0, 2.0, 4.0)

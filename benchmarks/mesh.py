@@ -43,7 +43,7 @@ from benchmarks.offload import (
     mode_settings,
     time_steps,
 )
-from benchmarks.parsers import add_file_option, benchmark_parser
+from benchmarks.parsers import benchmark_parser
 from benchmarks.sums import measured_sums
 from benchmarks.traced import (
     DEFAULT_TRACE,
@@ -54,7 +54,7 @@ from benchmarks.traced import (
 )
 from sparda_jax.checks import integer, number, require
 from sparda_jax.cli.ending import run_command
-from sparda_jax.cli.options import add_option
+from sparda_jax.cli.options import add_file_option, add_option
 
 _SCHEDULED = "-scheduled"
 MODES = (

@@ -27,11 +27,11 @@ from benchmarks.offload import (
     mode_settings,
     time_steps,
 )
-from benchmarks.parsers import add_file_option, benchmark_parser
+from benchmarks.parsers import benchmark_parser
 from benchmarks.traced import DEFAULT_TRACE
 from sparda_jax.checks import integer, require
 from sparda_jax.cli.ending import run_command
-from sparda_jax.cli.options import add_option
+from sparda_jax.cli.options import add_file_option, add_option
 from sparda_jax.config import ModelConfig, SparseConfig
 
 

@@ -42,11 +42,11 @@ from benchmarks.offload_ways import (
     imposed_choice,
     mode_settings,
 )
-from benchmarks.parsers import add_file_option, benchmark_parser
+from benchmarks.parsers import benchmark_parser
 from benchmarks.traced import DEFAULT_TRACE, begin_rows
 from sparda_jax.checks import ConfigError, integer, number, require
 from sparda_jax.cli.ending import run_command
-from sparda_jax.cli.options import add_option
+from sparda_jax.cli.options import add_file_option, add_option
 from sparda_jax.config import HostCodec
 
 

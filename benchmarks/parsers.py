@@ -1,11 +1,9 @@
 """The parser of a measuring command."""
 
 import argparse
-import pathlib
-from typing import Any
 
-from sparda_jax.checks import file_to_write, integer, number
-from sparda_jax.cli.options import Parser, add_option
+from sparda_jax.checks import integer, number
+from sparda_jax.cli.options import Parser, add_file_option, add_option
 
 
 def benchmark_parser(name: str, text: str | None) -> Parser:
@@ -15,24 +13,6 @@ def benchmark_parser(name: str, text: str | None) -> Parser:
         description=text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-
-def _file(field: str, value: object) -> pathlib.Path:
-    return pathlib.Path(file_to_write(field, value))
-
-
-def add_file_option(
-    parser: Any,
-    name: str = "--json",
-    *,
-    help: str = "also write figures here",
-    required: bool = False,
-) -> None:
-    """Adds the option of a file to write, in a folder that is there.
-
-    Its folder is looked at before anything is measured, not when there are figures.
-    """
-    add_option(parser, name, _file, metavar="FILE", help=help, required=required)
 
 
 def add_document_options(parser: Parser) -> None:

@@ -34,12 +34,12 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.imposed import lists_of, selector_with
-from benchmarks.parsers import add_file_option, benchmark_parser
+from benchmarks.parsers import benchmark_parser
 from benchmarks.parts import by_part
 from benchmarks.traced import DEFAULT_TRACE
 from sparda_jax.checks import ConfigError, integer, number
 from sparda_jax.cli.ending import run_command
-from sparda_jax.cli.options import add_option
+from sparda_jax.cli.options import add_file_option, add_option
 
 # SparDA's published prefill of MiniCPM4.1-8B: an H100, batch 4.
 REFERENCE_TOKENS_PER_SECOND = 17_088

@@ -15,11 +15,11 @@ import functools
 import pathlib
 import sys
 
-from benchmarks.parsers import add_file_option, benchmark_parser
+from benchmarks.parsers import benchmark_parser
 from benchmarks.traced import DEFAULT_TRACE
 from sparda_jax.checks import ConfigError, integer
 from sparda_jax.cli.ending import run_command
-from sparda_jax.cli.options import add_option
+from sparda_jax.cli.options import add_file_option, add_option
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -29,12 +29,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from benchmarks.fed_text import feed_text
-from benchmarks.parsers import add_file_option
 from sparda_jax.checkpoint.atomic import write_json
 from sparda_jax.checkpoint.files import read_text
 from sparda_jax.checks import ConfigError, integer
 from sparda_jax.cli.ending import run_command
-from sparda_jax.cli.options import Parser
+from sparda_jax.cli.options import Parser, add_file_option
 from sparda_jax.config import CacheConfig
 from sparda_jax.planning.misses import curve_of
 from sparda_jax.planning.traces import BlockTrace, read_trace, write_trace

@@ -13,7 +13,6 @@ program of its own that variants of the same loss share. After each of them the 
 import argparse
 import dataclasses
 import json
-import pathlib
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from sparda_jax.checks import integer, require
-from sparda_jax.cli.options import Parser
+from sparda_jax.cli.options import Parser, add_file_option
 from sparda_jax.cli.packages import command_needs
 
 with command_needs("train", __name__):
@@ -218,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--save", nargs="+", default=[], metavar="NAME", help="write these ones' heads"
     )
-    parser.add_argument("--out", type=pathlib.Path, help="JSON file, kept up to date")
+    add_file_option(parser, "--out", help="JSON file, kept up to date")
     return run_command(lambda: _compare(parser.parse_args(arguments)))
 
 

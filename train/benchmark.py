@@ -31,7 +31,7 @@ from jaxtyping import Array
 from pallas_kernels.block_sparse_attention import api as attention_op
 from pallas_kernels.dispatch import candidates
 from sparda_jax.checks import integer
-from sparda_jax.cli.options import HelpFormatter, Parser, add_option
+from sparda_jax.cli.options import HelpFormatter, Parser, add_file_option, add_option
 from sparda_jax.config import ModelConfig
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.models.presets import get_preset
@@ -162,7 +162,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="every token is repeated so often, so that neighbours choose alike, as in "
         "text; with 1 every token of these random weights chooses for itself",
     )
-    parser.add_argument("--out", type=pathlib.Path, help="JSON file, kept up to date")
+    add_file_option(parser, "--out", help="JSON file, kept up to date")
     return parser.parse_args(arguments)
 
 

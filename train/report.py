@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 import sparda_jax as sj
 from sparda_jax.checkpoint.forecast import load_forecast
 from sparda_jax.checks import integer, require
-from sparda_jax.cli.options import Parser
+from sparda_jax.cli.options import Parser, add_file_option
 from sparda_jax.cli.packages import command_needs
 from sparda_jax.config import ConfigError, ForecastReads
 from sparda_jax.evaluation.perplexity import perplexity
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=8, help="a domain, at most")
     parser.add_argument("--batch", type=int, default=1, help="rows at a time")
     parser.add_argument("--perplexity", type=int, default=0, metavar="ROWS")
-    parser.add_argument("--out", type=pathlib.Path)
+    add_file_option(parser, "--out")
     return parser
 
 

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from sparda_jax.checks import Check, ConfigError, integer, text
+from sparda_jax.checks import Check, ConfigError, file_to_write, integer, text
 from sparda_jax.cli.ending import add_given, add_options
 
 
@@ -96,6 +96,30 @@ def add_option(
     shown = "{" + ",".join(words) + "}" if words else metavar
     convert = functools.partial(_convert, name, check)
     parser.add_argument(name, type=convert, metavar=shown, **settings)
+
+
+def add_file_option(
+    parser: Any,
+    name: str = "--json",
+    *,
+    help: str = "also write figures here",
+    required: bool = False,
+) -> None:
+    """Adds the option of a file to write, whose value is a `pathlib.Path`.
+
+    Its folder is looked at before anything is measured, not when there are figures.
+
+    Args:
+      parser: A parser or a group of one.
+      name: As it is written, with its dashes.
+      help: What is written.
+      required: It must be given.
+    """
+    add_option(parser, name, _file, metavar="FILE", help=help, required=required)
+
+
+def _file(field: str, value: object) -> pathlib.Path:
+    return pathlib.Path(file_to_write(field, value))
 
 
 def _convert(name: str, check: Check[Any], written: str) -> Any:

@@ -31,6 +31,8 @@ def test_other_errors_are_faults_of_ours():
         (report.main, ["--batch", "-1"]),
         (report.main, ["--perplexity", "-1"]),
         (report.main, ["--heads", "ours.safetensors"]),
+        (ablate.main, ["--out", "/no/such/file.json"]),
+        (report.main, ["--out", "/no/such/file.json"]),
     ],
 )
 def test_wrong_numbers_are_one_line(tmp_path, capsys, command, flags):
