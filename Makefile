@@ -8,6 +8,9 @@ GPU_WORKERS := 15
 # `make test-slow SLOW="slow and not long"`: without what is run in a smaller form too.
 SLOW := slow
 
+# What Python compiles of the sources is kept, for workers and the processes of tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-slow test-gpu lint types format docs notebooks clients clean
 
 demo: $(VENV)/.run-ready

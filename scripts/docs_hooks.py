@@ -13,11 +13,13 @@ Colab that takes it.
 
 import argparse
 import ast
-import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from sparda_jax.checkpoint.errors import CheckpointError
+from sparda_jax.checkpoint.files import read_json
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 _MARK = re.compile(r"<!-- (options|errors|file: (\S+)|notebook: (\S+)) -->")
@@ -63,7 +65,7 @@ def notebook(name: str, address: str = "") -> str:
       address: The repository's public address; "" for none.
     """
     source = ROOT / "notebooks" / f"{name}.ipynb"
-    cells = json.loads(source.read_text(encoding="utf-8"))["cells"]
+    cells = read_cells(source)["cells"]
     where, given = _outputs(name)
     parts = [_opened(source.name, address), f"*{where}*"]
     for cell in cells:
@@ -95,6 +97,31 @@ def is_badge(line: str) -> bool:
     return line.startswith(_BADGE)
 
 
+def read_cells(file: pathlib.Path, *needed: str) -> dict[str, Any]:
+    """A notebook, or what its cells gave.
+
+    Args:
+      file: That has it, as JSON.
+      needed: What must stand there beside the cells.
+
+    Raises:
+      CheckpointError: If the file is damaged.
+    """
+    value = read_json(file)
+    if value is None:
+        raise CheckpointError(f"{file}: is missing")
+    for name in ("cells", *needed):
+        if name not in value:
+            raise CheckpointError(f"{file}: has no {name!r}")
+    cells = value["cells"]
+    if not isinstance(cells, list) or not all(isinstance(c, dict) for c in cells):
+        raise CheckpointError(f"{file}: 'cells' must be a list of objects")
+    for number, cell in enumerate(cells):
+        if "source" not in cell:
+            raise CheckpointError(f"{file}: cell {number} has no 'source'")
+    return value
+
+
 def _opened(file: str, address: str) -> str:
     """A badge that opens a notebook in Colab, or how to open it there."""
     badge = colab_badge(address, file)
@@ -113,12 +140,12 @@ def _outputs(name: str) -> tuple[str, dict[str, list[dict[str, str]]]]:
     kept = ROOT / "notebooks" / "outputs" / f"{name}.json"
     executed = ROOT / "build" / "notebooks" / f"{name}.ipynb"
     if kept.exists():
-        run = json.loads(kept.read_text(encoding="utf-8"))
+        run = read_cells(kept, "date", "commit")
         where = f"Outputs of {run['date']}, commit {run['commit']}; the first cell's"
         given = {cell["source"]: cell["outputs"] for cell in run["cells"]}
         return f"{where} say the device.", given
     if executed.exists():
-        cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
+        cells = read_cells(executed)["cells"]
         given = {
             "".join(cell["source"]): list(filter(None, map(_given, cell["outputs"])))
             for cell in cells

@@ -16,6 +16,7 @@ what the file has, so that `sparda eval --out OUT` runs what it lacks and nothin
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import pathlib
@@ -25,13 +26,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sparda_jax.checkpoint.atomic import write_text
-from sparda_jax.checkpoint.files import read_json
+from sparda_jax.checkpoint.errors import CheckpointError
+from sparda_jax.checkpoint.files import MAX_JSON, parse_json, read_text
 from sparda_jax.checks import ConfigError
 from sparda_jax.cli.ending import run_command
 from sparda_jax.cli.options import HelpFormatter, Parser
 from sparda_jax.evaluation import plots
 from sparda_jax.evaluation.answers import DENSE, Record
 from sparda_jax.evaluation.report import Report, read_report, tables_of
+from sparda_jax.evaluation.run_checks import check_records, check_settings
 from sparda_jax.evaluation.run_files import Cell, RunFiles
 from sparda_jax.evaluation.statistics import estimate, mean_of_tasks
 from sparda_jax.evaluation.sweep_tables import always_run, solved_series
@@ -47,6 +50,7 @@ _JOINED = ("attention", "tasks", "lengths", "devices", "commits")
 _SWEPT, _LEFT_OUT = "Scores at", "Budget sweep"
 # What is kept of every sample, beside its prompt's hash.
 _COLUMNS = ("score", "tokens", "read")
+_NAMES = tuple(field.name for field in dataclasses.fields(Cell))
 _FEWEST = 3  # Ways to attend that are worth a plot.
 _MEAN = "mean"
 _FACTS = (
@@ -124,13 +128,10 @@ def take(file: pathlib.Path, folders: Sequence[str], *, add: bool = False) -> No
       add: Keep what the file has besides, its words first.
     """
     reports = [read_report(folder) for folder in folders]
-    held: Any = read_json(file) if add else None
-    if add and held is None:
-        raise ConfigError(f"{file} is missing: `take` makes it")
-    settings = _of_all(held["settings"] if held else reports[0].settings)
-    kept = _with_prompts(held["cells"]) if held else {}
+    held, kept = _held(file) if add else (reports[0].settings, {})
+    settings = _of_all(held)
     for report in reports:
-        _check_parts(settings, report, file if held else reports[0].folder)
+        _check_parts(settings, report, file if add else reports[0].folder)
         settings = _joined(settings, report)
         kept |= {cell: _kept(cell, records) for cell, records in report.cells.items()}
     cells = _without_copies([kept[cell] for cell in sorted(kept)])
@@ -148,28 +149,82 @@ def begin(file: pathlib.Path, folder: pathlib.Path) -> None:
       file: What `take` has kept.
       folder: A new `--out` of `sparda eval`: it runs the cells that are not there.
     """
-    held: Any = read_json(file)
-    if held is None:
-        raise ConfigError(f"{file} is missing: `take` makes it")
+    settings, cells = _held(file)
     if folder.exists():
         raise ConfigError(f"{folder} is there already: name another directory")
     files = RunFiles(folder)
-    files.begin(held["settings"])
-    for cell, kept in _with_prompts(held["cells"]).items():
-        rows = zip(*(kept[n] for n in ("prompts", *_COLUMNS)), strict=True)
-        names = ("prompt", *_COLUMNS)
-        records = [dict(zip(names, row, strict=True)) for row in rows]
-        files.write_result(cell, [{"index": n} | r for n, r in enumerate(records)])
+    files.begin(settings)
+    for cell, kept in cells.items():
+        files.write_result(cell, _records(kept))
 
 
-def _cell(held: Mapping[str, Any]) -> Cell:
-    return Cell(*(held[name] for name in ("task", "length", "attention", "budget")))
+def _held(file: pathlib.Path) -> tuple[dict[str, Any], dict[Cell, dict[str, Any]]]:
+    """What `take` has kept: settings, and cells, each with its prompts again.
+
+    Raises:
+      ConfigError: If there is no such file.
+      CheckpointError: If it is damaged; names the line.
+    """
+    text = read_text(file, MAX_JSON)
+    if text is None:
+        raise ConfigError(f"{file} is missing: `take` makes it")
+    held = parse_json(text, str(file))
+    if not isinstance(held, dict) or not isinstance(held.get("cells"), list):
+        raise CheckpointError(f"{file}: is damaged: wanted what `take` writes")
+    settings, cells = held.get("settings"), held["cells"]
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{file}: line 1: has no 'settings'")
+    check_settings(settings, f"{file}: line 1")
+    # Two lines stand before the cells, and one behind, unless it was edited since.
+    first = 3 if text.count("\n") == len(cells) + 3 else None
+    prompts: dict[tuple[str, int], list[str]] = {}
+    found = {}
+    for n, cell in enumerate(cells):
+        where = f"{file}: {f'cell {n}' if first is None else f'line {first + n}'}"
+        _check_cell(cell, where)
+        task = cell["task"], cell["length"]
+        told = cell["prompts"] or prompts.get(task)
+        if told is None or len(told) != len(cell["score"]):
+            raise CheckpointError(
+                f"{where}: has not the prompts of its {len(cell['score'])} samples"
+            )
+        prompts.setdefault(task, told)
+        kept = {**cell, "prompts": told}
+        check_records([(where, record) for record in _records(kept)])
+        found[Cell(*(cell[name] for name in _NAMES))] = kept
+    return settings, found
 
 
-def _with_prompts(cells: Sequence[dict[str, Any]]) -> dict[Cell, dict[str, Any]]:
-    """Cells of a file, each with its prompts again."""
-    prompts = {(c["task"], c["length"]): c["prompts"] for c in cells if c["prompts"]}
-    return {_cell(c): {**c, "prompts": prompts[c["task"], c["length"]]} for c in cells}
+def _check_cell(cell: Any, where: str) -> None:
+    """Checks that a cell has all its fields, and as many of each sample's as another.
+
+    Raises:
+      CheckpointError: If not.
+    """
+    if not isinstance(cell, dict):
+        raise CheckpointError(f"{where}: is no object")
+    for name in (*_NAMES, "prompts", *_COLUMNS):
+        if name not in cell:
+            raise CheckpointError(f"{where}: has no {name!r}")
+    for name in ("prompts", *_COLUMNS):
+        if not isinstance(cell[name], list):
+            raise CheckpointError(f"{where}: {name!r} must be a list")
+    counts = {name: len(cell[name]) for name in _COLUMNS}
+    if len(set(counts.values())) > 1 or not cell["score"]:
+        raise CheckpointError(f"{where}: must have all of each sample, has {counts}")
+    # The rest of a record is checked where there are records.
+    check_records([(where, {n: cell[n] for n in _NAMES} | {"index": 0, "score": 0})])
+
+
+def _records(kept: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The records of a cell with its prompts."""
+    names = {"prompts": "prompt"} | {name: name for name in _COLUMNS}
+    head = {name: kept[name] for name in _NAMES}
+    rows = zip(*(kept[name] for name in names), strict=True)
+    return [
+        {**head, "index": n, **dict(zip(names.values(), row, strict=True))}
+        for n, row in enumerate(rows)
+    ]
 
 
 def _without_copies(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -188,18 +243,8 @@ def _without_copies(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def read(file: pathlib.Path) -> Scores:
     """What `take` has kept."""
-    held: Any = read_json(file)
-    if held is None:
-        raise ConfigError(f"{file} is missing: `take` makes it")
-    cells = {}
-    for cell in held["cells"]:
-        key = _cell(cell)
-        rows = zip(cell["score"], cell["tokens"], cell["read"], strict=True)
-        cells[key] = [
-            {"index": n, "score": score, "tokens": tokens, "read": share}
-            for n, (score, tokens, share) in enumerate(rows)
-        ]
-    return Scores(cells, held["settings"])
+    settings, cells = _held(file)
+    return Scores({cell: _records(kept) for cell, kept in cells.items()}, settings)
 
 
 def part(name: str) -> str:

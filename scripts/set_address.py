@@ -12,7 +12,7 @@ import pathlib
 import re
 from typing import Any
 
-from docs_hooks import ROOT, colab_badge, is_badge
+from docs_hooks import ROOT, colab_badge, is_badge, read_cells
 
 from sparda_jax.checkpoint.atomic import write_text
 from sparda_jax.checks import ConfigError
@@ -47,7 +47,7 @@ def set_address(root: pathlib.Path, address: str) -> None:
     line = f"\\g<0>repo_url: {address}\n"
     write_text(settings, re.sub(r"^site_name: .*\n", line, text, flags=re.M))
     for place in sorted((root / "notebooks").glob("*.ipynb")):
-        book = json.loads(place.read_text("utf-8"))
+        book = read_cells(place)
         cells = book["cells"]
         title, *words = _source(cells[0]).splitlines()
         words = "\n".join(line for line in words if not is_badge(line)).strip("\n")
@@ -58,7 +58,7 @@ def set_address(root: pathlib.Path, address: str) -> None:
         _write_json(place, book)
         kept = root / "notebooks" / "outputs" / f"{place.stem}.json"
         if kept.is_file():
-            run = json.loads(kept.read_text("utf-8"))
+            run = read_cells(kept)
             first = run["cells"][0]
             first["source"] = _with_source(first["source"], address)
             _write_json(kept, run)

@@ -261,6 +261,23 @@ def test_a_notebook_page_has_what_its_cells_gave(hooks, tmp_path, monkeypatch):
     assert "/github/some/where/blob/main/notebooks/x.ipynb)" in page
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"cells": [', "is no valid JSON: .* line 1 column 12"),
+        ('{"date": ""}', "has no 'cells'"),
+        ('{"cells": [7]}', "'cells' must be a list of objects"),
+        ('{"cells": [{"outputs": []}]}', "cell 0 has no 'source'"),
+    ],
+)
+def test_a_damaged_notebook_is_told_in_a_line(hooks, text, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks/x.ipynb").write_text(text, encoding="utf-8")
+    with pytest.raises(sj.CheckpointError, match=rf"x.ipynb: {told}"):
+        hooks.notebook("x")
+
+
 def test_an_address_is_said_once(hooks, tmp_path, monkeypatch):
     """Badges in all notebooks and pages, what Colab installs, and outputs stay."""
     monkeypatch.setitem(sys.modules, "docs_hooks", hooks)

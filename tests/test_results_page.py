@@ -1,5 +1,6 @@
 """scripts/results_page.py: what it keeps, and an evaluation that goes on from it."""
 
+import functools
 import importlib.util
 import json
 
@@ -53,6 +54,17 @@ def _write(folder, cells, *, failed=False, **settings):
             ],
         )
     return str(folder)
+
+
+def _cell(number, change):
+    """Damages the cell in a line of a file, counted from 0."""
+
+    def damaged(lines):
+        line = lines[number]
+        value = json.dumps(change(json.loads(line.removesuffix(","))))
+        return [*lines[:number], value + "," * line.endswith(","), *lines[number + 1 :]]
+
+    return damaged
 
 
 def test_an_evaluation_goes_on_from_what_was_kept(page, tmp_path):
@@ -124,3 +136,40 @@ def test_failed_samples_are_not_kept(page, tmp_path):
 def test_a_wrong_number_of_files_is_told(page, words, told, capsys):
     assert page.main(words) == 2
     assert told in capsys.readouterr().err
+
+
+def _without(name, cell):
+    return {key: value for key, value in cell.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda lines: lines[:-2], "is no valid JSON: Expecting"),
+        (lambda lines: ["[]"], "is damaged: wanted what `take` writes"),
+        (
+            lambda lines: [lines[0].replace('"seed": 42, ', ""), *lines[1:]],
+            "line 1: has no 'seed'",
+        ),
+        (_cell(3, lambda cell: 7), "line 4: is no object"),
+        (_cell(3, lambda cell: cell | {"budget": "8"}), "line 4: budget='8'"),
+        (_cell(3, lambda cell: cell | {"read": [0.25]}), "line 4: must have all of"),
+        (_cell(3, lambda cell: cell | {"score": 50}), "line 4: 'score' must be a list"),
+        (_cell(3, lambda cell: cell | {"score": [50, "x"]}), "line 4: score='x'"),
+        (_cell(3, lambda cell: cell | {"prompts": ["a"]}), "line 4: has not the"),
+        (_cell(2, lambda cell: cell | {"prompts": []}), "line 3: has not the prompts"),
+        (_cell(2, functools.partial(_without, "tokens")), "line 3: has no 'tokens'"),
+    ],
+)
+def test_a_damaged_file_is_told_in_a_line(page, damage, told, tmp_path, capsys):
+    file, out = tmp_path / "kept.json", tmp_path / "out"
+    page.take(file, [_write(tmp_path / "a", {DENSE: 100.0, SPARDA: 50.0})])
+    file.write_text("\n".join(damage(file.read_text().split("\n"))))
+    for words in (
+        ["begin", str(file), str(out)],
+        ["add", str(file), str(tmp_path / "a")],
+    ):
+        assert page.main(words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(file) in line and told in line
+    assert not out.exists()
