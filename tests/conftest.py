@@ -1,6 +1,7 @@
 """Shared fixtures. Shapes and types of our functions are checked while tests run."""
 
 import functools
+import gc
 import importlib.metadata
 import json
 import os
@@ -119,6 +120,12 @@ def pytest_collection_modifyitems(
             item.add_marker(pytest.mark.skip(reason="slow: needs --runslow"))
         if item.get_closest_marker("gpu") and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """No search for garbage looks at what is imported and collected: it stays."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
