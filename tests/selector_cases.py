@@ -168,6 +168,18 @@ def tile_of(rows: Layer, index, where: slice, num_blocks: int, **fields):
     )
 
 
+def scored(selector, tile: SelectionTile) -> np.ndarray:
+    """A selector's scores of blocks, by one program as in a layer."""
+    run = jax.jit(lambda tile: selector.score(tile, CONFIG, SPARSE, None))
+    return np.asarray(run(tile))
+
+
+def listed(selector, tile: SelectionTile) -> np.ndarray:
+    """A selector's block lists, likewise."""
+    run = jax.jit(lambda tile: selector.select(tile, CONFIG, SPARSE))
+    return np.asarray(run(tile))
+
+
 def best_sets(scores: np.ndarray, positions, sparse) -> list[set[int]]:
     """The definition of the choice, by NumPy: a set for each row of scores [*, T, M].
 

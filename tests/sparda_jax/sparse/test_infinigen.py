@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import selector_cases as cases
-from selector_cases import CONFIG, KINDS, SPARSE
+from selector_cases import KINDS, SPARSE
 
 from sparda_jax.models.block import before_attention
 from sparda_jax.models.presets import get_preset
@@ -57,13 +57,13 @@ def test_lists_are_the_definition_s(kind):
         forecast=jnp.asarray(asked),
     )
     tile = dataclasses.replace(tile, q=None)
-    got = np.asarray(INFINIGEN.score(tile, CONFIG, SPARSE, None))
+    got = cases.scored(INFINIGEN, tile)
     whole = layer.length // SPARSE.block_size
     # The axes are eigenvectors of a float32 second moment.
     np.testing.assert_allclose(
         got[..., :whole], want[..., :whole], rtol=1e-3, atol=2e-3
     )
-    lists = INFINIGEN.select(tile, CONFIG, SPARSE)
+    lists = cases.listed(INFINIGEN, tile)
     assert cases.listed_sets(lists) == cases.best_sets(want, [layer.length - 1], SPARSE)
 
 

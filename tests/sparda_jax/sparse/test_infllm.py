@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import selector_cases as cases
-from selector_cases import CONFIG, KINDS, SPARSE
+from selector_cases import KINDS, SPARSE
 
 from sparda_jax.sparse.selectors.infllm import InfLLM
 
@@ -46,10 +46,10 @@ def test_representatives_and_lists_are_the_definition_s(kind):
     np.testing.assert_allclose(got, means, atol=1e-4)
     where = slice(600, None, 5)
     tile = cases.tile_of(layer, index, where, BLOCKS)
-    scores = np.asarray(INFLLM.score(tile, CONFIG, SPARSE, None))
+    scores = cases.scored(INFLLM, tile)
     want = np.einsum("btkgh,bkmh->bktm", layer.grouped()[:, where], means)
     np.testing.assert_allclose(scores[..., :final], want, rtol=1e-4, atol=1e-3)
-    lists = INFLLM.select(tile, CONFIG, SPARSE)
+    lists = cases.listed(INFLLM, tile)
     positions = np.arange(layer.length)[where]
     assert cases.listed_sets(lists) == cases.best_sets(scores, positions, SPARSE)
 

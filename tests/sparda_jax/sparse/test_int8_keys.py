@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,11 +27,16 @@ def _appended(k, pieces, sparse):
     """The state of layer 1 of 2, with tokens that come in pieces."""
     part, start = KeyMeans(), 0
     state = part.init(IndexShape(2, 2, 2, 4, 16, jnp.float32), sparse)
+
+    @jax.jit
+    def append(state, piece, held, count):
+        new = NewTokens(TokenKV(piece, piece, None), 1, held, count)
+        return part.append(state, new, sparse)
+
     for size in pieces:
         piece = k[:, start : start + size]
-        held, count = jnp.minimum(start, LENGTHS), jnp.clip(LENGTHS - start, 0, size)
-        new = NewTokens(TokenKV(piece, piece, None), 1, held, count)
-        state = part.append(state, new, sparse)
+        held, count = np.minimum(start, LENGTHS), np.clip(LENGTHS - start, 0, size)
+        state = append(state, piece, held, count)
         start += size
     return state
 

@@ -37,7 +37,7 @@ def test_lists_are_the_definition_s(kind):
     scores = np.zeros((2, 2, 1, BLOCKS))
     by_block = (equal >= 2).reshape(2, 2, 2, -1, SPARSE.block_size)
     scores[:, :, 0, : by_block.shape[3]] = by_block.sum((2, 4))
-    lists = PIG.select(tile, CONFIG, SPARSE)
+    lists = cases.listed(PIG, tile)
     assert cases.listed_sets(lists) == cases.best_sets(
         scores, [layer.length - 1], SPARSE
     )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import selector_cases as cases
-from selector_cases import CONFIG, KINDS, SPARSE
+from selector_cases import KINDS, SPARSE
 
 from sparda_jax.sparse.selectors import get_selector
 from sparda_jax.sparse.selectors.quest import Quest
@@ -40,10 +40,10 @@ def test_lists_are_the_definition_s_and_the_bound_bounds(kind, over_group):
     # exact ones.
     want = np.round(want, 3)
     tile = cases.tile_of(layer, index, where, blocks)
-    got = np.asarray(selector.score(tile, CONFIG, SPARSE, None))
+    got = cases.scored(selector, tile)
     np.testing.assert_allclose(got[..., :whole], want, rtol=1e-4, atol=2e-3)
     assert np.all(got[..., layer.blocks :] == -np.inf)
-    lists = selector.select(tile, CONFIG, SPARSE)
+    lists = cases.listed(selector, tile)
     positions = np.arange(layer.length)[where]
     expected = cases.best_sets(got, positions, SPARSE)
     assert cases.listed_sets(lists) == expected
@@ -68,8 +68,8 @@ def test_a_block_has_the_bound_of_its_best_page(over_group):
         cases.tile_of(layer, cases.make_index(q, layer, [256], m), slice(200, None), m)
         for q, m in ((Quest(over_group, 16), 4), (Quest(over_group), 4))
     ]
-    paged = np.asarray(Quest(over_group, 16).score(tiles[0], CONFIG, SPARSE, None))
-    whole = np.asarray(Quest(over_group).score(tiles[1], CONFIG, SPARSE, None))
+    paged = cases.scored(Quest(over_group, 16), tiles[0])
+    whole = cases.scored(Quest(over_group), tiles[1])
     q = layer.grouped()[:, 200:, :, :, None]  # B T K G 1 H
     pages = layer.k.reshape(2, 4, 4, 16, 2, 8)
     least, most = (

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import selector_cases as cases
-from selector_cases import CONFIG, SPARSE, check_everywhere
+from selector_cases import SPARSE, check_everywhere
 
 from sparda_jax.models.presets import get_preset
 from sparda_jax.sparse.selection import SelectionTile
@@ -49,7 +49,7 @@ def test_lists_are_the_definition_s_and_even():
     layer = cases.draw_layer("random", batch=1)
     selector, positions = Random(3), np.arange(layer.length)
     tile = cases.tile_of(layer, {}, slice(None), 16)
-    lists = cases.listed_sets(selector.select(tile, CONFIG, SPARSE))
+    lists = cases.listed_sets(cases.listed(selector, tile))
     scores = np.array(
         [[[_drawn(3, head, p, 16) for p in positions.tolist()] for head in range(2)]]
     )

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import selector_cases as cases
-from selector_cases import CONFIG, KINDS, SPARSE
+from selector_cases import KINDS, SPARSE
 
 from sparda_jax.sparse.selectors.snapkv import SnapKV
 
@@ -35,7 +35,7 @@ def _sets(layer, index, position):
         layer, q=layer.q[:, : position + 1], k=layer.k[:, : position + 1]
     )
     tile = cases.tile_of(here, index, slice(-1, None), BLOCKS, decoding=True)
-    return cases.listed_sets(SNAPKV.select(tile, CONFIG, SPARSE))
+    return cases.listed_sets(cases.listed(SNAPKV, tile))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -70,11 +70,9 @@ def test_lists_are_the_definition_s(kind, page, queries):
             forecast=jnp.asarray(forecast[:, where]),
             decoding=decoding,
         )
-        got = np.asarray(
-            selector.score(dataclasses.replace(tile, q=None), CONFIG, SPARSE, None)
-        )
+        got = cases.scored(selector, dataclasses.replace(tile, q=None))
         if queries == 2:  # Then own queries are scored alike.
-            again = own.score(tile, CONFIG, SPARSE, None)
+            again = cases.scored(own, tile)
             np.testing.assert_array_equal(got, again)
         # Logits of thousands, in float32, are what a softmax is taken of.
         near = {"rtol": 1e-4, "atol": 2e-3} if queries == 1 else {"rtol": 5e-3}
@@ -82,7 +80,7 @@ def test_lists_are_the_definition_s(kind, page, queries):
             got[..., : layer.blocks], want[:, :, where], **{"atol": 1e-6, **near}
         )
         assert np.all(got[..., layer.blocks :] == -np.inf)
-        lists = selector.select(tile, CONFIG, SPARSE)
+        lists = cases.listed(selector, tile)
         positions = np.arange(layer.length)[where]
         # A float32 sum may order near ties otherwise.
         assert cases.listed_sets(lists) == cases.best_sets(got, positions, SPARSE)
