@@ -30,7 +30,8 @@ def test_each_layer_lists_what_its_own_budget_says():
     where = slice(0, None, 37)
     positions = np.arange(layer.length)[where]
     tile = cases.tile_of(layer, index, where, 16)
-    scores = np.asarray(quest.score(tile, CONFIG, BY_LAYER, None))
+    score = jax.jit(lambda tile: quest.score(tile, CONFIG, BY_LAYER, None))
+    scores = np.asarray(score(tile))
     select = jax.jit(
         lambda number: quest.select(
             dataclasses.replace(tile, layer=number), CONFIG, BY_LAYER

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -72,11 +73,13 @@ def test_lists_are_those_of_the_summed_softmaxes(queries, decoding):
         decoding=decoding,
     )
     config = dataclasses.replace(TINY, forecast_queries=queries)
-    lists = get_selector("sparda").select(tile, config, SPARSE, "xla")
+    select = get_selector("sparda").select
+    lists = jax.jit(lambda tile: select(tile, config, SPARSE, "xla"))(tile)
     expected = _summed_softmax_lists(forecast, windows, positions, 1280)
     np.testing.assert_array_equal(sorted_blocks(lists)[0], expected)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Windows:
     windows: jnp.ndarray

@@ -1,5 +1,7 @@
 """Compressed keys, scores, pooling and selection against the reference's arrays."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,14 @@ from sparda_jax.sparse.selection import (
 )
 from sparda_jax.sparse.selectors import get_selector
 
+# One program each, as in a layer.
+_append = jax.jit(append_windows, static_argnames="sparse")
+_compress = jax.jit(compress_keys, static_argnums=1)
+_own_scores = jax.jit(own_query_scores, static_argnums=1)
+_scores = jax.jit(forecast_scores, static_argnums=1)
+_own_blocks = jax.jit(own_query_block_scores, static_argnums=1)
+_blocks = jax.jit(forecast_block_scores, static_argnums=1)
+
 UNIT = SparseConfig(local_blocks=2, block_budget=8, query_blocks=3)
 LENGTH = 1000
 BLOCKS = 16
@@ -43,7 +53,7 @@ def _incremental(k, chunks, width, sparse=UNIT):
     start = 0
     for size in chunks:
         piece = jnp.asarray(k[None, start : start + size], jnp.float32)
-        keys = append_windows(
+        keys = _append(
             keys,
             0,
             piece,
@@ -97,7 +107,7 @@ def windows(unit):
 def test_compressed_keys(unit, length):
     k = unit["ck/k"][:length].astype(np.float32)
     expected = np.swapaxes(unit[f"ck/out_{length}"], 0, 1)
-    whole = compress_keys(jnp.asarray(k)[None], UNIT)[0]
+    whole = _compress(jnp.asarray(k)[None], UNIT)[0]
     np.testing.assert_allclose(whole, expected, atol=1e-6)
     count = expected.shape[1]
     kept = _incremental(k, [length], 64).windows[0, 0, :, :count]
@@ -145,13 +155,13 @@ def test_rope_tables(unit, golden, name, rope, length):
 def test_own_query_scores_of_prefill_and_decode(unit):
     k, q = unit["s1/k"], unit["s1/q"]
     kbar = np.swapaxes(unit["s1/kbar"], 0, 1)
-    whole = compress_keys(jnp.asarray(k)[None], UNIT)[0]
+    whole = _compress(jnp.asarray(k)[None], UNIT)[0]
     np.testing.assert_allclose(whole, kbar, atol=1e-6)
     tile = _tile(q, windows=kbar, positions=np.arange(300), length=300)
-    scores = own_query_scores(tile, UNIT)[0, :, :, :17]
+    scores = _own_scores(tile, UNIT)[0, :, :, :17]
     np.testing.assert_allclose(scores, unit["s1/P"], atol=1e-5)
     last = _tile(q[-1:], windows=kbar, positions=[299], length=300, decoding=True)
-    scores = own_query_scores(last, UNIT)[0, :, :, :17]
+    scores = _own_scores(last, UNIT)[0, :, :, :17]
     np.testing.assert_allclose(scores, unit["s1/P_decode_last"], atol=1e-5)
 
 
@@ -163,7 +173,7 @@ def test_forecast_scores_and_pooling(unit, windows):
     tile = _tile(
         forecast=unit["fc/phi"][rows], windows=windows, positions=rows, length=LENGTH
     )
-    scores = forecast_scores(tile, literal)
+    scores = _scores(tile, literal)
     np.testing.assert_allclose(
         scores[0, :, :, : windows.shape[1]], unit["fc/R_prefill"], atol=1e-4
     )
@@ -178,7 +188,7 @@ def test_own_query_pooling(unit, windows):
     literal = SparseConfig(
         local_blocks=2, block_budget=8, query_blocks=3, mask_future_blocks=False
     )
-    scores = own_query_scores(tile, literal)
+    scores = _own_scores(tile, literal)
     np.testing.assert_allclose(
         scores[0, :, :, : windows.shape[1]], unit["own/P"], atol=1e-5
     )
@@ -188,6 +198,11 @@ def test_own_query_pooling(unit, windows):
 
 
 def _lists(tile, sparse, scores):
+    return np.asarray(_all_lists(tile, sparse, scores))[0]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _all_lists(tile, sparse, scores):
     own = (tile.positions // sparse.block_size)[:, None]
     pooled = force_blocks(pool_to_blocks(scores(tile, sparse), 4), own, sparse)
     if tile.importance is not None:
@@ -195,7 +210,7 @@ def _lists(tile, sparse, scores):
         finished = jnp.arange(tile.importance.shape[-1]) < count
         importance = jnp.where(finished, tile.importance, -jnp.inf)
         pooled = constrain_by_importance(pooled, importance, own, sparse)
-    return np.asarray(sorted_blocks(top_blocks(pooled, own, tile.length, sparse)))[0]
+    return sorted_blocks(top_blocks(pooled, own, tile.length, sparse))
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -206,12 +221,12 @@ def test_selection_lists(unit, windows, source, masked):
     sparse = dataclasses.replace(UNIT, mask_future_blocks=masked)
     arrays = {"q": unit["own/q"]} if source == "own" else {"forecast": unit["fc/phi"]}
     tile = _tile(**arrays, windows=windows, positions=np.arange(LENGTH), length=LENGTH)
-    scores = own_query_scores if source == "own" else forecast_scores
+    scores = _own_scores if source == "own" else _scores
     suffix = "_fm" if masked and source == "fc" else ""
     expected = unit[f"{source}/sel_K8{suffix}"]
     np.testing.assert_array_equal(_lists(tile, sparse, scores), expected)
     own = (tile.positions // sparse.block_size)[:, None]
-    fast = own_query_block_scores if source == "own" else forecast_block_scores
+    fast = _own_blocks if source == "own" else _blocks
     lists = top_blocks(fast(tile, sparse), own, tile.length, sparse)
     np.testing.assert_array_equal(np.asarray(sorted_blocks(lists))[0], expected)
 
@@ -230,9 +245,9 @@ def test_block_scores_of_a_tile_equal_pooled_window_scores(
     arrays = {name: array[where] for name, array in arrays.items()}
     tile = _tile(**arrays, windows=windows, positions=np.arange(640, 730), length=735)
     own = (tile.positions // sparse.block_size)[:, None]
-    scores = own_query_scores if source == "own" else forecast_scores
+    scores = _own_scores if source == "own" else _scores
     want = force_blocks(pool_to_blocks(scores(tile, sparse), 4), own, sparse)
-    fast = own_query_block_scores if source == "own" else forecast_block_scores
+    fast = _own_blocks if source == "own" else _blocks
     got = np.asarray(fast(tile, sparse))
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-7)
 
@@ -258,7 +273,7 @@ def test_decode_selection_equals_golden(unit, windows):
         length=LENGTH,
         decoding=True,
     )
-    got = _lists(tile, UNIT, forecast_scores)
+    got = _lists(tile, UNIT, _scores)
     np.testing.assert_array_equal(got, unit["fc/sel_decode_K8"])
 
 
@@ -277,7 +292,7 @@ def test_nosa_two_stage_lists(unit, windows, name, source, masked):
     gate = jax.nn.softplus(v.reshape(LENGTH, -1) @ unit["nosa/delta"].T)
     c = unit["nosa/A"] * np.asarray(gate)
     np.testing.assert_allclose(c, unit["nosa/c"], atol=1e-5)
-    pooled = compress_keys(jnp.asarray(c)[None, :, :, None], UNIT)[0, :, :, 0]
+    pooled = _compress(jnp.asarray(c)[None, :, :, None], UNIT)[0, :, :, 0]
     np.testing.assert_allclose(pooled, unit["nosa/c_pooled"], atol=1e-5)
     sparse = dataclasses.replace(UNIT, block_budget=9, mask_future_blocks=masked)
     arrays = {"q": unit["own/q"]} if source == "own" else {"forecast": unit["fc/phi"]}
@@ -288,7 +303,7 @@ def test_nosa_two_stage_lists(unit, windows, name, source, masked):
         length=LENGTH,
         c=unit["nosa/c_pooled"],
     )
-    scores = own_query_scores if source == "own" else forecast_scores
+    scores = _own_scores if source == "own" else _scores
     got = _lists(tile, sparse, scores)
     np.testing.assert_array_equal(got, unit[f"nosa/sel_{name}"])
 
@@ -296,7 +311,7 @@ def test_nosa_two_stage_lists(unit, windows, name, source, masked):
 def test_windows_kept_token_by_token_equal_whole_at_every_length(unit):
     """1 … 200 tokens, one by one; the raw tail's length is implied by the count."""
     k = unit["ck/k"][:200].astype(np.float32)
-    whole = np.asarray(compress_keys(jnp.asarray(k)[None], UNIT)[0])
+    whole = np.asarray(_compress(jnp.asarray(k)[None], UNIT)[0])
     keys = _incremental(k, [], 16)
 
     step = jax.jit(
