@@ -74,11 +74,22 @@ def _experts_in_use(config: ModelConfig, batch: int) -> float:
     return config.num_experts * (1 - idle**batch)
 
 
-def _window_bytes(settings: LayerSettings, size: int) -> int:
-    """Bytes of a compressed key, in numbers of `size` bytes or in 8 bits."""
+# Passes over the float32 scores of a group of queries, by a profile (docs/offload.md).
+_SCORE_PASSES = 4
+
+
+def _window_bytes(settings: LayerSettings, size: int, queries: int) -> int:
+    """Bytes of a compressed key, in numbers of `size` bytes or in 8 bits.
+
+    One query is scored in one pass over 8 bits. For a group of them windows are written
+    in the model's type and read by a product, which writes a score of each query; three
+    reductions read those. With exact keys the recorded time of a layer has the scores
+    in it, as it was found with own queries.
+    """
     dim = settings.config.head_dim
     if settings.sparse.compressed_keys == "int8" and "key_means" in settings.indices:
-        return dim + 4
+        more = 2 * dim * size + _SCORE_PASSES * 4 * queries if queries > 1 else 0
+        return dim + 4 + more
     return dim * size
 
 
@@ -136,9 +147,9 @@ def step_time(
     if lists:
         windows = held * selector.scores_per_block(sparse)
         scored = selector.scored_heads(config, sparse, decoding=True)
-        if scored:
-            moved += heads * windows * _window_bytes(settings, size)
         queries = scored // config.num_kv_heads
+        if scored:
+            moved += heads * windows * _window_bytes(settings, size, queries)
         flops += 2 * heads * windows * queries * config.head_dim
 
     fetch = hidden = decoding = planning = 0.0

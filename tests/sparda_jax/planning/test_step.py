@@ -153,6 +153,9 @@ def test_what_the_best_batches_took_is_expected(
         ("sparda", "int8_slots", 131072, 102, 0.0098, 15.37),
         ("sparda", "int8_slots", 131072, 51, 0.0042, 10.66),
         ("sparda", "int8_slots", 131072, 25, 0.0042, 9.08),
+        ("infllm_v2", "int8_slots", 131072, 96, 0.0042, 26.75),
+        ("infllm_v2", "int8_slots", 131072, 48, 0.0042, 17.03),
+        ("infllm_v2", "int8_slots", 131072, 24, 0.0042, 12.04),
         ("sparda", "exact", 32768, 16, 0.0048, 7.28),
         ("sparda", "exact", 32768, 8, 0.0023, 6.81),
         ("sparda", "exact", 32768, 8, 0.0429, 7.10),
@@ -165,7 +168,8 @@ def test_what_an_h200_took_is_expected(
     offload = None
     if codec is not None:
         route = named_route("mosaic")
-        offload = OffloadSettings(route, lookahead=True, codec=named_codec(codec))
+        ahead = attention == "sparda"
+        offload = OffloadSettings(route, lookahead=ahead, codec=named_codec(codec))
     keys = "int8" if codec == "int8_slots" else "exact"
     sparse = dataclasses.replace(MINICPM.sparse, compressed_keys=keys)
     found = step_time(
