@@ -198,9 +198,11 @@ class Lookahead(NamedTuple):
         """The fetch with its copies started, and the pool without their buffer."""
         assert self.store is not None and settings.offload is not None
         area, pool = self.pool.take()
-        parts = self.store.flat()
+        parts, route = self.store.flat(), settings.offload.route
+        if settings.axis is not None:
+            route = route.beside_sums()
         staged = tuple(
-            settings.offload.route.fetch(
+            route.fetch(
                 part,
                 fetch.plan.sources,
                 fetch.plan.bound,
