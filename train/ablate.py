@@ -137,7 +137,8 @@ class Trainer:
         optimizer = make_optimizer(variant.optimizer)
         update, moments = make_update(optimizer), optimizer.init(heads)
         if variant.optimizer.whiten:
-            moments = with_inputs(moments, run.input_moments())
+            square = run.input_moments()
+            moments = with_inputs(moments, square, progress=run.progress)
         rows, steps = run.batches(), variant.optimizer.steps
         begin = time.monotonic()
         first, loss = 0.0, jnp.float32(jnp.nan)
@@ -160,7 +161,7 @@ class Trainer:
 def first_heads(run: Run, how: str) -> Float[Array, "L D KRH"]:
     """Heads before training, on all devices."""
     if how == "regression":
-        run.fit_heads(progress=True)
+        run.fit_heads()
         return run.state.heads
     heads = initial_heads(run.lm.model, how, run.config.seed)
     # The update leaves its input alone, so that one array serves all variants.
@@ -227,7 +228,7 @@ def _compare(options: argparse.Namespace) -> None:
     for option, names in (("--only", options.only or ()), ("--save", options.save)):
         for name in names:
             require(name in known, option, name, f"one of {', '.join(known)}")
-    run = Run(config)
+    run = Run(config, progress=True)
     require(bool(run.held_out), "data.held_out", 0.0, "above 0: it is compared")
     result: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,

@@ -26,6 +26,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
+from sparda_jax.models.by_layer import by_layer
 from sparda_jax.models.decoder import Decoder
 from sparda_jax.models.forecast import query_sets
 from sparda_jax.models.rope import RopeCosSin, apply_rope
@@ -101,15 +102,19 @@ def query_moments(
 
 
 def predictors(
-    square: Float[np.ndarray, "L D D"], product: Float[np.ndarray, "L D NH"]
+    square: Float[np.ndarray, "L D D"],
+    product: Float[np.ndarray, "L D NH"],
+    *,
+    progress: bool = False,
 ) -> Float[np.ndarray, "L D NH"]:
     """The least-squares guesses at all query heads, from summed moments."""
-    found = []
-    for a, b in zip(square, product, strict=True):
+
+    def guess(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         ridge = _RIDGE * np.trace(a) / len(a) + 1e-12
-        guess = np.linalg.solve(a + ridge * np.eye(len(a)), b)
-        found.append(guess.astype(np.float32))
-    return np.stack(found)
+        return np.linalg.solve(a + ridge * np.eye(len(a)), b).astype(np.float32)
+
+    what = "guesses at heads"
+    return np.stack(by_layer(guess, square, product, what=what, progress=progress))
 
 
 def combine(
@@ -214,7 +219,7 @@ def regression_heads(
     if moments is None:
         moments = sum_moments(over)
     groups = (config.num_kv_heads, config.group_size, config.head_dim)
-    guesses = predictors(*moments)
+    guesses = predictors(*moments, progress=over.progress)
     guesses = jnp.asarray(guesses.reshape(*guesses.shape[:2], *groups))
 
     gradients = make_gradients(over.model, over.settings, over.mesh, fsdp=over.fsdp)

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from sparda_jax.models.by_layer import by_layer
 from train.config import OptimizerConfig
 
 # Of the mean second moment of an input: directions that inputs hardly take.
@@ -89,12 +90,15 @@ def whitened(inner: optax.GradientTransformation) -> optax.GradientTransformatio
     return optax.GradientTransformation(init, update)
 
 
-def with_inputs(state: Any, square: Float[np.ndarray, "L D D"]) -> Any:
+def with_inputs(
+    state: Any, square: Float[np.ndarray, "L D D"], *, progress: bool = False
+) -> Any:
     """An optimizer's state with the roots of the inputs' second moments.
 
     Args:
       state: Of an optimizer with `whiten`.
       square: XᵀX of what the heads read, summed over tokens (`train.init`).
+      progress: Show a bar.
     """
 
     def root(moments: np.ndarray) -> np.ndarray:
@@ -103,7 +107,8 @@ def with_inputs(state: Any, square: Float[np.ndarray, "L D D"]) -> Any:
         values = np.maximum(values, 0.0) / np.trace(moments) * len(moments)
         return ((vectors / np.sqrt(values + _RIDGE)) @ vectors.T).astype(np.float32)
 
-    roots = jnp.asarray(np.stack([root(moments) for moments in square]))
+    found = by_layer(root, square, what="whitening inputs", progress=progress)
+    roots = jnp.asarray(np.stack(found))
 
     def filled(part: Any) -> Any:
         return part._replace(root=roots) if isinstance(part, Whitened) else part

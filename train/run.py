@@ -109,9 +109,10 @@ def _held_out_batches(rows: list[Row], mesh: Mesh, per_device: int) -> list[Batc
 class Run:
     """The pieces of a run that its loop uses."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, *, progress: bool = False):
         self.out = check_writable(config.out)
         self.config = config
+        self.progress = progress and jax.process_index() == 0
         _check_devices(config.parallel.devices)
         self.mesh = make_mesh(config.parallel.devices)
         self.accumulation = config.optimizer.accumulation(self.mesh.size)
@@ -182,7 +183,7 @@ class Run:
         """The state on all devices."""
         return jax.tree.map(lambda x: place(x, self.mesh, PartitionSpec()), state)
 
-    def _regression(self, progress: bool) -> Regression:
+    def _regression(self) -> Regression:
         # Batches of its own: training begins with the first one all the same.
         return Regression(
             self.model,
@@ -192,12 +193,12 @@ class Run:
             self.mesh,
             batches=self.config.init_batches,
             fsdp=self.config.parallel.fsdp,
-            progress=progress and jax.process_index() == 0,
+            progress=self.progress,
         )
 
-    def fit_heads(self, *, progress: bool = False) -> None:
+    def fit_heads(self) -> None:
         """Replaces the first heads by those of `regression_heads`."""
-        over = self._regression(progress)
+        over = self._regression()
         # It is as large as two copies of the heads, and begins anew with the new ones.
         self.state = self.state._replace(optimizer=None)
         moments = sum_moments(over)
@@ -205,9 +206,9 @@ class Run:
         del moments
         state = initial_state(heads, self.optimizer)
         if self.config.optimizer.whiten:
-            state = state._replace(
-                optimizer=with_inputs(state.optimizer, self.input_moments())
-            )
+            square, show = self.input_moments(), self.progress
+            white = with_inputs(state.optimizer, square, progress=show)
+            state = state._replace(optimizer=white)
         self.state = self.placed(state)
 
     def low_rank(self, heads: Array) -> LowRankHeads | None:
@@ -215,8 +216,8 @@ class Run:
         rank = self.config.export_rank
         if rank is None:
             return None
-        square = self.input_moments()
-        low = factor_heads(np.asarray(heads), self.own_queries(), square, rank)
+        given = np.asarray(heads), self.own_queries(), self.input_moments()
+        low = factor_heads(*given, rank, progress=self.progress)
         kind = jnp.dtype(self.config.export_dtype)
         parts = (np.asarray(x, kind) for x in (low.gain, low.down, low.up))
         return LowRankHeads(*(x.astype(np.float32) for x in parts))
@@ -232,7 +233,7 @@ class Run:
     def input_moments(self) -> np.ndarray:
         """XᵀX of what the heads read, by layer; summed now if nobody did."""
         if self._inputs is None:
-            self._inputs = sum_moments(self._regression(progress=False))[0]
+            self._inputs = sum_moments(self._regression())[0]
         return self._inputs
 
     def own_queries(self) -> list[Array]:
@@ -358,7 +359,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
 
 
 def _train(config: TrainConfig, *, progress: bool) -> TrainResult:
-    run = Run(config)
+    run = Run(config, progress=progress)
     # Opening them checks that this run is the one that they are of.
     checkpoints = Checkpoints(run.out, config.checkpoint, run.identity, run.mesh)
     try:
@@ -367,7 +368,7 @@ def _train(config: TrainConfig, *, progress: bool) -> TrainResult:
             run.state = restored.state
             run.data.set_state(restored.data)
         elif config.init == "regression":
-            run.fit_heads(progress=progress)
+            run.fit_heads()
             # They may be all that a run leaves that is cut off.
             low, state = run.written(run.state)
             run.export(state, None, "forecast-regression.safetensors", low)

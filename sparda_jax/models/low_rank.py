@@ -22,6 +22,8 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Array, Float
 
+from sparda_jax.models.by_layer import by_layer
+
 # Of the mean eigenvalue of the second moments: directions without any input.
 _RIDGE = 1e-4
 # Of gain and product, after the first; the error falls with each.
@@ -66,6 +68,8 @@ def factor_heads(
     queries: Sequence[Float[Array, "D KRH"]],
     square: Float[np.ndarray, "L D D"],
     rank: int,
+    *,
+    progress: bool = False,
 ) -> LowRankHeads:
     """The heads of a rank that answer most like `heads`, in the sense of least squares.
 
@@ -74,13 +78,15 @@ def factor_heads(
       queries: As for `LowRankHeads.whole`.
       square: XᵀX of what the heads read, summed over tokens (`train.init`).
       rank: r, at most D and K·R·H.
+      progress: Show a bar.
     """
-    found = [
-        _factor(
-            np.asarray(head, np.float64), np.asarray(own, np.float64), moments, rank
-        )
-        for head, own, moments in zip(heads, queries, square, strict=True)
-    ]
+
+    def factor(head: Any, own: Any, moments: np.ndarray) -> tuple[np.ndarray, ...]:
+        whole, plain = np.asarray(head, np.float64), np.asarray(own, np.float64)
+        return _factor(whole, plain, moments, rank)
+
+    what = f"heads of rank {rank}"
+    found = by_layer(factor, heads, queries, square, what=what, progress=progress)
     gain, down, up = (
         np.stack(parts).astype(np.float32) for parts in zip(*found, strict=True)
     )
@@ -101,12 +107,11 @@ def _factor(
         """The best one for a gain, and what it leaves of the answers."""
         change = root.T @ (head - gain[:, None] * own)
         wide = change.shape[1] > size
-        # Singular vectors of the shorter side, and no more of them than are kept: a
-        # whole decomposition takes many times as long.
+        # Singular vectors of the shorter side alone: a whole decomposition takes many
+        # times as long. SciPy finds those that are kept in half the time, but does not
+        # leave Python's lock.
         gram = change @ change.T if wide else change.T @ change
-        kept = (max(0, len(gram) - rank), len(gram) - 1)
-        found: Any = scipy.linalg.eigh(gram, subset_by_index=kept)
-        squares, sides = (np.asarray(x) for x in found)
+        squares, sides = (x[..., -rank:] for x in np.linalg.eigh(gram))
         # A half of the scale in each factor, so that rounding hurts neither.
         half = np.maximum(squares, 1e-30 * squares[-1]) ** 0.25
         left = sides * half if wide else change @ (sides / half)

@@ -1,0 +1,42 @@
+"""Layers side by side on the host, each by one thread of BLAS."""
+
+import sys
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from sparda_jax.models.by_layer import blas_threads, by_layer
+
+
+def _counts() -> list[int]:
+    return [getter() for getter, _ in blas_threads()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the libraries are found on Linux")
+def test_one_blas_thread_inside_and_as_many_as_before_behind():
+    """Of NumPy's and of SciPy's BLAS, also where a layer fails."""
+    scipy.linalg.solve_triangular(np.eye(2), np.ones(2))
+    if not blas_threads():
+        pytest.skip("another BLAS than OpenBLAS")
+    before = _counts()
+    assert by_layer(lambda _: _counts(), range(3)) == [[1] * len(before)] * 3
+    assert _counts() == before
+
+    def fails(layer: int) -> None:
+        raise ValueError(f"layer {layer}")
+
+    with pytest.raises(ValueError, match="layer 0"):
+        by_layer(fails, range(5))
+    assert _counts() == before
+
+
+def test_layers_stay_in_their_order():
+    rng = np.random.default_rng(0)
+    square, right = rng.standard_normal((7, 9, 9)), rng.standard_normal((7, 9, 2))
+    found = by_layer(np.linalg.solve, square, right, what="solved", progress=True)
+    np.testing.assert_array_equal(
+        found, [np.linalg.solve(a, b) for a, b in zip(square, right, strict=True)]
+    )
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        by_layer(np.linalg.solve, square, right[:3])
