@@ -364,6 +364,16 @@ def test_unused_capacity_needs_no_memory():
     assert temp(512) <= temp(16) + 4096
 
 
+def test_one_chunk_is_read_without_a_loop():
+    """A loop would have what does not change copied in front of it: a row's values."""
+
+    def loops(capacity):
+        args = ArgSpec("", 1, 9, 3, 64, 64, capacity, lengths=(100,)).make("float32")
+        return str(jax.make_jaxpr(lambda a: compute(a))(args)).count("while[")
+
+    assert loops(8) == 0 and loops(9) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
