@@ -6,7 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 _MOST_SHOWN = (50, 90, 99)
+# Seconds between two tokens of one call at most.
+_TOGETHER = 0.003
 
 
 @dataclasses.dataclass
@@ -55,24 +59,38 @@ def full_batch_rate(results: Sequence[Result], rows: int) -> float | None:
     """Tokens a second while as many answers came as the server has rows.
 
     None if that never was. Nobody's prompt is read then: it is what is left of the
-    engine's decode rate.
+    engine's decode rate. Tokens of one call come together: they count as given evenly
+    since the call before.
 
     Args:
       results: Of requests that were answered.
       rows: Of the server.
     """
     answers = [result.times for result in results if len(result.times) > 1]
+    given = [_calls(times) for times in answers]
     edges = [(times[0], 1) for times in answers]
     edges += [(times[-1], -1) for times in answers]
-    running, begun, seconds, tokens = 0, 0.0, 0.0, 0
+    running, begun, seconds, tokens = 0, 0.0, 0.0, 0.0
     for at, change in sorted(edges):
         if running < rows <= running + change:
             begun = at
         if running + change < rows <= running:
             seconds += at - begun
-            tokens += sum(begun < t <= at for times in answers for t in times)
+            tokens += sum(np.diff(np.interp((begun, at), *one))[0] for one in given)
         running += change
-    return round(tokens / seconds, 3) if seconds else None
+    return round(float(tokens) / seconds, 3) if seconds else None
+
+
+def _calls(times: Sequence[float]) -> tuple[list[float], list[int]]:
+    """When an answer's calls were over, and the tokens that it had then."""
+    ends, counts = [times[0]], [1]
+    for before, (count, at) in zip(times, enumerate(times[1:], 2), strict=False):
+        if at - before < _TOGETHER and len(ends) > 1:
+            ends[-1], counts[-1] = at, count
+        else:
+            ends.append(at)
+            counts.append(count)
+    return ends, counts
 
 
 def steadiness(results: Sequence[Result]) -> dict[str, Any] | None:

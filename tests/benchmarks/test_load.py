@@ -51,12 +51,22 @@ def test_the_rate_of_full_rows_counts_only_while_all_are_taken():
     first = Result(0.0, times=[1.0, 2.0, 3.0, 4.0])
     second = Result(0.0, times=[2.5, 3.5, 4.5, 5.5])
     third = Result(0.0, times=[8.0, 9.0])
-    # From 2.5 to 4: the tokens at 3, 3.5 and 4.
+    # From 2.5 to 4: half of one at 3, and those at 3.5 and 4; half of one at 4.5.
     assert full_batch_rate([first, second, third], rows=2) == 2.0
     assert full_batch_rate([first, second, third], rows=3) is None
     # Who comes when another goes: from 2.5 to 4, and from 4.5 to 5.5.
     late = Result(0.0, times=[4.5, 5.0, 6.0])
-    assert full_batch_rate([first, second, late], rows=2) == 2.0
+    assert full_batch_rate([first, second, late], rows=2) == 2.2
+
+
+def test_tokens_of_the_call_in_which_the_first_row_ends_count_for_all_rows():
+    """Those of the other rows come a moment behind its last."""
+
+    def came(late: float) -> Result:
+        return Result(0.0, times=[0.0, *(call + late for call in (1, 2) for _ in "ab")])
+
+    # Four calls of two rows in two seconds, of two tokens each.
+    assert full_batch_rate([came(0.0), came(0.001)], rows=2) == pytest.approx(4, 1e-2)
 
 
 def test_shares_are_told_as_far_as_they_are_measured():
