@@ -232,8 +232,8 @@ _MEASURED = {
     "pallas_kernels.benchmarks.plan_slots": "--small",
     "train.benchmark": f"{_TINY} --seq-len 512 --repeats 1",
 }
-# The first three take minutes with real weights; `calls`, `moe_decode`, `trace record` and
-# all behind `all`, which runs the others on a card, have tests of their own.
+# The first three take minutes with real weights; `calls`, `moe_decode`, `trace record`
+# and all behind `all`, which runs the others on a card, have tests of their own.
 _MEASURED_ELSEWHERE = {
     "benchmarks.cpu",
     "benchmarks.codec_error",
