@@ -31,6 +31,9 @@ def by_layer[Made](
       *parts: As many of each as there are layers.
       what: Name of the bar.
       progress: Show a bar: many wide layers take minutes.
+
+    Raises:
+      Exception: What a layer raises; those that have not begun then do not.
     """
     layers = list(zip(*parts, strict=True))
     workers = min(_MOST_WORKERS, os.cpu_count() or 1)
@@ -41,10 +44,12 @@ def by_layer[Made](
         tqdm(total=len(layers), desc=what, unit="layer", disable=silent) as bar,
     ):
         running = [pool.submit(make, *layer) for layer in layers]
+        made = []
         try:
-            for _ in concurrent.futures.as_completed(running):
+            for one in running:
+                made.append(one.result())
                 bar.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return [one.result() for one in running]
+    return made

@@ -1,5 +1,7 @@
 """Layers side by side on the host, each by one thread of BLAS."""
 
+import time
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -21,12 +23,18 @@ def test_one_blas_thread_inside_and_as_many_as_before_behind():
     assert by_layer(lambda _: _counts(), range(3)) == [[1] * len(before)] * 3
     assert _counts() == before
 
+    begun = []
+
     def fails(layer: int) -> None:
-        raise ValueError(f"layer {layer}")
+        begun.append(layer)
+        if layer == 0:
+            raise ValueError("layer 0")
+        time.sleep(0.02)
 
     with pytest.raises(ValueError, match="layer 0"):
-        by_layer(fails, range(5))
+        by_layer(fails, range(99))
     assert _counts() == before
+    assert len(begun) < 99
 
 
 def test_layers_stay_in_their_order():
