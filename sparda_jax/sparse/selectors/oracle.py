@@ -72,7 +72,8 @@ def attention_mass(
         """What `chunk` gives of keys that all come after all queries."""
         del number
         shape = (batch, kv_heads, heads // kv_heads, steps, size)
-        return jnp.full(shape, -jnp.inf), jnp.zeros(shape)
+        nothing = jnp.zeros(shape, jnp.float32)
+        return nothing - jnp.inf, nothing
 
     latest = jnp.max(positions)
     peaks, totals = jax.lax.map(

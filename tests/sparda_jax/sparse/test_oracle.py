@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -47,6 +48,14 @@ def test_keys_behind_all_queries_hold_nothing(kind):
     small, large = masses(BLOCKS), masses(4 * BLOCKS)
     np.testing.assert_array_equal(large[..., :BLOCKS], small)
     assert np.all(large[..., BLOCKS:] == 0)
+
+
+def test_masses_are_of_32_bits_where_64_are_allowed():
+    layer, oracle = cases.draw_layer(KINDS[0]), get_selector("oracle")
+    index = cases.make_index(oracle, layer, [layer.length], BLOCKS)
+    tile = cases.tile_of(layer, index, WHERE, BLOCKS)
+    with jax.enable_x64(True):
+        assert oracle.score(tile, CONFIG, SPARSE, None).dtype == jnp.float32
 
 
 @pytest.mark.slow
