@@ -20,7 +20,7 @@ reads the 4-bit file that our weights are widened from. All get two threads, and
 llama.cpp float32. Ways to run take turns: every figure is the median of `--repeats`
 rounds (of half as many in `context`) with the spread (least … most), and a ratio is the
 median of the rounds' ratios. Timings on a CPU are ratios: compare within one run only.
-`work` is the processor time of a call, prefill and 32 tokens, over all threads, which
+`work` is the processor time of a whole call, over all threads, which
 other work on the same cores lengthens less.
 """
 
@@ -296,6 +296,8 @@ def _measured(
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    if set(arguments.parts) == {"llama"} and not arguments.llama_python:
+        raise ConfigError("--parts llama has nothing to run without --llama-python")
     # Before JAX starts: as many cores as the peer has threads.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])

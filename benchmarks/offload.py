@@ -300,7 +300,7 @@ def measure_batch(model, sparse, batch: int, modes: list, arguments, rates, trac
                 model,
                 group.state,
                 request,
-                case.mode,
+                case.name.replace("/", "-"),
                 arguments,
             )
             group.taken[place].append(seconds)

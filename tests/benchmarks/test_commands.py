@@ -48,6 +48,7 @@ from benchmarks import (
         (calls.main, ["--json", "/no/such/f.json"], "/no/such/f.json"),
         (cpu.main, ["--repeats", "0"], "--repeats=0 is not allowed"),
         (cpu.main, ["--parts", "peers"], "invalid choice: 'peers'"),
+        (cpu.main, ["--parts", "llama"], "nothing to run without --llama-python"),
         (offload.main, ["--steps", "4"], "--steps=4 is not allowed: it must be"),
         (best.main, ["--steps", "4"], "--steps=4 is not allowed: it must be"),
         (best.main, ["--most", "few"], "--most='few' is not allowed: it must be"),

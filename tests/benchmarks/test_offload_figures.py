@@ -1,5 +1,7 @@
 """What rows of `benchmarks.offload` say together, and its ways of fetching."""
 
+import types
+
 import jax.numpy as jnp
 import pytest
 
@@ -35,6 +37,23 @@ def test_the_hidden_share_is_of_what_waiting_adds_to_a_resident_forecast():
         "(by the shortest chunks nothing of 0.00 ms)",
     ]
     assert offload_figures.hidden(rows[:1] + rows[2:]) == []
+
+
+def test_every_way_has_a_profile_of_its_own(monkeypatch):
+    state, asked = types.SimpleNamespace(cache=None), []
+    state.cache = types.SimpleNamespace(capacity=64)
+    names = ("sparda/8", "sparda/16")
+    cases = [offload._Case(name, "sparda", (None, None), print, 0.0) for name in names]
+    group = offload._Group(1.0, cases, state, [[], []], [0.0, 0.0])
+    monkeypatch.setattr(offload, "_groups", lambda *_: iter([(None, group)]))
+    monkeypatch.setattr(offload, "row_of", lambda *_: {})
+    monkeypatch.setattr(
+        offload, "time_steps", lambda *given: asked.append(given[5]) or ([], 0.0, state)
+    )
+    arguments = types.SimpleNamespace(turns=1)
+    rows = list(offload.measure_batch(None, None, 4, ["sparda"], arguments, None, None))
+    assert asked == ["sparda-8", "sparda-16"]
+    assert [row["mode"] for row in rows] == list(names)
 
 
 def test_programs_of_a_gather_are_a_kernels(monkeypatch):
