@@ -126,6 +126,7 @@ def mode_settings(config, sparse, mode: str, choice: Choice, slots: float, argum
 
 
 def decode_request(config, batch: int, context: int, new: int):
+    """What a batch is asked for: `new` tokens of each row, a chunk of them a call."""
     import jax.numpy as jnp
 
     from sparda_jax.inference.generate import Request
