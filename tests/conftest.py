@@ -123,9 +123,15 @@ def pytest_collection_modifyitems(
 
 
 def pytest_collection_finish() -> None:
-    """No search for garbage looks at what is imported and collected: it stays."""
+    """No search for garbage looks at what is imported and collected: it stays.
+
+    And no compiled file is written from here on: a module that a test runs as a command
+    is compiled with the checks in it, and Python would keep that for everybody, whose
+    processes do not know them.
+    """
     gc.collect()
     gc.freeze()
+    sys.dont_write_bytecode = True
 
 
 @pytest.fixture

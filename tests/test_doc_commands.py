@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import pathlib
 import re
 import runpy
 import subprocess
@@ -248,6 +249,15 @@ _MEASURED_ELSEWHERE = {
     "train.ablate",
     "train.main",
 }
+
+
+def test_no_command_run_here_leaves_a_file_compiled_with_checks(monkeypatch):
+    """Commands of everybody else would read it, and end in a traceback."""
+    source = ROOT / "train" / "benchmark.py"
+    kept = pathlib.Path(importlib.util.cache_from_source(str(source)))
+    before = kept.read_bytes() if kept.exists() else None
+    assert "usage" in _help(("train.benchmark",), monkeypatch)
+    assert (kept.read_bytes() if kept.exists() else None) == before
 
 
 def test_every_measuring_command_is_run_or_said_why_not():
