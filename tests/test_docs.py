@@ -141,7 +141,8 @@ def test_examples_run(name, text_lm, monkeypatch, tmp_path):
     for body in blocks(name, "python"):
         exec(compile(body, name, "exec"), space)
     assert os.listdir(tmp_path) == []
-    assert "sj" in space
+    # What the trainer's page configures needs nothing of the package itself.
+    assert "sj" in space or "DataConfig" in space
 
 
 @pytest.mark.slow
@@ -331,4 +332,4 @@ def test_results_are_what_their_files_say():
     assert sorted(re.findall("<!-- results: (.*) -->", page)) == files
     assert page_maker.filled(page) == page
     # Another number in the page is seen.
-    assert page_maker.filled(page.replace("| dense | 100 ", "| dense | 99 ")) == page
+    assert page_maker.filled(page.replace("| dense | 100 [", "| dense | 99 [")) == page
