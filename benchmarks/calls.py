@@ -19,9 +19,9 @@ import numpy as np
 
 from benchmarks.bench import language_model
 from sparda_jax.checkpoint.atomic import write_json
-from sparda_jax.checks import choice, file_to_write, integer, path
+from sparda_jax.checks import choice, integer, path
 from sparda_jax.cli.ending import run_command
-from sparda_jax.cli.options import HelpFormatter, Parser, add_option
+from sparda_jax.cli.options import HelpFormatter, Parser, add_file_option, add_option
 from sparda_jax.config import CacheConfig
 from sparda_jax.engine.session import Session
 from sparda_jax.loading import with_attention
@@ -143,8 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = {"words": kinds, "default": "offload", "help": "where KV lives"}
     add_option(parser, "--cache", choice(*kinds), **where)
     add_option(parser, "--trace", path, metavar="FOLDER", help="write a profile there")
-    written = "write the figures there"
-    add_option(parser, "--json", file_to_write, metavar="F", help=written)
+    add_file_option(parser, help="write the figures there")
     return run_command(lambda: _measure(parser.parse_args(argv)))
 
 

@@ -225,7 +225,7 @@ def _measured(
     dense = sj.load("smollm2-135m", dtype="float32")
     ids = _prompt(dense)
     own = sj.with_attention(dense, "infllm_v2")
-    ahead = sj.load("smollm2-135m", attention="sparda", dtype="float32")
+    ahead = sj.with_attention(dense, "sparda")
     narrow = sj.load(
         "smollm2-135m", attention="sparda", dtype="float32", weights="int8"
     )

@@ -16,9 +16,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
-from sparda_jax.checks import file_to_write, integer, number
+from sparda_jax.checks import integer, number
 from sparda_jax.cli.ending import run_command
-from sparda_jax.cli.options import HelpFormatter, Parser, add_option
+from sparda_jax.cli.options import HelpFormatter, Parser, add_file_option, add_option
 
 BLOCK_BYTES = 2 * 64 * 2 * 128
 
@@ -125,9 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--repeats", 15, "timed calls"),
     ):
         add_option(parser, name, integer(1), metavar="N", default=default, help=what)
-    add_option(
-        parser, "--json", file_to_write, metavar="FILE", help="also write figures here"
-    )
+    add_file_option(parser)
     return parser
 
 

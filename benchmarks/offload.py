@@ -287,10 +287,9 @@ def measure_batch(model, sparse, batch: int, modes: list, arguments, rates, trac
         case, capacity = group.cases[place], group.state.cache.capacity
         taken, fetched = group.taken[place], group.fetched[place]
         figures = row_of(
-            case.mode, case.way, taken, fetched, capacity, rates, arguments, batch
+            case.name, case.way, taken, fetched, capacity, rates, arguments, batch
         )
-        more = {"slots": group.slots, "compile_s": case.compiling}
-        return figures | more | {"mode": case.name}
+        return figures | {"slots": group.slots, "compile_s": case.compiling}
 
     def timed(request, group: _Group) -> Iterator[int]:
         for place, case in enumerate(group.cases):

@@ -21,9 +21,9 @@ from benchmarks.profile_streams import (
     shared_time,
 )
 from sparda_jax.checkpoint.atomic import new_file
-from sparda_jax.checks import ConfigError, file_to_write, number
+from sparda_jax.checks import ConfigError, number
 from sparda_jax.cli.ending import run_command
-from sparda_jax.cli.options import HelpFormatter, Parser, add_option
+from sparda_jax.cli.options import HelpFormatter, Parser, add_file_option, add_option
 from sparda_jax.evaluation import plots
 
 if TYPE_CHECKING:
@@ -132,14 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("folder", type=pathlib.Path)
-    add_option(
-        parser,
-        "--out",
-        file_to_write,
-        metavar="FILE",
-        required=True,
-        help="a .png",
-    )
+    add_file_option(parser, "--out", help="a .png", required=True)
     add_option(
         parser,
         "--length",
@@ -157,7 +150,7 @@ def _draw_profile(arguments: argparse.Namespace) -> None:
     print(f"fetches or copies {took:.0f} us, {hidden:.0f} us beside other operations")
     shown = middle_part(spans, arguments.length)
     picture = plots.png(lambda figure: draw(figure, shown), size=(10, 3))
-    with new_file(pathlib.Path(arguments.out)) as temporary:
+    with new_file(arguments.out) as temporary:
         pathlib.Path(temporary).write_bytes(picture)
 
 

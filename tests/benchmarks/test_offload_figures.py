@@ -46,7 +46,7 @@ def test_every_way_has_a_profile_of_its_own(monkeypatch):
     cases = [offload._Case(name, "sparda", (None, None), print, 0.0) for name in names]
     group = offload._Group(1.0, cases, state, [[], []], [0.0, 0.0])
     monkeypatch.setattr(offload, "_groups", lambda *_: iter([(None, group)]))
-    monkeypatch.setattr(offload, "row_of", lambda *_: {})
+    monkeypatch.setattr(offload, "row_of", lambda name, *_: {"mode": name})
     monkeypatch.setattr(
         offload, "time_steps", lambda *given: asked.append(given[5]) or ([], 0.0, state)
     )
