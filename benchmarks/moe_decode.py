@@ -7,28 +7,34 @@ experts that a token uses: it multiplies as much for a token. Weights are random
 cache is resident and nothing is prefilled; both attend the lists that a real model
 chose (`benchmarks.traced`). `read_gb` are the weights of a step's MLPs at the least: of
 the experts that a batch of evenly spread tokens has in use, on the average.
+
+Both are held at once and take turns on one state, so what disturbs a moment falls on
+both. A turn is a call of eight steps and a call of `--steps`, which is what `step_ms`
+is of (the median, with the least and the most). `call_ms` is what a call takes beside
+its steps, by the two of a turn. `times_dense` is the median of the turns' ratios, with
+the least and the most of them; `times_dense_by_least` is the least step over the least.
 """
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import sys
-from collections.abc import Iterator
-from typing import Any
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from benchmarks import json_lines
 from benchmarks.offload import (
     CHUNK,
     add_size_options,
-    add_steps_option,
     decode_request,
     held_state,
     imposed_choice,
     mode_settings,
-    time_steps,
 )
 from benchmarks.parsers import benchmark_parser
-from benchmarks.traced import DEFAULT_TRACE
+from benchmarks.traced import DEFAULT_TRACE, begin_rows
 from sparda_jax.checks import integer, require
 from sparda_jax.cli.ending import run_command
 from sparda_jax.cli.options import add_file_option, add_option
@@ -69,7 +75,10 @@ def _parser() -> argparse.ArgumentParser:
         default=[1, 4, 16],
         help="rows",
     )
-    add_steps_option(parser)
+    steps = {"metavar": "N", "default": 48, "help": "of a turn's long call"}
+    add_option(parser, "--steps", integer(CHUNK + 1), **steps)
+    turns = {"metavar": "N", "default": 8, "help": "of each model"}
+    add_option(parser, "--turns", count, **turns)
     add_file_option(parser, "--out", help="also write JSON lines here")
     parser.set_defaults(
         miss=None,
@@ -77,46 +86,129 @@ def _parser() -> argparse.ArgumentParser:
         route="auto",
         codec="exact",
         trace=DEFAULT_TRACE,
-        profile=None,
         slots=1.0,
     )
     return parser
 
 
-def _step_seconds(
-    config: ModelConfig, sparse: SparseConfig, trace: Any, arguments: Any
-) -> Iterator[tuple[int, list[float]]]:
-    """Seconds of the steps of every batch."""
+class Turn(NamedTuple):
+    """What one model took in one turn.
+
+    Attributes:
+      short: Seconds of a call of `CHUNK` steps.
+      long: Seconds of a call of `steps`.
+      steps: Of the long call.
+    """
+
+    short: float
+    long: float
+    steps: int
+
+    @property
+    def step(self) -> float:
+        """Seconds a step of the long call."""
+        return self.long / self.steps
+
+    @property
+    def call(self) -> float:
+        """Seconds of a call beside its steps."""
+        more = (self.long - self.short) / (self.steps - CHUNK)
+        return self.short - CHUNK * more
+
+
+def figures(turns: Sequence[Turn], batch: int) -> dict[str, Any]:
+    """What one model's turns show.
+
+    Args:
+      turns: Its own.
+      batch: Rows of a step.
+    """
+    steps = [turn.step for turn in turns]
+    return {
+        "step_ms": statistics.median(steps) * 1e3,
+        "least_ms": min(steps) * 1e3,
+        "most_ms": max(steps) * 1e3,
+        "call_ms": statistics.median(turn.call for turn in turns) * 1e3,
+        "turns_ms": [step * 1e3 for step in steps],
+        "tokens_per_second": batch / statistics.median(steps),
+    }
+
+
+def times_dense(dense: Sequence[Turn], experts: Sequence[Turn]) -> dict[str, float]:
+    """How much longer a step with experts takes, turn by turn and at the least.
+
+    Args:
+      dense: Turns of the dense model.
+      experts: Those of the other, in the same order.
+    """
+    pairs = zip(dense, experts, strict=True)
+    ratios = [other.step / one.step for one, other in pairs]
+    least = min(turn.step for turn in experts) / min(turn.step for turn in dense)
+    return {
+        "times_dense": statistics.median(ratios),
+        "times_dense_least": min(ratios),
+        "times_dense_most": max(ratios),
+        "times_dense_by_least": least,
+    }
+
+
+def _timed_turns(
+    models: dict[ModelConfig, Any],
+    sparse: SparseConfig,
+    trace: Any,
+    batch: int,
+    arguments: argparse.Namespace,
+) -> dict[ModelConfig, list[Turn]]:
+    """Every model's turns at one batch; all of them decode on one state."""
     import jax
+    import jax.numpy as jnp
 
     from sparda_jax.inference.generate import decode_loop_call
-    from sparda_jax.models.weights import random_decoder
 
-    new, mode = arguments.steps + 4 * CHUNK, "resident"
-    model = random_decoder(config, "bfloat16", forecast=True)
-    for batch in arguments.batch:
+    new, mode, context = arguments.steps + 4 * CHUNK, "resident", arguments.context
+    state, calls = None, {}
+    for config, model in models.items():
         choice = imposed_choice(arguments, trace, config, sparse, batch, new)
         cache, settings = mode_settings(
             config, sparse, mode, choice, arguments.slots, arguments
         )
-        request = decode_request(config, batch, arguments.context, new)
-        state = held_state(
-            model, settings, batch, arguments.context, new, cache, choice.lists
-        )
+        request = decode_request(config, batch, context, new)
+        if state is None:
+            state = held_state(
+                model, settings, batch, context, new, cache, choice.lists
+            )
+        # One after the other: kernels of products are chosen by timing them.
         lowered = decode_loop_call.lower(model, state, request, settings=settings)
-        call = lowered.compile()
-        seconds, _, state = time_steps(
-            call, settings, model, state, request, mode, arguments
-        )
-        del state, call, lowered
-        jax.clear_caches()
-        yield batch, seconds
+        calls[config] = functools.partial(lowered.compile(), model), request
+
+    def turn(config: ModelConfig) -> Turn:
+        nonlocal state
+        call, request = calls[config]
+        state, taken = begin_rows(state, context), []
+        for steps in (CHUNK, arguments.steps):
+            jax.block_until_ready(state)
+            begun = time.perf_counter()
+            state = call(state, request._replace(steps=jnp.int32(steps)))
+            jax.block_until_ready(state.done)
+            taken.append(time.perf_counter() - begun)
+        return Turn(*taken, steps=arguments.steps)
+
+    found: dict[ModelConfig, list[Turn]] = {config: [] for config in models}
+    order = list(models)
+    for config in order:
+        turn(config)
+    for _ in range(arguments.turns):
+        for config in order:
+            found[config].append(turn(config))
+        order.reverse()
+    return found
 
 
 def _run(arguments: argparse.Namespace) -> None:
     import jax
 
     from sparda_jax.models.presets import get_preset
+    from sparda_jax.models.weights import random_decoder
     from sparda_jax.planning.traces import read_trace
 
     preset = get_preset(arguments.model)
@@ -131,27 +223,30 @@ def _run(arguments: argparse.Namespace) -> None:
         "model": arguments.model,
         "layers": experts.num_layers,
         "context": arguments.context,
+        "steps": arguments.steps,
     }
     expert = 3 * experts.hidden_size * experts.ffn_size * 2 * experts.num_layers
     dense = dense_twin(experts)
-    read = {dense.name: lambda batch: dense.ffn_size / experts.ffn_size}
-    read[experts.name] = lambda batch: experts_in_use(experts, batch)
-    found: dict[tuple[str, int], float] = {}
-    for config in (dense, experts):
-        for batch, seconds in _step_seconds(config, preset.sparse, trace, arguments):
-            median = statistics.median(seconds)
-            found[config.name, batch] = median
+    models = {
+        config: random_decoder(config, "bfloat16", forecast=True)
+        for config in (dense, experts)
+    }
+    for batch in arguments.batch:
+        found = _timed_turns(models, preset.sparse, trace, batch, arguments)
+        jax.clear_caches()
+        read = {
+            dense: dense.ffn_size / experts.ffn_size,
+            experts: experts_in_use(experts, batch),
+        }
+        for config, turns in found.items():
             row = about | {
                 "mlp": "dense" if config is dense else "experts",
                 "batch": batch,
-                "step_ms": median * 1e3,
-                "least_ms": min(seconds) * 1e3,
-                "most_ms": max(seconds) * 1e3,
-                "tokens_per_second": batch / median,
-                "read_gb": read[config.name](batch) * expert / 1e9,
+                **figures(turns, batch),
+                "read_gb": read[config] * expert / 1e9,
             }
             if config is experts:
-                row["times_dense"] = median / found[dense.name, batch]
+                row |= times_dense(found[dense], turns)
             json_lines.say(row, arguments.out)
 
 
