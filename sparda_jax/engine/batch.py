@@ -108,9 +108,11 @@ class Batch:
         self._programs: dict[tuple[Callable, Hashable], Callable] = {}
         self._given = RowOutputs(lm.tokenizer, self.rows)
         self._top_logprobs = top_logprobs
-        self._request: Request | None = None
         # Of one row, or of all, to the end, by steps: decode asks again and again.
         self._requests: dict[tuple[int | None, int], Request] = {}
+        # Of any steps: requests of other steps share all other arrays, as CUDA graphs
+        # are recorded anew where an array is another than at the call before.
+        self._joined: dict[int | None, Request] = {}
         # By row, where the only row that goes on decodes alone; none where all do.
         self._places: list[jax.Array] = []
 
@@ -146,7 +148,7 @@ class Batch:
     def ask(self, row: int, request: RowRequest) -> None:
         """Says what a row's request asks for."""
         self._given.ask(row, request)
-        self._request = None
+        self._joined.clear()
         self._requests.clear()
 
     def request(
@@ -167,20 +169,14 @@ class Batch:
         key = (row, steps)
         if ends is None and key in self._requests:
             return self._requests[key]
-        if row is not None:
-            asked = [self._given.asked[row]]
-            request = joined_request(self.lm, asked, self.rope)
-        else:
-            asked = self._given.asked
-            if self._request is None:
-                self._request = joined_request(self.lm, asked, self.rope)
-            request = self._request
-        pairs = zip(asked, ends or [True] * len(asked), strict=True)
-        limits = [one.max_new if end else 0 for one, end in pairs]
-        request = request._replace(
-            max_new=jax.device_put(np.array(limits, np.int32)),
-            steps=jax.device_put(np.int32(steps)),
-        )
+        asked = self._given.asked if row is None else [self._given.asked[row]]
+        if row not in self._joined:
+            self._joined[row] = joined_request(self.lm, asked, self.rope)
+        request = self._joined[row]._replace(steps=jax.device_put(np.int32(steps)))
+        if ends is not None:
+            pairs = zip(asked, ends, strict=True)
+            limits = np.array([one.max_new if end else 0 for one, end in pairs])
+            request = request._replace(max_new=jax.device_put(limits.astype(np.int32)))
         if self._layout is not None:
             request = place_request(request, self._layout)
         if ends is None:
@@ -220,8 +216,17 @@ class Batch:
         program, given = self._part(function, arguments, static)
         begun = time.perf_counter()
         self._state = program(*given)
+        self._bring()
         jax.block_until_ready(self._state.done)
         return time.perf_counter() - begun
+
+    def _bring(self) -> None:
+        """Has what is looked at between two calls brought to the host, all at once."""
+        if jax.default_backend() == "cpu":
+            return  # it is there
+        state = self.state
+        for looked_at in (state.done, state.generated, state.tokens):
+            looked_at.copy_to_host_async()
 
     def _part(
         self, function: Callable, arguments: tuple, static: dict[str, Hashable]

@@ -41,6 +41,9 @@ from sparda_jax.inference.rows import (
 from sparda_jax.inference.sampling import MOST_SEED
 from sparda_jax.models.rope import model_rope
 
+# Where the only row that goes on decodes by a program of its own: on a CPU a step is
+# the longer the more rows it has; a GPU reads the weights.
+ROW_ALONE_ON = frozenset({"cpu"})
 # Pieces of a prompt that one call takes from the store: the others wait for them.
 _MOST_PIECES = 16
 
@@ -88,9 +91,7 @@ class Session(Batch):
         self._whole: dict[int, list[int]] = {}
         self._nodes: dict[int, Piece] = {}
         self._cached: dict[int, int] = {}
-        # On a CPU a step is the longer the more rows it has; a GPU reads the weights.
-        on_cpu = jax.default_backend() == "cpu"
-        if self.rows > 1 and lm.mesh is None and on_cpu:
+        if self.rows > 1 and lm.mesh is None and jax.default_backend() in ROW_ALONE_ON:
             self._places = [jax.device_put(np.int32(row)) for row in range(self.rows)]
 
     @staticmethod

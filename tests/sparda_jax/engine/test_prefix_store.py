@@ -20,6 +20,7 @@ def test_a_tree_of_pieces():
     first = store.add(store.root, [1, 2], blocks, index)
     assert first is not None and store.nbytes == 48
     second = store.add(first, [3, 4], blocks, index)
+    assert second is not None
     assert store.follow(store.root, [1, 2, 3, 4, 5], 9) == [first, second]
     # A token is left over, and no more pieces than asked for.
     assert store.follow(store.root, [1, 2, 3, 4], 9) == [first]
@@ -68,6 +69,7 @@ def test_what_finds_no_room_drops_nothing():
     first = add(store.root, 1, 40)
     second = add(first, 2, 30)
     other = add(store.root, 3, 20)
+    assert first is not None and second is not None and other is not None
     # Larger than the store, or than what is left beside the pieces before it.
     assert add(store.root, 4, 101) is None and add(second, 4, 31) is None
     assert all(map(store.holds, (first, second, other))) and store.nbytes == 90
@@ -85,8 +87,9 @@ def _answers(session: Session, prompts, options) -> tuple[list, list[int]]:
             pass
         while row in session.running:
             session.decode(3)
-        events = list(session.take_events())
-        answers.append([(e.token, e.logs.logprob) for e in events if e.token >= 0])
+        events = [e for e in session.take_events() if e.token >= 0]
+        answers.append([(e.token, e.logs.logprob) for e in events if e.logs])
+        assert len(answers[-1]) == len(events)
         cached.append(session.cached_tokens(row))
         session.leave(row)
     return answers, cached

@@ -106,6 +106,24 @@ def test_many_rows_join_and_leave(lm, token_ids, count):
     _check(alone, token_ids, 12, [verify])
 
 
+def test_requests_of_other_steps_are_the_same_arrays(lm):
+    """A GPU records its graphs anew where an array lies elsewhere than before."""
+    session = Session.open(lm, rows=2, max_context=256, max_new_tokens=60)
+    session.join([1], max_new_tokens=5)
+    for row in (None, 0):
+        one, other = (session.request(steps, row=row) for steps in (4, 7))
+        assert (int(one.steps), int(other.steps)) == (4, 7)
+        pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+        assert sum(a is not b for a, b in pairs) == 1
+        assert session.request(4, row=row) is one
+        # A prompt that goes on samples nothing, and changes nothing of the others.
+        nothing = session.request(0, row=row, ends=[False] * len(one.max_new))
+        assert not np.any(nothing.max_new)
+        assert session.request(9, row=row).max_new is one.max_new
+    session.join([2], max_new_tokens=9)
+    assert np.asarray(session.request(4).max_new).tolist() == [5, 9]
+
+
 def test_what_a_session_refuses(lm):
     session = Session.open(lm, rows=1, max_context=256, max_new_tokens=60)
     for arguments, named in (
