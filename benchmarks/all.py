@@ -7,9 +7,11 @@
 Every part is a benchmark command with a limit. Whole prefill has a process of its own;
 parts of decode share one, and kernels another, which starts JAX and pins memory once
 for all of them (`benchmarks.in_turn`). Results are written while a part runs, whenever
-it has measured more: who ends the run keeps what there is. What does not fit into
-`--minutes` is left out and said. What this card has no figures of comes first, then the
-oldest ones, so that a second run measures what the first one left out.
+it has measured more: who ends the run keeps what there is. Each part leaves to those
+behind it what their shortest forms need, so that a busy host costs long parts their
+last cases and no part all of them. What does not fit into `--minutes` is left out and
+said. What this card has no figures of comes first, then the oldest ones, so that a
+second run measures what the first one left out.
 
 Results are `<out>/<device>/<part>.json`: command, commit, device, JAX version, date,
 exit status and the benchmark's own figures; by default they are those in
@@ -21,15 +23,16 @@ import argparse
 import dataclasses
 import datetime
 import itertools
+import math
 import pathlib
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from benchmarks.in_turn import Ended, Run, run_in_turn
+from benchmarks.in_turn import Ended, Run, run_in_turn, share
 from benchmarks.parsers import benchmark_parser
 from benchmarks.tables import tables
 from pallas_kernels.device import device_slug
@@ -39,14 +42,16 @@ from sparda_jax.checks import ConfigError, number
 from sparda_jax.cli.ending import run_command
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
-_OPS = (
-    "paged_decode_attention",
-    "block_sparse_attention",
-    "choose_blocks",
-    "plan_slots",
-    "block_scores",
-    "host_gather",
-)
+# Seconds that each may take, and that its first cases need on a busy host. Decode
+# compiles 32 layers of every form at batch 1, and starts JAX.
+_OPS = {
+    "paged_decode_attention": (120, 50),
+    "block_sparse_attention": (60, 40),
+    "choose_blocks": (60, 15),
+    "plan_slots": (60, 20),
+    "block_scores": (60, 30),
+    "host_gather": (60, 25),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,24 +62,27 @@ class Part:
       name: Of its result.
       command: Module and arguments; "{json}" and "{folder}" are where it writes.
       seconds: Most that it may take.
+      least: What its shortest form needs, which the parts before leave to it.
       process: Parts that stand side by side and name the same one share a process.
     """
 
     name: str
     command: tuple[str, ...]
     seconds: int
+    least: int = 0
     process: str = ""
 
     def run_in(self, folder: pathlib.Path) -> Run:
         """The command, writing to a folder."""
         file = folder / f"{self.name.removeprefix('kernel_')}.json"
-        words = [word.format(json=file, folder=folder) for word in self.command]
-        return Run(self.name, tuple(words), file, self.seconds)
+        where = {"json": file, "folder": folder, "seconds": "{seconds}"}
+        words = [word.format(**where) for word in self.command]
+        return Run(self.name, tuple(words), file, self.seconds, self.least)
 
 
-def _decode(name: str, seconds: int, *arguments: str) -> Part:
+def _decode(name: str, seconds: int, least: int, *arguments: str) -> Part:
     command = ("benchmarks.offload", *arguments, "--json", "{json}")
-    return Part(name, command, seconds, "decode")
+    return Part(name, command, seconds, least, "decode")
 
 
 CARD = (
@@ -87,24 +95,30 @@ CARD = (
             *"--json {json}".split(),
         ),
         270,
+        150,
     ),
     # What the first one pins serves the second.
     _decode(
-        "decode_128k", 150, *"--context 131072 --batch 8 --slots 1 3 --steps 48".split()
+        *("decode_128k", 150, 80),
+        *"--context 131072 --batch 8 --slots 1 3 --steps 48".split(),
     ),
     # The default trace's lists go through more blocks than 32k tokens have.
     _decode(
-        "decode_36k", 90, *"--context 36864 --batch 16 --slots 1 --steps 48".split()
+        *("decode_36k", 90, 50),
+        *"--context 36864 --batch 16 --slots 1 --steps 48".split(),
     ),
     *(
         Part(
             f"kernel_{op}",
-            (f"pallas_kernels.benchmarks.{op}", "--out", "{folder}"),
-            # Decode compiles 32 layers of every form at batch 1, and starts JAX.
-            120 if op == "paged_decode_attention" else 60,
+            (
+                f"pallas_kernels.benchmarks.{op}",
+                *("--out", "{folder}", "--seconds", "{seconds}"),
+            ),
+            most,
+            least,
             "kernels",
         )
-        for op in _OPS
+        for op, (most, least) in _OPS.items()
     ),
 )
 
@@ -139,11 +153,16 @@ def _device() -> tuple[str, str, str]:
     return kind, platform, version
 
 
+def _by_hand(command: Iterable[str]) -> list[str]:
+    """A part's command for who runs it alone: without the time that it may take."""
+    return [word for word in command if word not in ("--seconds", "{seconds}")]
+
+
 def _result(part: Part, run: Run, ended: Ended) -> dict[str, Any]:
     """A part's result, whole or as far as it came."""
     return {
         "part": part.name,
-        "command": "python -m " + " ".join(part.command),
+        "command": "python -m " + " ".join(_by_hand(part.command)),
         "status": ended.status,
         "seconds": round(ended.seconds, 1),
         "figures": read_json(run.file) or {},
@@ -178,11 +197,14 @@ def run_card(
 
     missing = []
     ordered = sorted(parts, key=lambda part: _last_measured(folder, part))
+    behind = sum(part.least for part in ordered)
     for _, group in itertools.groupby(ordered, lambda part: part.process or part.name):
         together = list(group)
-        left = end - time.monotonic()
+        needed = sum(part.least for part in together)
+        behind -= needed
+        left = share(end - time.monotonic(), math.inf, needed, behind)
         names = ", ".join(part.name for part in together)
-        print(f"== {names}: {left:.0f} s left", flush=True)
+        print(f"== {names}: {left:.0f} s", flush=True)
         with tempfile.TemporaryDirectory() as written:
             missing += _run_group(together, pathlib.Path(written), left, keep)
     return missing
@@ -209,8 +231,10 @@ def _run_group(
         took = f"{ended.name}: status {ended.status} after {ended.seconds:.0f} s"
         print(f"== {took}", flush=True)
         missing[ended.name] = f"has no figures: status {ended.status}"
-        if read_json(runs[ended.name].file):
+        if figures := read_json(runs[ended.name].file):
             del missing[ended.name]
+            if left_out := figures.get("left_out"):
+                missing[ended.name] = f"lacks {', '.join(left_out)}"
     return [f"{name} {why}" for name, why in missing.items()]
 
 
@@ -218,6 +242,8 @@ def _last_measured(folder: pathlib.Path, part: Part) -> str:
     """When a part was last measured whole, as text in the order of time; or ""."""
     found = read_json(folder / f"{part.name}.json")
     if not isinstance(found, dict) or found.get("status") != 0:
+        return ""
+    if found.get("figures", {}).get("left_out"):
         return ""
     return str(found.get("date", ""))
 

@@ -1,6 +1,10 @@
 """Benchmarks one after the other in one process: a start of JAX serves all of them.
 
-    python -m benchmarks.in_turn '[["NAME", "MODULE", "ARGUMENT", ...], ...]'
+    python -m benchmarks.in_turn SECONDS '[[60, 20, "MODULE", "ARGUMENT", ...], ...]'
+
+The numbers are the most that a benchmark may take, and the least that the ones before
+it leave to it (`share`). What it may take when it begins is put in the place of
+"{seconds}" in its arguments: it leaves out what would not fit, and ends by itself.
 
 `run_in_turn` starts that command for `benchmarks.all`, watches it, and starts it anew
 for what is left where a benchmark failed or was ended: what a failure leaves behind in
@@ -24,6 +28,8 @@ from sparda_jax.cli.options import Parser
 
 # What a line begins with that says where a process stands.
 _MARK = "== in turn: "
+# Of its share of the time, what a benchmark is told that it may take.
+_OF_SHARE = 0.9
 
 
 class Run(NamedTuple):
@@ -34,12 +40,14 @@ class Run(NamedTuple):
       words: Its module and arguments.
       file: What it writes its figures to.
       seconds: When it is ended.
+      least: What those before it leave to it: its shortest form needs so much.
     """
 
     name: str
     words: tuple[str, ...]
     file: pathlib.Path
     seconds: float
+    least: float = 0.0
 
 
 class Ended(NamedTuple):
@@ -58,6 +66,18 @@ class Ended(NamedTuple):
     printed: str
 
 
+def share(left: float, most: float, least: float, behind: float) -> float:
+    """Seconds that one of several may take.
+
+    Args:
+      left: All that is left.
+      most: All that it can use.
+      least: What it needs.
+      behind: What those behind it need.
+    """
+    return min(left, most, max(least, left - behind))
+
+
 def run_in_turn(
     runs: Sequence[Run],
     seconds: float,
@@ -73,9 +93,10 @@ def run_in_turn(
     end, left = time.monotonic() + seconds, list(runs)
     while left and time.monotonic() < end:
         told: queue.Queue[str | None] = queue.Queue()
-        commands = json.dumps([[run.name, *run.words] for run in left])
+        commands = json.dumps([[run.seconds, run.least, *run.words] for run in left])
+        still = f"{end - time.monotonic():.1f}"
         process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "benchmarks.in_turn", commands],
+            [sys.executable, "-u", "-m", "benchmarks.in_turn", still, commands],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -85,7 +106,7 @@ def run_in_turn(
         reader.start()
         try:
             while left:
-                ended = _watch(left[0], process, told, end, on_change)
+                ended = _watch(left, process, told, end, on_change)
                 left.pop(0)
                 yield ended
                 if ended.status != 0:
@@ -107,15 +128,17 @@ def _read(process: subprocess.Popen, told: "queue.Queue[str | None]") -> None:
 
 
 def _watch(
-    run: Run,
+    runs: Sequence[Run],
     process: subprocess.Popen,
     told: "queue.Queue[str | None]",
     end: float,
     on_change: Callable[[Ended], None],
 ) -> Ended:
-    """Waits until one benchmark has ended, or ends its process."""
+    """Waits until the first benchmark has ended, or ends its process."""
+    run, *behind = runs
     begun, printed, seen = time.monotonic(), "", None
-    until = min(end, begun + run.seconds)
+    needed = sum(other.least for other in behind)
+    until = begun + share(end - begun, run.seconds, run.least, needed)
 
     def now(status: int | None) -> Ended:
         return Ended(run.name, status, time.monotonic() - begun, printed)
@@ -158,10 +181,18 @@ def _status(words: Sequence[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs what is asked for, up to the first that fails."""
+    begun = time.monotonic()
     parser = Parser("python -m benchmarks.in_turn", description=__doc__)
+    parser.add_argument("seconds", type=float, help="all that they may take")
     parser.add_argument("commands", type=json.loads, help="as the text above has them")
-    for _, *words in parser.parse_args(argv).commands:
-        status = _status(words)
+    arguments = parser.parse_args(argv)
+    end, commands = begun + arguments.seconds, arguments.commands
+    for place, (most, least, *words) in enumerate(commands):
+        behind = sum(other[1] for other in commands[place + 1 :])
+        seconds = share(end - time.monotonic(), most, least, behind)
+        # Whoever watches ends it with its share; it ends by itself before that.
+        told = f"{_OF_SHARE * seconds:.0f}"
+        status = _status([told if word == "{seconds}" else word for word in words])
         print(f"\n{_MARK}{status}", flush=True)
         if status:
             return status

@@ -151,8 +151,10 @@ def main() -> None:
     kv = jax.random.normal(keys[1], shape, dtype)
     start = jnp.zeros((1,), jnp.int32)
     drifts = tuple(args.drift or drifts)
-    report = Report("block_sparse_attention", args.out)
+    report = Report("block_sparse_attention", args)
     for drift in drifts:
+        if not report.has_time(f"T={tokens} P={listed} drift {drift}"):
+            continue
         lists = selector_lists(
             tokens, kv_heads, listed, block, local=local, drift=drift
         )
@@ -189,6 +191,9 @@ def main() -> None:
                 print(
                     f"torch FlexAttention failed: {type(error).__name__}: {error}"[:500]
                 )
+    if not report.has_time(f"dense causal T={tokens}"):
+        report.finish()
+        return
     dense = 2.0 * tokens * tokens * heads * head_dim
 
     def dense_note(seconds):

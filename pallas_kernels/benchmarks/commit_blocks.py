@@ -44,11 +44,13 @@ def main() -> None:
     forms: tuple[Implementation, ...] = ("xla",)
     if gpu:
         forms = ("mosaic_gpu", "triton", "xla")
-    report = Report("commit_blocks", args.out)
+    report = Report("commit_blocks", args)
     for share in (0.0, 0.02, 0.1, 1.0):
         indices = jnp.where(chance < share, order, -1)
         committed = int(jnp.sum(indices >= 0))
         for kind, arrays in operands.items():
+            if not report.has_time(f"{kind}, {share:.0%} of {rows} entries"):
+                continue
             size = committed * sum(x.nbytes // rows for x in (slots, *arrays))
 
             def note(seconds, size=size):

@@ -241,6 +241,11 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser = Parser(description=description)
     parser.add_argument("--out", type=Path, help="folder for the JSON file and plot")
     parser.add_argument("--small", action="store_true", help="sizes that suit a CPU")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="leave out what would not end in this time, and name it",
+    )
     return parser
 
 
@@ -249,18 +254,41 @@ class Report:
 
     Attributes:
       timings: what was measured.
+      left_out: cases for which there was no time.
     """
 
-    def __init__(self, op: str, out: Path | None, **extra: Any):
+    def __init__(self, op: str, args: argparse.Namespace):
         """Starts an empty report.
 
         Args:
           op: name of the operation.
-          out: folder, or None to write nothing.
-          **extra: further entries of the JSON file.
+          args: what `arguments` parsed: where to write, and how long it may take.
         """
         self.timings: list[Timing] = []
-        self._op, self._out, self._extra = op, out, extra
+        self.left_out: list[str] = []
+        self._op, self._out = op, args.out
+        self._extra: dict[str, Any] = {}
+        self._seconds = float("inf") if args.seconds is None else args.seconds
+        self._begun = time.monotonic()
+        self._mark: float | None = None
+        self._longest = 0.0
+
+    def has_time(self, case: str) -> bool:
+        """Whether a case may begin, asked before each of them.
+
+        The first one always may, and further ones where as much time is left as the
+        longest took. A case that may not is said, and stands in the JSON file.
+        """
+        now, first = time.monotonic(), self._mark is None
+        if self._mark is not None:
+            self._longest = max(self._longest, now - self._mark)
+        self._mark = now
+        if first or now - self._begun + self._longest <= self._seconds:
+            return True
+        self.left_out.append(case)
+        print(f"{case}: left out, the time is up", flush=True)
+        self._write()
+        return False
 
     def add(self, timing: Timing) -> Timing:
         """Takes in a row and writes the JSON file; returns the row."""
@@ -268,13 +296,16 @@ class Report:
         self._write()
         return timing
 
-    def finish(self, **extra: Any) -> None:
-        """Writes the JSON file and, where matplotlib is there, ``<op>.png``.
+    def tell(self, **extra: Any) -> None:
+        """Takes further entries for the JSON file.
 
         Args:
-          **extra: further entries of the JSON file.
+          **extra: the entries.
         """
         self._extra |= extra
+
+    def finish(self) -> None:
+        """Writes the JSON file and, where matplotlib is there, ``<op>.png``."""
         self._write()
         if self._out is not None:
             self._plot(self._out / f"{self._op}.png")
@@ -289,6 +320,8 @@ class Report:
             **self._extra,
             "timings": [asdict(t) for t in self.timings],
         }
+        if self.left_out:
+            record["left_out"] = self.left_out
         write_json(self._out / f"{self._op}.json", record)
 
     def _plot(self, path: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks import all as whole
-from benchmarks.in_turn import Ended, Run, run_in_turn
+from benchmarks.in_turn import Ended, Run, run_in_turn, share
 from benchmarks.tables import stale, tables
 
 DECODE = {
@@ -149,7 +149,7 @@ def test_parts_of_one_process_stand_together(tmp_path, monkeypatch):
 
     monkeypatch.setattr(whole, "run_in_turn", run)
     names = (("a", ""), ("b", "two"), ("c", "two"), ("d", ""))
-    parts = tuple(whole.Part(name, ("x",), 60, process) for name, process in names)
+    parts = tuple(whole.Part(name, ("x",), 60, 0, process) for name, process in names)
     assert whole.run_card(parts, tmp_path, 5.0, "abc") == []
     assert ran == [["a"], ["b", "c"], ["d"]]
     found = {result["part"]: result["status"] for result in whole.results(tmp_path)}
@@ -176,6 +176,64 @@ def test_what_was_never_measured_comes_first_and_then_the_oldest(tmp_path, monke
     parts = tuple(whole.Part(name, (), 60) for name in ("new", "old", "never", "cut"))
     assert whole.run_card(parts, tmp_path, 5.0, "abc") == []
     assert ran == ["never", "cut", "old", "new"]
+
+
+def test_a_part_leaves_to_those_behind_it_what_they_need(tmp_path, monkeypatch):
+    """However long the first ones take, the last one begins with its least."""
+    monkeypatch.setattr(whole, "_device", lambda: ("Card 1", "gpu", "0.0"))
+    clock, ran = [0.0], {}
+    monkeypatch.setattr(whole.time, "monotonic", lambda: clock[0])
+
+    def run(runs, seconds, on_change):
+        end = clock[0] + seconds
+        for place, each in enumerate(runs):
+            behind = sum(other.least for other in runs[place + 1 :])
+            ran[each.name] = share(end - clock[0], each.seconds, each.least, behind)
+            clock[0] += ran[each.name]
+            each.file.write_text('{"timings": [], "left_out": ["B=64"]}')
+            yield Ended(each.name, 0, ran[each.name], "")
+
+    monkeypatch.setattr(whole, "run_in_turn", run)
+    missing = whole.run_card(whole.CARD, tmp_path, 8.8, "abc")
+    assert missing == [f"{part.name} lacks B=64" for part in whole.CARD]
+    needed = {part.name: part.least for part in whole.CARD}
+    assert sum(needed.values()) < 8.8 * 60
+    assert all(needed[name] <= seconds for name, seconds in ran.items())
+    assert list(ran) == list(needed) and clock[0] <= 8.8 * 60
+    # What lacks cases is measured first again.
+    path = tmp_path / "card_1" / f"{whole.CARD[0].name}.json"
+    path.write_text(json.dumps({"date": "2026-01-01", "status": 0, "figures": {}}))
+    ran.clear()
+    clock[0] = 0.0
+    whole.run_card(whole.CARD[:2], tmp_path, 8.8, "abc")
+    assert list(ran) == [part.name for part in (whole.CARD[1], whole.CARD[0])]
+
+
+@pytest.mark.parametrize(
+    ("left", "most", "least", "behind", "want"),
+    [
+        (500, 120, 50, 100, 120),  # all that it can use
+        (200, 120, 50, 130, 70),  # what those behind it do not need
+        (150, 120, 50, 130, 50),  # its least
+        (30, 120, 50, 130, 30),  # all that is left
+    ],
+)
+def test_share_of_the_time(left, most, least, behind, want):
+    assert share(left, most, least, behind) == want
+
+
+def test_a_benchmark_is_told_what_it_may_take(tmp_path):
+    (tmp_path / "note.py").write_text("import sys; print(sys.argv[1:])")
+    words = ("note", "{seconds}")
+    runs = [
+        Run("a", words, pathlib.Path("x"), 60, 5),
+        Run("b", words, pathlib.Path("x"), 1000, 40),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+        first, second = run_in_turn(runs, 90)
+    assert int(first.printed.strip()[2:-2]) in range(40, 46)  # 0.9 of 90 - 40
+    assert int(second.printed.strip()[2:-2]) in range(60, 82)  # 0.9 of what is left
 
 
 @pytest.mark.parametrize(
