@@ -22,7 +22,6 @@ call: kernel time by part, and the largest of the rest.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import pathlib
@@ -31,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from benchmarks.imposed import lists_of, selector_with
 from benchmarks.parsers import benchmark_parser
@@ -267,8 +266,21 @@ def _first_call(case: Case, model, preset, arguments) -> tuple:
     return lm, stats
 
 
-def begin_together[T](first: Callable[[Case], T], cases: list[Case]) -> list:
-    """The first calls of all cases, all over: futures of what they gave.
+def _over(first: Callable[[Case], Any], case: Case) -> Callable[[], Any]:
+    """A case's first call, which is over: what gives or raises what came of it."""
+    try:
+        got = first(case)
+    except Exception as error:
+        return functools.partial(_raise, error)
+    return lambda: got
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
+
+
+def begin_together(first: Callable[[Case], Any], cases: list[Case]) -> list[Callable]:
+    """The first calls of all cases, all over: what gives or raises what came of each.
 
     The first case is alone: the products' kernels are chosen by timing them, and what
     was chosen serves the others, which are compiled side by side.
@@ -279,19 +291,10 @@ def begin_together[T](first: Callable[[Case], T], cases: list[Case]) -> list:
     """
     from sparda_jax.engine.compile_cache import side_by_side
 
-    futures = [concurrent.futures.Future() for _ in cases]
-
-    def keep(future: concurrent.futures.Future, case: Case) -> None:
-        try:
-            future.set_result(first(case))
-        except Exception as error:
-            future.set_exception(error)
-
-    keep(futures[0], cases[0])
+    alone = _over(first, cases[0])
     with side_by_side(4) as start:
-        for future, case in zip(futures[1:], cases[1:], strict=True):
-            start(keep, future, case)
-    return futures
+        others = [start(_over, first, case) for case in cases[1:]]
+    return [alone, *(other.result() for other in others)]
 
 
 def _timed(run: Callable, repeats: int, enough: float | None) -> list[tuple]:
@@ -469,7 +472,7 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     begun = [functools.partial(first, case) for case in cases]
     if arguments.together:
-        begun = [future.result for future in begin_together(first, cases)]
+        begun = begin_together(first, cases)
         took["first_calls"] = time.perf_counter() - started - sum(took.values())
     for case, call in zip(cases, begun, strict=True):
         try:

@@ -127,30 +127,31 @@ def _trace_settings(*more: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def side_by_side(most: int | None = None) -> Iterator[Callable[..., None]]:
+def side_by_side(most: int | None = None) -> Iterator[Callable[..., Future[Any]]]:
     """Threads that work under the settings of JAX, and on the device, of this one.
 
     Args:
       most: Threads; as many as the machine's processors if none.
 
     Yields:
-      What takes a function and its arguments, for a thread to call. The block ends when
-      all calls have. Where one fails, or the block does (Ctrl-C), that is raised, and
-      calls that have not begun never do.
+      What takes a function and its arguments, for a thread to call, and gives what will
+      have the result. The block ends when all calls have. Where one fails, or the block
+      does (Ctrl-C), that is raised, and calls that have not begun never do.
     """
     here = _trace_settings("default_device")
 
-    def call(function: Callable, given: tuple, named: dict) -> None:
+    def call(function: Callable, given: tuple, named: dict) -> Any:
         with contextlib.ExitStack() as settings:
             for name, value in here.items():
                 if getattr(jax.config, f"jax_{name}") != value:
                     settings.enter_context(getattr(jax, name)(value))
-            function(*given, **named)
+            return function(*given, **named)
 
-    started: list[Future[None]] = []
+    started: list[Future[Any]] = []
 
-    def start(function: Callable, *given: Any, **named: Any) -> None:
+    def start(function: Callable, *given: Any, **named: Any) -> Future[Any]:
         started.append(pool.submit(call, function, given, named))
+        return started[-1]
 
     with ThreadPoolExecutor(most or os.cpu_count()) as pool:
         try:
