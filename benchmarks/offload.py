@@ -27,6 +27,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 import statistics
@@ -109,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layer0", default="resident", choices=["resident", "offload"])
     add_steps_option(parser)
     parser.add_argument("--route", default="auto")
-    text = "of a fetch by a kernel: each a way of `sparda` of its own"
+    text = "of a fetch by a kernel: each a way of `sparda` of its own, but of no other"
     programs = {"many": True, "metavar": "N", "default": [None], "help": text}
     add_option(parser, "--gather-programs", count, **programs)
     text = "rounds in which the modes take turns, all states held at once"
@@ -241,6 +242,24 @@ def _with_programs(way: tuple, programs: int | None) -> tuple:
     return cache, dataclasses.replace(how, offload=offload)
 
 
+def _fetches_by_programs(mode: str, slots: float) -> bool:
+    """Whether `--gather-programs` has ways of its own for a mode."""
+    return mode == "sparda" and slots != math.inf
+
+
+def _check_programs(arguments) -> None:
+    """Refuses `--gather-programs` where no way has a fetch that they are for."""
+    ways = itertools.product(arguments.mode, arguments.slots)
+    require(
+        arguments.gather_programs == [None]
+        or any(_fetches_by_programs(mode, slots) for mode, slots in ways),
+        "--gather-programs",
+        arguments.gather_programs,
+        "left out: only --mode sparda with fewer --slots than all is timed with "
+        "several",
+    )
+
+
 def _groups(model, sparse, batch: int, modes: list, arguments, trace):
     """Yields every state with its ways: the resident one, then by number of slots."""
     config, context = model.config, arguments.context
@@ -256,8 +275,8 @@ def _groups(model, sparse, batch: int, modes: list, arguments, trace):
         names, ways = [], []
         for mode in wanted:
             way = mode_settings(config, sparse, mode, choice, slots, arguments)
-            fetches = mode == "sparda" and slots != math.inf
-            for programs in arguments.gather_programs if fetches else [None]:
+            several = _fetches_by_programs(mode, slots)
+            for programs in arguments.gather_programs if several else [None]:
                 names.append((f"{mode}/{programs}" if programs else mode, mode))
                 ways.append(_with_programs(way, programs))
         # "lookahead" before "none": the most fetches under way, and areas for them.
@@ -333,6 +352,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     from sparda_jax.runtime import configure_offload
 
+    _check_programs(arguments)
     configure_offload()
     import jax
 

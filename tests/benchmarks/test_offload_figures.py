@@ -78,3 +78,13 @@ def test_programs_of_a_gather_are_a_kernels(monkeypatch):
     assert offload._with_programs(way, None) is way
     with pytest.raises(ConfigError, match=refused):
         offload._with_programs(way, 8)
+
+
+@pytest.mark.parametrize(
+    "ways",
+    ["--mode resident sparse", "--mode sparda --slots all", "--mode sparda-2"],
+)
+def test_programs_of_a_gather_that_no_way_has_are_refused(ways, capsys):
+    assert offload.main([*"--gather-programs 8 16".split(), *ways.split()]) == 2
+    said = capsys.readouterr().err
+    assert "--gather-programs=[8, 16] is not allowed" in said and said.count("\n") == 1
