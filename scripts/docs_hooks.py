@@ -97,15 +97,21 @@ def is_badge(line: str) -> bool:
     return line.startswith(_BADGE)
 
 
-def read_cells(file: pathlib.Path, *needed: str) -> dict[str, Any]:
+_OF_CELLS = ("source", "cell_type")
+
+
+def read_cells(
+    file: pathlib.Path, *needed: str, of_cells: tuple[str, ...] = _OF_CELLS
+) -> dict[str, Any]:
     """A notebook, or what its cells gave.
 
     Args:
       file: That has it, as JSON.
       needed: What must stand there beside the cells.
+      of_cells: What each cell must have.
 
     Raises:
-      CheckpointError: If the file is damaged.
+      CheckpointError: If the file is damaged, or there are no cells.
     """
     value = read_json(file)
     if value is None:
@@ -116,10 +122,22 @@ def read_cells(file: pathlib.Path, *needed: str) -> dict[str, Any]:
     cells = value["cells"]
     if not isinstance(cells, list) or not all(isinstance(c, dict) for c in cells):
         raise CheckpointError(f"{file}: 'cells' must be a list of objects")
+    if not cells:
+        raise CheckpointError(f"{file}: has no cell")
     for number, cell in enumerate(cells):
-        if "source" not in cell:
-            raise CheckpointError(f"{file}: cell {number} has no 'source'")
+        for name in of_cells:
+            if name not in cell:
+                raise CheckpointError(f"{file}: cell {number} has no {name!r}")
     return value
+
+
+def read_kept(file: pathlib.Path) -> dict[str, Any]:
+    """What a notebook's cells gave where it ran last, as `notebooks/outputs` has it.
+
+    Raises:
+      CheckpointError: If the file is damaged, or there are no cells.
+    """
+    return read_cells(file, "date", "commit", of_cells=("source", "outputs"))
 
 
 def _opened(file: str, address: str) -> str:
@@ -140,14 +158,16 @@ def _outputs(name: str) -> tuple[str, dict[str, list[dict[str, str]]]]:
     kept = ROOT / "notebooks" / "outputs" / f"{name}.json"
     executed = ROOT / "build" / "notebooks" / f"{name}.ipynb"
     if kept.exists():
-        run = read_cells(kept, "date", "commit")
+        run = read_kept(kept)
         where = f"Outputs of {run['date']}, commit {run['commit']}; the first cell's"
         given = {cell["source"]: cell["outputs"] for cell in run["cells"]}
         return f"{where} say the device.", given
     if executed.exists():
         cells = read_cells(executed)["cells"]
         given = {
-            "".join(cell["source"]): list(filter(None, map(_given, cell["outputs"])))
+            "".join(cell["source"]): [
+                got for out in cell.get("outputs", ()) if (got := _given(out))
+            ]
             for cell in cells
             if cell["cell_type"] == "code"
         }

@@ -12,9 +12,10 @@ import pathlib
 import re
 from typing import Any
 
-from docs_hooks import ROOT, colab_badge, is_badge, read_cells
+from docs_hooks import ROOT, colab_badge, is_badge, read_cells, read_kept
 
 from sparda_jax.checkpoint.atomic import write_text
+from sparda_jax.checkpoint.errors import CheckpointError
 from sparda_jax.checks import ConfigError
 from sparda_jax.cli.ending import run_command
 from sparda_jax.cli.options import HelpFormatter, Parser
@@ -35,6 +36,7 @@ def set_address(root: pathlib.Path, address: str) -> None:
 
     Raises:
       ConfigError: If it is no address of a repository on GitHub, which Colab opens.
+      CheckpointError: If a notebook or what it gave is damaged: nothing is written.
     """
     if colab_badge(address, "x.ipynb") is None:
         raise ConfigError(
@@ -42,26 +44,37 @@ def set_address(root: pathlib.Path, address: str) -> None:
             "https://github.com/OWNER/NAME"
         )
     address = address.rstrip("/").removesuffix(".git")
+    changed = {}
+    for place in sorted((root / "notebooks").glob("*.ipynb")):
+        changed[place] = _notebook_with(place, address)
+        kept = root / "notebooks" / "outputs" / f"{place.stem}.json"
+        if kept.is_file():
+            changed[kept] = read_kept(kept)
+            first = changed[kept]["cells"][0]
+            first["source"] = _with_source(first["source"], address)
     settings = root / "mkdocs.yml"
     text = re.sub(r"^repo_url: .*\n", "", settings.read_text("utf-8"), flags=re.M)
     line = f"\\g<0>repo_url: {address}\n"
     write_text(settings, re.sub(r"^site_name: .*\n", line, text, flags=re.M))
-    for place in sorted((root / "notebooks").glob("*.ipynb")):
-        book = read_cells(place)
-        cells = book["cells"]
-        title, *words = _source(cells[0]).splitlines()
-        words = "\n".join(line for line in words if not is_badge(line)).strip("\n")
-        badge = colab_badge(address, place.name)
-        _change(cells[0], f"{title}\n\n{badge}\n\n{words}")
-        first = next(cell for cell in cells if cell["cell_type"] == "code")
-        _change(first, _with_source(_source(first), address))
-        _write_json(place, book)
-        kept = root / "notebooks" / "outputs" / f"{place.stem}.json"
-        if kept.is_file():
-            run = read_cells(kept)
-            first = run["cells"][0]
-            first["source"] = _with_source(first["source"], address)
-            _write_json(kept, run)
+    for place, value in changed.items():
+        write_text(place, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def _notebook_with(place: pathlib.Path, address: str) -> dict[str, Any]:
+    """A notebook with its badge, and the address in its first cell of code."""
+    book = read_cells(place)
+    cells = book["cells"]
+    title, *words = _source(cells[0]).splitlines() or [""]
+    if cells[0]["cell_type"] != "markdown" or not title.startswith("# "):
+        raise CheckpointError(f"{place}: must begin with a title, as in # Words")
+    words = "\n".join(line for line in words if not is_badge(line)).strip("\n")
+    badge = colab_badge(address, place.name)
+    _change(cells[0], f"{title}\n\n{badge}\n\n{words}")
+    first = next((cell for cell in cells if cell["cell_type"] == "code"), None)
+    if first is None:
+        raise CheckpointError(f"{place}: has no cell of code")
+    _change(first, _with_source(_source(first), address))
+    return book
 
 
 def _source(cell: dict[str, Any]) -> str:
@@ -80,10 +93,6 @@ def _with_source(cell: str, address: str) -> str:
         return f'{above}SOURCE = "git+{address}"'
 
     return _SOURCE.sub(written, cell, count=1)
-
-
-def _write_json(place: pathlib.Path, value: Any) -> None:
-    write_text(place, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def main() -> None:

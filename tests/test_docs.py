@@ -269,6 +269,10 @@ def test_a_notebook_page_has_what_its_cells_gave(hooks, tmp_path, monkeypatch):
         ('{"date": ""}', "has no 'cells'"),
         ('{"cells": [7]}', "'cells' must be a list of objects"),
         ('{"cells": [{"outputs": []}]}', "cell 0 has no 'source'"),
+        ('{"cells": [{"source": ""}]}', "cell 0 has no 'cell_type'"),
+        ('{"cells": []}', "has no cell$"),
+        ("", "is no valid JSON"),
+        ("3", "holds 3, wanted a JSON object"),
     ],
 )
 def test_a_damaged_notebook_is_told_in_a_line(hooks, text, told, tmp_path, monkeypatch):
@@ -307,6 +311,29 @@ def test_an_address_is_said_once(hooks, tmp_path, monkeypatch):
         page = hooks.notebook(book.stem, address)
         assert page.count("colab-badge.svg") == page.count(link) == 1
         assert page.count("```text") == hooks.notebook(book.stem).count("```text") > 0
+
+
+@pytest.mark.parametrize(
+    ("cells", "told"),
+    [
+        ([], "has no cell$"),
+        ([{"cell_type": "markdown", "source": []}], "must begin with a title"),
+        ([{"cell_type": "code", "source": "# 1"}], "must begin with a title"),
+        ([{"cell_type": "markdown", "source": "# Title"}], "has no cell of code"),
+    ],
+)
+def test_an_empty_notebook_gets_no_address(hooks, cells, told, tmp_path, monkeypatch):
+    """One line says what lacks, and nothing is written."""
+    monkeypatch.setitem(sys.modules, "docs_hooks", hooks)
+    setter = _script("set_address")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    shutil.copy(ROOT / "notebooks/link.ipynb", tmp_path / "notebooks/a.ipynb")
+    (tmp_path / "notebooks/x.ipynb").write_text(json.dumps({"cells": cells}))
+    before = {path: path.read_text("utf-8") for path in tmp_path.rglob("*.*")}
+    with pytest.raises(sj.CheckpointError, match=rf"x.ipynb: {told}"):
+        setter.set_address(tmp_path, "https://github.com/some/fork")
+    assert before == {path: path.read_text("utf-8") for path in before}
 
 
 @pytest.mark.slow
