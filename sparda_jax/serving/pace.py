@@ -25,9 +25,14 @@ class Pace:
         fit = int(_MOST_SECONDS / self._step) if self._step else 1
         return max(1, min(fit, self._most_steps))
 
-    def took(self, steps: int, seconds: float) -> None:
+    def took(self, steps: int, seconds: float, *, whole: bool = True) -> None:
         """A call of so many steps has taken so long.
 
-        Rows may have ended early: the time of a step at most halves.
+        Args:
+          steps: Of the call.
+          seconds: Of the call. The time of a step at most halves.
+          whole: Every step ran: rows go on. Else all may have ended early, and a step
+            takes at least that long.
         """
-        self._step = max(seconds / steps, self._step / 2, 1e-6)
+        least = self._step / 2 if whole else self._step
+        self._step = max(seconds / steps, least, 1e-6)

@@ -180,7 +180,9 @@ class Scheduler:
             self._session.decode(1)
             return
         steps = self._pace.steps
-        self._pace.took(steps, self._session.decode(steps))
+        seconds = self._session.decode(steps)
+        whole = steps == 1 or bool(self._session.running)
+        self._pace.took(steps, seconds, whole=whole)
 
     def _gone(self, job: Job, now: float) -> str | None:
         """Why a job must end now, or None."""
