@@ -81,16 +81,16 @@ _SCORE_PASSES = 4
 def _window_bytes(settings: LayerSettings, size: int, queries: int) -> int:
     """Bytes of a compressed key, in numbers of `size` bytes or in 8 bits.
 
-    One query is scored in one pass over 8 bits. For a group of them windows are written
-    in the model's type and read by a product, which writes a score of each query; three
-    reductions read those. With exact keys the recorded time of a layer has the scores
-    in it, as it was found with own queries.
+    One query is scored in one pass over them. For a group of queries a product writes a
+    score of each, and three reductions read those; from 8 bits windows are written in
+    the model's type before, and read by the product.
     """
     dim = settings.config.head_dim
+    scores = _SCORE_PASSES * 4 * queries if queries > 1 else 0
     if settings.sparse.compressed_keys == "int8" and "key_means" in settings.indices:
-        more = 2 * dim * size + _SCORE_PASSES * 4 * queries if queries > 1 else 0
-        return dim + 4 + more
-    return dim * size
+        widened = 2 * dim * size if queries > 1 else 0
+        return dim + 4 + widened + scores
+    return dim * size + scores
 
 
 def step_time(
