@@ -3,6 +3,7 @@
 import functools
 import gc
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -49,6 +50,7 @@ GOLDENS = pathlib.Path(__file__).parent / "goldens"
 MOST_CACHED_BYTES = 2**30
 # Linux allows 65,530. One test adds some thousands at the most.
 MOST_MEMORY_MAPS = 20_000
+_TESTS = itertools.count(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -300,17 +302,22 @@ def without_type_checks():
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_code_is_dropped():
-    """Every compiled program holds memory maps, of which a process has only so many."""
+    """Every compiled program holds memory maps, of which a process has only so many.
+
+    The engine's own stay, of which there are only so many too: modules share them.
+    """
     yield
-    PROGRAMS.clear()
     jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
 def _much_compiled_code_is_dropped():
-    """Before a module ends too, where they are many; else its tests share them."""
+    """Before a module ends too, where they are many; else its tests share them.
+
+    Looked at after every eighth test: it takes milliseconds to count them.
+    """
     yield
-    if _memory_maps() > MOST_MEMORY_MAPS:
+    if next(_TESTS) % 8 == 0 and _memory_maps() > MOST_MEMORY_MAPS:
         PROGRAMS.clear()
         jax.clear_caches()
 
