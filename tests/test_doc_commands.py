@@ -218,7 +218,9 @@ _MEASURED = {
     "benchmarks.layer_storage": "--model smollm2-135m --layers 2 --batch 1 --calls 2",
     "benchmarks.look_ahead": "benchmarks/traces/{own}.npz",
     "benchmarks.mesh": f"{_TINY} --context 2048 --steps 8 --devices 1 --mode resident",
-    "benchmarks.offload": f"{_TINY} --context 1024 --batch 2 --steps 8 --limit 4",
+    "benchmarks.offload": (
+        f"{_TINY} --context 1024 --batch 2 --steps 8 --limit 4 --mode sparse sparda"
+    ),
     "benchmarks.prefill": f"{_TINY} --context 640 --repeats 1 --attention sparda",
     "benchmarks.prefill_attention": (
         f"{_TINY} --context 512 --tokens 64 --layers 1 --repeats 1"

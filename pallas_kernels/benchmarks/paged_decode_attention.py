@@ -97,7 +97,7 @@ def main() -> None:
         width = jnp.dtype(dtype).itemsize
         size = batch * kv_heads * listed * block * 2 * head_dim * width
         # Enough layers that what one call reads is many times the second-level cache.
-        layers = min(32, max(6, int(4e8 // size))) if gpu else 30
+        layers = min(32, max(6, int(4e8 // size))) if gpu else 4 if args.small else 30
         q, kv, slots, lengths = inputs(
             layers, batch, heads, kv_heads, head_dim, block, capacity, listed, dtype
         )

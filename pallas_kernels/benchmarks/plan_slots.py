@@ -53,12 +53,13 @@ def main() -> None:
     args = arguments(__doc__).parse_args()
     gpu = current_platform() == "cuda" and not args.small
     forms: tuple[Implementation, ...] = ("triton", "xla") if gpu else ("xla",)
+    layers = 4 if args.small else 16
     report = Report("plan_slots", args)
     sizes = [(rows, 96, 512) for rows in ((16, 64) if gpu else (2, 8))]
     sizes += [(64, slots, 2048) for slots in (384, 1024)] if gpu else []
     cases = []
     for rows, slots, blocks in sizes:
-        operands = inputs(16, rows, slots, 96, blocks)
+        operands = inputs(layers, rows, slots, 96, blocks)
         for form in forms:
             plan = functools.partial(plan_slots, implementation=form)
             name = f"{form}, 96 of {blocks} blocks, {slots} slots, {rows} rows"
@@ -66,7 +67,7 @@ def main() -> None:
     programs = compile_all([(run, operands) for _, run, operands in cases])
     for (name, _, operands), run in zip(cases, programs, strict=True):
         if report.has_time(name):
-            report.add(measure(name, run, *operands, links=16))
+            report.add(measure(name, run, *operands, links=layers))
     report.finish()
 
 
