@@ -337,6 +337,7 @@ def test_an_empty_notebook_gets_no_address(hooks, cells, told, tmp_path, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.long  # `make docs`, which .ci/run ends with, does the same
 def test_the_site_builds_without_warnings(tmp_path):
     build = pytest.importorskip("mkdocs.commands.build")
     config = pytest.importorskip("mkdocs.config")

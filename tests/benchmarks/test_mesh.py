@@ -74,6 +74,7 @@ def test_lists_that_stand_still_are_those_of_the_first_token():
 
 
 @pytest.mark.slow
+@pytest.mark.long  # of one device: `test_measuring_commands_run`
 def test_one_device_and_two_stand_beside_each_other(tmp_path):
     out = tmp_path / "mesh.jsonl"
     arguments = (

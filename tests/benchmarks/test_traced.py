@@ -205,7 +205,9 @@ def test_who_verifies_chooses_the_same_lists(trace):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["offload", "resident"])
+@pytest.mark.parametrize(
+    "kind", ["offload", pytest.param("resident", marks=pytest.mark.long)]
+)
 def test_a_step_attends_to_what_the_trace_lists(trace, kind):
     """Layers, rows and heads each get their own lists, whatever the scores say."""
     preset = get_preset("tiny")

@@ -21,7 +21,11 @@ def expected(golden):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["short", "chat", pytest.param("long", marks=pytest.mark.slow)]
+    "prompt",
+    [
+        *("short", "chat"),
+        pytest.param("long", marks=[pytest.mark.slow, pytest.mark.long]),
+    ],
 )
 def test_logits(dense, expected, prompt):
     ids = expected[f"{prompt}_ids"]
@@ -59,7 +63,8 @@ def test_chat_template_makes_the_golden_prompt(dense, expected):
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize("tasks", [4, pytest.param(10, marks=pytest.mark.long)])
+@pytest.mark.long  # in a shorter text: the notebook `long_document`
+@pytest.mark.parametrize("tasks", [4, 10])
 def test_infllm_v2_finds_what_dense_finds(dense, tasks):
     """Sixteen blocks of about fifty, seeds, depths and lengths varied.
 

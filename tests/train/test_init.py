@@ -69,6 +69,7 @@ def test_layer_0_finds_its_own_query_heads(random_model, name):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # exact where it can be: above
 def test_regression_forecasts_better_than_from_query(random_model):
     model = random_model()
     settings = Settings(model.config, SPARSE, LOSS, masked_attention=True)

@@ -34,13 +34,14 @@ GRIDS = {
 }
 
 
-SLOW = pytest.mark.slow
-# One pair by default, the others with --runslow.
+SLOW, LONG = pytest.mark.slow, pytest.mark.long
+LONGER = [SLOW, LONG]
+# One pair by default; in CI documents are packed by what differs from it in both too.
 PAIRS = [
     ("fine", "cells"),
-    pytest.param("fine", "blocks", marks=SLOW),
-    pytest.param("deployed", "cells", marks=SLOW),
-    pytest.param("deployed", "blocks", marks=SLOW),
+    pytest.param("deployed", "blocks", marks=LONGER),
+    pytest.param("fine", "blocks", marks=LONGER),
+    pytest.param("deployed", "cells", marks=LONGER),
 ]
 
 
@@ -96,7 +97,8 @@ def test_rows_equal_reference(golden, layer1, variant):
 
 @pytest.mark.parametrize(
     ("variant", "tile"),
-    [("k2s1max", 352), ("k32s16", 352), pytest.param("k2s1max", 96, marks=SLOW)],
+    # Of other tiles: `test_tiles_and_segments_change_nothing`.
+    [("k2s1max", 352), ("k32s16", 352), pytest.param("k2s1max", 96, marks=LONGER)],
 )
 def test_layer_loss_and_lists_equal_reference(golden, layer1, variant, tile):
     arrays = golden("distill_tiny")
@@ -280,8 +282,19 @@ def test_tiles_and_segments_change_nothing(layer1, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nosa", [False, pytest.param(True, marks=SLOW)])
-@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+@pytest.mark.parametrize(
+    ("teacher", "student", "nosa"),
+    [
+        ("fine", "cells", True),
+        ("deployed", "blocks", False),
+        pytest.param("fine", "cells", False, marks=LONG),
+        pytest.param("fine", "blocks", False, marks=LONG),
+        pytest.param("fine", "blocks", True, marks=LONG),
+        pytest.param("deployed", "cells", False, marks=LONG),
+        pytest.param("deployed", "cells", True, marks=LONG),
+        pytest.param("deployed", "blocks", True, marks=LONG),
+    ],
+)
 def test_packed_documents_equal_documents_alone(layer1, teacher, student, nosa):
     """Losses add up, gradients and lists are the documents' own."""
     q, k, forecast = layer1

@@ -117,6 +117,7 @@ def test_a_run_leaves_everything_behind(finished):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # by `adapt`: `test_commands_for_your_own_model_run`
 def test_the_regression_is_exported_where_no_step_beats_it(shards, tmp_path):
     """At a rate that is far too high; heads read behind attention, inputs are white."""
     config = _config(
@@ -152,6 +153,7 @@ def test_the_regression_is_exported_where_no_step_beats_it(shards, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # the last one is: above
 def test_the_best_checkpoint_is_kept_and_exported(shards, tmp_path):
     """Held-out recall falls at a rate that is far too high: an early one is best."""
     config = _config(
@@ -189,6 +191,7 @@ def test_tensorboard_files_hold_the_log(finished, shards, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
+@pytest.mark.long  # losses of steps fall: `test_frozen_means_frozen`
 def test_loss_falls_and_recall_rises(shards, tmp_path):
     config = _config(
         shards,
@@ -273,6 +276,7 @@ def test_other_runs_are_refused_and_nothing_is_damaged(finished, shards):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # interrupted: above
 def test_a_time_limit_ends_a_run_that_can_go_on(finished, shards, tmp_path):
     first = train(_config(shards, tmp_path, max_minutes=0.0), progress=False)
     assert int(first.state.step) == 1

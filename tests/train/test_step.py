@@ -33,16 +33,17 @@ GRIDS = {
     "k32s16": LossConfig(teacher="deployed"),
 }
 SPARSE = SparseConfig(local_blocks=1, block_budget=4, query_blocks=2)
+LONG = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.mark.parametrize(
     ("name", "variant"),
     [
         ("minicpm", "k2s1max"),
-        pytest.param("minicpm", "k2s1mean", marks=pytest.mark.slow),
+        pytest.param("minicpm", "k2s1mean", marks=LONG),
         pytest.param("minicpm", "k32s16", marks=pytest.mark.slow),
-        pytest.param("nosa", "k2s1max", marks=pytest.mark.slow),
-        pytest.param("nosa", "k32s16", marks=pytest.mark.slow),
+        pytest.param("nosa", "k2s1max", marks=LONG),
+        pytest.param("nosa", "k32s16", marks=LONG),
     ],
 )
 def test_losses_gradients_and_lists_equal_reference(
@@ -181,9 +182,7 @@ def test_schedules():
     np.testing.assert_allclose(linear[50], 0.5, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "name", ["tiny", pytest.param("tiny-nosa", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["tiny", pytest.param("tiny-nosa", marks=LONG)])
 def test_masked_attention_equals_block_lists(random_model, name):
     model = random_model(name)
     heads = initial_heads(model, "from_query", seed=0)

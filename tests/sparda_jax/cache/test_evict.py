@@ -32,10 +32,10 @@ def _both(model, attention, storage):
 @pytest.mark.parametrize(
     ("model", "attention", "storage"),
     [
-        ("tiny", "snapkv", "stacked"),
+        pytest.param("tiny", "snapkv", "stacked", marks=pytest.mark.long),
         ("tiny", "snapkv", "per_layer"),
         ("tiny", "window", "stacked"),
-        ("tiny-nosa", "snapkv", "stacked"),
+        pytest.param("tiny-nosa", "snapkv", "stacked", marks=pytest.mark.long),
     ],
 )
 def test_it_gives_what_a_whole_cache_gives_and_holds_less(model, attention, storage):
@@ -68,6 +68,7 @@ def test_it_gives_what_a_whole_cache_gives_and_holds_less(model, attention, stor
 
 
 @pytest.mark.slow
+@pytest.mark.long  # ragged rows are those of a whole cache: above
 def test_a_row_is_the_same_alone_and_in_a_batch():
     lm = sj.load("tiny", attention="snapkv", sparse=SPARSE, cache=EVICT)
     together = sj.generate(lm, _prompts(), max_new_tokens=8, ignore_eos=True)

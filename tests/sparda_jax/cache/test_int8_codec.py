@@ -192,13 +192,14 @@ def test_a_stored_block_never_changes(talk):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # what is stored: above; slots and ways to fetch: `test_offload`
 @pytest.mark.parametrize(
     "change",
     [
         {"device_blocks": 9},
-        pytest.param({"device_blocks": 1000}, marks=pytest.mark.long),
+        {"device_blocks": 1000},
         {"route": "host_loop"},
-        pytest.param({"prefetch": "none"}, marks=pytest.mark.long),
+        {"prefetch": "none"},
     ],
     ids=str,
 )

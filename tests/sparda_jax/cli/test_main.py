@@ -128,6 +128,7 @@ def test_read_only_cache_directory(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # of a tiny model: `test_commands_run`
 @pytest.mark.network
 def test_generate_answers_and_reports(capsys, smollm2_path):
     status, out, err = _run(
@@ -153,6 +154,7 @@ def test_generate_answers_and_reports(capsys, smollm2_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # of 700 tokens: the notebook `long_document`
 @pytest.mark.network
 def test_offload_answers_as_resident_does(capsys, tmp_path, smollm2_path):
     """SmolLM2 over 4,000 tokens: the same text, with what it fetched in figures."""

@@ -13,11 +13,15 @@ from sparda_jax.checks import ConfigError
 HOW = {"max_new_tokens": 6, "ignore_eos": True}
 QUESTIONS = [[5, 6, 7], [9] * 20, [100]]
 OFFLOAD = sj.CacheConfig(kind="offload", device_blocks=None, prefetch="lookahead")
-IN_BOTH_CACHES = pytest.mark.parametrize(
-    "cache",
-    [sj.CacheConfig(), pytest.param(OFFLOAD, marks=pytest.mark.slow)],
-    ids=lambda c: c.kind,
-)
+SLOW, LONG = pytest.mark.slow, pytest.mark.long
+
+
+def _in_both_caches(*offloaded: pytest.MarkDecorator, resident: tuple = ()):
+    """A test with the cache on the device and in host memory, and marks of each."""
+    caches = [(sj.CacheConfig(), resident), (OFFLOAD, offloaded)]
+    return pytest.mark.parametrize(
+        "cache", [pytest.param(c, marks=marks, id=c.kind) for c, marks in caches]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,8 @@ def answers(lm, document):
     ]
 
 
-@IN_BOTH_CACHES
+# What a fork copies of either cache: `test_every_row_of_a_fork_is_the_row`.
+@_in_both_caches(SLOW, LONG)
 def test_many_questions_on_one_prefill(lm, document, answers, cache):
     """Whatever is asked before, and in whatever order (public report kvpress#170)."""
     lm = dataclasses.replace(lm, cache=cache)
@@ -60,7 +65,7 @@ def test_many_questions_on_one_prefill(lm, document, answers, cache):
     assert out.tokens[0] == answers[2]
 
 
-@IN_BOTH_CACHES
+@_in_both_caches(SLOW)
 def test_every_row_of_a_fork_is_the_row(lm, document, cache):
     """In host memory too, and without a program of that many rows."""
     read = _read(dataclasses.replace(lm, cache=cache), document)
@@ -79,8 +84,7 @@ def test_every_row_of_a_fork_is_the_row(lm, document, cache):
         np.testing.assert_array_equal(new, old)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cache", [sj.CacheConfig(), OFFLOAD], ids=lambda c: c.kind)
+@_in_both_caches(SLOW, LONG, resident=(SLOW, LONG))
 def test_questions_of_one_batch(lm, document, answers, cache):
     lm = dataclasses.replace(lm, cache=cache)
     read = _read(lm, document)

@@ -41,6 +41,7 @@ def test_greedy_is_argmax_of_forward(lm, prompts, greedy):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # one of the rows, sampled: `test_seeds`
 def test_sequence_does_not_depend_on_its_neighbours(lm, prompts, greedy):
     for index, prompt in enumerate(prompts):
         alone = sj.generate(lm, [prompt], max_new_tokens=24, ignore_eos=True)
@@ -66,6 +67,7 @@ def test_one_dispatch_gives_the_same_tokens(lm, prompts, greedy):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # a stream of a cut prompt: below
 def test_a_cut_prompt_gives_the_same_tokens(lm, prompts, greedy):
     out = sj.generate(
         lm, prompts, max_new_tokens=24, ignore_eos=True, prefill_chunk=128
@@ -179,6 +181,7 @@ def test_blocks_are_counted(lm, token_ids):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # jitted by the engine: `test_one_dispatch_gives_the_same_tokens`
 def test_run_is_one_program(lm, prompts, greedy):
     """The public function can be jitted by the caller, prefill and loop together."""
     from sparda_jax.engine.call import Call

@@ -89,13 +89,15 @@ def _check(lm, token_ids, count, caches):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # in a server: `test_random_requests_get_what_generate_gives`
 def test_rows_join_and_leave_as_if_each_were_alone(lm, token_ids):
     """Sampled and greedy, prompts in pieces between decode steps, stop strings."""
     _check(lm, token_ids, 6, [OFFLOAD])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [12, pytest.param(40, marks=pytest.mark.long)])
+@pytest.mark.long  # six of them, in one kind of cache: above
+@pytest.mark.parametrize("count", [12, 40])
 def test_many_rows_join_and_leave(lm, token_ids, count):
     verify = dataclasses.replace(OFFLOAD, exactness="verify", layer0="offload")
     plain = dataclasses.replace(lm, selector=lm.selector)
@@ -157,6 +159,7 @@ def test_what_a_session_refuses(lm):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # as lm-eval gets them from a server: `test_lm_eval`
 def test_log_probabilities_are_those_of_the_model(lm, token_ids):
     """Of a prompt in pieces as `forward` has them, of output tokens as it has next."""
     plain = dataclasses.replace(lm, cache=sj.CacheConfig())

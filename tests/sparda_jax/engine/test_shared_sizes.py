@@ -60,6 +60,7 @@ def test_rows_of_padding_change_no_token(lm, prompts, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # of a first turn: above
 def test_rows_of_padding_change_no_token_of_a_turn(lm, prompts, monkeypatch):
     padded, close = _padded_and_close(lm, prompts, monkeypatch)
     how = {"max_new_tokens": 4, **HOT}
@@ -124,6 +125,7 @@ def test_the_second_hundred_requests_needs_no_new_size():
 
 
 @pytest.mark.slow
+@pytest.mark.long  # the sizes of all ten: `test_sizes_of_small_requests_are_few`
 def test_ten_programs_serve_all_small_requests(lm, token_ids):
     """A call of every size compiles them, and no other call any more."""
     PROGRAMS.clear()

@@ -383,6 +383,7 @@ def test_dense_answers_that_are_gone_are_made_again(lm, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # `test_commands_run`
 def test_a_real_model_runs_every_kind_of_task(lm, tmp_path):
     tasks = ["niah_single_1", "retr_kv", "perplexity_code", "agreement"]
     # 24 blocks with the answers; stacked layers are quicker to compile.

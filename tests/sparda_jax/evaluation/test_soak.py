@@ -172,6 +172,7 @@ def test_a_context_that_is_too_long_is_refused(capsys, monkeypatch, lms):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # one request of it: `test_commands_run`
 def test_a_short_soak(capsys):
     """The real thing, a tiny model: nothing differs, nothing is compiled or kept."""
     command = ["soak", "--model", "tiny", "--forecast", "from_query", "--json"]

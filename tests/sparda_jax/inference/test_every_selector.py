@@ -24,8 +24,10 @@ def _logits(run):
     return jnp.concatenate(seen, axis=1)
 
 
-# Of these indices `quest` and `sparda_bounds` stand for all in CI.
-OF_OTHERS = ("quest_16", "infllm_v2_bounds")
+# In CI `quest` and `sparda_bounds` stand for their indices; `test_invariants` holds the
+# same for `sparda` and `nosa`, `test_reuse` and `check_everywhere` what the rest give.
+OF_OTHERS = ("quest_16", "infllm_v2_bounds", "infllm_v2", "nosa", "sparda")
+OF_OTHERS += ("infllm", "random", "reuse", "window")
 
 
 @pytest.mark.slow

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from pallas_kernels.lowering import cuda_lowering_text
 
+LONG = [pytest.mark.slow, pytest.mark.long]
 # `infllm_v2` differs from `sparda` by who chooses the blocks alone; the goldens hold
 # `dense` and `nosa` in the default tests too.
 ATTENTIONS = (
-    pytest.param("dense", marks=pytest.mark.slow),
+    pytest.param("dense", marks=LONG),
     "sparda",
-    pytest.param("infllm_v2", marks=pytest.mark.slow),
+    pytest.param("infllm_v2", marks=LONG),
     pytest.param("nosa", marks=pytest.mark.slow),
 )
 ATOL = 2e-5
@@ -83,13 +84,15 @@ def test_padded_row_is_row_alone(runner, token_ids, attention):
         np.testing.assert_array_equal(steps.blocks[:, index], step.blocks[:, 0])
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(
+    "attention", [*ATTENTIONS[:3], pytest.param("nosa", marks=LONG)]
+)
 @pytest.mark.parametrize(
     "tile_size",
     [
-        pytest.param(64, marks=pytest.mark.slow),
-        100,
-        pytest.param(512, marks=pytest.mark.slow),
+        pytest.param(64, marks=LONG),
+        100,  # divides neither a block nor the prompt
+        pytest.param(512, marks=LONG),
     ],
 )
 def test_any_tile_size_gives_the_same(runner, token_ids, attention, tile_size):

@@ -64,7 +64,9 @@ def test_only_forecast_heads_are_asked_late():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reads", ["input", "attended"])
+@pytest.mark.parametrize(
+    "reads", [pytest.param("input", marks=pytest.mark.long), "attended"]
+)
 def test_the_first_lists_of_two_layers_ahead_are_made_of_what_heads_read(lm, reads):
     """No layer makes layer 1's: it is of layer 0's input, in the norm of its head."""
     model = lm.model.with_forecast(from_query_heads(lm.model), reads)
@@ -153,7 +155,9 @@ def test_lists_are_those_of_the_rule(runner, token_ids):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("storage", ["stacked", "per_layer"])
+@pytest.mark.parametrize(
+    "storage", ["stacked", pytest.param("per_layer", marks=pytest.mark.long)]
+)
 def test_offloaded_equals_resident(token_ids, storage):
     """Every way to look ahead behind a layer's attention gives the resident tokens."""
     plain = sj.load(

@@ -248,21 +248,24 @@ CASES = (
         pytest.param(case, marks=pytest.mark.slow)
         for case in (
             Case(exactness="verify", layers_ahead=2, sparse=INT8_KEYS),
-            Case(attention="infllm_v2", layer0="offload"),
-            Case(attention="dense", slots=WIDE),
-            # A quota that the budget has no room for.
+            # A quota that the budget has no room for; nothing is fetched ahead.
             Case("nosa", nosa=True, sparse=SMALL),
-            Case(codec=Halves(), exactness="verify"),
-            Case(NextQuery(), prefetch="lookahead"),
-            Case("reuse", exactness="verify"),
-            Case(ByNumber(), layers_ahead=3, layer0="offload"),
-            Case("snapkv", layer0="offload"),
         )
     ),
     *(
         pytest.param(case, marks=[pytest.mark.slow, pytest.mark.long])
         for case in (
-            Case(exactness="verify"),  # with a codec that is exact: above
+            # What each has is in CI too: `verify`, two layers ahead, own queries alone
+            # and every layer 0 here, codecs in `test_int8_codec`, all blocks in slots
+            # in `test_auto`, selectors in `test_every_selector` and `test_rows`.
+            Case(attention="infllm_v2", layer0="offload"),
+            Case(attention="dense", slots=WIDE),
+            Case(codec=Halves(), exactness="verify"),
+            Case(exactness="verify"),
+            Case(NextQuery(), prefetch="lookahead"),
+            Case("reuse", exactness="verify"),
+            Case(ByNumber(), layers_ahead=3, layer0="offload"),
+            Case("snapkv", layer0="offload"),
             Case(slots=WIDE, recall_every=4),
             Case("quest", layer0="offload", slots=7),
             Case("quest_16"),
@@ -308,6 +311,7 @@ def test_conversation_equals_resident(case, deeper, resident):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # keys in 8 bits, verified, and NOSA's bias: above
 @pytest.mark.parametrize(
     "case", [Case("oracle", nosa=True), Case(sparse=INT8_KEYS)], ids=str
 )
@@ -319,6 +323,7 @@ def test_a_short_conversation_equals_resident(case, deeper, resident):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # by 8 bits: `test_int8_codec`
 def test_a_lossy_host_format_rounds_what_it_keeps(deeper, resident):
     case = Case(codec=Float16())
     expected = resident(case, TALK)
@@ -349,17 +354,9 @@ MATRIX = [
 ]
 
 
-# One way after the other takes the next number of slots; storage alternates. Those that
-# do not forecast are among the conversations above.
-FEW = [MATRIX[len(SLOTS) * row + (row + row // 2) % len(SLOTS)] for row in range(4)]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=() if c in FEW else pytest.mark.long) for c in MATRIX],
-    ids=str,
-)
+@pytest.mark.long  # forecasts and NOSA's queries: above; an array a layer: `test_rows`
+@pytest.mark.parametrize("case", MATRIX, ids=str)
 def test_matrix_equals_resident(case, deeper, resident):
     _check(case, TALK, deeper, resident)
 
@@ -367,20 +364,16 @@ def test_matrix_equals_resident(case, deeper, resident):
 LONG = (
     Case(sparse=dataclasses.replace(SPARSE, dense_len=320)),
     Case(sparse=dataclasses.replace(SPARSE, forecast_decode_only=True)),
-    *(
-        pytest.param(case, marks=pytest.mark.long)
-        for case in (
-            Case(),
-            Case(storage="per_layer", exactness="verify", layer0="offload"),
-            Case(storage="per_layer", slots=7, layer0="offload"),
-            Case(attention="infllm_v2"),
-            Case(attention="nosa", nosa=True, slots=12),
-        )
-    ),
+    Case(),
+    Case(storage="per_layer", exactness="verify", layer0="offload"),
+    Case(storage="per_layer", slots=7, layer0="offload"),
+    Case(attention="infllm_v2"),
+    Case(attention="nosa", nosa=True, slots=12),
 )
 
 
 @pytest.mark.slow
+@pytest.mark.long  # prompts of any length, and steps across an end: below
 @pytest.mark.parametrize("case", LONG, ids=str)
 def test_long_conversation_equals_resident(case, deeper, resident):
     """1,000 tokens of prompt and 700 steps: blocks and windows begin and end."""
@@ -395,6 +388,7 @@ def test_every_prompt_length_equals_resident(length, deeper, resident):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # three ragged rows: every conversation above
 def test_large_ragged_batch_equals_resident(deeper, resident):
     prompts = (1, 64, 65, 200, 511, 512, 900, 33)
     steps = (130, 1, 64, 65, 3, 127, 128, 90)

@@ -22,17 +22,24 @@ def expected(lm, prompts):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # `test_offload`, bit for bit; `test_fork`
 @pytest.mark.parametrize(
     "cache",
     [
         CacheConfig(kind="offload", device_blocks=None, route="dynamic_slice"),
-        CacheConfig(kind="offload", device_blocks=None, route="host_loop"),
-        CacheConfig(
-            kind="offload",
-            device_blocks=None,
-            route="host_loop",
-            prefetch="none",
-            layer0="offload",
+        pytest.param(
+            CacheConfig(kind="offload", device_blocks=None, route="host_loop"),
+            marks=pytest.mark.long,  # `test_routes_leave_the_same_cache`
+        ),
+        pytest.param(
+            CacheConfig(
+                kind="offload",
+                device_blocks=None,
+                route="host_loop",
+                prefetch="none",
+                layer0="offload",
+            ),
+            marks=pytest.mark.long,  # that route, and `test_offload`'s conversations
         ),
     ],
     ids=["dynamic_slice", "host_loop", "host_loop, none, layer 0 offloaded"],
@@ -65,6 +72,7 @@ def test_routes_leave_the_same_cache(lm, prompts):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # resident: `test_further_turn_is_one_prompt`; turns: `test_offload`
 def test_conversation_grows(lm, prompts, token_ids):
     """A second turn that needs a larger cache, streamed, against a resident one."""
     more = [token_ids(length, seed=9 + length) for length in (400, 900, 2)]
@@ -82,6 +90,7 @@ def test_conversation_grows(lm, prompts, token_ids):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # resident: `test_second_length_does_not_recompile`
 def test_lengths_share_a_program(lm, token_ids):
     chosen = sj.with_attention(
         lm, "sparda", cache=CacheConfig(kind="offload", device_blocks=None)
@@ -156,6 +165,7 @@ def test_old_names_of_routes_warn(old, new, without_type_checks):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # divided, resident: `test_mesh`
 def test_experts_change_nothing(prompts):
     """A model with experts: offloaded and resident give the same tokens."""
     lm = sj.load(

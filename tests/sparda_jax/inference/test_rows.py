@@ -198,29 +198,24 @@ def _assert_near(state: GenerateState, expected: GenerateState) -> None:
             np.testing.assert_array_equal(leaf, other, name)
 
 
-# By what they keep of the keys, and by whether they look ahead, these are all kinds.
-KINDS = ("nosa", "snapkv", "sparda")
-# They keep nothing of the keys, or what others keep.
-OF_OTHERS = ("infllm_v2_bounds", "oracle", "quest_16", "random", "reuse", "window")
+# The others' rows join and leave sessions of `test_prefix_store` and `test_scheduler`.
 CASES = [
-    *(
-        pytest.param(
-            *(name, CacheConfig(), "stacked"),
-            marks=pytest.mark.long if name in OF_OTHERS else (),
-        )
-        for name in selector_names()
-    ),
-    *(
-        pytest.param(
-            *(name, OFFLOAD, "per_layer"),
-            marks=() if name in KINDS else pytest.mark.long,
-        )
-        for name in selector_names()
-        if not get_selector(name).attends_tokens  # with a resident cache alone
-    ),
-    ("nosa", CacheConfig(), "per_layer"),
+    ("dense", CacheConfig(), "stacked"),
     ("sparda", OFFLOAD, "stacked"),
-    ("sparda", ALL_SLOTS, "stacked"),
+    *(
+        pytest.param(*case, marks=pytest.mark.long)
+        for case in (
+            *((name, CacheConfig(), "stacked") for name in selector_names()),
+            *(
+                (name, OFFLOAD, "per_layer")
+                for name in selector_names()
+                if not get_selector(name).attends_tokens  # with a resident cache alone
+            ),
+            ("nosa", CacheConfig(), "per_layer"),
+            ("sparda", ALL_SLOTS, "stacked"),
+        )
+        if case[0] != "dense" or case[1] == OFFLOAD
+    ),
 ]
 
 
@@ -245,9 +240,9 @@ def test_row_by_row_is_bit_equal_to_all_at_once(
 @pytest.mark.parametrize(
     ("attention", "cache", "storage"),
     [
-        ("sparda", OFFLOAD, "per_layer"),
+        ("sparda", OFFLOAD, "stacked"),
         pytest.param("sparda", CacheConfig(), "per_layer", marks=pytest.mark.long),
-        pytest.param("sparda", OFFLOAD, "stacked", marks=pytest.mark.long),
+        pytest.param("sparda", OFFLOAD, "per_layer", marks=pytest.mark.long),
         pytest.param("sparda", CacheConfig(), "stacked", marks=pytest.mark.long),
         pytest.param("nosa", OFFLOAD, "per_layer", marks=pytest.mark.long),
         pytest.param("quest", ALL_SLOTS, "per_layer", marks=pytest.mark.long),
@@ -273,7 +268,11 @@ def test_rows_that_decode_alone_get_the_tokens_of_all_at_once(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("attention", "cache"),
-    [("sparda", OFFLOAD), ("sparda", CacheConfig()), ("nosa", OFFLOAD)],
+    [
+        ("sparda", OFFLOAD),
+        pytest.param("sparda", CacheConfig(), marks=pytest.mark.long),
+        pytest.param("nosa", OFFLOAD, marks=pytest.mark.long),
+    ],
 )
 def test_a_row_moves_and_leaves_nothing(bench, prompts, attention, cache):
     """A row is taken out, its place emptied and given to another; it goes on there."""

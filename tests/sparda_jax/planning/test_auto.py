@@ -73,6 +73,7 @@ def test_measured_prefetch_gives_the_same_tokens(lm, token_ids):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # of calls that are long enough: above
 def test_a_stream_of_small_calls_decides_as_well(lm, token_ids):
     """Four tokens a call are fewer than a trial takes: it goes on from call to call."""
     settings = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 1.5}

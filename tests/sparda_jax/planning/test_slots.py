@@ -114,6 +114,7 @@ def test_what_auto_is_not(without_type_checks):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # `test_resident_where_it_fits_and_offload_where_not`
 def test_all_blocks_fetch_nothing_and_a_conversation_keeps_its_slots(token_ids, lm):
     prompts = [token_ids(700, seed=1), token_ids(90, seed=2)]
     how = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 1.2}

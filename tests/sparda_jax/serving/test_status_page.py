@@ -16,6 +16,15 @@ from sparda_jax.serving.app import Server
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
+@pytest.fixture(scope="module")
+def browser() -> str:
+    """Its command; asked for before a server is started."""
+    found = next(filter(None, map(shutil.which, _BROWSERS)), None)
+    if found is None:
+        pytest.skip("no Chromium is installed")
+    return found
+
+
 @pytest.fixture
 def open_url(server):
     """The server without a key: a browser without a screen is asked for none."""
@@ -36,11 +45,8 @@ def open_url(server):
 
 
 @pytest.mark.slow
-def test_a_browser_shows_live_rows(server, open_url, tmp_path):
+def test_a_browser_shows_live_rows(browser, server, open_url, tmp_path):
     """Its script runs, asks again, and shows the requests that run, as text."""
-    browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
-    if browser is None:
-        pytest.skip("no Chromium is installed")
     going = threading.Event()
     going.set()
 

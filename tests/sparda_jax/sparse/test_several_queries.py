@@ -169,6 +169,7 @@ def test_planner_counts_them():
 
 
 @pytest.mark.slow
+@pytest.mark.long  # `test_late_heads` has two queries
 def test_offloaded_equals_resident(token_ids, lm):
     """Prefill, decode and look-ahead with a query for each query head."""
     plain = lm

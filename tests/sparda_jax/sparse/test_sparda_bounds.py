@@ -96,6 +96,7 @@ def test_a_page_divides_a_block():
 
 
 @pytest.mark.slow
+@pytest.mark.long  # as `sparda`: `test_offload`
 def test_offloaded_it_looks_ahead_and_gives_the_same(token_ids):
     """With a query for each query head; with one a group in `test_offload`."""
     lm = sj.load("tiny", sparse=SPARSE, storage="stacked")
