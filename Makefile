@@ -62,7 +62,7 @@ $(VENV)/.test-ready: $(PY) pyproject.toml
 
 $(VENV)/.dev-ready: $(PY) pyproject.toml
 	$(PY) -m pip install --quiet -e ".[dev]"
-	touch $@ $(VENV)/.test-ready $(VENV)/.run-ready
+	touch $@ $(addprefix $(VENV)/,.test-ready .docs-ready .notebooks-ready .run-ready)
 
 $(VENV)/.docs-ready: $(PY) pyproject.toml
 	$(PY) -m pip install --quiet -e ".[docs]"
