@@ -158,7 +158,7 @@ class Session(Batch):
             batch=rows,
             chunk=piece,
             farthest_start=(context - 2) // piece * piece,
-            longest=context - 1,
+            longest=context - new,  # prompt and output together fill the context
             max_new=new,
         )
         placement = place(lm, sizes, None, by_row=True)

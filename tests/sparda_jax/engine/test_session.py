@@ -108,6 +108,21 @@ def test_many_rows_join_and_leave(lm, token_ids, count):
     _check(alone, token_ids, 12, [verify])
 
 
+def test_a_row_has_room_for_its_context_and_no_more(lm, token_ids):
+    """However long outputs may be; both ends of what fits are what `generate` gives."""
+    session = Session.open(lm, rows=1, max_context=256, max_new_tokens=200)
+    assert session.shapes.capacity == 256
+    for new in (200, 1):
+        prompt = token_ids(256 - new, seed=new)
+        options = {"max_new_tokens": new, "ignore_eos": True}
+        row = session.join(prompt, **options)
+        while not session.prefill(row):
+            pass
+        session.decode(new)
+        alone = sj.generate(lm, [prompt], **options)
+        assert session.leave(row).tokens == alone.tokens[0]
+
+
 def test_requests_of_other_steps_are_the_same_arrays(lm):
     """A GPU records its graphs anew where an array lies elsewhere than before."""
     session = Session.open(lm, rows=2, max_context=256, max_new_tokens=60)
