@@ -75,6 +75,14 @@ def test_the_sdk_chats(server, client):
     assert text == choice.message.content
     assert chunks[-1].choices[0].finish_reason == choice.finish_reason
 
+    # What the template's variables say is the template's to understand.
+    variables = {"add_generation_prompt": False}
+    told = client.chat.completions.create(
+        max_tokens=2, extra_body={"chat_template_kwargs": variables}, **asked
+    )
+    rendered = server.lm.tokenizer.encode_chat(messages, **variables)
+    assert told.usage.prompt_tokens == len(rendered) < answer.usage.prompt_tokens
+
 
 @pytest.mark.slow
 def test_lists_and_several_outputs(server, client):
