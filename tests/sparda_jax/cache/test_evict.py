@@ -34,7 +34,8 @@ def _both(model, attention, storage):
     [
         pytest.param("tiny", "snapkv", "stacked", marks=pytest.mark.long),
         ("tiny", "snapkv", "per_layer"),
-        ("tiny", "window", "stacked"),
+        # As one that chooses by votes does, above.
+        pytest.param("tiny", "window", "stacked", marks=pytest.mark.long),
         pytest.param("tiny-nosa", "snapkv", "stacked", marks=pytest.mark.long),
     ],
 )

@@ -25,9 +25,10 @@ def _logits(run):
 
 
 # In CI `quest` and `sparda_bounds` stand for their indices; `test_invariants` holds the
-# same for `sparda` and `nosa`, `test_reuse` and `check_everywhere` what the rest give.
+# same for `sparda` and `nosa`, `test_reuse` what that gives, and the tests of the rest,
+# in tests/sparda_jax/sparse, their lists.
 OF_OTHERS = ("quest_16", "infllm_v2_bounds", "infllm_v2", "nosa", "sparda")
-OF_OTHERS += ("infllm", "random", "reuse", "window")
+OF_OTHERS += ("infllm", "random", "reuse")
 
 
 @pytest.mark.slow

@@ -29,7 +29,6 @@ COMPILED = [
     *(
         pytest.param(case, marks=pytest.mark.slow)
         for case in (
-            Case(),
             Case("nosa", kind="offload", preset="tiny-nosa", layer0="offload"),
             Case(kind="offload", prompt=3900, batch=4, chunk=512),
             Case(kind="offload", layers_ahead=2, keys="int8"),
@@ -41,6 +40,7 @@ COMPILED = [
         pytest.param(case, marks=[pytest.mark.slow, pytest.mark.long])
         # Nearly every part of these is a part of one above.
         for case in (
+            Case(),
             Case("infllm_v2", kind="offload", batch=3),
             Case(kind="offload", reads="attended", prompt=3900),
             Case(kind="offload"),

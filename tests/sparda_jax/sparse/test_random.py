@@ -12,7 +12,7 @@ from sparda_jax.sparse.selectors.random import Random
 
 
 @pytest.mark.slow
-@pytest.mark.long  # as `window`, which chooses by places alone too, in `test_window`
+@pytest.mark.long  # what chooses by places alone: `window` in `test_every_selector`
 def test_random_runs_everywhere():
     check_everywhere("random")
 

@@ -18,5 +18,6 @@ def test_lists_are_the_first_and_the_latest_blocks():
 
 
 @pytest.mark.slow
+@pytest.mark.long  # resident, and as dense: `test_every_selector`
 def test_window_runs_everywhere():
     check_everywhere("window")
