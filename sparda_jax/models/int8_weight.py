@@ -2,9 +2,9 @@
 
 A decode step on a CPU takes as long as it takes to read the weights. XLA's CPU back end
 reads narrow ones no faster: it widens the whole matrix into memory first, which costs
-five times the float32 product (docs/log-cpu.md). Widened block by block, each small enough
-to stay in cache, they cost about half of it. A prefill gains nothing that way and loses
-half of its speed, so it goes on reading the full weights.
+five times the float32 product (docs/log-cpu.md). Widened block by block, each small
+enough to stay in cache, they cost about half of it. A prefill gains nothing that way
+and loses half of its speed, so it goes on reading the full weights.
 """
 
 import dataclasses
