@@ -166,7 +166,8 @@ def _timed_turns(
     from sparda_jax.inference.generate import decode_loop_call
 
     new, mode, context = arguments.steps + 4 * CHUNK, "resident", arguments.context
-    state, calls = None, {}
+    state: Any = None
+    calls = {}
     for config, model in models.items():
         choice = imposed_choice(arguments, trace, config, sparse, batch, new)
         cache, settings = mode_settings(
