@@ -60,7 +60,8 @@ def full_batch_rate(results: Sequence[Result], rows: int) -> float | None:
 
     None if that never was. Nobody's prompt is read then: it is what is left of the
     engine's decode rate. Tokens of one call come together: they count as given evenly
-    since the call before.
+    since the call before. A row has part in it from the end of its first call on: the
+    call before that one lies behind a piece of its prompt for all others.
 
     Args:
       results: Of requests that were answered.
@@ -68,7 +69,7 @@ def full_batch_rate(results: Sequence[Result], rows: int) -> float | None:
     """
     answers = [result.times for result in results if len(result.times) > 1]
     given = [_calls(times) for times in answers]
-    edges = [(times[0], 1) for times in answers]
+    edges = [(ends[1], 1) for ends, _ in given]
     edges += [(times[-1], -1) for times in answers]
     running, begun, seconds, tokens = 0, 0.0, 0.0, 0.0
     for at, change in sorted(edges):

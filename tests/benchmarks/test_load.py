@@ -51,12 +51,20 @@ def test_the_rate_of_full_rows_counts_only_while_all_are_taken():
     first = Result(0.0, times=[1.0, 2.0, 3.0, 4.0])
     second = Result(0.0, times=[2.5, 3.5, 4.5, 5.5])
     third = Result(0.0, times=[8.0, 9.0])
-    # From 2.5 to 4: half of one at 3, and those at 3.5 and 4; half of one at 4.5.
+    # From 3.5 to 4: half of the one at 4, and half of the one at 4.5.
     assert full_batch_rate([first, second, third], rows=2) == 2.0
     assert full_batch_rate([first, second, third], rows=3) is None
-    # Who comes when another goes: from 2.5 to 4, and from 4.5 to 5.5.
-    late = Result(0.0, times=[4.5, 5.0, 6.0])
-    assert full_batch_rate([first, second, late], rows=2) == 2.2
+    # Who comes when another goes: from 5 to 5.25, one of its own and a quarter of one.
+    late = Result(0.0, times=[4.5, 5.0, 5.25])
+    assert full_batch_rate([first, second, late], rows=2) == 3.0
+
+
+def test_the_piece_of_a_prompt_that_others_waited_for_is_no_part_of_it():
+    first = Result(
+        0.0, times=[0.0, *(at for at in (1.0, 2.0, 2.5, 3.0) for _ in "abcd")]
+    )
+    second = Result(0.0, times=[1.5, *(at for at in (2.0, 2.5, 3.0) for _ in "abcd")])
+    assert full_batch_rate([first, second], rows=2) == 16.0
 
 
 def test_tokens_of_the_call_in_which_the_first_row_ends_count_for_all_rows():
