@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+
 from sparda_jax.cache.counters import FetchTotals, WideCount
 from sparda_jax.cache.settings import OffloadSettings
 
@@ -74,6 +76,8 @@ def offload_stats(
     fetches: FetchTotals, offload: OffloadSettings, *, block_bytes: int
 ) -> OffloadStats:
     """The statistics of a call from its counters."""
+    # All ten arrays come to the host at once: one by one each takes a GPU 0.4 ms.
+    fetches = jax.device_get(fetches)
 
     def layers(counter: WideCount) -> tuple[int, ...]:
         return tuple(int(value) for value in counter.to_numpy())

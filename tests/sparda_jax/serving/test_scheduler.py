@@ -1,8 +1,10 @@
 """Who runs when; random requests, with sockets and without."""
 
 import json
+import math
 import pathlib
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -115,6 +117,33 @@ def test_who_is_cancelled_has_left_before_the_next_call(server):
         scheduler.round()
     assert len(clients[1].tokens) == 60 and scheduler.idle
     assert clients[1].tokens == clients[1].ended.output.tokens
+
+
+@pytest.mark.parametrize("new", [14, 18])
+def test_calls_of_one_step_are_those_beside_a_prompt(server, monkeypatch, new):
+    """Who ends first shortens no call; what is left of an answer is the last one's."""
+    server.settle()
+    session = server.serving.session
+    scheduler = Scheduler(session, Observer(), max_waiting=4, decode_steps=4)
+    pace = types.SimpleNamespace(steps=4, took=lambda *_, **__: None)
+    monkeypatch.setattr(scheduler, "_pace", pace)
+    calls, decode = [], session.decode
+
+    def counted(steps: int) -> float:
+        calls.append(steps)
+        return decode(steps)
+
+    monkeypatch.setattr(session, "decode", counted)
+    clients = [_Client([5 + i], _config(new - i)) for i in range(3)]
+    scheduler.submit([client.job for client in clients])
+    while not all(client.done.is_set() for client in clients):
+        scheduler.round()
+    # Beside the prompts behind its own the first row got two tokens, the second one:
+    # each has new - 3 to come.
+    assert calls == [1, 1, *[4] * math.ceil((new - 3) / 4)]
+    for i, client in enumerate(clients):
+        alone = _alone(server.lm, [5 + i], _config(new - i))
+        assert client.tokens == alone[0]
 
 
 def _random_requests(
