@@ -47,6 +47,10 @@ MEASURES = {
     "benchmarks.all": (*_SHARED, *_PREFILL, *_DECODE),
     "benchmarks.offload": (*_SHARED, "sparda_jax/cache", *_DECODE),
     "benchmarks.best": (*_SHARED, "sparda_jax/cache", *_DECODE),
+    "benchmarks.mesh": (
+        *(*_SHARED, "sparda_jax/cache", *_DECODE),
+        *("sparda_jax/engine/on_mesh.py", "sparda_jax/mesh.py"),
+    ),
     "benchmarks.cpu": (*_SHARED, *_CPU),
     "benchmarks.host_routes": ("sparda_jax/cache/routes.py", *_ops("host_gather")),
     "benchmarks.layer_storage": ("benchmarks/layer_storage.py",),

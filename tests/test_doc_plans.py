@@ -79,7 +79,7 @@ def test_steps_beside_the_measured_ones_are_the_plan_s(computed):
             above = options[-1] if row[0].startswith("the same") else shared.group(1)
             options.append(f"{above} {own}")
             rows.append(row)
-    assert len(rows) == 5
+    assert len(rows) == 9
     for (_, planned, summed, _), own, printed in zip(
         rows, options, _plans(options), strict=True
     ):

@@ -160,7 +160,7 @@ class KernelRoute(FetchRoute):
     def beside_sums(self) -> FetchRoute:
         """The route with a stream that no sum is given.
 
-        Two H100 (JAX 0.11.2, docs/scale.md): a step of 10.7 ms in place of 12.8.
+        Two H100 (JAX 0.11.2, docs/log-gpu.md): a step of 10.7 ms in place of 12.8.
         """
         return dataclasses.replace(self, stream=_STREAM_BESIDE_SUMS)
 
