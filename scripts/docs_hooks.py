@@ -128,7 +128,15 @@ def read_cells(
         for name in of_cells:
             if name not in cell:
                 raise CheckpointError(f"{file}: cell {number} has no {name!r}")
+        if not _is_text(cell["source"]):
+            raise CheckpointError(f"{file}: cell {number}: 'source' must be text")
     return value
+
+
+def _is_text(source: Any) -> bool:
+    """Whether a cell's source is a text, or a list of its lines."""
+    lines = [source] if isinstance(source, str) else source
+    return isinstance(lines, list) and all(isinstance(line, str) for line in lines)
 
 
 def read_kept(file: pathlib.Path) -> dict[str, Any]:
@@ -137,7 +145,11 @@ def read_kept(file: pathlib.Path) -> dict[str, Any]:
     Raises:
       CheckpointError: If the file is damaged, or there are no cells.
     """
-    return read_cells(file, "date", "commit", of_cells=("source", "outputs"))
+    run = read_cells(file, "date", "commit", of_cells=("source", "outputs"))
+    for number, cell in enumerate(run["cells"]):
+        if not isinstance(cell["source"], str):
+            raise CheckpointError(f"{file}: cell {number}: 'source' must be one text")
+    return run
 
 
 def _opened(file: str, address: str) -> str:

@@ -270,6 +270,8 @@ def test_a_notebook_page_has_what_its_cells_gave(hooks, tmp_path, monkeypatch):
         ('{"cells": [7]}', "'cells' must be a list of objects"),
         ('{"cells": [{"outputs": []}]}', "cell 0 has no 'source'"),
         ('{"cells": [{"source": ""}]}', "cell 0 has no 'cell_type'"),
+        ('{"cells": [{"source": 7, "cell_type": "code"}]}', "'source' must be text"),
+        ('{"cells": [{"source": [7], "cell_type": "code"}]}', "'source' must be text"),
         ('{"cells": []}', "has no cell$"),
         ("", "is no valid JSON"),
         ("3", "holds 3, wanted a JSON object"),
@@ -279,8 +281,15 @@ def test_a_damaged_notebook_is_told_in_a_line(hooks, text, told, tmp_path, monke
     monkeypatch.setattr(hooks, "ROOT", tmp_path)
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks/x.ipynb").write_text(text, encoding="utf-8")
-    with pytest.raises(sj.CheckpointError, match=rf"x.ipynb: {told}"):
+    with pytest.raises(sj.CheckpointError, match=rf"x.ipynb: .*{told}"):
         hooks.notebook("x")
+
+
+def test_what_a_notebook_gave_has_texts_by_which_cells_find_it(hooks, tmp_path):
+    kept = {"date": "", "commit": "", "cells": [{"source": ["1"], "outputs": []}]}
+    (tmp_path / "x.json").write_text(json.dumps(kept))
+    with pytest.raises(sj.CheckpointError, match=r"cell 0: 'source' must be one text"):
+        hooks.read_kept(tmp_path / "x.json")
 
 
 def test_an_address_is_said_once(hooks, tmp_path, monkeypatch):

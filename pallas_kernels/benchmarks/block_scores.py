@@ -99,7 +99,7 @@ def main() -> None:
     if len(best) == 2:
         ratio = best["own query"] / best["Forecast"]
         print(f"Forecast is {ratio:.2f} times as fast as own queries (with choice)")
-        report.tell(own_query_over_forecast=ratio)
+        report.add_entries(own_query_over_forecast=ratio)
     report.finish()
 
 

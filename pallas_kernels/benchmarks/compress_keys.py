@@ -27,7 +27,7 @@ def main() -> None:
         forms = ("mosaic_gpu", "triton", "xla")
         shapes, dtype = ((1, 2, 131072, 128), (16, 2, 131072, 128)), jnp.bfloat16
         bandwidth = copy_bandwidth()
-    report.tell(copy_bandwidth=bandwidth)
+    report.add_entries(copy_bandwidth=bandwidth)
     for shape in shapes:
         if not report.has_time(f"{shape}"):
             continue

@@ -296,8 +296,8 @@ class Report:
         self._write()
         return timing
 
-    def tell(self, **extra: Any) -> None:
-        """Takes further entries for the JSON file.
+    def add_entries(self, **extra: Any) -> None:
+        """Adds further entries to the JSON file.
 
         Args:
           **extra: the entries.

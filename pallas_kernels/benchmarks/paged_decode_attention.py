@@ -90,7 +90,7 @@ def main() -> None:
         dtype, bandwidth = jnp.float32, None
         cases = [(1, 9, 3, 64, 64, 128, 16), (1, 9, 3, 64, 64, 32, 32)]
         forms = ("xla",)
-    report.tell(copy_bandwidth=bandwidth)
+    report.add_entries(copy_bandwidth=bandwidth)
     for batch, heads, kv_heads, head_dim, block, capacity, listed in cases:
         if not report.has_time(f"B={batch} P={listed} H={head_dim}"):
             continue

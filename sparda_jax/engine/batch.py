@@ -216,11 +216,11 @@ class Batch:
         program, given = self._part(function, arguments, static)
         begun = time.perf_counter()
         self._state = program(*given)
-        self._bring()
+        self._copy_to_host()
         jax.block_until_ready(self._state.done)
         return time.perf_counter() - begun
 
-    def _bring(self) -> None:
+    def _copy_to_host(self) -> None:
         """Has what is looked at between two calls brought to the host, all at once."""
         if jax.default_backend() == "cpu":
             return  # it is there

@@ -99,7 +99,7 @@ def test_from_a_directory_to_heads(model, text, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.long  # the same of a tiny model: `test_from_a_directory_to_heads`
+@pytest.mark.long  # a tiny model: `test_commands_for_your_own_model_run`
 @pytest.mark.network
 @pytest.mark.timeout(1800)
 def test_the_default_model(smollm2_path, tmp_path):
@@ -117,7 +117,7 @@ def test_the_default_model(smollm2_path, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.long  # without experts above; their regression: `test_layer_0_finds_its_…`
+@pytest.mark.long  # heads: `test_commands_for_your_own_…`, `test_layer_0_finds_its_…`
 def test_a_model_of_experts(text, tmp_path, text_tokenizer):
     """Nothing is new for it: heads read what its attention reads."""
     shape = dataclasses.replace(

@@ -153,7 +153,7 @@ def test_the_regression_is_exported_where_no_step_beats_it(shards, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.long  # the last one is: above
+@pytest.mark.long  # the last one is, by `adapt`: `test_commands_for_your_own_…`
 def test_the_best_checkpoint_is_kept_and_exported(shards, tmp_path):
     """Held-out recall falls at a rate that is far too high: an early one is best."""
     config = _config(

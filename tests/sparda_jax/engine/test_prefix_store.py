@@ -171,7 +171,7 @@ def test_hits_change_no_answer_of_any_selector(lm, token_ids, attention):
 
 
 @pytest.mark.slow
-@pytest.mark.long  # what is dropped: above; who is served by what is left: below
+@pytest.mark.long  # what is dropped: above; beginnings shared: `test_scheduler`
 def test_a_store_that_is_full_changes_no_answer(lm, token_ids):
     """Two rows read at once; every piece is written where one was that either took."""
     placed = dataclasses.replace(lm, cache=OFFLOAD)

@@ -96,7 +96,7 @@ def test_rows_join_and_leave_as_if_each_were_alone(lm, token_ids):
 
 
 @pytest.mark.slow
-@pytest.mark.long  # six of them, in one kind of cache: above
+@pytest.mark.long  # a few: `test_random_requests_get_what_generate_gives`
 @pytest.mark.parametrize("count", [12, 40])
 def test_many_rows_join_and_leave(lm, token_ids, count):
     verify = dataclasses.replace(OFFLOAD, exactness="verify", layer0="offload")
