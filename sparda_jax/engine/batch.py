@@ -171,17 +171,22 @@ class Batch:
             return self._requests[key]
         asked = self._given.asked if row is None else [self._given.asked[row]]
         if row not in self._joined:
-            self._joined[row] = joined_request(self.lm, asked, self.rope)
+            self._joined[row] = self._placed(joined_request(self.lm, asked, self.rope))
         request = self._joined[row]._replace(steps=jax.device_put(np.int32(steps)))
         if ends is not None:
             pairs = zip(asked, ends, strict=True)
             limits = np.array([one.max_new if end else 0 for one, end in pairs])
             request = request._replace(max_new=jax.device_put(limits.astype(np.int32)))
-        if self._layout is not None:
-            request = place_request(request, self._layout)
+        request = self._placed(request)  # what has changed of it
         if ends is None:
             self._requests[key] = request
         return request
+
+    def _placed(self, request: Request) -> Request:
+        """The request on the devices of a mesh, if there is one."""
+        if self._layout is None:
+            return request
+        return place_request(request, self._layout)
 
     def _program(
         self,

@@ -17,7 +17,7 @@ from typing import Any, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from sparda_jax.cache.counters import WideCount
@@ -374,10 +374,18 @@ def on_devices(
 
 
 def place_request(request: Request, layout: StateLayout) -> Request:
-    """A request on its devices: else every call brings it there anew."""
+    """A request on its devices: else every call brings it there anew.
+
+    Arrays that are there already stay the same arrays.
+    """
     mesh = layout.mesh.devices
+
+    def placed(x: Array, spec: PartitionSpec) -> Array:
+        there = x.sharding == NamedSharding(mesh, spec)
+        return x if there else place(x, mesh, spec)
+
     specs = _request_specs(request, layout.rows)
-    return jax.tree.map(lambda x, spec: place(x, mesh, spec), request, specs)
+    return jax.tree.map(placed, request, specs)
 
 
 def _request_specs(request: Request, rows: int) -> Request:

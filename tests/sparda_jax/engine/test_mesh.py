@@ -160,6 +160,10 @@ SESSION = """
                                   prefill_chunk=128, top_logprobs=3,
                                   prefix_bytes=2**24)
         session.warm_up()
+        for row in (None, 0):  # of other steps: all arrays but one are the same
+            one, other = (session.request(steps, row=row) for steps in (4, 7))
+            pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+            assert sum(a is not b for a, b in pairs) == 1
         before, given = PROGRAMS.compiled, []
         for number, prompt in enumerate(prompts):
             row = session.join(prompt, max_new_tokens=20, ignore_eos=True, seed=number,
