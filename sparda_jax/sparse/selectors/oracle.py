@@ -17,9 +17,23 @@ from sparda_jax.sparse.indices.all_keys import AllKeys, Keys
 from sparda_jax.sparse.own_query import QuerySelector
 from sparda_jax.sparse.selection import SelectionTile
 
-# Blocks whose logits a prefill tile holds at a time, at most: of a small one, a large.
+# A step of the walk over keys has its launches and, on a GPU, waits for the host, so a
+# tile takes as many blocks at a time as these bounds allow: logits of a head, and of
+# a token as a share of its blocks (`Oracle.scores_held`). A small tile, of a CPU, takes
+# what its caches hold.
+_LOGITS, _SHARE = 1 << 21, 6
 _CHUNK, _FEW = 16, 4
 _SMALL_TILE = 256
+
+
+def _blocks_at_a_time(blocks: int, steps: int, block_size: int) -> int:
+    """Blocks of a step of the walk, a divisor of `blocks`: all for a single token."""
+    if steps == 1:
+        return blocks
+    if steps <= _SMALL_TILE:
+        return math.gcd(blocks, _CHUNK)
+    most = min(_LOGITS // steps, _SHARE * blocks) // block_size
+    return math.gcd(blocks, 1 << (max(most, _FEW).bit_length() - 1))
 
 
 def attention_mass(
@@ -43,16 +57,16 @@ def attention_mass(
     kv_heads, tokens = keys.k.shape[1:3]
     blocks = tokens // block_size
     q = q.reshape(batch, steps, kv_heads, heads // kv_heads, dim)
-    size = math.gcd(blocks, _CHUNK if steps <= _SMALL_TILE else _FEW)
-    size = blocks if steps == 1 else size
+    q = jnp.moveaxis(q, 1, 3)  # B K G T H
+    size = _blocks_at_a_time(blocks, steps, block_size)
     span = size * block_size
 
-    def chunk(number: Int[Array, ""]) -> tuple[Array, Array]:
+    def chunk(number: int | Int[Array, ""]) -> tuple[Array, Array]:
         """Largest logit and sum of weights of each block: [B, K, G, T, size]."""
         first = number * span
         k = jax.lax.dynamic_slice_in_dim(keys.k, first, span, axis=2)
         logits = jnp.einsum(
-            "btkgh,bksh->bkgts",
+            "bkgth,bksh->bkgts",
             q,
             k.astype(q.dtype),
             preferred_element_type=jnp.float32,
@@ -68,21 +82,22 @@ def attention_mass(
         shift = jnp.where(jnp.isfinite(peak), peak, 0.0)
         return peak, jnp.sum(jnp.exp(logits - shift[..., None]), axis=-1)
 
-    def unread(number: Int[Array, ""]) -> tuple[Array, Array]:
-        """What `chunk` gives of keys that all come after all queries."""
-        del number
-        shape = (batch, kv_heads, heads // kv_heads, steps, size)
-        nothing = jnp.zeros(shape, jnp.float32)
-        return nothing - jnp.inf, nothing
+    def put(number: Int[Array, ""], found: tuple[Array, Array]) -> tuple[Array, Array]:
+        """`found` with a chunk's blocks in their places."""
+        place = number * size
+        new = chunk(number)
+        return (
+            jax.lax.dynamic_update_slice_in_dim(found[0], new[0], place, axis=-1),
+            jax.lax.dynamic_update_slice_in_dim(found[1], new[1], place, axis=-1),
+        )
 
-    latest = jnp.max(positions)
-    peaks, totals = jax.lax.map(
-        lambda n: jax.lax.cond(n * span <= latest, chunk, unread, n),
-        jnp.arange(blocks // size),
-    )
-    peaks, totals = (
-        jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], blocks) for x in (peaks, totals)
-    )
+    if steps == 1:
+        peaks, totals = chunk(0)
+    else:
+        # Keys that come after all queries are not read.
+        needed = jnp.clip(jnp.max(positions) // span + 1, 1, blocks // size)
+        nothing = jnp.zeros((*q.shape[:-1], blocks), jnp.float32)
+        peaks, totals = jax.lax.fori_loop(0, needed, put, (nothing - jnp.inf, nothing))
     top = jnp.max(peaks, axis=-1, keepdims=True)
     weights = jnp.where(totals > 0, totals * jnp.exp(peaks - top), 0.0)
     return jnp.sum(weights / jnp.sum(weights, axis=-1, keepdims=True), axis=2)

@@ -10,6 +10,7 @@ import selector_cases as cases
 from selector_cases import CONFIG, KINDS, SPARSE
 
 from sparda_jax.sparse.selectors import get_selector, selector_names
+from sparda_jax.sparse.selectors.oracle import _blocks_at_a_time
 
 BLOCKS, WHERE = 16, slice(600, None)
 
@@ -48,6 +49,31 @@ def test_keys_behind_all_queries_hold_nothing(kind):
     small, large = masses(BLOCKS), masses(4 * BLOCKS)
     np.testing.assert_array_equal(large[..., :BLOCKS], small)
     assert np.all(large[..., BLOCKS:] == 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_large_tile_walks_over_keys_in_steps(kind):
+    layer, oracle = cases.draw_layer(kind), get_selector("oracle")
+    blocks, where = 32, slice(300, None)
+    steps = len(range(layer.length)[where])
+    assert _blocks_at_a_time(blocks, steps, SPARSE.block_size) == 4
+    index = cases.make_index(oracle, layer, [layer.length], blocks)
+    tile = cases.tile_of(layer, index, where, blocks)
+    got = np.asarray(oracle.score(tile, CONFIG, SPARSE, None))
+    masses = layer.masses()[:, :, where]
+    np.testing.assert_allclose(got[..., : layer.blocks], masses, atol=2e-5)
+    assert np.all(got[..., layer.blocks :] == 0)
+
+
+@pytest.mark.parametrize("steps", [2, 256, 257, 1024, 4096, 30720])
+@pytest.mark.parametrize("blocks", [5, 12, 72, 96, 288, 576, 2304])
+def test_steps_of_the_walk_have_bounds(blocks, steps):
+    size = _blocks_at_a_time(blocks, steps, 64)
+    assert blocks % size == 0
+    assert size <= 16 or size * 64 <= 6 * blocks
+    assert size <= 4 or steps <= 256 or size * 64 * steps <= 2**21
+    assert _blocks_at_a_time(blocks, 1, 64) == blocks
+    assert _blocks_at_a_time(576, 1024, 64) == 32
 
 
 def test_masses_are_of_32_bits_where_64_are_allowed():
