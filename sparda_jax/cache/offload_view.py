@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from sparda_jax.cache.attention import attended_bias, decode_attention
+from sparda_jax.cache.attention import attended_bias, decode_attention, token_attention
 from sparda_jax.cache.counters import FetchCounters
 from sparda_jax.cache.offload import OffloadLayer
 from sparda_jax.cache.prefetch import BlockFetch, Lookahead, order_fetch, plan_fetch
@@ -169,6 +169,11 @@ class OffloadView(NamedTuple):
         """Attention over the slots of the layer's list."""
         kv, place, fetch = self.layer_cache.slots, self.layer_in_stack, self.fetch
         key_bias = self.layer_cache.key_bias
+        if settings.selector.attends_tokens:
+            # It lists no blocks, so each has the slot of its own number.
+            key_bias = attended_bias(key_bias, tile, settings)
+            index = self.layer_cache.index
+            return token_attention(q, kv, key_bias, index, place, tile, settings)
         if key_bias is not None:
             # c is kept by block; attention wants it by slot.
             held = jnp.maximum(self.table.blocks, 0)[..., None]

@@ -237,8 +237,6 @@ def _check_cache(lm: LanguageModel, shapes: Shapes) -> None:
         if cache.exactness == "verify":
             offload_settings(CacheConfig("offload", exactness="verify"), lm.selector)
         return
-    if cache.kind == "auto" and lm.selector.attends_tokens:
-        return
     offload_settings(dataclasses.replace(cache, kind="offload"), lm.selector)
     blocks = shapes.capacity // lm.sparse.block_size
     cache.slots(blocks, lm.selector.list_width(blocks, lm.sparse))
@@ -251,9 +249,6 @@ def _decide_kind(
     cache = lm.cache
     if cache.kind != "auto":
         return cache, None
-    if lm.selector.attends_tokens:
-        decided = dataclasses.replace(cache, kind="resident")
-        return decided, f"resident: {lm.selector.name} attends to single tokens"
     offload = dataclasses.replace(cache, kind="offload")
     if state is not None:
         if isinstance(state.cache, OffloadCache):

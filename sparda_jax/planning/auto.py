@@ -45,12 +45,12 @@ def offload_settings(cache: CacheConfig, selector: Selector) -> OffloadSettings 
         )
     if cache.kind in ("resident", "evict"):
         return None
-    if selector.attends_tokens:
+    codec = named_codec(cache.codec)
+    if selector.attends_tokens and codec.in_slots:
         raise ConfigError(
-            f"CacheConfig.kind={cache.kind!r} is not allowed with "
-            f"attention={selector.name!r}: it attends to single tokens, a form for "
-            "evaluation that reads the whole cache; use kind='resident', or the form "
-            "that lists blocks"
+            f"CacheConfig.codec={cache.codec!r} is not allowed with "
+            f"attention={selector.name!r}: attention to single tokens reads slots in "
+            "the model's type; use codec='exact' or 'int8'"
         )
     forecasts = selector.looks_ahead
     if cache.prefetch == "lookahead" and not forecasts:
@@ -84,7 +84,7 @@ def offload_settings(cache: CacheConfig, selector: Selector) -> OffloadSettings 
         lookahead=forecasts and cache.prefetch != "none",
         verify=cache.exactness == "verify",
         recall_every=cache.recall_every if forecasts else 0,
-        codec=named_codec(cache.codec),
+        codec=codec,
         layers_ahead=cache.layers_ahead,
     )
     if settings.on_side_stream:

@@ -43,8 +43,8 @@ class Selector:
       hands_on_scores: What travels to the next layer are the block scores of
         `by_own_query`, no query.
       attends_tokens: Decode attends to single tokens with corrected logits
-        (`token_correction`), in plain jax.numpy: a form for evaluation, for resident
-        caches alone.
+        (`token_correction`), in plain jax.numpy: a form for evaluation. It lists no
+        blocks (`dense`), so that an offloaded cache has a slot for each.
       evicts: Earlier blocks that it does not list for a prompt's last token it lists
         for no later one: a cache may give their memory back (`kind="evict"`).
       needs_forecast: The model must have Forecast heads.

@@ -8,9 +8,9 @@ lessened by log(w + 10⁻⁴), so that the sum of sampled weights estimates that
 Every sixteenth layer attends to everything. Source: models/attnserver.py of MagicPIG.
 
 Sampled tokens lie anywhere, so this form cannot use kernels that read blocks: it reads
-the whole cache in plain jax.numpy, to be evaluated, not to be fast, and needs a
-resident one. Its mean key is that of the prompt (published: of the prompt's offloaded
-part).
+the whole cache in plain jax.numpy, to be evaluated, not to be fast. So an offloaded one
+must have a device slot for every block, as for `dense`. Its mean key is that of the
+prompt (published: of the prompt's offloaded part).
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from sparda_jax.sparse.selectors.magicpig import MagicPIG
 
 @dataclasses.dataclass(frozen=True)
 class MagicPIGTokens(MagicPIG):
-    """The estimator, over all tokens of a resident cache.
+    """The estimator, over all tokens of a cache.
 
     Attributes:
       first: Leading tokens that are always attended to.
@@ -41,8 +41,8 @@ class MagicPIGTokens(MagicPIG):
     name = "magicpig_tokens"
     title = "MagicPIG"
     summary = (
-        "MagicPIG's sampled tokens with corrected logits (for evaluation: resident, "
-        "plain jax.numpy)"
+        "MagicPIG's sampled tokens with corrected logits (for evaluation: all blocks "
+        "on the device, plain jax.numpy)"
     )
     dense = True
     attends_tokens = True

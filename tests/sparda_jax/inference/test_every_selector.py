@@ -67,13 +67,44 @@ def test_sampling_every_token_is_dense_and_few_of_them_is_not(runner):
     assert np.abs(sampled(bits=15, tables=2) - dense).max() > 1e-2
 
 
-def test_the_form_for_evaluation_refuses_what_it_cannot_do():
-    cache = sj.CacheConfig(kind="offload", device_blocks=None)
+@pytest.mark.slow
+def test_single_tokens_are_attended_to_in_an_offloaded_cache_of_all_blocks(token_ids):
+    """Ragged rows and a second turn: the tokens of a resident cache."""
+    turns = [[token_ids(180), token_ids(70, seed=1)], [[5, 9], token_ids(66, seed=2)]]
+
+    def talk(cache):
+        lm = sj.load("tiny", attention="magicpig_tokens", cache=cache)
+        conversation, found = None, []
+        for prompts in turns:
+            out = sj.generate(
+                lm,
+                prompts,
+                conversation=conversation,
+                max_new_tokens=4,
+                ignore_eos=True,
+            )
+            conversation = out.conversation
+            found.append(out.tokens)
+        return found
+
+    assert talk(sj.CacheConfig(kind="offload")) == talk(sj.CacheConfig())
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"device_blocks": 2}, r"device_blocks=2 .*at least \d+, the blocks that one"),
+        ({"codec": "int8_slots"}, r"codec='int8_slots'.*magicpig_tokens.*'exact' or"),
+        ({"exactness": "verify"}, r"exactness='verify'.*magicpig_tokens.*forecast"),
+        ({"prefetch": "lookahead"}, r"prefetch='lookahead'.*magicpig_tokens"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["offload", "auto"])
+def test_single_tokens_need_a_slot_for_every_block(kind, given, words):
+    cache = sj.CacheConfig(kind=kind, **given)
     lm = sj.load("tiny", attention="magicpig_tokens", cache=cache)
-    with pytest.raises(
-        sj.ConfigError, match=r"kind='offload'.*magicpig_tokens.*single"
-    ):
-        sj.generate(lm, [[2, 3, 4]], max_new_tokens=2)
+    with pytest.raises(sj.ConfigError, match=words):
+        sj.generate(lm, [list(range(2, 128)) * 2], max_new_tokens=2)
 
 
 def test_what_is_not_published_so_is_called_a_style():

@@ -250,6 +250,8 @@ CASES = (
             Case(exactness="verify", layers_ahead=2, sparse=INT8_KEYS),
             # A quota that the budget has no room for; nothing is fetched ahead.
             Case("nosa", nosa=True, sparse=SMALL),
+            # Single tokens, read from a slot for every block.
+            Case("magicpig_tokens", layer0="offload", slots=WIDE),
         )
     ),
     *(
@@ -278,6 +280,7 @@ CASES = (
             Case("sparda_bounds", exactness="verify"),
             Case("sparda_bounds", storage="per_layer", layer0="offload", slots=7),
             Case("magicpig"),
+            Case("magicpig_tokens", nosa=True, storage="per_layer", slots=WIDE),
             Case("nosa", nosa=True, storage="per_layer", sparse=BY_LAYER),
             Case(nosa=True, storage="per_layer", layer0="offload", slots=7),
             Case(layer0="offload", slots=7),

@@ -206,11 +206,7 @@ CASES = [
         pytest.param(*case, marks=pytest.mark.long)
         for case in (
             *((name, CacheConfig(), "stacked") for name in selector_names()),
-            *(
-                (name, OFFLOAD, "per_layer")
-                for name in selector_names()
-                if not get_selector(name).attends_tokens  # with a resident cache alone
-            ),
+            *((name, OFFLOAD, "per_layer") for name in selector_names()),
             ("nosa", CacheConfig(), "per_layer"),
             ("sparda", ALL_SLOTS, "stacked"),
         )

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -158,8 +159,11 @@ def test_what_is_taken_where_nothing_is_said(capsys):
     assert sj.CacheConfig(kind="offload", device_blocks=None).slots(100, 8) == 8
 
 
-def test_auto_stays_on_the_device_where_single_tokens_are_attended(token_ids):
-    lm = sj.load("tiny", attention="magicpig_tokens", storage="stacked")
-    lm = dataclasses.replace(lm, cache=sj.CacheConfig(kind="auto"))
+@pytest.mark.parametrize("attention", ["dense", "magicpig_tokens"])
+def test_what_lists_no_blocks_has_a_slot_for_each(token_ids, attention):
+    cache = sj.CacheConfig(kind="offload", layer0="offload")
+    lm = sj.load("tiny", attention=attention, storage="stacked", cache=cache)
     out = sj.generate(lm, [token_ids(90)], max_new_tokens=2, ignore_eos=True)
-    assert "resident: magicpig_tokens attends" in out.stats.policy
+    assert re.search(r"device_blocks: (\d+) of \1 fit", out.stats.policy)
+    assert out.stats.offload is not None
+    assert out.stats.offload.fetched_bytes == 0
