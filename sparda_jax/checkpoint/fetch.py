@@ -309,8 +309,11 @@ def _work_folder(
         )
     folder = pathlib.Path(tempfile.mkdtemp(prefix=_PREFIX, dir=cache))
     try:
-        with open(folder / _LOCK, "wb") as lock:
+        unlocked = folder / f"{_LOCK}.new"
+        with open(unlocked, "wb") as lock:
             _lock(lock.fileno())
+            # Under this name others take a file without a lock for a killed one's.
+            unlocked.rename(folder / _LOCK)
             yield folder, lock.fileno()
     finally:
         shutil.rmtree(folder, ignore_errors=True)

