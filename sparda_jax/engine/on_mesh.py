@@ -3,7 +3,8 @@
 A program is the function of one device under `jax.shard_map`: rows and kv heads are
 divided, so nothing of the KV ever leaves its device. What is summed over devices is
 written down where it is made: after `out` and `down` (`models.block`), of the embedding
-and the logits (`models.decoder`), and here of the counters.
+(`models.decoder`), of drawn tokens and of logits where they are asked for
+(`models.vocabulary`), and here of the counters.
 
 How the arrays of a state are divided is not written down at all: it is what differs
 between the state of one device and that of all.

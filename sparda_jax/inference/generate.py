@@ -24,10 +24,15 @@ from sparda_jax.config import CacheConfig, ConfigError, ModelConfig
 from sparda_jax.inference.decode import decode_step
 from sparda_jax.inference.logprobs import TokenLogs, empty_logs, record_logs
 from sparda_jax.inference.prefill import prefill
-from sparda_jax.inference.sampling import SamplingState, sample
+from sparda_jax.inference.sampling import (
+    SamplingState,
+    cannot_choose,
+    sample,
+    without_stops,
+)
 from sparda_jax.inference.shapes import Shapes
 from sparda_jax.inference.stack import Cache, StackCarry, block_counts
-from sparda_jax.models.decoder import Decoder, logits
+from sparda_jax.models.decoder import Decoder, own_logits
 from sparda_jax.models.rope import Rope
 
 _MAX_STOPS = 16
@@ -104,30 +109,20 @@ class Request(NamedTuple):
     logged: Bool[Array, ""] | None = None
 
 
-def _without_stops(
-    scores: Float[Array, "B V"], generated: Int[Array, " B"], request: Request
-) -> Float[Array, "B V"]:
-    """−∞ on the stop tokens of rows that have too few tokens to end."""
-    if request.min_new is None:
-        return scores
-    rows, vocab = scores.shape
-    stops = jnp.broadcast_to(request.stops, (rows, request.stops.shape[-1]))
-    early = (generated < request.min_new)[:, None] & (stops >= 0)
-    column = jnp.where(early, stops, vocab)
-    return scores.at[jnp.arange(rows)[:, None], column].set(-jnp.inf, mode="drop")
-
-
 def _emit(
     state: GenerateState,
-    scores: Float[Array, "B V"],
+    scores: Float[Array, "B W"],
     writes: Bool[Array, " B"],
     request: Request,
 ) -> GenerateState:
     """Samples a token for the rows in `writes` and records it."""
-    # NaN has no largest value, and neither have infinite ones: nothing can be chosen.
-    unclear = jnp.any(jnp.isnan(scores), axis=1) | jnp.isinf(jnp.max(scores, axis=1))
+    vocab = state.seen.shape[1]
+    unclear = cannot_choose(scores, vocab)
     broken, writes = writes & unclear, writes & ~unclear
-    drawn_from = _without_stops(scores, state.generated, request)
+    drawn_from = scores
+    if request.min_new is not None:
+        early = state.generated < request.min_new
+        drawn_from = without_stops(scores, request.stops, early, vocab)
     token = sample(drawn_from, state.seen, state.generated, request.sampling)
     rows = jnp.arange(token.shape[0])
     slot = jnp.where(writes, state.generated, state.tokens.shape[1])
@@ -137,7 +132,7 @@ def _emit(
     column = jnp.where(writes, token, state.seen.shape[1])
     logs = state.logs
     if logs is not None and request.logged is not None:
-        logs = record_logs(logs, scores, token, slot, request.logged)
+        logs = record_logs(logs, scores, token, slot, request.logged, vocab)
     return state._replace(
         logs=logs,
         pending=jnp.where(writes, token, state.pending),
@@ -216,7 +211,7 @@ def prefill_with_hidden(
         seen=state.seen.at[rows, column].set(True, mode="drop"),
         prefill_counts=state.prefill_counts.plus(counts),
     )
-    state = _emit(state, logits(model, hidden), fresh & ~state.done, request)
+    state = _emit(state, own_logits(model, hidden), fresh & ~state.done, request)
     return state, carry.hidden
 
 
@@ -247,7 +242,7 @@ def prefill_and_sample_new(
 def after_step(
     state: GenerateState,
     carry: StackCarry,
-    scores: Float[Array, "B V"],
+    scores: Float[Array, "B W"],
     request: Request,
     settings: LayerSettings,
 ) -> GenerateState:
@@ -256,7 +251,7 @@ def after_step(
     Args:
       state: Where generation stood.
       carry: What the layers made of the step.
-      scores: Logits of the rows' last token.
+      scores: Logits of the rows' last token, of this device's part of the vocabulary.
       request: Sampling and limits.
       settings: The model and how to attend.
     """
@@ -300,7 +295,7 @@ def decode_one(
         request.rope,
         settings,
     )
-    scores = logits(model, carry.hidden[:, 0])
+    scores = own_logits(model, carry.hidden[:, 0])
     return after_step(state, carry, scores, request, settings)
 
 

@@ -46,7 +46,7 @@ from sparda_jax.inference.stack import (
     layer_block,
     start_stack,
 )
-from sparda_jax.models.decoder import Decoder, DecoderLayer, logits
+from sparda_jax.models.decoder import Decoder, DecoderLayer, own_logits
 from sparda_jax.models.rope import rope_cos_sin_at
 
 _static = functools.partial(jax.jit, static_argnames="settings")
@@ -125,7 +125,7 @@ def _finish(
     settings: LayerSettings,
 ) -> GenerateState:
     carry = StackCarry(activations, state.cache, (), fetches)
-    scores = logits(model, activations.hidden[:, 0])
+    scores = own_logits(model, activations.hidden[:, 0])
     return after_step(state, carry, scores, request, settings)
 
 

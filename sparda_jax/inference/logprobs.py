@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparda_jax.models.decoder import Decoder, logits
+from sparda_jax.models.vocabulary import of_all_devices
 
 # Positions of a prompt whose logits are held at a time.
 _SLICE = 128
@@ -68,24 +69,28 @@ def score_tokens(
 
 def record_logs(
     logs: TokenLogs,
-    scores: Float[Array, "B V"],
+    scores: Float[Array, "B W"],
     tokens: Int[Array, " B"],
     slot: Int[Array, " B"],
     logged: Bool[Array, ""],
+    vocab: int,
 ) -> TokenLogs:
     """The logs with those of a drawn token a row.
 
     Args:
       logs: What is known.
-      scores: The rows' logits.
+      scores: The rows' logits, of this device's part of the vocabulary.
       tokens: What was drawn.
       slot: Its place in each row's output; a place beyond the room is left out.
-      logged: Without it nothing is done: a search of the vocabulary is not free.
+      logged: Without it nothing is done: a search of the vocabulary is not free, nor
+        is an exchange of its logits.
+      vocab: V.
     """
     rows = jnp.arange(tokens.shape[0])
 
     def put(logs: TokenLogs) -> TokenLogs:
-        new = score_tokens(scores, tokens, logs.top.shape[-1])
+        every = of_all_devices(scores, scores.shape[1], vocab)
+        new = score_tokens(every, tokens, logs.top.shape[-1])
         return jax.tree.map(
             lambda old, x: old.at[rows, slot].set(x, mode="drop"), logs, new
         )

@@ -16,12 +16,22 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from sparda_jax.checks import Check, ConfigError, integer, number, settle, several
+from sparda_jax.models.vocabulary import (
+    first_token,
+    largest,
+    most_of_devices,
+    of_all_devices,
+    own_part,
+    token_of_largest,
+)
 
 MOST_SEED = 2**32 - 1
 
 # Below this temperature quotients overflow float32, and the largest logit is all that
 # could be drawn anyway.
 _COLDEST = 1e-6
+# Tokens of each device of a mesh among which rows with a small top-k choose.
+_CANDIDATES = 128
 # Of every field of `SamplingConfig`; the command line's options use them as well.
 SAMPLING_CHECKS: dict[str, Check[Any]] = {
     "repetition_penalty": number(least=1e-6, most=1e6, hint=" (1 is off)"),
@@ -137,18 +147,85 @@ def sampling_of_rows(
     )
 
 
+def cannot_choose(scores: Float[Array, "B W"], vocab: int) -> Bool[Array, " B"]:
+    """Rows whose logits are not finite: nothing can be chosen of them.
+
+    NaN has no largest value, and neither have infinite ones.
+
+    Args:
+      scores: Logits of this device's part of the vocabulary.
+      vocab: V.
+    """
+    most = jnp.max(scores, axis=1)
+    most = jnp.where(jnp.any(jnp.isnan(scores), axis=1), jnp.inf, most)
+    return jnp.isinf(most_of_devices(most, scores.shape[1], vocab))
+
+
+def without_stops(
+    scores: Float[Array, "B W"],
+    stops: Int[Array, "*#B stops"],
+    early: Bool[Array, " B"],
+    vocab: int,
+) -> Float[Array, "B W"]:
+    """−∞ on the stop tokens of rows that have too few tokens to end.
+
+    Args:
+      scores: Logits of this device's part of the vocabulary.
+      stops: Token ids, −1 padded; of each row, or the same for all.
+      early: Those rows.
+      vocab: V.
+    """
+    rows, part = scores.shape
+    own = stops - first_token(part, vocab)
+    # Another device's tokens, and padding: below 0 an index would count from the end.
+    here = early[:, None] & (stops >= 0) & (own >= 0)
+    column = jnp.where(here, own, part)
+    return scores.at[jnp.arange(rows)[:, None], column].set(-jnp.inf, mode="drop")
+
+
 def _penalise(
-    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, " B"]
-) -> Float[Array, "B V"]:
+    logits: Float[Array, "B W"], seen: Bool[Array, "B W"], penalty: Float[Array, " B"]
+) -> Float[Array, "B W"]:
     factor = penalty[:, None]
     weaker = jnp.where(logits > 0, logits / factor, logits * factor)
     return jnp.where(seen, weaker, logits)
 
 
-def _filter(logits: Float[Array, "B V"], state: SamplingState) -> Float[Array, "B V"]:
+def _ranked(
+    logits: Float[Array, "B W"], top_k: Int[Array, " B"], vocab: int
+) -> Float[Array, "B V"]:
+    """The vocabulary's logits, best first; where all rows' k is small, −∞ behind it.
+
+    A device's best are then all that others need of it.
+
+    Args:
+      logits: Of this device's part.
+      top_k: Of each row; 0 is off.
+      vocab: V.
+    """
+    part = logits.shape[1]
+
+    def ranked(own: Float[Array, "B n"]) -> Float[Array, "B V"]:
+        found = -jnp.sort(-of_all_devices(own, part, vocab), axis=1)
+        rest = vocab - found.shape[1]
+        return jnp.pad(found, ((0, 0), (0, rest)), constant_values=-jnp.inf)
+
+    if part == vocab or part <= _CANDIDATES:
+        return ranked(logits)
+    return jax.lax.cond(
+        jnp.all((top_k > 0) & (top_k <= _CANDIDATES)),
+        lambda: ranked(jax.lax.top_k(logits, _CANDIDATES)[0]),
+        lambda: ranked(logits),
+    )
+
+
+def _filter(
+    logits: Float[Array, "B W"], state: SamplingState, vocab: int
+) -> Float[Array, "B W"]:
     """−∞ on the tokens that top-k, top-p or min-p exclude."""
-    vocab = logits.shape[-1]
-    ranked = -jnp.sort(-logits, axis=-1)
+    # Rows that filter nothing, or are greedy, can do with the best token alone.
+    needless = (state.temperature < _COLDEST) | ~_filters(state)
+    ranked = _ranked(logits, jnp.where(needless, 1, state.top_k), vocab)
     limit = jnp.where(state.top_k > 0, jnp.minimum(state.top_k, vocab), vocab)
     rank = jnp.arange(vocab)
     ranked = jnp.where(rank < limit[:, None], ranked, -jnp.inf)
@@ -164,38 +241,52 @@ def _filter(logits: Float[Array, "B V"], state: SamplingState) -> Float[Array, "
     return jnp.where(logits >= threshold, logits, -jnp.inf)
 
 
+def _filters(state: SamplingState) -> Bool[Array, " B"]:
+    """Rows that exclude tokens."""
+    return (state.top_k > 0) | (state.top_p < 1) | (state.min_p > 0)
+
+
 def sample(
-    logits: Float[Array, "B V"],
+    logits: Float[Array, "B W"],
     seen: Bool[Array, "B V"],
     position: Int[Array, " B"],
     state: SamplingState,
 ) -> Int[Array, " B"]:
     """Draws one token for every row.
 
+    On a mesh a device has the logits of its part of the vocabulary. They stay there,
+    but where a row filters without a small top-k: top-p and min-p are of sums over the
+    whole vocabulary, which must be added in one order to give one device's tokens.
+
     Args:
-      logits: Next-token logits, float32.
+      logits: Next-token logits, float32, of this device's part (W = V on one device).
       seen: Tokens of the prompt and the output so far.
       position: Index of the new token in its row's output: the random stream's place.
       state: Settings.
     """
-    logits = _penalise(logits, seen, state.repetition_penalty)
+    part, vocab = logits.shape[1], seen.shape[1]
+    logits = _penalise(logits, own_part(seen, part), state.repetition_penalty)
     hot = state.temperature >= _COLDEST
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = largest(logits)
 
-    def draw() -> Array:
+    def draw() -> tuple[Array, Array]:
         heat = jnp.where(hot, state.temperature, 1.0)
         scaled = logits / heat[:, None]
-        active = (state.top_k > 0) | (state.top_p < 1) | (state.min_p > 0)
         kept = jax.lax.cond(
-            jnp.any(active), lambda: _filter(scaled, state), lambda: scaled
+            jnp.any(hot & _filters(state)),
+            lambda: _filter(scaled, state, vocab),
+            lambda: scaled,
         )
 
-        def one(seed: Array, place: Array, row: Array) -> Array:
+        def noise(seed: Array, place: Array) -> Array:
             key = jax.random.fold_in(jax.random.key(seed), place)
-            return jax.random.categorical(key, row)
+            return jax.random.gumbel(key, (vocab,), kept.dtype)
 
-        return jax.vmap(one)(state.seed, position, kept).astype(jnp.int32)
+        # Every device draws the whole vocabulary's: what is one device's needs no word.
+        every = jax.vmap(noise)(state.seed, position)
+        return largest(own_part(every, part) + kept)
 
     # Sorting a vocabulary is not free, so a greedy batch skips all of it.
     drawn = jax.lax.cond(jnp.any(hot), draw, lambda: greedy)
-    return jnp.where(hot, drawn, greedy)
+    value, place = (jnp.where(hot, *pair) for pair in zip(drawn, greedy, strict=True))
+    return token_of_largest(value, place, part, vocab)

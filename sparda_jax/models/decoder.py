@@ -25,6 +25,7 @@ from sparda_jax.mesh import MODEL
 from sparda_jax.models.forecast import Forecast
 from sparda_jax.models.int8_weight import Int8Weight, as_array
 from sparda_jax.models.layers import rms_norm
+from sparda_jax.models.vocabulary import first_token, of_all_devices
 
 Storage = Literal["stacked", "per_layer"]
 
@@ -227,15 +228,15 @@ def embed(
     if table.shape[0] == model.config.vocab_size:
         rows = jnp.take(table, tokens, axis=0).astype(dtype)
     else:  # A device of a mesh has a part of the vocabulary.
-        own = tokens - jax.lax.axis_index(MODEL) * table.shape[0]
+        own = tokens - first_token(table.shape[0], model.config.vocab_size)
         here = (own >= 0) & (own < table.shape[0])
         rows = jnp.take(table, jnp.where(here, own, 0), axis=0).astype(dtype)
         rows = jax.lax.psum(jnp.where(here[..., None], rows, 0), MODEL)
     return rows * jnp.asarray(model.config.embed_scale, dtype)
 
 
-def logits(model: Decoder, h: Float[Array, "rows D"]) -> Float[Array, "rows V"]:
-    """Final norm and head in float32 (docs/algorithm.md §1.1, logits)."""
+def own_logits(model: Decoder, h: Float[Array, "rows D"]) -> Float[Array, "rows W"]:
+    """`logits` of the tokens that this device has: of all of them on one device."""
     config = model.config
     x = rms_norm(h, model.final_norm[...], config.rms_norm_eps)
     x = x / jnp.asarray(config.logits_divisor, x.dtype)
@@ -250,6 +251,10 @@ def logits(model: Decoder, h: Float[Array, "rows D"]) -> Float[Array, "rows V"]:
         (((1,), (1,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
-    if head.shape[0] != config.vocab_size:  # A device's part of the vocabulary.
-        scores = jax.lax.all_gather(scores, MODEL, tiled=True)
     return scores.T
+
+
+def logits(model: Decoder, h: Float[Array, "rows D"]) -> Float[Array, "rows V"]:
+    """Final norm and head in float32 (docs/algorithm.md §1.1, logits)."""
+    scores = own_logits(model, h)
+    return of_all_devices(scores, scores.shape[1], model.config.vocab_size)

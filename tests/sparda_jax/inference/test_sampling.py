@@ -24,7 +24,7 @@ def _logits(seed, rows=1):
 
 def _kept(logits, **config):
     state = sampling_state(SamplingConfig(temperature=1.0, **config), 0, len(logits))
-    return np.isfinite(np.asarray(_filter(logits, state)))
+    return np.isfinite(np.asarray(_filter(logits, state, VOCAB)))
 
 
 @settings(max_examples=25, deadline=None)
@@ -73,6 +73,16 @@ def test_frequencies_follow_the_filtered_distribution():
     weight = np.exp(np.asarray(logits[0])[best] / 0.7)
     np.testing.assert_allclose(counts[best], weight / weight.sum(), atol=0.015)
     assert counts[best].sum() == pytest.approx(1.0)
+
+
+def test_a_draw_is_that_of_a_categorical_of_the_seed_and_the_place():
+    logits = _logits(5, rows=8)
+    state = sampling_state(SamplingConfig(temperature=1.0), list(range(8)), 8)
+    places = jnp.arange(8) * 3
+    drawn = sample(logits, jnp.zeros(logits.shape, bool), places, state)
+    for row, token in enumerate(drawn):
+        key = jax.random.fold_in(jax.random.key(row), places[row])
+        assert token == jax.random.categorical(key, logits[row])
 
 
 def test_zero_temperature_rows_are_greedy_beside_hot_ones():
