@@ -93,3 +93,38 @@ def test_devices_with_parts_of_the_vocabulary_draw_what_one_draws():
     found = on_four_devices(PARTS)
     assert len(found) == 16 * 3 * 3 + 2
     assert [name for name, same in found.items() if not same] == []
+
+
+ENGINE = """
+    import json
+    import numpy as np
+    import sparda_jax as sj
+    from sparda_jax.inference import sampling
+    from sparda_jax.mesh import MeshConfig
+
+    sampling._CANDIDATES = 8  # Of 64 tokens of a device.
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 128, n).tolist() for n in (70, 3, 9)]
+    hot = dict(temperature=1.5)
+    ways = [dict(), dict(repetition_penalty=1.5), hot | dict(top_k=5),
+            hot | dict(top_k=8, top_p=0.8), hot | dict(top_p=0.9, min_p=0.02)]
+
+    def outcome(mesh):
+        lm = sj.load("tiny", mesh=mesh, attention="sparda", forecast="from_query",
+                     storage="stacked")
+        first = sj.generate(lm, prompts, max_new_tokens=4, ignore_eos=True).tokens
+        stop = [row[1] for row in first]  # Greedy rows would end here.
+        return [sj.generate(lm, prompts, max_new_tokens=10, min_new_tokens=4, stop_ids=stop,
+                            seed=[7, 8, 9], **way).tokens for way in ways]
+
+    meshes = None, MeshConfig(model=2), MeshConfig(data=2, model=2)
+    print(json.dumps([outcome(mesh) for mesh in meshes]))
+"""
+
+
+@pytest.mark.slow
+def test_generation_on_two_and_four_devices_is_that_of_one():
+    """Ragged rows, seeds, and stop tokens that no row may draw yet."""
+    one, *others = on_four_devices(ENGINE)
+    assert others == [one, one]
+    assert all(4 <= len(row) <= 10 for rows in one for row in rows)
