@@ -84,8 +84,8 @@ def token_of_largest(
         return place
     # A float32 holds every token id below 2²⁴.
     token = (first_token(part, vocab) + place).astype(jnp.float32)
-    both = jax.lax.all_gather(jnp.stack([value, token]), MODEL)  # [devices, 2, rows]
-    values, tokens = both[:, 0], both[:, 1]
+    both = jax.lax.all_gather(jnp.concatenate([value, token]), MODEL)
+    values, tokens = jnp.split(both, 2, axis=1)  # [devices, rows] each
     # Devices have the tokens in their order: the first device has the lowest of equals.
     winner = jnp.argmax(values, axis=0)
     return jnp.take_along_axis(tokens, winner[None], axis=0)[0].astype(jnp.int32)

@@ -1,6 +1,7 @@
 """Several devices give what one gives, and no KV ever leaves its own."""
 
 import dataclasses
+import math
 import re
 import threading
 import weakref
@@ -319,9 +320,10 @@ def test_no_kv_is_exchanged(found):
                 assert sizes == [] or len(sizes) <= 2 or sizes[-1] == 64, line
         for line in always_run(program):
             if match := re.search(r"= (.*?) all-gather", line):
-                sizes = re.findall(r"\w+\[([\d,]+)\]", match[1])
-                assert set(sizes) <= {"2,2,3", "2,2,1"}, line
-                drawn.append(line)
+                shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
+                sizes = [math.prod(map(int, s.split(","))) for s in shapes if s]
+                assert max(sizes) < 64, (line, "a row's logits of one device are 64")
+                drawn += [shape for shape in shapes if shape in ("2,6", "2,2")]
     assert drawn, "the best of every device"
     assert set(exchanged) == {"all-reduce", "all-gather"}
 
