@@ -114,8 +114,8 @@ ENGINE = """
                      storage="stacked")
         first = sj.generate(lm, prompts, max_new_tokens=4, ignore_eos=True).tokens
         stop = [row[1] for row in first]  # Greedy rows would end here.
-        return [sj.generate(lm, prompts, max_new_tokens=10, min_new_tokens=4,
-                            stop_ids=stop, seed=[7, 8, 9], **way).tokens for way in ways]
+        asked = dict(max_new_tokens=10, min_new_tokens=4, stop_ids=stop, seed=[7, 8, 9])
+        return [sj.generate(lm, prompts, **asked, **way).tokens for way in ways]
 
     meshes = None, MeshConfig(model=2), MeshConfig(data=2, model=2)
     print(json.dumps([outcome(mesh) for mesh in meshes]))
