@@ -42,7 +42,11 @@ from sparda_jax.models.decoder import Decoder  # noqa: E402
 from sparda_jax.models.weights import build_decoder, forecast_heads  # noqa: E402
 
 # Timing never decides a test.
-hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.register_profile(
+    "untimed",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("untimed")
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"

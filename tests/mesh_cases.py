@@ -26,7 +26,6 @@ def on_four_devices(script: str, *words: str) -> Any:
         capture_output=True,
         text=True,
         check=False,
-        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

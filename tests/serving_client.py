@@ -6,6 +6,8 @@ import os
 import subprocess
 from typing import Any
 
+from patience import PATIENCE
+
 KEY = "a-secret"
 # Bodies of /v1/completions that no server takes, and how it answers.
 MALFORMED: list[tuple[bytes, int]] = [
@@ -26,8 +28,8 @@ MALFORMED: list[tuple[bytes, int]] = [
 ]
 
 
-def connect(server: Any, timeout: float = 60) -> http.client.HTTPConnection:
-    return http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
+def connect(server: Any) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
 
 
 def post(
@@ -55,8 +57,6 @@ def run_client(*command: str) -> str:
         "HF_DATASETS_OFFLINE": "1",
         "OPENAI_API_KEY": KEY,  # where lm-eval's requests look
     }
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=500, env=environment
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout

@@ -76,9 +76,9 @@ def told(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebooks")
 
     def run(name: str) -> tuple[str, int]:
-        command = [sys.executable, "scripts/run_notebooks.py", "--out", str(folder)]
+        command = [sys.executable, "scripts/run_notebooks.py", "--seconds", "3600"]
         done = subprocess.run(
-            [*command, f"notebooks/{name}.ipynb"],
+            [*command, "--out", str(folder), f"notebooks/{name}.ipynb"],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,

@@ -89,7 +89,6 @@ def test_one_device_and_two_stand_beside_each_other(tmp_path):
             "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         },
         check=True,
-        timeout=300,
     )
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     modes = [(row["devices"], row.get("mode")) for row in rows]

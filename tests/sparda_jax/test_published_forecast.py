@@ -105,7 +105,7 @@ def test_a_file_gets_the_windows_of_its_heads():
 
 @pytest.mark.slow
 @pytest.mark.long  # skipped without a file that .ci/run does not fetch; shapes: above
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(14_400)
 @pytest.mark.parametrize("file", QWEN_CODER)
 def test_recall_of_the_qwen_coder_heads(file):
     """From the files, on a sample that a CPU can do: topics that nobody trained on."""

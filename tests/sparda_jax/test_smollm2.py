@@ -62,7 +62,7 @@ def test_chat_template_makes_the_golden_prompt(dense, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(14_400)
 @pytest.mark.long  # in a shorter text: the notebook `long_document`
 @pytest.mark.parametrize("tasks", [4, 10])
 def test_infllm_v2_finds_what_dense_finds(dense, tasks):

@@ -101,7 +101,7 @@ def test_from_a_directory_to_heads(model, text, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.long  # a tiny model: `test_commands_for_your_own_model_run`
 @pytest.mark.network
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(14_400)
 def test_the_default_model(smollm2_path, tmp_path):
     """SmolLM2, as small as it goes: its heads lose little of what own queries hold."""
     out = tmp_path / "heads.safetensors"

@@ -189,7 +189,7 @@ def test_a_full_disk_is_one_line(out):
         # Whoever still writes in the background ends before there is room again.
         for thread in threading.enumerate():
             if thread.name.startswith("async_save"):
-                thread.join(60)
+                thread.join()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     checkpoints.close()
@@ -197,11 +197,11 @@ def test_a_full_disk_is_one_line(out):
 
 
 HOLD = """
-import pathlib, sys, time
+import pathlib, sys
 from train.run_directory import hold_directory
 with hold_directory(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
@@ -209,6 +209,7 @@ def test_one_trainer_a_directory(tmp_path):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)],
         cwd=pathlib.Path(__file__).parents[2],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -259,5 +259,5 @@ def test_wrong_flags_are_one_line(tmp_path, capsys):
 def test_bytes_that_are_not_text_on_the_command_line(tmp_path):
     """The exit status and the line are those of a process, not of a call."""
     command = [sys.executable, "-m", "train.main", "--config", b"caf\xe9.py"]
-    done = subprocess.run(command, capture_output=True, timeout=120)
+    done = subprocess.run(command, capture_output=True)
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr

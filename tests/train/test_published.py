@@ -44,7 +44,7 @@ def rows(config, lm):
 
 @pytest.mark.slow
 @pytest.mark.network
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(14_400)
 def test_recall_of_held_out_text(config, lm, rows):
     settings = Settings(lm.config, lm.sparse, config.loss, masked_attention=True)
     evaluate = make_evaluate(lm.model, settings, make_mesh(1), fsdp=False, mass=False)
@@ -63,7 +63,7 @@ def test_recall_of_held_out_text(config, lm, rows):
 
 @pytest.mark.slow
 @pytest.mark.network
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(14_400)
 def test_perplexity_of_held_out_text(lm, rows):
     # Before that token all blocks fit the budget.
     first = lm.sparse.block_budget * lm.sparse.block_size
@@ -76,7 +76,7 @@ def test_perplexity_of_held_out_text(lm, rows):
 
 @pytest.mark.slow
 @pytest.mark.network
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(14_400)
 def test_a_short_run_on_a_cpu_learns(lm, tmp_path):
     """The CPU configuration, from plain heads, with half its context and budget."""
     config = load_config(ROOT / "configs" / "smollm2_distill.py")

@@ -12,6 +12,7 @@ import jinja2.ext
 import jinja2.sandbox
 import numpy as np
 import pytest
+from patience import until
 
 from sparda_jax.checkpoint.chat import ChatTemplate
 from sparda_jax.checkpoint.errors import CheckpointError
@@ -157,9 +158,13 @@ def test_longest_template():
 def test_process_over_a_limit_is_replaced():
     source = "{% if n %}{{ 'a' * n }}{% else %}{% for i in range(99999) %}"
     source += "{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
-    template = ChatTemplate(source, "f", {})
+    limits = dataclasses.replace(RenderLimits(), seconds=1.0)
+    template = ChatTemplate(source, "f", {}, limits)
     assert template.render(USER, n=2) == "aa"
-    for n, reason in ((0, "more than 0.5 seconds"), (10**9, "MiB of memory")):
+    # What a request of a hundred bytes adds is less than is told.
+    seconds = limits.of(100, len(source))["seconds"]
+    over = (0, f"more than {seconds:.1f} seconds"), (10**9, "MiB of memory")
+    for n, reason in over:
         with pytest.raises(CheckpointError, match=f"f: chat template: took .*{reason}"):
             template.render(USER, n=n)
         assert template.render(USER, n=2) == "aa"
@@ -421,13 +426,8 @@ def test_nothing_is_left_behind(ending, given):
         stdin=subprocess.DEVNULL if given == "-c" else None,
         capture_output=True,
         text=True,
-        timeout=300,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     text, pid = done.stdout.split()
     assert text == ascii("é")
-    for _ in range(300):
-        if not _alive(pid):
-            return
-        threading.Event().wait(0.1)
-    pytest.fail("the process that renders still runs")
+    until(lambda: not _alive(pid), "the process that renders still runs")

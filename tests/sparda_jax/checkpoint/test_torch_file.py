@@ -308,7 +308,7 @@ def test_lying_zip_sizes(tmp_path):
 
 
 def test_deep_and_shared_structures_take_no_time(tmp_path):
-    start = time.monotonic()
+    start = time.process_time()
     doubled = b"".join(b"2\x86" for _ in range(200))
     with pytest.raises(CheckpointError, match="opcode DUP"):
         read_torch_file(archive(tmp_path / "x.pt", b"\x80\x02)" + doubled + b"."))
@@ -320,7 +320,7 @@ def test_deep_and_shared_structures_take_no_time(tmp_path):
     assert len(read_torch_file(archive(tmp_path / "x.pt", nested))) == 1
     huge = b"\x80\x02Nr\xff\xff\xff\xff."
     assert read_torch_file(archive(tmp_path / "x.pt", huge)) is None
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_much_of_anything_takes_little(tmp_path):

@@ -78,7 +78,7 @@ import time
 from sparda_jax.cli import main as cli
 def wait():
     print("ready", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 cli.sj.configure_offload = wait
 raise SystemExit(cli.main(["models"]))
 """
@@ -98,7 +98,7 @@ def _interrupt(script: str, **settings) -> tuple[int, bytes]:
     ) as process:
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=60)
+        _, told = process.communicate()
     return process.returncode, told
 
 
@@ -107,7 +107,7 @@ def _interrupt(script: str, **settings) -> tuple[int, bytes]:
 def test_an_interrupt_is_never_lost(capsys, lost_in):
     """Errors of what garbage collection calls are printed, and nothing else."""
     before = signal.getsignal(signal.SIGINT)
-    came = []
+    came, slept = [], []
 
     class Kept:
         def __del__(self):
@@ -130,13 +130,13 @@ def test_an_interrupt_is_never_lost(capsys, lost_in):
             del kept
             assert reference() is None
         time.sleep(20)
+        slept.append(True)
 
-    begun = time.monotonic()
     try:
         assert run_command(action) == 130
     finally:
         gc.callbacks[:] = [call for call in gc.callbacks if call is not callback]
-    assert time.monotonic() - begun < 20
+    assert not slept
     assert capsys.readouterr().err == "interrupted\n"
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -159,7 +159,7 @@ def test_an_interrupt_while_jax_is_imported_is_one_line(tmp_path, module, told):
         "import time\n"
         "try:\n"
         "    print('ready', flush=True)\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(600)\n"
         "except BaseException:\n"  # as an import that is optional
         "    pass\n"
     )

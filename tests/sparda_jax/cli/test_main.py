@@ -119,7 +119,6 @@ def test_read_only_cache_directory(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

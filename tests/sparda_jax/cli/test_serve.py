@@ -94,8 +94,8 @@ def test_an_address_is_one_servers_from_the_start():
 def test_what_takes_long_is_told_while_it_does(capsys):
     before = threading.active_count()
     with pytest.raises(MemoryError), waiting("taking memory", every=0.01):
-        assert capsys.readouterr().err == "taking memory …\n"
-        told = ""
+        told = capsys.readouterr().err
+        assert told.startswith("taking memory …\n")
         while len(re.findall(r"taking memory: \d+ s\n", told)) < 2:
             told += capsys.readouterr().err
             time.sleep(0.01)
@@ -121,7 +121,7 @@ def test_a_process_finishes_what_it_accepted(tmp_path):
         request = urllib.request.Request(
             f"{url}/v1/completions", json.dumps(body).encode()
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request) as answer:
             first = answer.readline()
             process.send_signal(signal.SIGTERM)
             rest = answer.read().decode()

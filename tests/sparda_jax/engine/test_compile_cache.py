@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from patience import PATIENCE
 
 import sparda_jax as sj
 from sparda_jax.engine import compile_cache
@@ -40,7 +41,7 @@ def test_threads_that_want_one_value_make_it_once():
         return len(made)
 
     def want(_):
-        together.wait(30)
+        together.wait(PATIENCE)
         return cache.get_or_make("key", make)
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -87,7 +88,7 @@ def test_what_has_not_begun_when_the_user_stops_never_does(monkeypatch):
     monkeypatch.setattr(compile_cache, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr(compile_cache.os, "cpu_count", lambda: 1)
     with pytest.raises(KeyboardInterrupt), side_by_side() as start:
-        start(stopped.wait, 30)
+        start(stopped.wait, PATIENCE)
         start(begun.append, "further")
         raise KeyboardInterrupt
     assert begun == []

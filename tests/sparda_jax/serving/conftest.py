@@ -1,13 +1,15 @@
 """A tiny model behind real sockets."""
 
 import contextlib
+import copy
 import dataclasses
 import socket
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
+import uvicorn
+from patience import PATIENCE, until
 from serving_client import KEY
 from text_model import text_lm, text_tokenizer
 
@@ -25,7 +27,7 @@ SETTINGS = ServeSettings(
     top_logprobs=5,
     max_waiting=64,
     max_body_bytes=200_000,
-    client_timeout=1.0,
+    client_timeout=PATIENCE,
     api_key=KEY,
 )
 
@@ -44,11 +46,25 @@ class Served:
 
     def settle(self) -> None:
         """Waits until no request runs or waits, as clients that have gone leave it."""
-        for _ in range(500):
-            if self.serving.scheduler.idle:
-                return
-            time.sleep(0.02)
-        raise AssertionError("the scheduler is not idle")
+        until(lambda: self.serving.scheduler.idle, "the scheduler is not idle")
+
+
+@contextlib.contextmanager
+def listening(serving: Serving) -> Iterator[tuple[uvicorn.Server, int]]:
+    """The HTTP server of it, and its port."""
+    taken = socket.create_server(("127.0.0.1", 0))
+    # Small buffers of the system: who does not read is noticed by the server's own.
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**15)
+    server = serving.uvicorn("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
+    thread.start()
+    try:
+        until(lambda: server.started, "the server does not start")
+        yield server, taken.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+        taken.close()
 
 
 @contextlib.contextmanager
@@ -56,21 +72,11 @@ def served(lm: sj.LanguageModel, settings: ServeSettings) -> Iterator[Served]:
     serving = Serving(lm, settings)
     serving.warm_up()
     serving.scheduler.start()
-    listening = socket.create_server(("127.0.0.1", 0))
-    # Small buffers of the system: who does not read is noticed by the server's own.
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**15)
-    server = serving.uvicorn("127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
     try:
-        while not server.started:
-            time.sleep(0.01)
-        yield Served(lm, serving, listening.getsockname()[1])
+        with listening(serving) as (_, port):
+            yield Served(lm, serving, port)
     finally:
-        server.should_exit = True
-        thread.join()
         serving.scheduler.stop(abort=True)
-        listening.close()
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +95,15 @@ def serve_lm(request, lm):
 def server(serve_lm):
     with served(serve_lm, SETTINGS) as found:
         yield found
+
+
+@pytest.fixture
+def impatient(server):
+    """The same rows behind a port where clients have a second; its HTTP server too."""
+    serving = copy.copy(server.serving)
+    serving.settings = dataclasses.replace(serving.settings, client_timeout=1.0)
+    with listening(serving) as (http, port):
+        yield Served(server.lm, serving, port), http
 
 
 @pytest.fixture

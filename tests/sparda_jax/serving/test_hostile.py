@@ -4,9 +4,9 @@ import asyncio
 import json
 import socket
 import threading
-import time
 
 import pytest
+from patience import PATIENCE, until
 from serving_client import KEY, connect, post
 from starlette.requests import ClientDisconnect
 
@@ -102,7 +102,7 @@ def test_paths_and_keys(server):
 
 
 def _send(server, data: bytes) -> socket.socket:
-    made = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    made = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
     made.sendall(data)
     return made
 
@@ -114,11 +114,12 @@ def _head(length: int) -> bytes:
     ).encode()
 
 
-def test_slow_and_half_open_clients_are_let_go(server):
+def test_slow_and_half_open_clients_are_let_go(server, impatient):
     """No byte, half a head, half a body: closed after `client_timeout`."""
-    silent = _send(server, b"")
-    half = _send(server, b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nX-")
-    body = _send(server, _head(100) + b'{"prompt"')
+    hasty, _ = impatient
+    silent = _send(hasty, b"")
+    half = _send(hasty, b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nX-")
+    body = _send(hasty, _head(100) + b'{"prompt"')
     try:
         assert silent.recv(100) == b"" and half.recv(100) == b""
     except ConnectionResetError:
@@ -133,7 +134,7 @@ def test_slow_and_half_open_clients_are_let_go(server):
         pass
     for one in (silent, half, body, flood):
         one.close()
-    assert post(server, "/health", None)[0] == 200
+    assert all(post(one, "/health", None)[0] == 200 for one in (server, hasty))
 
 
 def test_a_body_of_100_megabytes_is_refused_before_it_has_come(server):
@@ -149,18 +150,19 @@ def test_a_body_of_100_megabytes_is_refused_before_it_has_come(server):
         one.close()
 
 
-def test_who_does_not_take_an_answer_is_let_go(server):
+def test_who_does_not_take_an_answer_is_let_go(impatient):
     """More than the sockets hold stands in the server's buffer, but not for long."""
+    hasty, http = impatient
     prompt = json.dumps({"prompt": "ab the " * 25_000}).encode()
     head = _head(len(prompt)).replace(b"/v1/completions", b"/tokenize")
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    client.settimeout(30)
-    client.connect(("127.0.0.1", server.port))
+    client.settimeout(PATIENCE)
+    client.connect(("127.0.0.1", hasty.port))
     client.sendall(head + prompt)
     begin = client.recv(500)
     length = int(begin.partition(b"content-length: ")[2].split(b"\r\n")[0])
-    time.sleep(2.0)  # twice `client_timeout`
+    until(lambda: not http.server_state.connections)
     taken = len(begin)
     try:
         while piece := client.recv(65536):
@@ -171,18 +173,17 @@ def test_who_does_not_take_an_answer_is_let_go(server):
     assert taken < length
 
 
-def _until(condition) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it does not come to be so")
-
-
-def test_whoever_goes_frees_the_row(server):
+def test_whoever_goes_frees_the_row(server, monkeypatch):
     """Clients that close their socket, streaming or not, and DELETE."""
-    session = server.serving.session
+    session, scheduler = server.serving.session, server.serving.scheduler
     server.settle()
+    asked, submit = threading.Event(), scheduler.submit
+
+    def submitted(jobs: list[Job]) -> None:
+        submit(jobs)
+        asked.set()
+
+    monkeypatch.setattr(scheduler, "submit", submitted)
     body = {**BODY, "max_tokens": 60, "ignore_eos": True, "n": 3}
     for stream in (False, True):
         data = json.dumps({**body, "stream": stream}).encode()
@@ -190,7 +191,8 @@ def test_whoever_goes_frees_the_row(server):
         if stream:
             assert b"200 OK" in client.recv(1000)
         else:
-            _until(lambda: server.serving.scheduler.rows())
+            # They may have ended before anybody looked.
+            until(lambda: scheduler.rows() or (asked.is_set() and scheduler.idle))
         client.close()
         server.settle()
         assert len(session.free) == 3
@@ -203,7 +205,7 @@ def test_whoever_goes_frees_the_row(server):
 
     thread = threading.Thread(target=ask)
     thread.start()
-    _until(lambda: server.serving.scheduler.rows() or answers)
+    until(lambda: scheduler.rows() or answers)
     status, _ = post(server, "/v1/requests/mine", None, method="DELETE")
     thread.join()
     server.settle()

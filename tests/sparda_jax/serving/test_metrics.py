@@ -29,7 +29,7 @@ VLLM = {
 def _get(server, path: str) -> str:
     request = urllib.request.Request(server.url + path)
     request.add_header("Authorization", f"Bearer {KEY}")
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request) as answer:
         return answer.read().decode()
 
 

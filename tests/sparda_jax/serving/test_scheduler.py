@@ -8,6 +8,7 @@ import types
 
 import numpy as np
 import pytest
+from patience import PATIENCE
 from serving_client import KEY, MALFORMED, connect, post
 
 import sparda_jax as sj
@@ -185,7 +186,7 @@ def _scores(scheduler: Scheduler, prompt: list[int]) -> tuple:
 
     client.job.deliver = keep
     scheduler.submit([client.job])
-    assert client.done.wait(300)
+    assert client.done.wait(PATIENCE)
     return client.tokens, client.ended.prompt_logs, logs
 
 
@@ -276,7 +277,7 @@ def _fuzz(server, count: int, seed: int, distinct: int) -> None:
                 client.done.wait(patience)
                 scheduler.cancel([client.job])
                 continue
-            assert client.done.wait(300)
+            assert client.done.wait(PATIENCE)
             found = (client.tokens, client.text, client.ended.reason)
             if found != alone[which]:
                 problems.append(f"request {which}: {found} is not {alone[which]}")
@@ -307,7 +308,7 @@ def _held_bytes() -> int:
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(14_400)
 def test_ten_thousand_random_requests(server):
     """What the process holds does not grow either, once a tenth of them has come."""
     _fuzz(server, count=1_000, seed=2, distinct=100)

@@ -6,9 +6,9 @@ import shutil
 import socket
 import subprocess
 import threading
-import time
 
 import pytest
+from patience import PATIENCE
 from serving_client import post
 
 from sparda_jax.serving.app import Server
@@ -47,27 +47,27 @@ def open_url(server):
 @pytest.mark.slow
 def test_a_browser_shows_live_rows(browser, server, open_url, tmp_path):
     """Its script runs, asks again, and shows the requests that run, as text."""
-    going = threading.Event()
+    going, answered = threading.Event(), threading.Event()
     going.set()
 
     def load() -> None:
         body = {"prompt": [5] * 150, "max_tokens": 60, "ignore_eos": True}
         while going.is_set():
             post(server, "/v1/completions", body, **{"x-request-id": "seen:by.all"})
+            answered.set()
 
     # Several: while one asks again, others run.
     users = [threading.Thread(target=load) for _ in range(3)]
     for user in users:
         user.start()
     try:
-        time.sleep(1.0)
+        assert answered.wait(PATIENCE)
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu"]
         command += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=8000"]
         done = subprocess.run(
             [*command, "--dump-dom", open_url],
             capture_output=True,
             text=True,
-            timeout=120,
         )
     finally:
         going.clear()
