@@ -74,7 +74,7 @@ def _experts_in_use(config: ModelConfig, batch: int) -> float:
     return config.num_experts * (1 - idle**batch)
 
 
-# Passes over the float32 scores of a group of queries, by a profile (docs/offload.md).
+# Passes over float32 scores of a group of queries, by a profile (docs/log-offload.md).
 _SCORE_PASSES = 4
 
 
