@@ -240,12 +240,15 @@ def _rows(parser: argparse.ArgumentParser) -> Iterator[str]:
             continue
         names = ", ".join(f"`{name}`" for name in action.option_strings)
         value = action.metavar or ("" if action.nargs == 0 else action.dest)
+        value = " ".join(value) if isinstance(value, tuple) else value
         default = action.default
-        shown = "" if default in (None, False, "", []) else f"`{default}`"
-        if action.required:
+        default = ",".join(map(str, default)) if isinstance(default, list) else default
+        shown = "" if default in (None, False, "") else f"`{default}`"
+        if action.required and action.nargs not in ("?", "*"):
             shown = "required"
-        label = f"{names} {_cell(str(value))}".strip()
-        yield f"| {label} | {shown} | {_cell(action.help or '')} |"
+        label = f"{names} {_cell(value)}".strip()
+        told = (action.help or "").replace("%%", "%")
+        yield f"| {label} | {shown} | {_cell(told)} |"
 
 
 _RAISED = ("ConfigError", "CheckpointError")

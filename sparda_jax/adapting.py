@@ -25,7 +25,7 @@ def adapt(
         name. `<out>.work` beside it holds the work: the same call goes on in it.
       progress: Bars on standard error.
       **options: Fields of `train.adapt.AdaptConfig`: `text`, `minutes` or `steps`,
-        `seq_len`, `budget`, `kernel_size`, `least_mass`, `queries`, `rank`,
+        `seq_len`, `budget`, `kernel_size`, `least_mass`, `queries`, `reads`, `rank`,
         `init_batches`, `passkeys`, `dtype`, `seed`.
 
     Returns:

@@ -404,11 +404,11 @@ class CacheConfig:
         `evict`: on the device, and of a prompt only the blocks that its answer can
         still list, with an attention that drops the others for good (`snapkv`,
         `window`); no further turn reads such a cache.
-      device_blocks: C, slots per layer, row and kv head (`offload`); more than a block
-        list is long are a larger cache with least-recently-used reuse. `auto`: as many
-        as the device has room for beside all else, up to all blocks. None is the length
-        of a block list, the least that there can be. A conversation keeps the C of its
-        first turn.
+      device_blocks: C, device slots per layer, row and kv head (`offload`). `auto`: as
+        many as the device has room for beside all else, up to all blocks. None: as many
+        as a block list is long, the least that there can be. Or a number: slots beyond
+        a list's length keep blocks that may be listed again. A conversation keeps the C
+        of its first turn.
       prefetch: `lookahead`: layer l's Forecast starts the fetch for layer l + 1, while
         layer l computes. `none`: a layer selects and fetches for itself, and waits.
         `auto`: decided by measurement (`planning.auto`). None is `lookahead` where

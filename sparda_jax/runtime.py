@@ -27,10 +27,15 @@ _FLAG = "--xla_gpu_enable_command_buffer"
 def configure_offload() -> None:
     """Sets the flags for offloaded KV on a GPU. Call it before JAX computes anything.
 
-    Puts the command buffer flag into `XLA_FLAGS`, unless they name one already, and
-    sets the limit of pinned memory (64 GB by default) to nine tenths of the machine's
-    memory, or of what its container may use, unless it is set. The command line does
-    this for itself; on a CPU it changes nothing.
+    Two variables of the environment:
+
+    * `XLA_FLAGS` gets `--xla_gpu_enable_command_buffer=…`, unless it names that flag.
+      Without it no fetch runs beside compute.
+    * `XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB`, unless it is set, becomes nine tenths of the
+      machine's memory, or of what its container may use. It is the most that may be
+      pinned, 64 GB by default.
+
+    The command line does this for itself; on a CPU it changes nothing.
 
     Warns:
       RuntimeWarning: If JAX has started on a GPU already, so that it is too late.

@@ -76,8 +76,8 @@ def generate(
 ) -> GenerateOutput:
     """Generates a continuation of every prompt, until each has ended.
 
-    Prefill and the `lax.while_loop` over tokens are one jittable function. It is
-    dispatched in two parts, so that both are timed, or with `single_call` in one.
+    Two compiled programs: one reads the prompts, the other is a loop over tokens. The
+    first call of a size compiles them (`stats.compile_seconds`).
 
         out = sj.generate(lm, ["Once upon a time"], max_new_tokens=32, temperature=0.7)
         config = sj.GenerateConfig(max_new_tokens=32, temperature=0.7)
@@ -90,11 +90,9 @@ def generate(
       config: What to ask for.
       conversation: From the output before: the prompts are appended to its cache. It is
         used up.
-      single_call: Do everything in one dispatch; prefill and decode are not timed
-        apart.
-      **options: The fields of `GenerateConfig`: max_new_tokens, temperature, top_k,
-        top_p, min_p, repetition_penalty, seed, n, stop, stop_ids, ignore_eos,
-        max_context, prefill_chunk. One that is given goes before that of `config`.
+      single_call: Run prefill and decode as one program; they are not timed apart.
+      **options: Any field of `GenerateConfig`, such as max_new_tokens, temperature,
+        seed or stop. One that is given goes before that of `config`.
 
     Returns:
       Tokens, texts, stats and the conversation to continue.
@@ -131,9 +129,22 @@ def stream(
 ) -> Stream:
     """`generate`, yielding `StreamEvent`s as tokens come.
 
-    Same tokens as `generate`. `tokens_per_call` tokens are decoded per dispatch;
-    after every call of a prompt cut by `prefill_chunk`, `on_progress(tokens)` is
-    called. Other arguments and errors as there.
+    Args:
+      lm: A loaded model.
+      prompts: As for `generate`.
+      config: What to ask for.
+      conversation: As for `generate`.
+      tokens_per_call: Tokens of each sequence that are decoded before events come:
+        more are faster, fewer come sooner.
+      on_progress: Called after every piece of a prompt that `prefill_chunk` cuts, with
+        the tokens of that piece.
+      **options: As for `generate`.
+
+    Returns:
+      An iterator of events, the tokens of which are those of `generate`.
+
+    Raises:
+      ConfigError: As `generate`.
 
     Example:
       >>> events = sj.stream(lm, ["a stop"], max_new_tokens=4, ignore_eos=True)

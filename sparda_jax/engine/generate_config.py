@@ -78,7 +78,11 @@ class GenerateConfig:
       min_new_tokens: Tokens before which a sequence does not end: EOS and stop ids are
         not drawn, and stop strings are looked for behind them only.
       temperature: 0 is greedy.
-      top_k, top_p, min_p, repetition_penalty: See `SamplingConfig`.
+      top_k: Keep the k best tokens; 0 is off.
+      top_p: Keep the smallest set of best tokens whose probability reaches p; 1 is off.
+      min_p: Keep tokens with at least min_p times the best one's probability; 0 is off.
+      repetition_penalty: Logits of tokens seen in the prompt or the output are divided
+        (positive ones) or multiplied (negative ones) by it; 1 is off.
       seed: One seed for all, or one each. A sequence's tokens depend on its own prompt
         and seed alone, so equal prompts with one seed give equal outputs.
       n: Outputs of each prompt, one after the other: output i of a prompt is that of
