@@ -237,14 +237,16 @@ _MEASURED = {
     "pallas_kernels.benchmarks.plan_slots": "--small",
     "train.benchmark": f"{_TINY} --seq-len 512 --repeats 1",
 }
-# The first three take minutes with real weights; `calls`, `moe_decode`, `trace record`
-# and all behind `all`, which runs the others on a card, have tests of their own.
+# The first three take minutes with real weights; `calls`, `moe_decode`, `prefer_held`,
+# `trace record` and all behind `all`, which runs the others on a card, have tests of
+# their own.
 _MEASURED_ELSEWHERE = {
     "benchmarks.cpu",
     "benchmarks.codec_error",
     "benchmarks.layers_ahead",
     "benchmarks.calls",
     "benchmarks.moe_decode",
+    "benchmarks.prefer_held",
     "benchmarks.trace record",
     "benchmarks.all",
     # Reads a GPU's profile.
