@@ -7,7 +7,6 @@ A source is "pydoc" or "stdlib", which every Python has, "records", which is mad
 import gzip
 import hashlib
 import importlib
-import json
 import pathlib
 import sysconfig
 import zlib
@@ -15,7 +14,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from sparda_jax.checkpoint.files import open_regular
+from sparda_jax.checkpoint.errors import CheckpointError
+from sparda_jax.checkpoint.files import open_regular, parse_json
 from sparda_jax.checks import ConfigError, shown
 from sparda_jax.evaluation.records import record_documents, records_seed
 
@@ -57,13 +57,14 @@ def _file_documents(path: pathlib.Path) -> Iterator[str]:
     if inner.suffix != ".jsonl":
         yield text
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    # `splitlines` would cut at U+2028 and the like, which JSON holds as they are.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number} is not JSON: {error}") from error
+            record = parse_json(line, f"{path}, line {number}")
+        except CheckpointError as error:
+            raise DataError(str(error)) from error
         content = record.get("text") if isinstance(record, dict) else None
         if not isinstance(content, str):
             raise DataError(

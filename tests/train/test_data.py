@@ -42,14 +42,16 @@ def test_directories_of_all_kinds(tmp_path):
     (tmp_path / "b.txt").write_text("plain")
     (tmp_path / "a.py").write_text("code")
     (tmp_path / "c.md.gz").write_bytes(gzip.compress(b"packed"))
-    lines = "\n".join(json.dumps({"text": text}) for text in ("one", "two"))
+    # What ends a line of text is no end of a line of JSON.
+    rows = ({"text": text} for text in ("one", "t\u2028w\x85o"))
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "d.jsonl").write_text(lines + "\n\n")
+    (tmp_path / "sub" / "d.jsonl").write_text(lines + "\n\n", newline="")
     (tmp_path / "ignored.bin").write_bytes(b"\xff")
     texts = list(read_documents(str(tmp_path)))
-    assert texts == ["code", "plain", "packed", "one", "two"]
+    assert texts == ["code", "plain", "packed", "one", "t\u2028w\x85o"]
     corpus = open_source(str(tmp_path), Bytes(), 256)
-    assert [end - begin for _, begin, end in corpus.documents()] == [4, 5, 6, 3, 3]
+    assert [end - begin for _, begin, end in corpus.documents()] == [4, 5, 6, 3, 8]
 
 
 def test_built_in_corpora():
@@ -208,7 +210,9 @@ def test_held_out_rows_take_turns():
         ({"a.txt": b""}, "holds no text"),
         ({"a.txt": b"caf\xe9"}, "a.txt is not UTF-8 text: byte 0xe9 at offset 3"),
         ({"a.gz": b"not gzip"}, "a.gz cannot be read"),
-        ({"a.jsonl": b"{"}, "line 1 is not JSON"),
+        ({"a.jsonl": b"{"}, "line 1: is no valid JSON"),
+        ({"a.jsonl": b"[" * 100_000}, "line 1: is no valid JSON"),
+        ({"a.jsonl": b'{"text": "\\ud800"}'}, "line 1: holds half a character"),
         ({"a.jsonl": b'{"body": 1}'}, 'line 1 has no text: it must be .* "text"'),
     ],
 )
