@@ -171,8 +171,12 @@ def _own_sparse(path: pathlib.Path, values: object) -> SparseConfig | None:
             f"{path}: metadata sparse_config holds {show(unknown)}, allowed: an object "
             f"with {', '.join(sorted(names))}"
         )
+    budget = values.get("block_budget")
+    if isinstance(budget, list):  # one number a layer, as `SparseConfig` checks
+        values = {**values, "block_budget": tuple(budget)}
     for name, value in values.items():
-        if type(value) is not type(getattr(SparseConfig(), name)):
+        by_layer = name == "block_budget" and isinstance(value, tuple)
+        if not by_layer and type(value) is not type(getattr(SparseConfig(), name)):
             raise CheckpointError(
                 f"{path}: metadata sparse_config.{name} = {show(value)}, allowed: a "
                 f"value like {getattr(SparseConfig(), name)!r}"

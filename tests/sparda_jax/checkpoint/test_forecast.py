@@ -10,6 +10,7 @@ from sparda_jax.checkpoint import layout
 from sparda_jax.checkpoint.errors import CheckpointError
 from sparda_jax.checkpoint.forecast import (
     ForecastWeights,
+    forecast_sparse,
     load_forecast,
     save_forecast,
 )
@@ -62,6 +63,13 @@ def test_older_versions_know_all_that_a_file_says_of_the_selection(kit, saved):
     save_forecast(saved, weights(kit.config, sparse=narrow), base_name="tiny")
     found = load_forecast(saved, config=kit.config, fingerprint="f" * 64, sparse=narrow)
     assert found.sparse == narrow
+
+
+def test_budgets_by_layer_are_read_again(kit, saved):
+    by_layer = dataclasses.replace(SPARSE, block_budget=(96, 40, 64))
+    save_forecast(saved, weights(kit.config, sparse=by_layer), base_name="tiny")
+    found = load_forecast(saved, config=kit.config, fingerprint=None, sparse=None)
+    assert found.sparse == by_layer == forecast_sparse(saved)
 
 
 def test_round_trip(kit, saved):
@@ -196,6 +204,8 @@ def test_damaged_tensors(kit, saved, name, array, message):
         ({"sparse_config": '{"block_size": "64"}'}, "sparse_config.block_size = '64'"),
         ({"sparse_config": '{"block_size": true}'}, "sparse_config.block_size = True"),
         ({"sparse_config": '{"block_size": -1}'}, "block_size=-1"),
+        ({"sparse_config": '{"block_budget": [96, true]}'}, r"block_budget\[1\]=True"),
+        ({"sparse_config": '{"block_budget": []}'}, r"block_budget=\(\) is not"),
         ({"extra": "["}, "metadata extra is no JSON"),
     ],
 )
