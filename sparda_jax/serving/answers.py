@@ -183,7 +183,7 @@ class Answer:
             self._counts[index] += event.token >= 0
             yield from self._opening(index)
             logs = [] if event.logs is None else [event.logs]
-            if event.token >= 0 or event.text:
+            if (event.token >= 0 or event.text) and not self._request.no_output:
                 yield self._chunk(index, event.text, logs, None)
 
     def last_chunk(self, index: int, ended: Ended) -> Iterator[dict]:

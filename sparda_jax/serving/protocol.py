@@ -332,6 +332,9 @@ def _request(
         },
     )
     stream, count = values.pop("stream", False), values.pop("n", 1)
+    scored = echo and logprobs is not None
+    allowed = "false with echo and logprobs, which come with a whole answer alone"
+    require(not (stream and scored), "stream", stream, allowed)
     seed = values.pop("seed", None)
     seed = secrets.randbits(32) if seed is None else seed
     new = values.pop("max_tokens", None)

@@ -138,7 +138,7 @@ def test_where_an_output_ends(server):
     assert ask(temperature=1.0, seed=0, **filtered)["text"] == mine.texts[0]
 
 
-def test_prompts_are_scored_as_forward_scores_them(server):
+def test_prompts_are_scored_as_forward_scores_them(server, client):
     """The form of lm-eval's local-completions: echo, logprobs, one token."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 120, size).tolist() for size in (2, 300)]
@@ -173,7 +173,16 @@ def test_prompts_are_scored_as_forward_scores_them(server):
     body = {"prompt": prompts[1], "max_tokens": 0, "echo": True}
     _, alone = post(server, "/v1/completions", body)
     assert alone["usage"]["completion_tokens"] == 0
-    assert alone["choices"][0]["text"] == server.lm.tokenizer.decode(prompts[1])
+    told = server.lm.tokenizer.decode(prompts[1])
+    assert alone["choices"][0]["text"] == told
+    asked = {"model": "tiny-served", "prompt": prompts[1], "max_tokens": 0}
+    chunks = list(client.completions.create(echo=True, stream=True, **asked))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == told
+    status, refused = post(
+        server, "/v1/completions", {**body, "stream": True, "logprobs": 1}
+    )
+    assert status == 400
+    assert "stream=True is not allowed: it must be false" in refused["error"]["message"]
 
 
 def test_what_else_clients_ask_for(server):
