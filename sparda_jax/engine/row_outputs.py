@@ -105,7 +105,7 @@ class RowOutputs:
         tokenizer, found = self._tokenizer, []
         for row, tokens in enumerate(row_tokens(state)):
             asked, text = self.asked[row], self._texts[row]
-            if asked.stop:
+            if text.matched:
                 shown = text.text
             else:
                 shown = "" if tokenizer is None else tokenizer.decode(tokens)

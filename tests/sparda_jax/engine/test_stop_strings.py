@@ -58,6 +58,16 @@ def whole(text_lm):
     return sj.generate(text_lm, PROMPTS, seed=7, **HOW)
 
 
+def test_a_cancelled_output_has_the_text_of_its_tokens(text_lm, whole):
+    """What is held back, as it may begin a stop string, is a part of it."""
+    decode = text_lm.tokenizer.decode
+    first = decode(whole.tokens[0][:1])
+    stream = sj.stream(text_lm, PROMPTS[:1], seed=7, stop=f"{first}never", **HOW)
+    assert next(stream).text == ""
+    out = stream.cancel()
+    assert out.tokens == [whole.tokens[0][:1]] and out.texts == [first] != [""]
+
+
 def _stops(whole) -> list[str]:
     """Stop strings that stand in one of the outputs, across its tokens."""
     first, last = whole.texts[0], whole.texts[2]
