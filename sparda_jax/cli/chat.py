@@ -255,15 +255,17 @@ def _lines() -> Iterator[str]:
             import readline  # noqa: F401  # Editing and history of `input`.
         note("Type a message; /help lists the commands, Ctrl-D ends.")
     while True:
-        if typed:
-            try:
-                line = input("> ")
-            except EOFError:
-                return
-        else:
-            line = sys.stdin.readline()
-            if not line:
-                return
+        try:
+            line = input("> ") if typed else sys.stdin.readline()
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            found = error.object[error.start]
+            raise ConfigError(
+                f"standard input is not {error.encoding}: it has a byte {found:#04x}"
+            ) from error
+        if not (line or typed):
+            return
         if line.strip():
             yield line.strip()
 

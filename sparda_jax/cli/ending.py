@@ -79,6 +79,7 @@ def run_command(
       0; 2 after a refusal or where the output cannot be written; 130 after Ctrl-C; 141
       if nobody reads the output.
     """
+    _open_closed_streams()
     before, given = _options.set({}), _given.set({})
     try:
         try:
@@ -105,6 +106,16 @@ def run_command(
         _options.reset(before)
         _given.reset(given)
     return 0
+
+
+def _open_closed_streams() -> None:
+    """Gives a command that was started without streams, as by `<&-`, empty ones.
+
+    Python has None in their place, and the next files that are opened their numbers.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def _take_any_text() -> None:

@@ -65,6 +65,15 @@ def test_fork_back_and_reset(talk):
     assert "attention dense" in err
 
 
+def test_lines_that_are_no_text_end_in_one_line(monkeypatch, capsys, text_lm):
+    monkeypatch.setattr(cli_chat, "load_model", lambda *_: text_lm)
+    given = io.TextIOWrapper(io.BytesIO(b"/help\na\xe9b\n"), "utf-8")
+    monkeypatch.setattr("sys.stdin", given)
+    assert main(["chat"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == "sparda: standard input is not utf-8: it has a byte 0xe9"
+
+
 @pytest.mark.slow
 def test_attention_and_cache_read_all_again(talk, text_lm):
     lines = ["one", "/attention window", "two", "/cache auto", "/fork", "three"]

@@ -56,6 +56,21 @@ def test_the_line_of_a_file_names_its_option(capsys, error, told):
     assert capsys.readouterr().err == f"{told}\n"
 
 
+def test_closed_streams_are_empty_ones(monkeypatch):
+    names, read = ("stdin", "stdout", "stderr"), []
+    for name in names:
+        monkeypatch.setattr(sys, name, None)
+
+    def action():
+        print("nobody sees it")
+        read.append(sys.stdin.read())
+
+    status = run_command(action)
+    for name in names:
+        getattr(sys, name).close()
+    assert (status, read) == (0, [""])
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
 def test_any_name_can_be_printed(monkeypatch, encoding):
     """Bytes of a path that are not UTF-8, letters that the output does not have."""
