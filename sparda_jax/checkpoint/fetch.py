@@ -309,11 +309,13 @@ def _work_folder(
         )
     folder = pathlib.Path(tempfile.mkdtemp(prefix=_PREFIX, dir=cache))
     try:
-        unlocked = folder / f"{_LOCK}.new"
-        with open(unlocked, "wb") as lock:
+        # Without locks (not a Unix system) an open file cannot be renamed either.
+        first = folder / (_LOCK if fcntl is None else f"{_LOCK}.new")
+        with open(first, "wb") as lock:
             _lock(lock.fileno())
-            # Under this name others take a file without a lock for a killed one's.
-            unlocked.rename(folder / _LOCK)
+            if fcntl is not None:
+                # Under this name others take a file without a lock for a killed one's.
+                first.rename(folder / _LOCK)
             yield folder, lock.fileno()
     finally:
         shutil.rmtree(folder, ignore_errors=True)

