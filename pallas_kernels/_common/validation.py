@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8
 
@@ -225,8 +224,3 @@ def listed(indices: Int[Array, " J"], count: Int[Array, ""] | None) -> dict[str,
         require_integer("count", count)
         count = count.astype(jnp.int32)
     return {"indices": indices.astype(jnp.int32), "count": count}
-
-
-def is_concrete(*arrays: Any) -> bool:
-    """Whether the values can be looked at (no tracer among ``arrays``)."""
-    return not any(isinstance(x, jax.core.Tracer) for x in arrays)
