@@ -6,12 +6,12 @@
 
 Every part is a benchmark command with a limit. Whole prefill has a process of its own;
 parts of decode share one, and kernels another, which starts JAX and pins memory once
-for all of them (`benchmarks.in_turn`). Results are written while a part runs, whenever
-it has measured more: who ends the run keeps what there is. Each part leaves to those
-behind it what their shortest forms need, so that a busy host costs long parts their
-last cases and no part all of them. What does not fit into `--minutes` is left out and
-said. What this card has no figures of comes first, then the oldest ones, so that a
-second run measures what the first one left out.
+for all of them (`benchmarks.one_process`). Results are written while a part runs,
+whenever it has measured more: who ends the run keeps what there is. Each part leaves to
+those behind it what their shortest forms need, so that a busy host costs long parts
+their last cases and no part all of them. What does not fit into `--minutes` is left
+out and said. What this card has no figures of comes first, then the oldest ones, so
+that a second run measures what the first one left out.
 
 Results are `<out>/<device>/<part>.json`: command, commit, device, JAX version, date,
 exit status and the benchmark's own figures; by default they are those in
@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from benchmarks.in_turn import Ended, Run, run_in_turn, share
+from benchmarks.one_process import Ended, Run, run_in_one_process, share
 from benchmarks.parsers import benchmark_parser
 from benchmarks.tables import tables
 from pallas_kernels.device import device_slug
@@ -226,7 +226,7 @@ def _run_group(
     missing = dict.fromkeys(runs, "is left out: the time is up")
     # Less is no time for anything.
     seconds = seconds if seconds >= 10 else 0.0
-    for ended in run_in_turn(list(runs.values()), seconds, kept):
+    for ended in run_in_one_process(list(runs.values()), seconds, kept):
         kept(ended)
         took = f"{ended.name}: status {ended.status} after {ended.seconds:.0f} s"
         print(f"== {took}", flush=True)

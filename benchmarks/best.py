@@ -374,7 +374,7 @@ def _run_cell(
             "layer0": cell.layer0,
             "miss": None,
             "profile": None,
-            "turns": 1,
+            "rounds": 1,
             "gather_programs": [None],
         },
         slots=[cell.slots / sparse.largest_budget],

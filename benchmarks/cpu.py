@@ -17,7 +17,7 @@ A peer runs in a process of its own and may be another interpreter, one for both
 `llama-cpp-python` builds llama.cpp for this machine, `xllamacpp` has it built for any).
 transformers has SmolLM2's shape and random weights, which cost the same; llama.cpp
 reads the 4-bit file that our weights are widened from. All get two threads, and all but
-llama.cpp float32. Ways to run take turns: every figure is the median of `--repeats`
+llama.cpp float32. Every round runs all ways: a figure is the median of `--repeats`
 rounds (of half as many in `context`) with the spread (least … most), and a ratio is the
 median of the rounds' ratios. Timings on a CPU are ratios: compare within one run only.
 `work` is the processor time of a whole call, over all threads, which
@@ -121,7 +121,7 @@ def _ours(lm: "sj.LanguageModel", ids: "np.ndarray") -> Callable[[int, int], Tim
     return run
 
 
-def _in_turn(
+def _run_rounds(
     ways: list[_Way], rounds: int, results: dict[str, list[float]], new: int = NEW
 ) -> None:
     """Runs all ways in every round, the other way round in every second one."""
@@ -256,7 +256,7 @@ def _measured(
                     name = f"{half}, {mine} / transformers"
                     one = f"{mine}, {PROMPT} tokens {half}"
                     ratios.append((name, one, f"{other} {half}", aim))
-            _in_turn(ways, arguments.repeats, results)
+            _run_rounds(ways, arguments.repeats, results)
         if "context" in arguments.parts:
             ways = [
                 _Way("sparda", _ours(ahead, ids), LONG),
@@ -272,7 +272,7 @@ def _measured(
             name = f"decode, infllm_v2 at {LONG} / at {SHORT}"
             at = [f"infllm_v2, {length} tokens decode" for length in (LONG, SHORT)]
             ratios.append((name, at[0], at[1], 1.3))
-            _in_turn(ways, max(1, arguments.repeats // 2), results)
+            _run_rounds(ways, max(1, arguments.repeats // 2), results)
         if "llama" in arguments.parts and arguments.llama_python:
             file = str(fetch_default_model())
             peer = llama_peer(arguments.llama_python, file, THREADS)
@@ -291,7 +291,7 @@ def _measured(
                 name = f"decode at {LONG}, {mine.name.replace(' beside', ' /')}"
                 other = f"{ways[1].label} decode"
                 ratios.append((name, f"{mine.label} decode", other, 1.0))
-            _in_turn(ways, arguments.repeats, results, NEW_LLAMA)
+            _run_rounds(ways, arguments.repeats, results, NEW_LLAMA)
     return ratios
 
 

@@ -295,7 +295,7 @@ async def run_load(
     begun = time.perf_counter()
     minutes = arguments.minutes or math.inf
 
-    def turns() -> Iterator[int]:
+    def in_time() -> Iterator[int]:
         for index in range(len(counted)):
             if time.perf_counter() - begun > minutes * 60:
                 note(f"{minutes:g} minutes are over: {index} requests were sent")
@@ -303,10 +303,10 @@ async def run_load(
             yield index
 
     if arguments.rate is None:
-        found = await _closed(arguments.concurrency, turns(), one)
+        found = await _closed(arguments.concurrency, in_time(), one)
     else:
         tasks = []
-        for index in turns():
+        for index in in_time():
             tasks.append(asyncio.ensure_future(one(index)))
             await asyncio.sleep(float(rng.exponential(1 / arguments.rate)))
         found = await asyncio.gather(*tasks)

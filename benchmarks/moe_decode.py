@@ -8,11 +8,12 @@ cache is resident and nothing is prefilled; both attend the lists that a real mo
 chose (`benchmarks.traced`). `read_gb` are the weights of a step's MLPs at the least: of
 the experts that a batch of evenly spread tokens has in use, on the average.
 
-Both are held at once and take turns on one state, so what disturbs a moment falls on
-both. A turn is a call of eight steps and a call of `--steps`, which is what `step_ms`
-is of (the median, with the least and the most). `call_ms` is what a call takes beside
-its steps, by the two of a turn. `times_dense` is the median of the turns' ratios, with
-the least and the most of them; `times_dense_by_least` is the least step over the least.
+Both are held at once and decode on one state. Every round times both, so what disturbs
+a moment falls on both: a call of eight steps and a call of `--steps`, which is what
+`step_ms` is of (the median, with the least and the most). `call_ms` is what a call
+takes beside its steps, by the two of a round. `times_dense` is the median of the
+rounds' ratios, with the least and the most of them; `times_dense_by_least` is the least
+step over the least.
 """
 
 import argparse
@@ -75,10 +76,10 @@ def _parser() -> argparse.ArgumentParser:
         default=[1, 4, 16],
         help="rows",
     )
-    steps = {"metavar": "N", "default": 48, "help": "of a turn's long call"}
+    steps = {"metavar": "N", "default": 48, "help": "of a round's long call"}
     add_option(parser, "--steps", integer(CHUNK + 1), **steps)
-    turns = {"metavar": "N", "default": 8, "help": "of each model"}
-    add_option(parser, "--turns", count, **turns)
+    rounds = {"metavar": "N", "default": 8, "help": "of each model"}
+    add_option(parser, "--rounds", count, **rounds)
     add_file_option(parser, "--out", help="also write JSON lines here")
     parser.set_defaults(
         miss=None,
@@ -91,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Turn(NamedTuple):
-    """What one model took in one turn.
+class Round(NamedTuple):
+    """What one model took in one round.
 
     Attributes:
       short: Seconds of a call of `CHUNK` steps.
@@ -116,34 +117,34 @@ class Turn(NamedTuple):
         return self.short - CHUNK * more
 
 
-def figures(turns: Sequence[Turn], batch: int) -> dict[str, Any]:
-    """What one model's turns show.
+def figures(rounds: Sequence[Round], batch: int) -> dict[str, Any]:
+    """What one model's rounds show.
 
     Args:
-      turns: Its own.
+      rounds: Its own.
       batch: Rows of a step.
     """
-    steps = [turn.step for turn in turns]
+    steps = [one.step for one in rounds]
     return {
         "step_ms": statistics.median(steps) * 1e3,
         "least_ms": min(steps) * 1e3,
         "most_ms": max(steps) * 1e3,
-        "call_ms": statistics.median(turn.call for turn in turns) * 1e3,
-        "turns_ms": [step * 1e3 for step in steps],
+        "call_ms": statistics.median(one.call for one in rounds) * 1e3,
+        "rounds_ms": [step * 1e3 for step in steps],
         "tokens_per_second": batch / statistics.median(steps),
     }
 
 
-def times_dense(dense: Sequence[Turn], experts: Sequence[Turn]) -> dict[str, float]:
-    """How much longer a step with experts takes, turn by turn and at the least.
+def times_dense(dense: Sequence[Round], experts: Sequence[Round]) -> dict[str, float]:
+    """How much longer a step with experts takes, round by round and at the least.
 
     Args:
-      dense: Turns of the dense model.
+      dense: Rounds of the dense model.
       experts: Those of the other, in the same order.
     """
     pairs = zip(dense, experts, strict=True)
     ratios = [other.step / one.step for one, other in pairs]
-    least = min(turn.step for turn in experts) / min(turn.step for turn in dense)
+    least = min(one.step for one in experts) / min(one.step for one in dense)
     return {
         "times_dense": statistics.median(ratios),
         "times_dense_least": min(ratios),
@@ -152,14 +153,14 @@ def times_dense(dense: Sequence[Turn], experts: Sequence[Turn]) -> dict[str, flo
     }
 
 
-def _timed_turns(
+def _timed_rounds(
     models: dict[ModelConfig, Any],
     sparse: SparseConfig,
     trace: Any,
     batch: int,
     arguments: argparse.Namespace,
-) -> dict[ModelConfig, list[Turn]]:
-    """Every model's turns at one batch; all of them decode on one state."""
+) -> dict[ModelConfig, list[Round]]:
+    """Every model's rounds at one batch; all of them decode on one state."""
     import jax
     import jax.numpy as jnp
 
@@ -182,7 +183,7 @@ def _timed_turns(
         lowered = decode_loop_call.lower(model, state, request, settings=settings)
         calls[config] = functools.partial(lowered.compile(), model), request
 
-    def turn(config: ModelConfig) -> Turn:
+    def timed(config: ModelConfig) -> Round:
         nonlocal state
         call, request = calls[config]
         state, taken = begin_rows(state, context), []
@@ -192,15 +193,15 @@ def _timed_turns(
             state = call(state, request._replace(steps=jnp.int32(steps)))
             jax.block_until_ready(state.done)
             taken.append(time.perf_counter() - begun)
-        return Turn(*taken, steps=arguments.steps)
+        return Round(*taken, steps=arguments.steps)
 
-    found: dict[ModelConfig, list[Turn]] = {config: [] for config in models}
+    found: dict[ModelConfig, list[Round]] = {config: [] for config in models}
     order = list(models)
     for config in order:
-        turn(config)
-    for _ in range(arguments.turns):
+        timed(config)
+    for _ in range(arguments.rounds):
         for config in order:
-            found[config].append(turn(config))
+            found[config].append(timed(config))
         order.reverse()
     return found
 
@@ -233,21 +234,21 @@ def _run(arguments: argparse.Namespace) -> None:
         for config in (dense, experts)
     }
     for batch in arguments.batch:
-        found = _timed_turns(models, preset.sparse, trace, batch, arguments)
+        found = _timed_rounds(models, preset.sparse, trace, batch, arguments)
         jax.clear_caches()
         read = {
             dense: dense.ffn_size / experts.ffn_size,
             experts: experts_in_use(experts, batch),
         }
-        for config, turns in found.items():
+        for config, rounds in found.items():
             row = about | {
                 "mlp": "dense" if config is dense else "experts",
                 "batch": batch,
-                **figures(turns, batch),
+                **figures(rounds, batch),
                 "read_gb": read[config] * expert / 1e9,
             }
             if config is experts:
-                row |= times_dense(found[dense], turns)
+                row |= times_dense(found[dense], rounds)
             json_lines.say(row, arguments.out)
 
 

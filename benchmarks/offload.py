@@ -17,8 +17,9 @@ query, offloaded, each layer waits), `sparda-none` (Forecast, each layer waits),
 `sparda` (looking one layer ahead), `sparda-2` (two), `sparda-late` (heads that read
 behind attention: a fetch runs beside the MLP alone), `sparda-verify` (own queries have
 the last word: what verifying costs). Figures are medians over timed chunks of steps,
-with the least and the most. With `--turns` the modes of a batch are timed in turns, all
-states held at once, so that what disturbs a moment falls on all alike, and shows.
+with the least and the most. With more `--rounds` than one, each times all modes of a
+batch, whose states are held at once, so that what disturbs a moment falls on all alike,
+and shows.
 `bound` is the least step time that the bandwidths of the same run allow
 (`planning.step.step_time`), `reached` it over the median.
 """
@@ -113,8 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "of a fetch by a kernel: each a way of `sparda` of its own, but of no other"
     programs = {"many": True, "metavar": "N", "default": [None], "help": text}
     add_option(parser, "--gather-programs", count, **programs)
-    text = "rounds in which the modes take turns, all states held at once"
-    add_option(parser, "--turns", count, metavar="N", default=1, help=text)
+    text = "of all modes; with more than one all states are held at once"
+    add_option(parser, "--rounds", count, metavar="N", default=1, help=text)
     add_size_options(parser)
     parser.add_argument("--profile", type=pathlib.Path, help="folder for a trace")
     add_file_option(parser)
@@ -215,7 +216,7 @@ class _Case(NamedTuple):
 
 @dataclasses.dataclass
 class _Group:
-    """Ways that run on one state, with what they took by turn."""
+    """Ways that run on one state, with what they took by round."""
 
     slots: float | str | None
     cases: list[_Case]
@@ -325,7 +326,7 @@ def measure_batch(model, sparse, batch: int, modes: list, arguments, rates, trac
             yield place
 
     groups = _groups(model, sparse, batch, modes, arguments, trace)
-    if arguments.turns == 1:
+    if arguments.rounds == 1:
         for request, group in groups:
             for place in timed(request, group):
                 yield row(group, place)
@@ -334,7 +335,7 @@ def measure_batch(model, sparse, batch: int, modes: list, arguments, rates, trac
             jax.clear_caches()
         return
     held = list(groups)
-    for _ in range(arguments.turns):
+    for _ in range(arguments.rounds):
         for request, group in held:
             for _ in timed(request, group):
                 pass

@@ -22,7 +22,7 @@ HEAD = (
 def row_of(
     mode: str,
     way: "tuple[CacheConfig, LayerSettings]",
-    turns: Sequence[Sequence[float]],
+    rounds: Sequence[Sequence[float]],
     fetched: float,
     capacity: int,
     rates: "Rates",
@@ -34,7 +34,7 @@ def row_of(
     Args:
       mode: Its name.
       way: Its cache and how its layers run.
-      turns: Seconds a step of every timed chunk, by turn.
+      rounds: Seconds a step of every timed chunk, by round.
       fetched: Blocks a step.
       capacity: Tokens of room in a row.
       rates: The machine.
@@ -52,7 +52,7 @@ def row_of(
         shape = (sparse.block_size, 2, config.head_dim)
         stored = offload.codec.bytes_per_block(shape, jnp.bfloat16)
     listed = batch * config.num_kv_heads * config.num_layers * sparse.largest_budget
-    seconds = [taken for turn in turns for taken in turn]
+    seconds = [taken for one in rounds for taken in one]
     median = statistics.median(seconds)
     bound = step_time(
         settings,
@@ -70,7 +70,7 @@ def row_of(
         "step_ms": median * 1e3,
         "least_ms": min(seconds) * 1e3,
         "most_ms": max(seconds) * 1e3,
-        "turns_ms": [statistics.median(turn) * 1e3 for turn in turns],
+        "rounds_ms": [statistics.median(one) * 1e3 for one in rounds],
         "tokens_per_second": batch / median,
         "steps": len(seconds) * CHUNK,
         "fetched_mb": fetched * stored / 1e6,
@@ -84,9 +84,10 @@ def row_of(
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """A row below `HEAD`; its turns stand behind it."""
-    turns = row["turns_ms"]
-    more = f"  turns {' '.join(f'{turn:.2f}' for turn in turns)}" if turns[1:] else ""
+    """A row below `HEAD`; its rounds stand behind it."""
+    rounds = row["rounds_ms"]
+    shown = " ".join(f"{one:.2f}" for one in rounds)
+    more = f"  rounds {shown}" if rounds[1:] else ""
     return (
         f"{row['mode']:16} {row['batch']:5} {row['slots'] or '':>5} "
         f"{row['step_ms']:9.2f} {row['least_ms']:7.2f} {row['most_ms']:7.2f} "

@@ -121,7 +121,7 @@ LONGEST_FUNCTION = 60  # Lines of code, without the signature and the docstring.
 #   kernel    the body of a kernel, or its launch: what its loops share are registers
 #             and shared memory, which every part would have to be handed
 #   list      one thing after the other, of the same kind: options, cases, figures
-#   order     what one call settles in turn: every part needs what was settled before
+#   order     what one call settles, part by part: each needs what was settled before
 LONG_FUNCTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "kernel": {
         "pallas_kernels/block_scores/mosaic_lse.py": ("_lse_body",),

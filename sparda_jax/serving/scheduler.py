@@ -6,7 +6,7 @@ The rules, all of them:
               every row has its whole context on the device and in host memory from the
               start, so a free row is free host blocks as well.
   prefill     one piece of one prompt a round, or some from the prefix store; of several
-              rows that still read their prompts, each has its turn. Outputs of one
+              rows that still read their prompts, round-robin. Outputs of one
               prompt, and prompts that begin alike, run each whole piece once.
   decode      the tokens of all other rows that a fifth of a second holds, in one call,
               at most `decode_steps` (`serving.pace`); one token while a prompt is read.

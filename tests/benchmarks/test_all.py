@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks import all as whole
-from benchmarks.in_turn import Ended, Run, run_in_turn, share
+from benchmarks.one_process import Ended, Run, run_in_one_process, share
 from benchmarks.tables import stale, tables
 
 DECODE = {
@@ -89,7 +89,7 @@ def test_runs_share_a_process_until_one_fails_or_takes_too_long(tmp_path, capfd)
     runs.append(_run("last", "no_such_module"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
-        ended = list(run_in_turn(runs, 30_000))
+        ended = list(run_in_one_process(runs, 30_000))
     assert [e.name for e in ended] == ["0", "1", "2", "3", "last"]
     assert [e.status for e in ended] == [0, 3, 0, None, 1]
     first, second, third = (e.printed.strip() for e in ended[:3])
@@ -113,7 +113,7 @@ def test_figures_are_told_while_a_run_goes_on(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
-        [ended] = run_in_turn([_run("x", "note", file=file)], 6000, on_change)
+        [ended] = run_in_one_process([_run("x", "note", file=file)], 6000, on_change)
     assert ended.status == 0 and told == [("x", None)]
 
 
@@ -147,7 +147,7 @@ def test_parts_of_one_process_stand_together(tmp_path, monkeypatch):
             assert kept["status"] is None and kept["figures"] == {"rows": [1]}
             yield Ended(each.name, 0, 2.0, "")
 
-    monkeypatch.setattr(whole, "run_in_turn", run)
+    monkeypatch.setattr(whole, "run_in_one_process", run)
     names = (("a", ""), ("b", "two"), ("c", "two"), ("d", ""))
     parts = tuple(whole.Part(name, ("x",), 60, 0, process) for name, process in names)
     assert whole.run_card(parts, tmp_path, 5.0, "abc") == []
@@ -166,7 +166,7 @@ def test_what_was_never_measured_comes_first_and_then_the_oldest(tmp_path, monke
             each.file.write_text('{"rows": [1]}')
             yield Ended(each.name, 0, 1.0, "")
 
-    monkeypatch.setattr(whole, "run_in_turn", run)
+    monkeypatch.setattr(whole, "run_in_one_process", run)
     dates = {"new": "2026-02-02", "old": "2026-01-01", "cut": "2026-01-15"}
     for name, date in dates.items():
         status = None if name == "cut" else 0
@@ -193,7 +193,7 @@ def test_a_part_leaves_to_those_behind_it_what_they_need(tmp_path, monkeypatch):
             each.file.write_text('{"timings": [], "left_out": ["B=64"]}')
             yield Ended(each.name, 0, ran[each.name], "")
 
-    monkeypatch.setattr(whole, "run_in_turn", run)
+    monkeypatch.setattr(whole, "run_in_one_process", run)
     missing = whole.run_card(whole.CARD, tmp_path, 8.8, "abc")
     assert missing == [f"{part.name} lacks B=64" for part in whole.CARD]
     needed = {part.name: part.least for part in whole.CARD}
@@ -231,7 +231,7 @@ def test_a_benchmark_is_told_what_it_may_take(tmp_path):
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
-        first, second = run_in_turn(runs, 9000)
+        first, second = run_in_one_process(runs, 9000)
     assert int(first.printed.strip()[2:-2]) in range(4000, 4501)  # 0.9 of 9000 - 4000
     assert int(second.printed.strip()[2:-2]) in range(6000, 8101)  # 0.9 of what is left
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import moe_decode
 from benchmarks.moe_decode import (
-    Turn,
+    Round,
     dense_twin,
     experts_in_use,
     figures,
@@ -38,18 +38,18 @@ def test_a_preset_without_experts_is_refused(capsys):
     assert "--model='tiny' is not allowed" in capsys.readouterr().err
 
 
-def test_a_call_beside_its_steps_is_what_two_calls_of_a_turn_tell_apart():
-    turn = Turn(short=3 + 8 * 2, long=3 + 48 * 2, steps=48)
-    assert turn.call == pytest.approx(3)
-    found = figures([turn, Turn(16, 96, 48), Turn(16, 144, 48)], batch=4)
+def test_a_call_beside_its_steps_is_what_two_calls_of_a_round_tell_apart():
+    one = Round(short=3 + 8 * 2, long=3 + 48 * 2, steps=48)
+    assert one.call == pytest.approx(3)
+    found = figures([one, Round(16, 96, 48), Round(16, 144, 48)], batch=4)
     assert found["step_ms"] == pytest.approx(99 / 48 * 1e3)
     assert (found["least_ms"], found["most_ms"]) == (2e3, 3e3)
     assert found["tokens_per_second"] == pytest.approx(4 * 48 / 99)
 
 
 def test_a_moment_that_disturbs_both_leaves_their_ratio():
-    dense = [Turn(8, 48, 48), Turn(24, 144, 48), Turn(8, 48, 48)]
-    experts = [Turn(16, 96, 48), Turn(48, 288, 48), Turn(20, 120, 48)]
+    dense = [Round(8, 48, 48), Round(24, 144, 48), Round(8, 48, 48)]
+    experts = [Round(16, 96, 48), Round(48, 288, 48), Round(20, 120, 48)]
     assert times_dense(dense, experts) == {
         "times_dense": 2.0,
         "times_dense_least": 2.0,
@@ -61,7 +61,7 @@ def test_a_moment_that_disturbs_both_leaves_their_ratio():
 @pytest.mark.slow
 def test_both_are_timed_for_every_batch(tmp_path):
     out = tmp_path / "rows.jsonl"
-    words = "--model tiny-moe --context 8192 --batch 1 2 --steps 9 --turns 2 --out"
+    words = "--model tiny-moe --context 8192 --batch 1 2 --steps 9 --rounds 2 --out"
     words = words.split()
     assert moe_decode.main([*words, str(out)]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -69,7 +69,7 @@ def test_both_are_timed_for_every_batch(tmp_path):
         *(("dense", 1), ("experts", 1)),
         *(("dense", 2), ("experts", 2)),
     ]
-    dense, experts = rows[0]["turns_ms"], rows[1]["turns_ms"]
+    dense, experts = rows[0]["rounds_ms"], rows[1]["rounds_ms"]
     ratios = [b / a for a, b in zip(dense, experts, strict=True)]
     assert rows[1]["times_dense"] == pytest.approx(sum(ratios) / 2)
     assert rows[1]["read_gb"] == rows[0]["read_gb"] < rows[3]["read_gb"]

@@ -50,7 +50,7 @@ def test_every_way_has_a_profile_of_its_own(monkeypatch):
     monkeypatch.setattr(
         offload, "time_steps", lambda *given: asked.append(given[5]) or ([], 0.0, state)
     )
-    arguments = types.SimpleNamespace(turns=1)
+    arguments = types.SimpleNamespace(rounds=1)
     rows = list(offload.measure_batch(None, None, 4, ["sparda"], arguments, None, None))
     assert asked == ["sparda-8", "sparda-16"]
     assert [row["mode"] for row in rows] == list(names)

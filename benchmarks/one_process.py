@@ -1,14 +1,14 @@
 """Benchmarks one after the other in one process: a start of JAX serves all of them.
 
-    python -m benchmarks.in_turn SECONDS '[[60, 20, "MODULE", "ARGUMENT", ...], ...]'
+    python -m benchmarks.one_process SECONDS '[[60, 20, "MODULE", "ARGUMENT", ...]]'
 
 The numbers are the most that a benchmark may take, and the least that the ones before
 it leave to it (`share`). What it may take when it begins is put in the place of
 "{seconds}" in its arguments: it leaves out what would not fit, and ends by itself.
 
-`run_in_turn` starts that command for `benchmarks.all`, watches it, and starts it anew
-for what is left where a benchmark failed or was ended: what a failure leaves behind in
-a process is nobody's measurement.
+`run_in_one_process` starts that command for `benchmarks.all`, watches it, and starts it
+anew for what is left where a benchmark failed or was ended: what a failure leaves
+behind in a process is nobody's measurement.
 """
 
 import gc
@@ -27,7 +27,7 @@ from typing import NamedTuple
 from sparda_jax.cli.options import Parser
 
 # What a line begins with that says where a process stands.
-_MARK = "== in turn: "
+_MARK = "== ended: "
 # Of its share of the time, what a benchmark is told that it may take.
 _OF_SHARE = 0.9
 
@@ -78,7 +78,7 @@ def share(left: float, most: float, least: float, behind: float) -> float:
     return min(left, most, max(least, left - behind))
 
 
-def run_in_turn(
+def run_in_one_process(
     runs: Sequence[Run],
     seconds: float,
     on_change: Callable[[Ended], None] = lambda so_far: None,
@@ -96,7 +96,7 @@ def run_in_turn(
         commands = json.dumps([[run.seconds, run.least, *run.words] for run in left])
         still = f"{end - time.monotonic():.1f}"
         process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "benchmarks.in_turn", still, commands],
+            [sys.executable, "-u", "-m", "benchmarks.one_process", still, commands],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -182,7 +182,7 @@ def _status(words: Sequence[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs what is asked for, up to the first that fails."""
     begun = time.monotonic()
-    parser = Parser("python -m benchmarks.in_turn", description=__doc__)
+    parser = Parser("python -m benchmarks.one_process", description=__doc__)
     parser.add_argument("seconds", type=float, help="all that they may take")
     parser.add_argument("commands", type=json.loads, help="as the text above has them")
     arguments = parser.parse_args(argv)
