@@ -10,7 +10,7 @@ number of slots are printed the share of the blocks that own queries choose by s
 which the Forecast had listed (recall), and the blocks that were fetched, in % of the
 listed ones: ahead, beside compute, and waited for, because the Forecast had not listed
 them. `reuse` sends the list of the layer before instead, which needs no parameters, and
-`none` sends nothing. Only layers that all of them look ahead for count.
+`none` prefetches nothing. Only layers that all of them look ahead for count.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def _run(arguments: argparse.Namespace) -> None:
         f"{arguments.decode} decoded, {figures['dtype']}, {figures['device']}, JAX "
         f"{jax.__version__}; fetched, in % of the listed blocks: ahead + waited for"
     )
-    print(f"{'sent':14}{'recall':>8}{names}", flush=True)
+    print(f"{'prefetched':14}{'recall':>8}{names}", flush=True)
     for name, attention, way in _ways(arguments.ahead):
         with_it = sj.with_attention(lm, attention)
         row = {}

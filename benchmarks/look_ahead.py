@@ -1,11 +1,11 @@
-"""What else could be sent ahead than a Forecast's list, from recorded block lists.
+"""What else could be prefetched than a Forecast's list, from recorded block lists.
 
     python -m benchmarks.look_ahead smollm2-135m_4k_code_infllm_v2.npz \\
         --forecast smollm2-135m_4k_code_sparda.npz
 
-Both lie in benchmarks/traces. The first one holds what a layer's own queries choose: it
-is what must be there. The second one holds what the Forecast sent for the same tokens
-of the same text. Compared are lists that can be sent before a layer begins:
+Both are in benchmarks/traces. The first one holds what a layer's own queries choose: it
+is what must be there. The second one holds what the Forecast chose for the same tokens
+of the same text. Compared are lists that can be prefetched before a layer begins:
 
   forecast       the Forecast's, made one layer before
   reuse          the list of the layer before
@@ -13,9 +13,9 @@ of the same text. Compared are lists that can be sent before a layer begins:
   last-token     the layer's own list of the token before
   none           nothing: what is missing is fetched when the layer needs it
 
-For each: the share of the scored blocks that were sent (recall), and what a cache of C
-slots with least-recently-used reuse fetches a token and head: blocks that come ahead,
-beside compute, and blocks that the layer's own queries still miss and must wait for.
+For each: the share of the scored blocks that were prefetched (recall), and what a cache
+of C slots with least-recently-used reuse fetches a token and head: blocks ahead, beside
+compute, and blocks that the layer's own queries still miss and must wait for.
 This is the traffic of `exactness="verify"`. The Forecast's run attends to its own
 lists, so that its hidden states, and with them its lists, differ a little from those of
 a run that would be verified.
@@ -41,7 +41,7 @@ _SAME = ("model", "text", "tokens", "prefill", "block_size", "block_budget")
 _SAME += ("init_blocks", "local_blocks")
 
 
-def sent_lists(
+def prefetched_lists(
     own: BlockTrace, forecast: BlockTrace | None
 ) -> dict[str, Bool[np.ndarray, "L K T M"]]:
     """What each way sends for each layer, by its name; layers without it send nothing.
@@ -78,22 +78,24 @@ def sent_lists(
     return found
 
 
-def figures(own: BlockTrace, sent: Bool[np.ndarray, "L K T M"], first: int) -> dict:
-    """Recall and traffic of what is sent, over the layers from `first` on.
+def figures(
+    own: BlockTrace, prefetched: Bool[np.ndarray, "L K T M"], first: int
+) -> dict:
+    """Recall and traffic of what is prefetched, over the layers from `first` on.
 
     Args:
       own: What the layers' own queries choose.
-      sent: What is sent before.
+      prefetched: What is fetched before a layer begins.
       first: The first layer that counts.
     """
     count, blocks = own.listed.shape[2:]
     begin = own.prefill + min(WARM_STEPS, own.decode // 4)
     chosen = own.chosen[first:, :, begin:]
-    recall = (chosen & sent[first:, :, begin:]).sum() / chosen.sum()
+    recall = (chosen & prefetched[first:, :, begin:]).sum() / chosen.sum()
     forced = own.block_budget - own.scored
     slots = [forced + round(size * own.scored) for size in SIZES]
-    # A token's two lists one after the other: what is sent, then what is needed.
-    both = np.stack((sent[first:], own.listed[first:]), axis=3)
+    # A token's two lists one after the other: what is prefetched, then what is needed.
+    both = np.stack((prefetched[first:], own.listed[first:]), axis=3)
     both = both.reshape(-1, 2 * count, blocks)
     misses = slot_misses(both, np.repeat(own.own_blocks, 2), slots)
     misses = misses.reshape(-1, count, 2, len(slots))[:, begin:].mean((0, 1))
@@ -114,15 +116,15 @@ def _run(arguments: argparse.Namespace) -> None:
     forecast = None
     if arguments.forecast is not None:
         forecast = read_trace(arguments.forecast)
-    first = 2  # the first layer that all of them send something for
+    first = 2  # the first layer that all of them prefetch something for
     if own.listed.shape[0] <= first:
         raise ConfigError(
             f"own={str(arguments.own)!r} is not allowed: it must have more than "
             f"{first} layers"
         )
     found = {
-        name: figures(own, sent, first)
-        for name, sent in sent_lists(own, forecast).items()
+        name: figures(own, lists, first)
+        for name, lists in prefetched_lists(own, forecast).items()
     }
     print(
         f"{own.model}, {own.text}, {own.length} tokens, {own.scored} scored blocks of "
@@ -130,7 +132,7 @@ def _run(arguments: argparse.Namespace) -> None:
         "% of the scored blocks: ahead + waited for"
     )
     names = "".join(f"{f'C = {size:g}x':>16}" for size in SIZES)
-    print(f"{'sent':12}{'recall':>8}{names}")
+    print(f"{'prefetched':12}{'recall':>8}{names}")
     for name, row in found.items():
         cells = "".join(
             f"{cell['ahead']:9.1%} +{cell['waited_for']:5.1%}"
@@ -141,7 +143,7 @@ def _run(arguments: argparse.Namespace) -> None:
         keys = ("model", "text", "length", "scored", "block_budget")
         write_json(
             arguments.json,
-            {key: getattr(own, key) for key in keys} | {"sent": found},
+            {key: getattr(own, key) for key in keys} | {"prefetched": found},
         )
 
 
@@ -154,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compares what can be sent ahead."""
+    """Compares what can be prefetched."""
     return run_command(lambda: _run(_parser().parse_args(argv)))
 
 

@@ -280,7 +280,7 @@ def _groups(model, sparse, batch: int, modes: list, arguments, trace):
             for programs in arguments.gather_programs if several else [None]:
                 names.append((f"{mode}/{programs}" if programs else mode, mode))
                 ways.append(_with_programs(way, programs))
-        # "lookahead" before "none": the most fetches under way, and areas for them.
+        # "lookahead" before "none": the most fetches in flight, and areas for them.
         cache, how = min(ways, key=lambda way: (way[0].prefetch, -way[0].layers_ahead))
         state = held_state(model, how, batch, context, new, cache, choice.lists)
         hows, was_chosen, chosen = [how for _, how in ways], chosen, True

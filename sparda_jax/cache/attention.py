@@ -59,7 +59,7 @@ def token_attention(
         logits += key_bias[layer].reshape(batch, kv_heads, 1, 1, -1)
     past = jnp.arange(k.shape[2]) < tile.length[:, None]  # B S: one token, the last
     logits = jnp.where(past[:, None, None, None], logits, -jnp.inf)
-    # What lies behind a row's end is garbage, which 0 times may not be 0.
+    # What is behind a row's end is garbage, which 0 times may not be 0.
     v = jnp.where(past[:, None, :, None], v, 0.0)
     out = jnp.einsum("bkgts,bksh->btkgh", jax.nn.softmax(logits, axis=-1), v)
     return out.reshape(q.shape).astype(q.dtype)
@@ -84,7 +84,7 @@ def decode_attention(
       q: Queries after RoPE.
       kv: Slots of one layer or of all of them.
       slots: The slots to read; None reads all of them, in their order.
-      blocks: The blocks that lie in them; None with `slots`.
+      blocks: The blocks that are in them; None with `slots`.
       key_bias: Additive bias of the keys in the slots, or None.
       layer: Index on the leading axis.
       tile: The step.

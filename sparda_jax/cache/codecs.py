@@ -37,7 +37,7 @@ class BlockCodec:
 
     Attributes:
       exact: What is stored is decoded to what it was encoded from.
-      in_slots: Device slots hold full blocks as they are stored; the growing one lies
+      in_slots: Device slots hold full blocks as they are stored; the growing one is
         beside them in the model's type.
     """
 

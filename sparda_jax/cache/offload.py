@@ -9,7 +9,7 @@ Who holds what:
   tail slot  the slot of a row's last, growing block, whose newest tokens exist only
              there. It is in every list of its row, so it is never evicted
              (`cache.slots`). Where slots hold blocks as they are stored, the growing
-             one lies in `OffloadLayer.tail`, and its slot is empty until it is full
+             one is in `OffloadLayer.tail`, and its slot is empty until it is full
   index, ... device: the selector's index and NOSA's per-token bias, for all blocks
   first      device: layer 0's whole cache, when nothing shall be fetched for layer 0
 
@@ -109,7 +109,7 @@ class OffloadCache(NamedTuple):
         return layer_at(self.layers, index, self.row)
 
     def place_in_store(self, index: int | Array) -> int | Array:
-        """Where offloaded layer `index` lies in the host store; as `place`."""
+        """Where offloaded layer `index` is in the host store; as `place`."""
         return index if self.row is None else index * self.rows + self.row
 
     def replace_layer(self, index: int | Array, layer: OffloadLayer) -> "OffloadCache":
@@ -120,7 +120,7 @@ class OffloadCache(NamedTuple):
 
     @property
     def stacked(self) -> bool:
-        """Whether all offloaded layers lie in one `OffloadLayer`."""
+        """Whether all offloaded layers are in one `OffloadLayer`."""
         return len(self.layers) == 1
 
     def layer0(self) -> tuple[LayerCache, int | Array]:
@@ -331,7 +331,7 @@ def load_layer(
     Args:
       cache: The cache.
       index: The layer, counted among the offloaded ones.
-      scratch: Buffer to fill; what lies behind a row's end in it is garbage.
+      scratch: Buffer to fill; what is behind a row's end in it is garbage.
       start: Tokens that each row holds.
     """
     layer, place = cache.place(index)
@@ -342,7 +342,7 @@ def load_layer(
     def load(number: Array, scratch: Array) -> Array:
         first = jnp.minimum(number * chunk, blocks - chunk)
         piece = cache.store.read(index, first, chunk, row=cache.row)
-        # Behind a row's end lies what a row before it left, which may be no number.
+        # Behind a row's end is what a row before it left, which may be no number.
         held = (first + jnp.arange(chunk)) * block < start[:, None]
         piece = jnp.where(held[None, :, None, :, None, None, None], piece, 0)
         return lax.dynamic_update_slice_in_dim(scratch, piece, first, 3)

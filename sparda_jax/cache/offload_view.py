@@ -1,6 +1,6 @@
 """A layer's view of an offloaded cache in a decode step.
 
-Its blocks lie in host memory and in device slots. The list of a step was planned and
+Its blocks are in host memory and in device slots. The list of a step was planned and
 its fetch started by the layer before, or it is chosen here and its fetch is waited for;
 either way `commit` puts the staged blocks, and then the step's token, into their slots.
 """
@@ -45,7 +45,7 @@ class OffloadView(NamedTuple):
       fetch: The layer's block list; None before `select` if nobody looked ahead, and
         when all blocks are attended.
       fetches: What the layer's list cost.
-      stack: Whether the layers behind it lie in the same `OffloadLayer`.
+      stack: Whether the layers behind it are in the same `OffloadLayer`.
       token: The step's keys and values until they are in a slot.
       own_blocks: What the layer's own queries choose, to verify the fetched list by.
     """
@@ -74,7 +74,7 @@ class OffloadView(NamedTuple):
     def behind(self, lookahead: Lookahead) -> tuple["OffloadView", Lookahead]:
         """What changes the cache comes behind what looking ahead read of it.
 
-        Where both layers lie in one stack, XLA would keep a copy of it else.
+        Where both layers are in one stack, XLA would keep a copy of it else.
         """
         if lookahead.fetch is None or not self.stack.shared:
             return self, lookahead
@@ -84,7 +84,7 @@ class OffloadView(NamedTuple):
     def shown_to(self, lookahead: Lookahead) -> Lookahead:
         """What looks ahead behind this layer's changes of the cache reads them.
 
-        Nothing of them is the later layer's. But where both lie in one stack, XLA would
+        Nothing of them is the later layer's. But where both are in one stack, XLA would
         keep the stack of before beside the changed one, a copy of it in every layer.
         """
         later = lookahead.next_layer

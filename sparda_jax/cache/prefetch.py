@@ -65,8 +65,8 @@ def plan_fetch(
       table: The layer's slots [B, K, C].
       blocks: What to attend to.
       rows: Rows that take part; the others ask for nothing.
-      layer_in_stack: Where the layer lies in its `OffloadLayer`.
-      layer_in_store: Where it lies in the host store.
+      layer_in_stack: Where the layer is in its `OffloadLayer`.
+      layer_in_store: Where it is in the host store.
       capacity: M, blocks of a row and head in the host store.
       tile: The step.
       settings: Block size.
@@ -135,7 +135,7 @@ class NextLayer(NamedTuple):
         """Chooses the layer's blocks and finds out which of them are missing.
 
         The layer's index lacks the token of this step. For key means that is the
-        window that the step may finish; it lies in forced local blocks, so the choice
+        window that the step may finish; it is in forced local blocks, so the choice
         is the same (docs/algorithm.md §4.4).
         """
         layer, place = self.layer_cache, self.layer_in_stack

@@ -5,7 +5,7 @@ axis is L and every operation takes the layer's index; with per-layer storage th
 L caches whose axis is 1. So an operation never slices a layer out of the stack.
 
 KV is block-major and kernel-ready: [layers, B, K, M, block, 2, H], K then V of one
-token side by side. A row's tokens sit at their own positions from 0 on; whatever lies
+token side by side. A row's tokens sit at their own positions from 0 on; whatever is
 at or behind a row's length is garbage that no reader looks at.
 """
 

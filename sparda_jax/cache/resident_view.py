@@ -31,7 +31,7 @@ class ResidentView(NamedTuple):
         return self, lookahead
 
     def shown_to(self, lookahead: Lookahead) -> Lookahead:
-        """As it is: a resident layer lies in no stack of the layers behind it."""
+        """As it is: a resident layer is in no stack of the layers behind it."""
         return lookahead
 
     def append(

@@ -43,8 +43,8 @@ from sparda_jax.cache.memory import to_device
 from sparda_jax.checks import ConfigError
 
 _STREAM = "gpu_stream:1"
-# XLA takes turns on its first four streams with the sums of a program over devices. One
-# that is given the fetch's stream waits for the fetch, and every device for that sum.
+# XLA gives the sums of a program over devices to its first four streams, round-robin.
+# One on the fetch's stream waits for the fetch, and every device for that sum.
 _STREAM_BESIDE_SUMS = "gpu_stream:7"
 
 
@@ -76,7 +76,7 @@ class FetchRoute:
         return self
 
     def staging_areas(self, at_once: int) -> int:
-        """Staging areas that the cache keeps for so many fetches under way."""
+        """Staging areas that the cache keeps for so many fetches in flight."""
         return at_once if self.reuses_staging else 0
 
     def fetch(

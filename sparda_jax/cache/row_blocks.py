@@ -1,6 +1,6 @@
 """Blocks and index of one row: taken out and put in, a run of blocks at a time.
 
-For use inside of `jit`. What is taken lies on the device; blocks of a host store are
+For use inside of `jit`. What is taken is on the device; blocks of a host store are
 taken as they are stored, so that what is put back is the same bit for bit.
 """
 

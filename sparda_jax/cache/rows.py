@@ -40,7 +40,7 @@ def copy_rows(
 
     if isinstance(cache, KVCache):
         return copy(cache)
-    # What lies in a staging buffer means nothing between two calls.
+    # What is in a staging buffer means nothing between two calls.
     return OffloadCache(
         store=cache.store.copy_rows(rows) if store is None else store,
         layers=copy(cache.layers),
@@ -139,7 +139,7 @@ def reset_row(
 ) -> Cache:
     """The cache with one row as a new one has it; for use inside of `jit`.
 
-    Of the host store nothing is touched: what lies behind a row's end is never read.
+    Of the host store nothing is touched: what is behind a row's end is never read.
 
     Args:
       cache: The cache.

@@ -1,4 +1,4 @@
-"""The slot table: which KV block lies in which device slot, and the other way round.
+"""The slot table: which KV block is in which device slot, and the other way round.
 
 Every row and kv head has its own C slots. Which of them a block list takes is for
 `pallas_kernels.plan_slots` to say. The row's own block, the one that grows, is in every

@@ -121,7 +121,7 @@ def _fill(
     if free is not None and free < (kv + table) * more:
         more = _size(least, least + max(0, free) // (kv + table)) - least
     if least + more == blocks:
-        # Nothing is ever fetched then, and no room is needed for what arrives.
+        # Nothing is ever fetched then, and no room is needed for what is staged.
         return of(blocks), plan(of(blocks))
     filled = dataclasses.replace(
         one,

@@ -1,4 +1,4 @@
-"""What is sent ahead: lists by their layer, recall, and who pays for a miss."""
+"""What is prefetched: lists by their layer, recall, and who pays for a miss."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from trace_cases import drifting_trace
 
-from benchmarks.look_ahead import figures, main, sent_lists
+from benchmarks.look_ahead import figures, main, prefetched_lists
 from sparda_jax.checks import ConfigError
 from sparda_jax.planning.traces import write_trace
 
@@ -14,18 +14,18 @@ OWN = drifting_trace(layers=4)
 
 
 def test_who_sends_what():
-    sent = sent_lists(OWN, OWN)
-    np.testing.assert_array_equal(sent["forecast"][1:], OWN.listed[1:])
-    np.testing.assert_array_equal(sent["reuse"][3], OWN.listed[2])
-    np.testing.assert_array_equal(sent["reuse-2"][3], OWN.listed[1])
-    np.testing.assert_array_equal(sent["last-token"][:, :, 5], OWN.listed[:, :, 4])
+    lists = prefetched_lists(OWN, OWN)
+    np.testing.assert_array_equal(lists["forecast"][1:], OWN.listed[1:])
+    np.testing.assert_array_equal(lists["reuse"][3], OWN.listed[2])
+    np.testing.assert_array_equal(lists["reuse-2"][3], OWN.listed[1])
+    np.testing.assert_array_equal(lists["last-token"][:, :, 5], OWN.listed[:, :, 4])
     for name, empty in (("forecast", 1), ("reuse", 1), ("reuse-2", 2), ("none", 4)):
-        assert not sent[name][:empty].any()
+        assert not lists[name][:empty].any()
 
 
 def test_a_perfect_forecast_leaves_nothing_to_wait_for():
-    sent = sent_lists(OWN, OWN)
-    perfect, none = (figures(OWN, sent[name], 2) for name in ("forecast", "none"))
+    lists = prefetched_lists(OWN, OWN)
+    perfect, none = (figures(OWN, lists[name], 2) for name in ("forecast", "none"))
     assert perfect["recall"] == 1 and none["recall"] == 0
     curve = dataclasses.replace(OWN, listed=OWN.listed[2:]).miss_curve((1.0, 2.0, 4.0))
     for size, share in zip(("1", "2", "4"), curve, strict=True):
@@ -35,7 +35,7 @@ def test_a_perfect_forecast_leaves_nothing_to_wait_for():
         # The curve's first list is the prompt's last: it begins with no older ones.
         assert ahead["ahead"] <= share < ahead["ahead"] + 0.02
     # Lists of layers that have nothing to do with each other only take room.
-    reuse = figures(OWN, sent["reuse"], 2)
+    reuse = figures(OWN, lists["reuse"], 2)
     assert reuse["recall"] < 0.6
     assert reuse["traffic"]["1"]["waited_for"] > none["traffic"]["1"]["waited_for"]
 
@@ -43,7 +43,7 @@ def test_a_perfect_forecast_leaves_nothing_to_wait_for():
 def test_traces_of_other_tokens_are_refused(tmp_path, capsys):
     other = dataclasses.replace(OWN, text="another")
     with pytest.raises(ConfigError, match="forecast='another' is not allowed as text"):
-        sent_lists(OWN, other)
+        prefetched_lists(OWN, other)
     for name, trace in (("own", OWN), ("other", other)):
         write_trace(tmp_path / f"{name}.npz", trace)
     paths = [str(tmp_path / f"{name}.npz") for name in ("own", "other")]
