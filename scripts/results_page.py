@@ -1,4 +1,4 @@
-"""Keeps the results of evaluations in docs/results/, and makes the tables of the page.
+"""Keeps the results of evaluations in docs/results/, and makes the tables of the pages.
 
     python scripts/results_page.py take docs/results/NAME.json OUT [OUT …]
     python scripts/results_page.py add docs/results/NAME.json OUT [OUT …]
@@ -10,9 +10,10 @@
 what tables need: settings, and of every sample its score, its tokens and the blocks
 read; `add` puts further directories to what the file has. `begin` makes a directory of
 what the file has, so that `sparda eval --out OUT` runs what it lacks and nothing else.
-`write` fills the parts of docs/results.md between `<!-- results: NAME -->` and
-`<!-- end of NAME -->` with the tables that `sparda report` makes, and draws the plots.
-`check` says whether the page holds what the files say.
+`write` fills the parts of docs/results.md and docs/results/*.md: between `<!-- results:
+NAME LENGTH -->` and `<!-- end of NAME LENGTH -->` with the tables that `sparda report`
+makes of that length, whose plots it draws; between `<!-- overview -->` and `<!-- end of
+overview -->` with the means of all. `check` says whether they hold what the files say.
 """
 
 import argparse
@@ -38,12 +39,14 @@ from sparda_jax.evaluation.run_checks import check_records, check_settings
 from sparda_jax.evaluation.run_files import Cell, RunFiles
 from sparda_jax.evaluation.statistics import estimate, mean_of_tasks
 from sparda_jax.evaluation.sweep_tables import always_run, solved_series
-from sparda_jax.evaluation.tables import MISSING, Scores, Table, sweep_series
+from sparda_jax.evaluation.tables import MISSING, Scores, Table, Variant, sweep_series
+from sparda_jax.sparse.selectors import selector_names
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
 DATA = ROOT / "docs" / "results"
-_PART = re.compile(r"<!-- results: (\S+) -->\n.*?<!-- end of \1 -->", re.S)
+_PART = re.compile(r"<!-- results: (\S+) (\d+) -->\n.*?<!-- end of \1 \2 -->", re.S)
+_OVERVIEW = re.compile(r"(<!-- overview -->\n).*?(<!-- end of overview -->)", re.S)
 # Lists of settings that parts of one evaluation may have more or less of.
 _JOINED = ("attention", "tasks", "lengths", "devices", "commits")
 # What these say stands in the sweeps of single tasks, where there are several budgets.
@@ -53,6 +56,17 @@ _COLUMNS = ("score", "tokens", "read")
 _NAMES = tuple(field.name for field in dataclasses.fields(Cell))
 _FEWEST = 3  # Ways to attend that are worth a plot.
 _MEAN = "mean"
+_QWEN = ("qwen2.5-coder-0.5b", "qwen2.5-coder-0.5b-second")
+_SMOL = ("smollm2-135m",)
+_NEEDLES = ("niah_single_1", "ruler_style_single_2", "ruler_style_single_3")
+# Columns of the overview: in their heads, files, length, tasks that all must have run.
+_SIDE_BY_SIDE = (
+    ("Qwen 16k", _QWEN, 16384, ("passkey", *_NEEDLES, "ruler_style_multivalue")),
+    ("Qwen 30k", _QWEN, 30720, _NEEDLES),
+    ("SmolLM2 2k", _SMOL, 2048, ("passkey",)),
+    ("SmolLM2 4k", _SMOL, 4096, ("passkey",)),
+)
+_MARKS = ("", "²")  # Of which file a figure is.
 _FACTS = (
     "model",
     "weights",
@@ -247,13 +261,69 @@ def read(file: pathlib.Path) -> Scores:
     return Scores({cell: _records(kept) for cell, kept in cells.items()}, settings)
 
 
-def part(name: str) -> str:
-    """The tables of one file, as they stand in the page."""
-    every = read(DATA / f"{name}.json")
+def _of_length(scores: Scores, length: int) -> Scores:
+    """The scores of one length."""
+    cells = {c: records for c, records in scores.cells.items() if c.length == length}
+    return Scores(cells, scores.settings)
+
+
+def overview() -> str:
+    """The table of all ways to attend that have a name: a column a budget."""
+    columns: dict[str, dict[str, str]] = {}
+    labels: dict[str, str] = {}
+    for title, files, length, tasks in _SIDE_BY_SIDE:
+        sets = [_of_length(read(DATA / f"{file}.json"), length) for file in files]
+        cells = [
+            c for one in sets for c in one.cells if c.attention in selector_names()
+        ]
+        blocks = length / sets[0].settings["geometry"]["block_size"]
+        for budget in sorted({c.budget for c in cells if c.budget}, reverse=True):
+            share = f"{100 * budget / blocks:.1f}".removesuffix(".0")
+            column = columns.setdefault(f"{title}: {share} %", {})
+            for name in {c.attention for c in cells}:
+                column[name] = _means(sets, length, name, budget, tasks)
+        labels |= {c.attention: sets[0].label(Variant(c.attention, 0)) for c in cells}
+    (first, *_) = columns.values()
+
+    def place(name: str) -> tuple[bool, bool, float, str]:
+        text = first.get(name, MISSING)
+        value = 0.0 if text == MISSING else float(re.split("[,²]", text)[0])
+        return name != DENSE, name != "oracle", -value, name
+
+    rows = [
+        (
+            f"`{name}`" if labels[name] == name else f"{labels[name]} (`{name}`)",
+            *(column.get(name, MISSING) for column in columns.values()),
+        )
+        for name in sorted(labels, key=place)
+    ]
+    # Its heading is the page's own.
+    text = Table("", ("attention", *columns), tuple(rows)).markdown()
+    return text.removeprefix("### \n\n")
+
+
+def _means(
+    sets: Sequence[Scores], length: int, name: str, budget: int, tasks: Sequence[str]
+) -> str:
+    """A way to attend's means over tasks, one a set that has all of them."""
+    found: dict[str, str] = {}
+    for mark, scores in zip(_MARKS, sets, strict=False):
+        without = Cell(tasks[0], length, name, 0) in scores.cells
+        variant = Variant(name, 0 if without else budget)
+        values = [scores.values(task, length, variant, "score") for task in tasks]
+        if all(values):
+            mean = sum(sum(v) / len(v) for v in values) / len(values)
+            found.setdefault(f"{mean:.1f}", mark)
+    return ", ".join(f"{mean}{mark}" for mean, mark in found.items()) or MISSING
+
+
+def part(name: str, length: int) -> str:
+    """The tables of one file and length, as they stand in a page."""
+    every = _of_length(read(DATA / f"{name}.json"), length)
     scores, alone = _with_others(every)
-    without = (_SWEPT, _LEFT_OUT) if _swept(scores) else (_LEFT_OUT,)
+    without = (_SWEPT, _LEFT_OUT) if _swept(scores, length) else (_LEFT_OUT,)
     tables = [t for t in tables_of(scores) if not t.title.startswith(without)]
-    tables += [t for n in scores.lengths() if (t := _without_dense(scores, n))]
+    tables += [t] if (t := _without_dense(scores, length)) else []
     report = Report(DATA, scores.settings, {}, tuple(tables))
     facts = [f"* {key}: {value}" for key, value in report.facts() if key in _FACTS]
     if alone:
@@ -261,10 +331,10 @@ def part(name: str) -> str:
     parts = ["\n".join(facts) + "\n"]
     for table in tables:
         parts.append(table.markdown())
-        for task, length in _drawn(scores):
+        for task in _drawn(scores, length):
             if table.title.startswith(_titles(task, length)):
                 file = _picture(name, task, length)
-                parts.append(f"![{task}, {length:,} tokens](results/{file.name})\n")
+                parts.append(f"![{task}, {length:,} tokens]({file.name})\n")
     return "\n".join(parts)
 
 
@@ -292,15 +362,11 @@ def _titles(task: str, length: int) -> str:
     return f"{task} at {length:,} tokens"
 
 
-def _drawn(scores: Scores) -> list[tuple[str, int]]:
+def _drawn(scores: Scores, length: int) -> list[str]:
     """What there are plots of: sweeps of tasks, and of their means."""
-    swept = _swept(scores)
-    of_length: dict[int, list[str]] = {}
-    for task, length in swept:
-        of_length.setdefault(length, []).append(task)
+    swept = _swept(scores, length)
     # The means of a single task are its own sweep.
-    means = [n for n in of_length if len(always_run(scores, n)) > 1]
-    return [*swept, *((_MEAN, length) for length in means)]
+    return [*swept, _MEAN] if swept and len(always_run(scores, length)) > 1 else swept
 
 
 def _with_others(scores: Scores) -> tuple[Scores, list[str]]:
@@ -317,17 +383,16 @@ def _with_others(scores: Scores) -> tuple[Scores, list[str]]:
     return Scores(kept, scores.settings), alone
 
 
-def _swept(scores: Scores) -> list[tuple[str, int]]:
-    """Tasks and lengths with a budget sweep that is worth a plot."""
+def _swept(scores: Scores, length: int) -> list[str]:
+    """Tasks with a budget sweep that is worth a plot."""
     found = []
-    for length in scores.lengths():
-        for task in scores.scored(length):
-            cells = [c for c in scores.cells if (c.task, c.length) == (task, length)]
-            if scores.dense_score(task, length) is None:
-                continue
-            budgets = {cell.budget for cell in cells if cell.budget}
-            if len(budgets) > 1 and len({c.attention for c in cells}) >= _FEWEST:
-                found.append((task, length))
+    for task in scores.scored(length):
+        cells = [c for c in scores.cells if (c.task, c.length) == (task, length)]
+        if scores.dense_score(task, length) is None:
+            continue
+        budgets = {cell.budget for cell in cells if cell.budget}
+        if len(budgets) > 1 and len({c.attention for c in cells}) >= _FEWEST:
+            found.append(task)
     return found
 
 
@@ -335,9 +400,9 @@ def _picture(name: str, task: str, length: int) -> pathlib.Path:
     return DATA / f"{name}-{task}-{length}.png"
 
 
-def draw(name: str) -> None:
+def draw(name: str, length: int) -> None:
     """Draws the sweeps of a file; variants of a way to attend stand in tables alone."""
-    every, _ = _with_others(read(DATA / f"{name}.json"))
+    every, _ = _with_others(_of_length(read(DATA / f"{name}.json"), length))
     labels = every.settings["labels"]
     plain = {
         cell: records
@@ -345,7 +410,7 @@ def draw(name: str) -> None:
         if "," not in labels.get(cell.attention, "")
     }
     scores = Scores(plain, every.settings)
-    for task, length in _drawn(scores):
+    for task in _drawn(scores, length):
         cells = {c: r for c, r in scores.cells.items() if c.task == task}
         series, what = solved_series(scores, length), task
         if task == _MEAN:
@@ -366,12 +431,16 @@ def draw(name: str) -> None:
 
 
 def filled(page: str) -> str:
-    """The page with all its parts made anew."""
+    """A page with all its parts made anew."""
 
     def fill(mark: re.Match) -> str:
-        name = mark[1]
-        return f"<!-- results: {name} -->\n{part(name)}<!-- end of {name} -->"
+        name, length = mark.groups()
+        made = part(name, int(length))
+        return (
+            f"<!-- results: {name} {length} -->\n{made}<!-- end of {name} {length} -->"
+        )
 
+    page = _OVERVIEW.sub(lambda marks: f"{marks[1]}{overview()}{marks[2]}", page)
     return _PART.sub(fill, page)
 
 
@@ -400,13 +469,14 @@ def _run(arguments: argparse.Namespace) -> None:
         file, folder = arguments.files
         begin(pathlib.Path(file), pathlib.Path(folder))
         return
-    page = PAGE.read_text(encoding="utf-8")
-    if arguments.what == "write":
-        for name in _PART.findall(page):
-            draw(name)
-        write_text(PAGE, filled(page))
-    elif filled(page) != page:
-        raise ConfigError(f"{PAGE} is not what its files say: run `write`")
+    for file in (PAGE, *sorted(DATA.glob("*.md"))):
+        page = file.read_text(encoding="utf-8")
+        if arguments.what == "write":
+            for name, length in _PART.findall(page):
+                draw(name, int(length))
+            write_text(file, filled(page))
+        elif filled(page) != page:
+            raise ConfigError(f"{file} is not what its files say: run `write`")
 
 
 def main(words: Sequence[str] | None = None) -> int:

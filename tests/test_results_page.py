@@ -112,9 +112,35 @@ def test_budgets_by_layer_are_one_selectors_own(page, tmp_path):
 def test_scores_without_dense_have_a_table(page, tmp_path, monkeypatch):
     monkeypatch.setattr(page, "DATA", tmp_path)
     page.take(tmp_path / "x.json", [_write(tmp_path / "a", {SPARDA: 50.0})])
-    assert "| sparda, 8 blocks | 50 [50, 50] | 50.0 [50.0, 50.0] |" in page.part("x")
+    assert "| sparda, 8 blocks | 50 [50, 50] | 50.0 [50.0, 50.0] |" in page.part(
+        "x", 2048
+    )
     page.take(tmp_path / "x.json", [_write(tmp_path / "b", {DENSE: 90.0})], add=True)
-    assert "Without dense" not in page.part("x")
+    assert "Without dense" not in page.part("x", 2048)
+
+
+def test_the_overview_has_each_set_s_mean_and_a_dash(page, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "DATA", tmp_path)
+    columns = (("A", ("x", "y"), 2048, ("passkey",)), ("B", ("x",), 2048, ("passkey",)))
+    monkeypatch.setattr(page, "_SIDE_BY_SIDE", columns)
+    own = Cell("passkey", 2048, "infllm_v2", 16)
+    first, second = {DENSE: 90.0, SPARDA: 50.0}, {DENSE: 80.0, SPARDA: 50.0, own: 70.0}
+    variant = {TUPLE: 100.0}  # A selector of no name of its own stands in tables alone.
+    named = {
+        "attention": ["dense", "sparda", "infllm_v2"],
+        "labels": SETTINGS["labels"],
+    }
+    page.take(tmp_path / "x.json", [_write(tmp_path / "a", first | variant)])
+    page.take(tmp_path / "y.json", [_write(tmp_path / "b", second, **named)])
+    assert page.overview().splitlines() == [
+        "| attention | A: 50 % | A: 25 % | B: 25 % |",
+        "|---|---|---|---|",
+        "| `dense` | 90.0, 80.0² | 90.0, 80.0² | 90.0 |",
+        "| `infllm_v2` | 70.0² | – | – |",
+        "| `sparda` | – | 50.0 | 50.0 |",
+    ]
+    text = "<!-- overview -->\nold\n<!-- end of overview -->\n"
+    assert page.filled(page.filled(text)) == page.filled(text) != text
 
 
 def test_failed_samples_are_not_kept(page, tmp_path):
