@@ -1,8 +1,13 @@
 """Attention kernels for block-sparse models with a paged key-value cache.
 
 A leaf package: it needs JAX, NumPy and jaxtyping, and nothing of the model code
-beside it. Every operation has one public function with the same last argument,
-``implementation``:
+beside it. ``docs/kernels.md`` says what each operation does and how to read one.
+
+Letters of shapes: B rows (sequences), T query positions, N query heads, K kv heads, H
+numbers a head, M blocks, P blocks of a list, C slots, W windows of keys, L layers.
+
+Every operation has one public function (block scoring has two) with the same last
+argument, ``implementation``:
 
 * ``"mosaic_gpu"``: Pallas, Hopper and newer;
 * ``"triton"``: Pallas, compute capability 8.0 and newer, while JAX keeps it;
