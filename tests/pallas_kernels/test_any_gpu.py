@@ -4,7 +4,7 @@ import json
 
 import jax
 import pytest
-from kernel_cases import on_device
+from kernel_cases import on_device, slow_but
 
 from pallas_kernels import choose_blocks, dispatch, proof
 from pallas_kernels._common import devices
@@ -37,7 +37,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", slow_but({"NVIDIA L4", "NVIDIA B200", "Tesla T4"}, KINDS)
+)
 def test_no_operation_falls_to_xla_without_a_word(kind):
     capability, want = KINDS[kind]
     with on_device(kind):

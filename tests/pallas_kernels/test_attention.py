@@ -71,8 +71,8 @@ DECODE = Attention(
     decode_operands.checked,
 )
 QUICK = {
-    PREFILL: {"dense_g3_layers", "random_g4", "local_g16_layers_bias"},
-    DECODE: {"dense_g3_layers", "dense_empty_row", "listed_g16_layers_bias"},
+    PREFILL: {"random_g4", "local_g16_layers_bias"},
+    DECODE: {"dense_empty_row", "listed_g16_layers_bias"},
 }
 # What is slower to compile gets by with one.
 QUICKEST = {PREFILL: {"local_g16_layers_bias"}, DECODE: {"listed_g16_layers_bias"}}

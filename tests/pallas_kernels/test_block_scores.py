@@ -23,7 +23,7 @@ from pallas_kernels.choose_blocks.reference import choose_blocks_reference
 
 CI_SPECS = in_ci(ARG_SPECS)
 BY_NAME = {s.name: s for s in ARG_SPECS}
-QUICK = {"raw", "raw_ragged", "softmax_g4"}
+QUICK = {"raw_ragged", "softmax_g4"}
 # Accumulated in float32 whatever the inputs; exp of a difference of logits.
 TOLERANCE = 3e-6
 SIZES = {"block_size": 64, "kernel_size": 32, "kernel_stride": 16, "init_blocks": 1}
@@ -87,7 +87,7 @@ def test_xla_matches_reference_and_chooses_what_it_scores(spec):
     np.testing.assert_array_equal(np.sort(lists), np.sort(want))
 
 
-@pytest.mark.parametrize("softmax", [False, True], ids=["raw", "softmax"])
+@pytest.mark.parametrize("softmax", slow_but({True}, (False, True)))
 @pytest.mark.parametrize("head_dim", slow_but({64}, (64, 256)))
 def test_every_length_twice(softmax, head_dim):
     """Rows of 1 … 200 keys, each with its last query; two runs are the same bits."""
@@ -177,6 +177,7 @@ def test_native(spec, dtype, implementation):
     np.testing.assert_array_equal(np.sort(lists), np.sort(want))
 
 
+@pytest.mark.slow  # through a model: `test_decode_row_is_prefill_row`
 def test_a_prefill_row_chooses_what_decode_chooses():
     spec = dataclasses.replace(BY_NAME["raw"], batch=1, start=(700,))
     args = spec.make("float32")
@@ -271,7 +272,7 @@ def memory_of_long(op, softmax, implementation):
     return tokens, heads, jax.jit(call).lower(**arrays).compile().memory_analysis()
 
 
-@pytest.mark.parametrize("softmax", [False, True], ids=["raw", "softmax"])
+@pytest.mark.parametrize("softmax", slow_but({True}, (False, True)))
 @pytest.mark.parametrize(
     "implementation",
     [
@@ -290,7 +291,7 @@ def test_no_buffer_of_tokens_times_windows(softmax, implementation):
     assert memory.temp_size_in_bytes <= 3 * linear + 400 * 2**20
 
 
-@pytest.mark.parametrize("softmax", [False, True], ids=["raw", "softmax"])
+@pytest.mark.parametrize("softmax", slow_but({True}, (False, True)))
 def test_scores_of_blocks_need_no_scores_of_windows(softmax):
     tokens, heads, memory = memory_of_long(block_scores, softmax, "xla")
     # Tiles of the result before they are put in order, and copies of the query.

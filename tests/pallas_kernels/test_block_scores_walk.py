@@ -20,7 +20,7 @@ TOKENS, WINDOWS, BLOCKS, DIM = CPU_TOKENS + 12, CPU_WINDOWS + 21, 38, 16
     ("softmax", "kernel_size"),
     [
         pytest.param(False, 4, marks=pytest.mark.slow),
-        (False, 8),
+        pytest.param(False, 8, marks=pytest.mark.slow),
         pytest.param(True, 8, marks=pytest.mark.slow),
         (True, 32),
     ],

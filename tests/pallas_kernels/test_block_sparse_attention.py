@@ -86,6 +86,7 @@ def _mosaic(args, in_place):
     return mosaic.block_sparse_attention_mosaic_gpu(operands, config=config)
 
 
+@pytest.mark.slow  # each form's lowering: test_every_op.py
 def test_queries_in_place_lower_without_a_transpose():
     args = IN_PLACE.make(jnp.bfloat16)
     texts = [
@@ -109,7 +110,7 @@ def test_native_queries_in_place_give_the_same_bits(tokens):
 
 
 @pytest.mark.parametrize("listed", [None, 3])
-@pytest.mark.parametrize("tokens", slow_but({1, 17}, (1, 2, 15, 16, 17, 63, 65, 200)))
+@pytest.mark.parametrize("tokens", slow_but({17}, (1, 2, 15, 16, 17, 63, 65, 200)))
 def test_lengths(tokens, listed):
     spec = ArgSpec("", 1, tokens, 6, 2, 64, 32, 9, listed=listed, start=(40,))
     args = spec.make(jnp.float32, seed=tokens)
@@ -138,6 +139,7 @@ def test_groups(groups):
     assert_attention_matches(compute(args), reference(args), "float32")
 
 
+@pytest.mark.slow  # through a model: `test_all_blocks_selected_is_dense`
 def test_every_block_listed_is_dense():
     args = ArgSpec("", 2, 130, 6, 2, 64, 32, 8, start=(100, 0)).make(jnp.float32)
     lists = np.broadcast_to(np.arange(8, dtype=np.int32), (2, 2, 130, 8))
@@ -147,6 +149,7 @@ def test_every_block_listed_is_dense():
         assert relative_error(x, y) <= tolerance("float32")
 
 
+@pytest.mark.slow  # through a model: `test_decode_row_is_prefill_row`
 def test_a_prefill_row_is_a_decode_row():
     spec = ArgSpec("", 1, 40, 6, 2, 64, 32, 8, listed=4, local=2, start=(200,))
     args = spec.make(jnp.float32)
@@ -166,7 +169,7 @@ def test_a_prefill_row_is_a_decode_row():
         assert relative_error(lse[:, t], row_lse) <= tolerance("float32")
 
 
-@pytest.mark.parametrize("listed", [None, 4])
+@pytest.mark.parametrize("listed", slow_but({4}, (None, 4)))
 def test_chunked_is_whole(listed):
     spec = ArgSpec("", 1, 150, 6, 2, 64, 32, 8, listed=listed, local=2, start=(60,))
     args = spec.make(jnp.float32)
@@ -186,6 +189,7 @@ def test_chunked_is_whole(listed):
         assert relative_error(chunked, whole[i]) <= tolerance("float32")
 
 
+@pytest.mark.slow  # through a model: `test_padded_row_is_row_alone`
 def test_a_batch_row_is_the_row_alone():
     spec = ArgSpec("", 3, 70, 6, 2, 64, 32, 8, listed=3, start=(0, 90, 180))
     args = spec.make(jnp.float32)
@@ -274,7 +278,7 @@ GRADIENT_SPECS = [
         pytest.param(
             s,
             id=s.name,
-            marks=pytest.mark.slow if s.name in ("dense", "padded", "layers") else (),
+            marks=pytest.mark.slow if s.name != "listed" else (),
         )
         for s in GRADIENT_SPECS
     ],
@@ -317,6 +321,7 @@ def test_gradients_in_bfloat16():
     assert relative_error(got, want) <= GRADIENT_FACTOR * tolerance("bfloat16")
 
 
+@pytest.mark.slow  # as the scan over a model's layers: `test_scanned_is_unrolled`
 def test_inside_scan_over_layers():
     spec = ArgSpec("", 1, 30, 6, 2, 64, 16, 10, listed=3, start=(100,), layers=4)
     args = spec.make(jnp.float32)
@@ -337,7 +342,7 @@ def test_inside_scan_over_layers():
 
 
 @pytest.mark.parametrize("listed", [None, 96])
-@pytest.mark.parametrize("tokens", [512, 131072])
+@pytest.mark.parametrize("tokens", slow_but({131072}, (512, 131072)))
 def test_no_buffer_of_tokens_times_keys(tokens, listed):
     spec = ArgSpec("", 1, tokens, 32, 2, 128, 64, 2048, listed=listed)
     shapes = {

@@ -22,6 +22,7 @@ from pallas_kernels.choose_blocks.pallas_triton import (
 from pallas_kernels.choose_blocks.reference import choose_blocks_reference
 
 CI_SPECS = in_ci(ARG_SPECS)
+QUICK = {"forced", "ties", "more_than_there_are"}
 specs = pytest.mark.parametrize("spec", CI_SPECS, ids=lambda s: s.name)
 
 
@@ -52,7 +53,14 @@ def test_xla(spec):
     _same(jax.jit(call)(**arrays), _want(args))
 
 
-@specs
+# The interpreter compiles long for each size; the others repeat the same code.
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(s, id=s.name, marks=() if s.name in QUICK else pytest.mark.slow)
+        for s in CI_SPECS
+    ],
+)
 def test_triton_in_the_interpreter(spec):
     args = spec.make()
     own = jnp.broadcast_to(args["own"], args["scores"].shape[:-1])
@@ -71,6 +79,7 @@ def test_native(spec, implementation):
     np.testing.assert_array_equal(first, again)
 
 
+SMALL_SIZES = ((7, 1), (7, 16), (40, 1))
 CHOOSE = {
     "triton": jax.jit(
         functools.partial(choose_blocks_triton, interpret=True),
@@ -83,11 +92,16 @@ CHOOSE = {
 }
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.data())
-def test_every_value_is_in_its_place(data):
-    blocks = data.draw(st.sampled_from([7, 40]))
-    budget = data.draw(st.sampled_from([1, 16]))
+@pytest.mark.parametrize(
+    ("blocks", "budget"),
+    [
+        (40, 16),
+        *(pytest.param(*size, marks=pytest.mark.slow) for size in SMALL_SIZES),
+    ],
+)
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_every_value_is_in_its_place(data, blocks, budget):
     special = [0.0, -0.0, 1.0, -1.0, 2.5, np.inf, -np.inf, 1e-40, -1e-40, 3e38]
     row = st.lists(st.sampled_from(special), min_size=blocks, max_size=blocks)
     scores = np.array([[[data.draw(row)] * 3]], np.float32)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_cases import slow_but
 
 from pallas_kernels import commit_blocks
 from pallas_kernels.commit_blocks.arg_specs import ARG_SPECS
@@ -25,7 +26,7 @@ def _same(got, want):
     assert np.isfinite(got).all()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", slow_but({"bfloat16"}, ("float32", "bfloat16")))
 @specs
 def test_xla(spec, dtype):
     args = spec.make(dtype)
@@ -33,7 +34,7 @@ def test_xla(spec, dtype):
     _same(got, commit_blocks_reference(checked(**args)))
 
 
-@pytest.mark.parametrize("programs", [1, 5, 528])
+@pytest.mark.parametrize("programs", slow_but({5}, (1, 5, 528)))
 @specs
 def test_triton_in_the_interpreter(spec, programs):
     args = spec.make("bfloat16")

@@ -36,7 +36,7 @@ class Op(NamedTuple):
 OPS = {
     "block_scores": Op(
         pallas_kernels.select_blocks,
-        quick=("softmax_g16_layers", "raw", "raw_no_window"),
+        quick=("softmax_g16_layers", "raw_no_window"),
         extra={"budget": 6, "return_lse": True},
     ),
     "block_sparse_attention": Op(
@@ -45,26 +45,24 @@ OPS = {
         extra={"return_lse": True},
     ),
     "choose_blocks": Op(
-        pallas_kernels.choose_blocks, ("triton",), ("forced", "one"), typed=False
+        pallas_kernels.choose_blocks, ("triton",), ("forced",), typed=False
     ),
     "commit_blocks": Op(
         pallas_kernels.commit_blocks,
-        quick=("skips", "int8"),
+        quick=("int8",),
         extra={"count": jnp.int32(3)},
     ),
-    "compress_keys": Op(
-        pallas_kernels.compress_keys, quick=("minicpm", "too_short", "small_windows")
-    ),
+    "compress_keys": Op(pallas_kernels.compress_keys, quick=("minicpm", "too_short")),
     "host_gather": Op(
-        pallas_kernels.host_gather, quick=("skips", "one"), extra={"programs": 16}
+        pallas_kernels.host_gather, quick=("skips",), extra={"programs": 16}
     ),
     "paged_decode_attention": Op(
         pallas_kernels.paged_decode_attention,
-        quick=("listed_g16_layers_bias", "listed_g4"),
+        quick=("listed_g16_layers_bias",),
         extra={"return_lse": True},
     ),
     "plan_slots": Op(
-        pallas_kernels.plan_slots, ("triton",), ("one_slot_more", "one"), typed=False
+        pallas_kernels.plan_slots, ("triton",), ("one_slot_more",), typed=False
     ),
 }
 

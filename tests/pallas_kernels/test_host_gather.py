@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compute_on import compute_on
-from kernel_cases import in_ci
+from kernel_cases import in_ci, slow_but
 
 from pallas_kernels import host_gather
 from pallas_kernels.host_gather.arg_specs import ARG_SPECS
@@ -41,7 +41,7 @@ def test_xla(spec, host):
     np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("programs", [1, 5, 132])
+@pytest.mark.parametrize("programs", slow_but({5}, (1, 5, 132)))
 @specs
 def test_triton_in_the_interpreter(spec, programs):
     args = spec.make("bfloat16")
