@@ -53,7 +53,7 @@ GOLDENS = pathlib.Path(__file__).parent / "goldens"
 # A whole run takes less; what is above it are the programs of code that has changed.
 MOST_CACHED_BYTES = 2**30
 # Linux allows 65,530. One test adds some thousands at the most.
-MOST_MEMORY_MAPS = 20_000
+MOST_MEMORY_MAPS = 40_000
 _TESTS = itertools.count(1)
 
 

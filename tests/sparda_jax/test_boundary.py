@@ -407,15 +407,20 @@ def test_sequences_and_integers_of_other_libraries():
 @pytest.mark.usefixtures("without_type_checks")
 def test_a_request_of_other_libraries_values_is_the_plain_one(lm):
     plain = sj.generate(
-        lm, [[3, 4], [5, 6]], max_new_tokens=3, seed=[1, 2], stop_ids=[7], top_k=2
+        lm,
+        [[3, 4], [5, 6], [8, 9]],
+        max_new_tokens=3,
+        seed=[1, 2, 3],
+        stop_ids=[7],
+        top_k=2,
     )
     other = sj.generate(
         lm,
-        jnp.array([[3, 4], [5, 6]]),
+        jnp.array([[3, 4], [5, 6], [8, 9]]),
         max_new_tokens=np.int64(3),
         temperature=np.float32(0.0),
         top_k=jnp.array(2),
-        seed=np.array([1, 2]),
+        seed=np.array([1, 2, 3]),
         stop_ids={np.int32(7)},
         ignore_eos=np.bool_(False),
         prefill_chunk=np.uint16(512),

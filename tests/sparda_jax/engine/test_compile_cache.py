@@ -182,6 +182,8 @@ def test_the_number_of_programs_is_bounded():
     assert (len(programs), programs.compiled) == (2, 4)
 
 
+@pytest.mark.slow
+@pytest.mark.long  # small programs: `test_programs_are_keyed_by_all_that_is_static`
 def test_forward_of_a_replaced_model_is_its_own(token_ids):
     """Shapes alone are no key: the budget of the second model must count."""
     sparse = sj.SparseConfig(local_blocks=1, init_blocks=0, block_budget=2)

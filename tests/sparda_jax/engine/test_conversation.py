@@ -97,11 +97,16 @@ def test_texts_of_results_are_short(lm):
         "cache='resident')"
     )
     assert "3 rows of 4, 5, 3 tokens, resident" in repr(out.conversation)
-    stream = sj.stream(lm, TURN, conversation=out.conversation, **SHORT)
+    assert "3 rows of 3, 3, 3 new tokens" in repr(out)
+    # A row alone: its turn has a program of other tests.
+    out = sj.generate(lm, [[4]], **SHORT)
+    told, new = repr(out.conversation), repr(out)
+    stream = sj.stream(lm, TURN[:1], conversation=out.conversation, **SHORT)
     assert "not finished" in repr(stream)
     list(stream)
     # The first output's buffers are gone; what it says stays.
-    assert "3 rows of 3, 3, 3 new tokens" in repr(out)
+    assert "new token" in new and new.partition("new token")[0] in repr(out)
+    assert "used up" not in told + new
     assert "used up" in repr(out) and "used up" in repr(out.conversation)
     assert "finished: " in repr(stream) and "used up" not in repr(stream)
     for value in (lm, lm.model, out, out.conversation, stream, stream.output):

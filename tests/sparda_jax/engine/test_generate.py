@@ -1,6 +1,5 @@
 """Generation: stops, seeds, batches, streaming, turns, buckets, and bad input."""
 
-import dataclasses
 import functools
 import math
 
@@ -36,8 +35,11 @@ def _hot(lm, prompts, seed, **settings):
 def test_greedy_is_argmax_of_forward(lm, prompts, greedy):
     for prompt, tokens in zip(prompts, greedy.tokens, strict=True):
         assert len(tokens) == 24
-        logits = np.asarray(sj.forward(lm, [*prompt, *tokens[:-1]]))
-        assert logits[len(prompt) - 1 :].argmax(-1).tolist() == tokens
+        # Nothing sees what comes later: rows of one length have one program.
+        later = prompts[0][len(prompt) :]
+        logits = np.asarray(sj.forward(lm, [*prompt, *tokens[:-1], *later]))
+        own = logits[len(prompt) - 1 : len(prompt) + 23]
+        assert own.argmax(-1).tolist() == tokens
 
 
 @pytest.mark.slow
@@ -75,26 +77,36 @@ def test_a_cut_prompt_gives_the_same_tokens(lm, prompts, greedy):
     assert out.tokens == greedy.tokens
 
 
-@pytest.mark.parametrize("tokens_per_call", [1, 7])
-def test_stream_yields_the_same_tokens(lm, prompts, greedy, tokens_per_call):
+# A row alone in pieces has the programs of a further turn.
+@pytest.mark.parametrize(
+    ("rows", "tokens_per_call", "chunk"),
+    [
+        (1, 1, 128),
+        (3, 7, None),
+        pytest.param(3, 1, 128, marks=[pytest.mark.slow, pytest.mark.long]),
+    ],
+)
+def test_stream_yields_the_same_tokens(
+    lm, prompts, greedy, rows, tokens_per_call, chunk
+):
     seen = []
     stream = sj.stream(
         lm,
-        prompts,
+        prompts[:rows],
         max_new_tokens=24,
         ignore_eos=True,
         tokens_per_call=tokens_per_call,
-        prefill_chunk=128,
+        prefill_chunk=chunk,
         on_progress=seen.append,
     )
-    got = [[] for _ in prompts]
+    got = [[] for _ in range(rows)]
     for event in stream:
         got[event.index].append(event.token)
-    assert got == greedy.tokens
+    assert got == greedy.tokens[:rows]
     assert stream.output is not None
-    assert stream.output.tokens == greedy.tokens
+    assert stream.output.tokens == greedy.tokens[:rows]
     # 300 tokens in chunks of 128.
-    assert seen == [128, 128, 44]
+    assert seen == ([300] if chunk is None else [128, 128, 44])
 
 
 def test_stop_id_ends_only_its_row(lm, prompts, greedy):
@@ -110,13 +122,14 @@ def test_stop_id_ends_only_its_row(lm, prompts, greedy):
     assert out.finish_reasons[0] == "stop"
 
 
-def test_eos_of_the_model_ends_a_row(lm, prompts, greedy):
-    token = greedy.tokens[2][3]
-    config = dataclasses.replace(lm.config, eos_ids=(token,))
-    changed = dataclasses.replace(lm, config=config)
-    out = sj.generate(changed, [prompts[2]], max_new_tokens=24)
-    end = greedy.tokens[2].index(token) + 1
-    assert out.tokens[0] == greedy.tokens[2][:end]
+def test_eos_of_the_model_ends_a_row(text_lm):
+    (token,), prompt = text_lm.config.eos_ids, [5, 6, 7]
+    how = {"max_new_tokens": 400, "temperature": 2.0, "seed": 7}
+    whole = sj.generate(text_lm, [prompt], ignore_eos=True, **how).tokens[0]
+    out = sj.generate(text_lm, [prompt], **how)
+    assert len(whole) == 400
+    assert out.tokens[0] == whole[: whole.index(token) + 1]
+    assert out.finish_reasons == ["stop"]
 
 
 @pytest.mark.slow

@@ -56,12 +56,12 @@ def test_no_bos_in_the_middle_of_a_conversation(bos_lm):
 
 @pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
 def test_two_dimensional_arrays_are_prompts(text_lm, array):
-    ids = [[5, 6, 7], [8, 9, 10]]
+    ids = [[5, 6, 7], [8, 9, 10], [11, 12, 13]]
     how = {"max_new_tokens": 4, "ignore_eos": True}
     want = sj.generate(text_lm, ids, **how).tokens
     assert sj.generate(text_lm, array(ids), **how).tokens == want
     stream = sj.stream(text_lm, array(ids), **how)
-    got = [[], []]
+    got = [[], [], []]
     for event in stream:
         if event.token >= 0:
             got[event.index].append(event.token)

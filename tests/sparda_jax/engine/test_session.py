@@ -15,7 +15,7 @@ OFFLOAD = sj.CacheConfig(kind="offload", route="dynamic_slice", device_blocks=8)
 
 
 @pytest.fixture(scope="module")
-def lm(lm, text_lm):
+def worded(lm, text_lm):
     return dataclasses.replace(lm, config=text_lm.config, tokenizer=text_lm.tokenizer)
 
 
@@ -90,21 +90,21 @@ def _check(lm, token_ids, count, caches):
 
 @pytest.mark.slow
 @pytest.mark.long  # in a server: `test_random_requests_get_what_generate_gives`
-def test_rows_join_and_leave_as_if_each_were_alone(lm, token_ids):
+def test_rows_join_and_leave_as_if_each_were_alone(worded, token_ids):
     """Sampled and greedy, prompts in pieces between decode steps, stop strings."""
-    _check(lm, token_ids, 6, [OFFLOAD])
+    _check(worded, token_ids, 6, [OFFLOAD])
 
 
 @pytest.mark.slow
 @pytest.mark.long  # a few: `test_random_requests_get_what_generate_gives`
 @pytest.mark.parametrize("count", [12, 40])
-def test_many_rows_join_and_leave(lm, token_ids, count):
+def test_many_rows_join_and_leave(worded, token_ids, count):
     verify = dataclasses.replace(OFFLOAD, exactness="verify", layer0="offload")
-    plain = dataclasses.replace(lm, selector=lm.selector)
+    plain = dataclasses.replace(worded, selector=worded.selector)
     _check(plain, token_ids, count, [sj.CacheConfig(), OFFLOAD])
-    own = sj.with_attention(lm, "infllm_v2")
+    own = sj.with_attention(worded, "infllm_v2")
     _check(own, token_ids, 12, [sj.CacheConfig(), OFFLOAD])
-    alone = dataclasses.replace(lm, cache=sj.CacheConfig(exactness="verify"))
+    alone = dataclasses.replace(worded, cache=sj.CacheConfig(exactness="verify"))
     _check(alone, token_ids, 12, [verify])
 
 
@@ -175,9 +175,9 @@ def test_what_a_session_refuses(lm):
 
 @pytest.mark.slow
 @pytest.mark.long  # as lm-eval gets them from a server: `test_lm_eval`
-def test_log_probabilities_are_those_of_the_model(lm, token_ids):
+def test_log_probabilities_are_those_of_the_model(worded, token_ids):
     """Of a prompt in pieces as `forward` has them, of output tokens as it has next."""
-    plain = dataclasses.replace(lm, cache=sj.CacheConfig())
+    plain = dataclasses.replace(worded, cache=sj.CacheConfig())
     session = Session.open(
         plain,
         rows=2,

@@ -92,6 +92,7 @@ def test_sizes_of_small_requests_are_few():
     assert sizes(1, 5, longest=5, max_new=600) is None
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_rounded_up_takes_close_sizes(lm, prompts):
     """A limit between the two: the request runs as it did without sharing."""
     shared = sj.generate(lm, prompts, max_new_tokens=2)

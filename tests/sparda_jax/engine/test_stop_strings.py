@@ -135,8 +135,10 @@ def test_a_further_turn_follows_the_stop_string(text_lm, whole):
     assert turn.tokens == sj.generate(text_lm, prompts, **how).tokens
 
 
+# Offloaded, in a server: `test_where_an_output_ends`.
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "route", ["dynamic_slice", pytest.param("host_loop", marks=pytest.mark.slow)]
+    "route", [pytest.param("dynamic_slice", marks=pytest.mark.long), "host_loop"]
 )
 def test_stop_strings_of_an_offloaded_cache(text_lm, whole, route):
     cache = sj.CacheConfig(

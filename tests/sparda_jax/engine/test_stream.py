@@ -1,5 +1,6 @@
 """Streams are consumed once: left and taken up again, by several loops and threads."""
 
+import dataclasses
 import threading
 
 import pytest
@@ -12,9 +13,9 @@ PROMPT = [5, 6, 7, 8, 9]
 
 
 @pytest.fixture(scope="module")
-def lm():
-    """A tiny random model."""
-    return sj.load("tiny", storage="stacked")
+def lm(text_lm):
+    """A tiny random model, with the programs of the one that takes text."""
+    return dataclasses.replace(text_lm, tokenizer=None)
 
 
 @pytest.fixture(scope="module")

@@ -104,26 +104,34 @@ def test_any_tile_size_gives_the_same(runner, token_ids, attention, tile_size):
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@EXAMPLES
-@given(first=st.integers(1, 500), second=st.integers(1, 500))
-def test_appended_turn_is_one_prompt(runner, token_ids, attention, first, second):
-    run = runner(attention)
-    ids = token_ids(first + second, seed=4)
-    cache = run.prefill(run.empty(1), [ids[:first]], [0]).cache
-    turn = run.prefill(cache, [ids[first:]], [first])
-    whole = run.prefill(run.empty(1), [ids], [0], width=1024)
-    _same_row(whole, 0, turn, 0, first, second)
+# The shorter ones are as wide as the prompts of other tests: one program.
+@pytest.mark.parametrize("longest", [256, pytest.param(500, marks=LONG)])
+def test_appended_turn_is_one_prompt(runner, token_ids, attention, longest):
+    run, lengths = runner(attention), st.integers(1, longest)
+
+    @EXAMPLES
+    @given(first=lengths, second=lengths)
+    def check(first, second):
+        ids = token_ids(first + second, seed=4)
+        cache = run.prefill(run.empty(1), [ids[:first]], [0]).cache
+        turn = run.prefill(cache, [ids[first:]], [first])
+        width = 512 if longest == 256 else 1024
+        whole = run.prefill(run.empty(1), [ids], [0], width=width)
+        _same_row(whole, 0, turn, 0, first, second)
+
+    check()
 
 
 @EXAMPLES
 @given(starts=st.tuples(st.integers(1, 400), st.integers(1, 400)))
 def test_ragged_turns_keep_their_own_positions(runner, token_ids, starts):
-    """Two rows of different lengths each get a turn of a different length."""
+    """Rows of different lengths each get a turn of a different length."""
     run = runner("sparda")
-    rows = [token_ids(start + 50 + 30 * i, i) for i, start in enumerate(starts)]
+    starts = *starts, 1, 64, 100  # as many rows as in `test_padded_row_is_row_alone`
+    rows = [token_ids(start + 30 + 15 * i, i) for i, start in enumerate(starts)]
     heads = [row[:start] for row, start in zip(rows, starts, strict=True)]
     tails = [row[start:] for row, start in zip(rows, starts, strict=True)]
-    cache = run.prefill(run.empty(2), heads, [0, 0]).cache
+    cache = run.prefill(run.empty(5), heads, [0] * 5).cache
     turn = run.prefill(cache, tails, starts)
     for index, row in enumerate(rows):
         whole = run.prefill(run.empty(1), [row], [0])
@@ -144,6 +152,8 @@ def test_scanned_is_unrolled(runner, token_ids, attention):
     _same_row(steps[0], 0, steps[1], 0, 0, 1)
 
 
+@pytest.mark.slow
+@pytest.mark.long  # both against the reference: `test_model_goldens`
 def test_literal_selection_differs_from_masked_somewhere(runner, token_ids):
     """The parity switch does what docs/algorithm.md §7.2 says, so it is not a no-op."""
     ids = token_ids(512, seed=6)
@@ -229,10 +239,11 @@ def test_no_buffer_grows_with_tokens_times_keys(runner):
 @pytest.mark.parametrize(
     ("attention", "kind", "kernels"),
     [
-        (
+        pytest.param(
             "infllm_v2",
             "NVIDIA H200",
             {"block_scores_lse_triton", "block_scores_triton"},
+            marks=LONG,
         ),
         ("sparda", "NVIDIA H200", {"block_scores_triton"}),
         ("sparda", "NVIDIA X100", set()),

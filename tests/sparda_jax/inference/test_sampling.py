@@ -15,6 +15,7 @@ from sparda_jax.inference.sampling import (
 )
 
 VOCAB = 40
+_FILTER = jax.jit(_filter, static_argnums=2)
 
 
 def _logits(seed, rows=1):
@@ -24,7 +25,7 @@ def _logits(seed, rows=1):
 
 def _kept(logits, **config):
     state = sampling_state(SamplingConfig(temperature=1.0, **config), 0, len(logits))
-    return np.isfinite(np.asarray(_filter(logits, state, VOCAB)))
+    return np.isfinite(np.asarray(_FILTER(logits, state, VOCAB)))
 
 
 @settings(max_examples=25, deadline=None)

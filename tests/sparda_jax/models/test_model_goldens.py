@@ -31,9 +31,10 @@ MODES = [
     ("L700", "sparda"),
     ("L700", "sparda_fm"),
 ]
-# Dense, own queries, and Forecasts with both ways of masking; the rest are slow tests.
+# Own queries, and Forecasts with both ways of masking; the rest are slow tests (dense
+# ones by default: `test_every_option_equals_a_textbook_decoder`).
 FAST = {
-    "minicpm_tiny": [("L1000", "dense"), ("L1000", "sparda_fm")],
+    "minicpm_tiny": [("L1000", "sparda_fm")],
     "nosa_tiny": [("L1000", "sparse"), ("L1000", "sparda")],
 }
 # What those leave out, for one of the models; all else is long.
@@ -194,7 +195,7 @@ def test_model_equals_reference(tiny, tag, mode):
     ("tiny", "mode"),
     [
         ("minicpm_tiny", "sparda_fm"),
-        ("nosa_tiny", "sparse"),
+        pytest.param("nosa_tiny", "sparse", marks=LONG),
         pytest.param("minicpm_tiny", "sparse", marks=LONG),
         pytest.param("nosa_tiny", "sparda_fm", marks=LONG),
     ],

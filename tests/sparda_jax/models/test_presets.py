@@ -107,11 +107,17 @@ def test_longrope_takes_one_list_for_a_request():
     assert scale == pytest.approx(math.sqrt(1 + math.log(4) / math.log(100)))
 
 
+LONG = [pytest.mark.slow, pytest.mark.long]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {},
-        {"attention_bias": True},
+        # Both in the next one, and in `test_gguf` of the families.
+        pytest.param(
+            {"attention_bias": True}, marks=[pytest.mark.slow, pytest.mark.long]
+        ),
         {"attention_bias": True, "output_bias": True},
         {"qk_norm": True},
         {"tie_embeddings": False},
