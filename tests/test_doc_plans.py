@@ -41,13 +41,15 @@ def _printed(*arguments):
     return done.stdout
 
 
-def _plans(options):
-    """What plans print, each as words by the first words of a line."""
-    found = []
-    for text in _printed("-c", _PRINT, json.dumps(options)).split("\f")[:-1]:
+@pytest.fixture(scope="module")
+def plans(computed):
+    """What plans print, by their options: words by the first words of a line."""
+    options = [own for _, own in _steps(computed)] + [*_BATCHES, _beside()]
+    texts = _printed("-c", _PRINT, json.dumps(options)).split("\f")[:-1]
+    found = {}
+    for own, text in zip(options, texts, strict=True):
         lines = (re.split(r"\s{2,}", line.strip()) for line in text.splitlines())
-        found.append({first: rest for first, *rest in lines})
-    assert len(found) == len(options)
+        found[own] = {first: rest for first, *rest in lines}
     return found
 
 
@@ -68,22 +70,24 @@ def test_many_hosts_are_what_the_command_computes(computed):
     assert there == list(by_cards.values()) and len(there) == 7
 
 
-def test_steps_beside_the_measured_ones_are_the_plan_s(computed):
+def _steps(computed):
+    """Rows of the table of steps, each with the options of its plan."""
     shared = re.search(r"`sparda plan ([^`]*)`", computed)
     assert shared is not None
-    options, rows = [], []
+    found, above = [], shared.group(1)
     for row in _rows(computed.partition("| options")[2]):
-        if found := re.search(r"`([^`]*)`", row[0]):
-            own = found.group(1)
+        if own := re.search(r"`([^`]*)`", row[0]):
             # Each of these stands below a row that it adds to.
-            above = options[-1] if row[0].startswith("the same") else shared.group(1)
-            options.append(f"{above} {own}")
-            rows.append(row)
-    assert len(rows) == 9
-    for (_, planned, summed, _), own, printed in zip(
-        rows, options, _plans(options), strict=True
-    ):
-        assert printed["decode step, about"][1] == planned, own
+            above = above if row[0].startswith("the same") else shared.group(1)
+            above = f"{above} {own.group(1)}"
+            found.append((row, above))
+    assert len(found) == 9
+    return found
+
+
+def test_steps_beside_the_measured_ones_are_the_plan_s(computed, plans):
+    for (_, planned, summed, _), own in _steps(computed):
+        assert plans[own]["decode step, about"][1] == planned, own
         if summed:
             layers = 48 if "qwen3" in own else 32
             total = float(planned.split()[0]) + 2 * layers * 0.019
@@ -106,18 +110,28 @@ _PLANS = (
 )
 
 
-def test_planned_batches_are_the_plan_s():
+_BATCHES = ["--model minicpm4.1-8b --context 131072 " + own for own in _PLANS]
+
+
+def _beside():
+    """Options of the plan beside the measured batches."""
+    found = re.search(r"`sparda plan ([^`]*)`", _best())
+    assert found is not None
+    return found.group(1)
+
+
+def _best():
+    return " ".join(_section("docs/offload.md", "Best against best").split())
+
+
+def test_planned_batches_are_the_plan_s(plans):
     """The table of estimates, and the estimate beside the measured batches."""
     rows = [row for row in _rows(_section("docs/offload.md", "Planning")) if row[0]]
     there = [row for row in rows if " rows, " in row[1]]
-    text = " ".join(_section("docs/offload.md", "Best against best").split())
-    beside = re.search(r"`sparda plan ([^`]*)`", text)
-    assert beside is not None
-    model = "--model minicpm4.1-8b --context 131072 "
-    *printed, last = _plans([*(model + own for own in _PLANS), beside.group(1)])
-    for row, own, plan in zip(there, _PLANS, printed, strict=True):
+    for row, own in zip(there, _BATCHES, strict=True):
         said = [cell.removesuffix(" tokens/s") for cell in row[1:3]]
-        batches, rates = plan["batch"], plan["tokens/s, about"]
+        batches, rates = plans[own]["batch"], plans[own]["tokens/s, about"]
         assert said == [f"{batches[n]} rows, {rates[n]}" for n in (3, 2)], own
+    last, text = plans[_beside()], _best()
     batch, rate = last["batch"][3], last["tokens/s, about"][3]
     assert f"expects {batch} rows to make {rate} tokens/s" in text

@@ -206,7 +206,13 @@ def test_a_small_run(capsys, tmp_path):
     assert "does not fit: it needs" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("cache", "said"), [("resident", False), ("offload", True)])
+@pytest.mark.parametrize(
+    ("cache", "said"),
+    [
+        pytest.param("resident", False, marks=[pytest.mark.slow, pytest.mark.long]),
+        ("offload", True),
+    ],
+)
 def test_a_codec_is_said_where_blocks_are_offloaded(capsys, cache, said):
     size = "--random tiny --context 512 --batch 1 --new 2 --attention sparda".split()
     options = ["--cache", cache, "--host-codec", "int8", "--hbm", "0.0001"]

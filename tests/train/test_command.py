@@ -57,6 +57,8 @@ def test_preparing_what_is_not_there_is_one_line(tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
+@pytest.mark.long  # of the same `run_command`: tests/sparda_jax/cli/test_ending.py
 def test_a_full_or_closed_output_is_one_line(tmp_path, capsys):
     path = tmp_path / "config.py"
     path.write_text("from train.config import *\nget_config = TrainConfig")

@@ -256,6 +256,8 @@ def test_wrong_flags_are_one_line(tmp_path, capsys):
         assert told.count("\n") == 1 and told.startswith("sparda: "), told
 
 
+@pytest.mark.slow
+@pytest.mark.long  # `test_a_path_may_hold_bytes_that_are_not_utf8`
 def test_bytes_that_are_not_text_on_the_command_line(tmp_path):
     """The exit status and the line are those of a process, not of a call."""
     command = [sys.executable, "-m", "train.main", "--config", b"caf\xe9.py"]

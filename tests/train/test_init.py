@@ -53,7 +53,10 @@ def test_predictors_solve_least_squares():
     np.testing.assert_allclose(mean[0], guesses[0, :, 0].mean(1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-moe"])
+@pytest.mark.parametrize(
+    "name",
+    ["tiny", pytest.param("tiny-moe", marks=[pytest.mark.slow, pytest.mark.long])],
+)
 def test_layer_0_finds_its_own_query_heads(random_model, name):
     """Layer 0 is forecast from its own input, of which its queries are linear."""
     model = random_model(name)

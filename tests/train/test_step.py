@@ -182,7 +182,13 @@ def test_schedules():
     np.testing.assert_allclose(linear[50], 0.5, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["tiny", pytest.param("tiny-nosa", marks=LONG)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("tiny", marks=pytest.mark.slow),
+        pytest.param("tiny-nosa", marks=LONG),
+    ],
+)
 def test_masked_attention_equals_block_lists(random_model, name):
     model = random_model(name)
     heads = initial_heads(model, "from_query", seed=0)

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparda_jax.cache.counters import FetchCounters, FetchTotals, WideCount
@@ -18,8 +19,15 @@ def _wide(values: list[int]) -> WideCount:
     return WideCount(jnp.asarray(high, jnp.uint32), jnp.asarray(low, jnp.uint32))
 
 
-@given(held=BIG, more=COUNTS, other=BIG)
-def test_words_are_python_integers(held, more, other):
+@pytest.mark.parametrize(
+    "examples", [25, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.long])]
+)
+def test_words_are_python_integers(examples):
+    check = given(held=BIG, more=COUNTS, other=BIG)(_check_words)
+    settings(max_examples=examples)(check)()
+
+
+def _check_words(held, more, other):
     wide = _wide(held)
     added = wide.add(jnp.asarray(more, jnp.int32)).to_numpy().tolist()
     assert added == [a + b for a, b in zip(held, more, strict=True)]

@@ -38,7 +38,17 @@ def _write(folder: pathlib.Path, name: str) -> tuple[pathlib.Path, dict]:
     return folder, tensors
 
 
-@pytest.mark.parametrize("name", NAMES)
+LONG = [pytest.mark.slow, pytest.mark.long]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        # As the first, but for what `test_every_form_gives_the_oracles_sum` has too.
+        pytest.param(name, marks=LONG if name in ("qwen3_moe_unnormalized",) else ())
+        for name in NAMES
+    ],
+)
 def test_logits_are_those_of_transformers(name, tmp_path):
     folder, _ = _write(tmp_path / name, name)
     with np.load(GOLDENS) as goldens:

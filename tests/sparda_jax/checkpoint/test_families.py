@@ -10,6 +10,8 @@ from textbook import textbook_logits
 
 import sparda_jax as sj
 
+# What each has is in another one too.
+LONG = [pytest.mark.slow, pytest.mark.long]
 BIASES = {"attention_bias": True, "output_bias": True}
 
 
@@ -59,9 +61,9 @@ def test_mistral_as_safetensors(kit):
     ("arch", "features"),
     [
         # Mistral's files are of this architecture.
-        ("llama", {"tie_embeddings": False}),
+        pytest.param("llama", {"tie_embeddings": False}, marks=LONG),
         ("llama", BIASES),
-        ("qwen3", {"qk_norm": True, "head_dim": 16}),
+        pytest.param("qwen3", {"qk_norm": True, "head_dim": 16}, marks=LONG),
         # Mixtral's, too.
         ("llama", {"num_experts": 4, "experts_per_token": 2}),
         ("qwen3moe", {"qk_norm": True, "num_experts": 8, "experts_per_token": 3}),

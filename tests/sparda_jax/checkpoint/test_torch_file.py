@@ -444,33 +444,40 @@ def test_truncation(folder):
             read_torch_file(folder / "cut.pt")
 
 
-@settings(max_examples=300, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)),
-        min_size=1,
-        max_size=6,
-    )
+_FEW_OR_MANY = pytest.mark.parametrize(
+    "examples", [100, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.long])]
 )
-def test_random_damage(folder, changes):
-    damaged = bytearray(REAL.read_bytes())
-    for place, value in changes:
-        damaged[int(place * len(damaged))] = value
-    _try(folder, bytes(damaged))
+_PLACES = st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255))
 
 
-@settings(max_examples=300, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6
-    ),
-    st.floats(0, 1),
-)
-def test_random_pickles(folder, changes, end):
+@_FEW_OR_MANY
+def test_random_damage(folder, examples):
+    content = REAL.read_bytes()
+
+    @settings(max_examples=examples, deadline=None)
+    @given(st.lists(_PLACES, min_size=1, max_size=6))
+    def check(changes):
+        damaged = bytearray(content)
+        for place, value in changes:
+            damaged[int(place * len(damaged))] = value
+        _try(folder, bytes(damaged))
+
+    check()
+
+
+@_FEW_OR_MANY
+def test_random_pickles(folder, examples):
     """Damage inside the pickle, where the zip's checksum does not see it."""
     with zipfile.ZipFile(REAL) as file:
-        data = bytearray(file.read("torch_forecast_tiny/data.pkl"))
-    for place, value in changes:
-        data[int(place * len(data))] = value
-    path = archive(folder / "p.pt", bytes(data[: int(end * len(data))]))
-    _try(folder, path.read_bytes())
+        content = file.read("torch_forecast_tiny/data.pkl")
+
+    @settings(max_examples=examples, deadline=None)
+    @given(st.lists(_PLACES, max_size=6), st.floats(0, 1))
+    def check(changes, end):
+        data = bytearray(content)
+        for place, value in changes:
+            data[int(place * len(data))] = value
+        path = archive(folder / "p.pt", bytes(data[: int(end * len(data))]))
+        _try(folder, path.read_bytes())
+
+    check()

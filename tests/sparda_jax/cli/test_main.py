@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import sparda_jax as sj
+from sparda_jax.cli import generate as cli_generate
 from sparda_jax.cli.main import main
 
 OFF = "--no-compilation-cache"
@@ -69,6 +70,12 @@ def test_bad_model_options(capsys, arguments, named):
     assert named in line
 
 
+@pytest.fixture(scope="module")
+def loaded() -> list:
+    """The real model, once a request of this module has loaded it."""
+    return []
+
+
 @pytest.mark.network
 @pytest.mark.parametrize(
     ("arguments", "named"),
@@ -87,7 +94,17 @@ def test_bad_model_options(capsys, arguments, named):
         (["--prompt", "x", "--chat-arg", "a=1"], "--chat-arg needs --question or"),
     ],
 )
-def test_bad_request(capsys, tmp_path, smollm2_path, arguments, named):
+def test_bad_request(
+    capsys, tmp_path, smollm2_path, arguments, named, loaded, monkeypatch
+):
+    load = cli_generate.load_model
+
+    def load_once(*given):
+        if not loaded:
+            loaded.append(load(*given))
+        return loaded[0]
+
+    monkeypatch.setattr(cli_generate, "load_model", load_once)
     (tmp_path / "binary").write_bytes(b"abc\xff\xfe")
     places = {"missing": tmp_path / "missing", "binary": tmp_path / "binary"}
     arguments = [argument.format(**places) for argument in arguments]

@@ -35,6 +35,7 @@ def _plan(**changes):
     return plan("minicpm4.1-8b", **(arguments | changes))
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_largest_options_fit_and_one_more_does_not():
     # With slots that fill what is left, fewer rows may be faster.
     least = CacheConfig(device_blocks=None)
@@ -51,12 +52,14 @@ def test_largest_options_fit_and_one_more_does_not():
     assert found.offload_best.batch > found.resident_best.batch
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_host_memory_can_be_what_runs_out():
     found = _plan(host_gib=20.0)
     # Eight heads-and-layers' worth of 4 GiB a sequence, layer 0 resident.
     assert found.offload_best.batch == math.floor(20 / (4 * 31 / 32))
 
 
+@pytest.mark.usefixtures("without_type_checks")  # ten plans
 def test_verdicts():
     assert _plan(miss=0.3).verdict.startswith("do not offload: 0.")
     often = _plan(miss=0.02, batch=2)
@@ -150,6 +153,7 @@ def test_a_preset_has_the_queries_of_its_published_heads():
     assert heads == 7 * of_shape.resident.memory.forecast_heads == 24 * 896 * 896 * 2
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_a_mesh_is_planned_by_the_device():
     """Of two devices each holds half of the layers, the KV and the vocabulary."""
     rates = recorded_rates("H100")

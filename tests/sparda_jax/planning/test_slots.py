@@ -159,7 +159,13 @@ def test_what_is_taken_where_nothing_is_said(capsys):
     assert sj.CacheConfig(kind="offload", device_blocks=None).slots(100, 8) == 8
 
 
-@pytest.mark.parametrize("attention", ["dense", "magicpig_tokens"])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        "dense",
+        pytest.param("magicpig_tokens", marks=[pytest.mark.slow, pytest.mark.long]),
+    ],
+)
 def test_what_lists_no_blocks_has_a_slot_for_each(token_ids, attention):
     cache = sj.CacheConfig(kind="offload", layer0="offload")
     lm = sj.load("tiny", attention=attention, storage="stacked", cache=cache)

@@ -53,7 +53,7 @@ LISTING = [
 @pytest.mark.parametrize("name", LISTING)
 @pytest.mark.parametrize(
     "examples",
-    [12, pytest.param(40, marks=[pytest.mark.slow, pytest.mark.long])],
+    [6, pytest.param(40, marks=[pytest.mark.slow, pytest.mark.long])],
 )
 def test_forced_blocks_are_always_listed(name, examples):
     @settings(max_examples=examples, deadline=None)

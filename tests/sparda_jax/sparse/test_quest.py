@@ -49,7 +49,14 @@ def test_lists_are_the_definition_s_and_the_bound_bounds(kind, over_group):
     assert cases.listed_sets(lists) == expected
 
 
-@pytest.mark.parametrize("pieces", [[1] * 3 + [197], [60, 1, 1, 1, 1, 136], [130, 70]])
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        pytest.param([1] * 3 + [197], marks=[pytest.mark.slow, pytest.mark.long]),
+        [60, 1, 1, 1, 1, 136],
+        pytest.param([130, 70], marks=[pytest.mark.slow, pytest.mark.long]),
+    ],
+)
 @pytest.mark.parametrize("page", [None, 16])
 def test_bounds_kept_piece_by_piece_are_those_of_the_whole(pieces, page):
     layer = cases.draw_layer("adversarial", length=200)

@@ -47,7 +47,14 @@ def _scores(layer, queries, page):
     return scores.reshape(*scores.shape[:3], layer.blocks, -1).max(-1)
 
 
-@pytest.mark.parametrize(("page", "queries"), [(None, 2), (16, 2), (32, 1)])
+@pytest.mark.parametrize(
+    ("page", "queries"),
+    [
+        (None, 2),
+        pytest.param(16, 2, marks=[pytest.mark.slow, pytest.mark.long]),
+        (32, 1),
+    ],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_lists_are_the_definition_s(kind, page, queries):
     """By one query a kv head and by several, in prefill and in decode.

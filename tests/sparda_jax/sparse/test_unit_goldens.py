@@ -31,6 +31,7 @@ from sparda_jax.sparse.selection import (
 )
 from sparda_jax.sparse.selectors import get_selector
 
+LONG = [pytest.mark.slow, pytest.mark.long]
 # One program each, as in a layer.
 _append = jax.jit(append_windows, static_argnames="sparse")
 _compress = jax.jit(compress_keys, static_argnums=1)
@@ -103,7 +104,14 @@ def windows(unit):
     return np.swapaxes(unit["ck/out_1000"], 0, 1)
 
 
-@pytest.mark.parametrize("length", [5, 31, 32, 47, 48, 63, 64, 1000])
+@pytest.mark.parametrize(
+    "length",
+    [
+        # The others: `test_windows_kept_token_by_token_equal_whole_at_every_length`.
+        pytest.param(length, marks=() if length in (5, 32, 47, 1000) else LONG)
+        for length in (5, 31, 32, 47, 48, 63, 64, 1000)
+    ],
+)
 def test_compressed_keys(unit, length):
     k = unit["ck/k"][:length].astype(np.float32)
     expected = np.swapaxes(unit[f"ck/out_{length}"], 0, 1)
@@ -231,8 +239,15 @@ def test_selection_lists(unit, windows, source, masked):
     np.testing.assert_array_equal(np.asarray(sorted_blocks(lists))[0], expected)
 
 
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("source", ["own", "fc"])
+@pytest.mark.parametrize(
+    ("source", "masked"),
+    [
+        ("own", True),
+        ("fc", False),
+        pytest.param("own", False, marks=LONG),
+        pytest.param("fc", True, marks=LONG),
+    ],
+)
 def test_block_scores_of_a_tile_equal_pooled_window_scores(
     unit, windows, source, masked
 ):
