@@ -98,11 +98,7 @@ def test_rows_equal_reference(golden, layer1, variant):
 @pytest.mark.parametrize(
     ("variant", "tile"),
     # Of other tiles: `test_tiles_and_segments_change_nothing`.
-    [
-        pytest.param("k2s1max", 352, marks=LONGER),
-        ("k32s16", 352),
-        pytest.param("k2s1max", 96, marks=LONGER),
-    ],
+    [("k32s16", 352), *(pytest.param("k2s1max", n, marks=LONGER) for n in (352, 96))],
 )
 def test_layer_loss_and_lists_equal_reference(golden, layer1, variant, tile):
     arrays = golden("distill_tiny")
