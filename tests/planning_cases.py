@@ -47,6 +47,7 @@ class Case:
     reads: ForecastReads = "input"
     tile: int = 256
     max_new: int = 100
+    vocab: int | None = None
     dtype: str = "float32"
 
     @property
@@ -67,7 +68,10 @@ class Case:
         offload = offload_settings(self.cache, selector)
         evict = self.kind == "evict"
         sparse = dataclasses.replace(preset.sparse, compressed_keys=self.keys)
-        model = dataclasses.replace(preset.model, forecast_reads=self.reads)
+        vocab = self.vocab or preset.model.vocab_size
+        model = dataclasses.replace(
+            preset.model, forecast_reads=self.reads, vocab_size=vocab
+        )
         return LayerSettings(model, sparse, selector, offload=offload, evict=evict)
 
     @property

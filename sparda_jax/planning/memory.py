@@ -46,10 +46,10 @@ class MemoryPlan:
       kv: KV of the resident layers: all, or layer 0, or none; what a cache that evicts
         keeps of it.
       slots: Device slots of the offloaded layers.
-      slot_tables: What lies in them.
+      slot_tables: What is in them.
       compressed_keys: Of all layers, for all blocks.
       key_bias: NOSA's bias a token and its window means.
-      staging: Where fetched blocks arrive.
+      staging: Where fetched blocks are staged.
       generation: Tokens, lengths, tokens seen, counters.
       layer_copy: One layer's weights, which a scan takes out of the stack.
       kv_scratch: One layer's whole KV, while a layer prefills that is offloaded or
@@ -200,7 +200,7 @@ def _state_bytes(
     # trace.
     model = _abstract_stack(settings.config, dtype)
     state, store = abstract_state(model, settings, cache, batch, shapes)
-    kv = slots = tables = spare = ()
+    kv = slots = tables = staging = ()
     if isinstance(state.cache, OffloadCache):
         first = state.cache.first
         layers = (*state.cache.layers, *(() if first is None else (first,)))
@@ -209,7 +209,7 @@ def _state_bytes(
             (layer.slots, layer.scales, layer.tail) for layer in state.cache.layers
         )
         tables = tuple(layer.table for layer in state.cache.layers)
-        spare = state.cache.staging
+        staging = state.cache.staging
     else:
         layers = state.cache.layers
         kv = tuple(layer.kv for layer in layers)
@@ -221,7 +221,7 @@ def _state_bytes(
         slot_tables=tree_bytes(tables),
         compressed_keys=tree_bytes([layer.index for layer in layers]),
         key_bias=tree_bytes([layer.key_bias for layer in layers]),
-        staging=tree_bytes(spare),
+        staging=tree_bytes(staging),
         generation=tree_bytes(rest),
         host=tree_bytes(store),
     )
@@ -367,7 +367,7 @@ def _decode_scratch(
     size: int,
     staging_area: int,
 ) -> int:
-    """What one decode step needs."""
+    """What the layers of one decode step need."""
     config, sparse = settings.config, settings.sparse
     block, dim = sparse.block_size, config.head_dim
     blocks = shapes.capacity // block
@@ -393,12 +393,21 @@ def _decode_scratch(
         else 0
     )
     mlp = _mlp_scratch(config, batch, size)
-    # Float32 logits, once as the head gives them and once as sampling sorts them.
-    head = 4 * batch * config.vocab_size * 4
     ahead = 0
     if offload is not None and offload.lookahead and lists:
         ahead = staging_area
-    return ahead + max(attend, choose, mlp, head)
+    return ahead + max(attend, choose, mlp)
+
+
+def _sampling_scratch(settings: LayerSettings, batch: int) -> int:
+    """What sampling a token of every row needs, where a row has top-p or min-p.
+
+    A device has float32 logits of its part of the vocabulary, as the head gives them
+    and by the temperature. Of all devices' it has four arrays: gathered, sorted, their
+    probabilities and the sums of these.
+    """
+    vocab = settings.config.vocab_size
+    return 4 * batch * (4 * vocab + 2 * vocab // settings.parts)
 
 
 def memory_plan(
@@ -446,7 +455,7 @@ def memory_plan(
             area = 0  # nothing is ever fetched
     staging, offload = state.staging, settings.offload
     if offload is not None and not offload.route.reuses_staging:
-        # The kernels and NumPy bring their own: what lands, and what is under way.
+        # The kernels and NumPy bring their own: what is staged, and what is in flight.
         staging = area * (1 + offload.layers_ahead * offload.lookahead)
     padded = padded_length(shapes.prompt, shapes.tile)
     together = shapes.prefill_rows(batch)
@@ -473,6 +482,10 @@ def memory_plan(
         kv_scratch=scratch,
         prompt_states=states + rotation,
         tile_scratch=_tile_scratch(settings, together, shapes, width, size),
-        decode_scratch=_decode_scratch(settings, batch, shapes, width, size, area),
+        # No copy of a layer is held any more when a token is drawn.
+        decode_scratch=max(
+            _decode_scratch(settings, batch, shapes, width, size, area),
+            _sampling_scratch(settings, batch) - copy,
+        ),
         **vars(dataclasses.replace(state, staging=staging)),
     )

@@ -34,6 +34,7 @@ COMPILED = [
             Case(kind="offload", layers_ahead=2, keys="int8"),
             Case(kind="offload", slots=10_000, codec="int8", storage="per_layer"),
             Case("snapkv", kind="evict", prompt=3900, batch=1, storage="per_layer"),
+            Case(batch=8, prompt=200, vocab=32768),
         )
     ),
     *(
