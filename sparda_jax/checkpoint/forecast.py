@@ -171,10 +171,10 @@ def _own_sparse(path: pathlib.Path, values: object) -> SparseConfig | None:
             f"{path}: metadata sparse_config holds {show(unknown)}, allowed: an object "
             f"with {', '.join(sorted(names))}"
         )
-    budget = values.get("block_budget")
-    if isinstance(budget, list):  # one number a layer, as `SparseConfig` checks
-        values = {**values, "block_budget": tuple(budget)}
-    for name, value in values.items():
+    fields: dict[str, Any] = dict(values)
+    if isinstance(values.get("block_budget"), list):  # One number a layer.
+        fields["block_budget"] = tuple(values["block_budget"])
+    for name, value in fields.items():
         by_layer = name == "block_budget" and isinstance(value, tuple)
         if not by_layer and type(value) is not type(getattr(SparseConfig(), name)):
             raise CheckpointError(
@@ -182,7 +182,7 @@ def _own_sparse(path: pathlib.Path, values: object) -> SparseConfig | None:
                 f"value like {getattr(SparseConfig(), name)!r}"
             )
     try:
-        return SparseConfig(**values)
+        return SparseConfig(**fields)
     except ConfigError as error:
         raise CheckpointError(f"{path}: metadata sparse_config: {error}") from error
 
