@@ -41,6 +41,7 @@ __all__ = [
 CacheKind = Literal["resident", "offload", "auto", "evict"]
 Prefetch = Literal["lookahead", "none", "auto"]
 HostCodec = Literal["exact", "int8", "int8_slots"]
+KeyCodec = Literal["exact", "int8"]
 # What Forecast heads read of a layer.
 ForecastReads = Literal["input", "attended"]
 Route = Literal["auto", "mosaic", "triton", "dynamic_slice", "host_loop"]
@@ -268,7 +269,7 @@ class SparseConfig:
     mask_future_blocks: bool = True
     forecast_decode_only: bool = False
     dense_key_bias: bool = True
-    compressed_keys: HostCodec = "exact"
+    compressed_keys: KeyCodec = "exact"
 
     def __post_init__(self) -> None:
         tokens, blocks = integer(1, _WIDTH), integer(1, _BLOCKS)
@@ -285,7 +286,7 @@ class SparseConfig:
             mask_future_blocks=flag,
             forecast_decode_only=flag,
             dense_key_bias=flag,
-            compressed_keys=choice(*get_args(HostCodec)),
+            compressed_keys=choice(*get_args(KeyCodec)),
         )
         require(
             self.kernel_size == 2 * self.kernel_stride,

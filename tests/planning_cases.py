@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sparda_jax.cache.settings import LayerSettings
-from sparda_jax.config import CacheConfig, ForecastReads, HostCodec
+from sparda_jax.config import CacheConfig, ForecastReads, HostCodec, KeyCodec
 from sparda_jax.inference.generate import (
     Prompt,
     Request,
@@ -43,7 +43,7 @@ class Case:
     prefetch: str | None = None
     codec: HostCodec = "exact"
     layers_ahead: int = 1
-    keys: HostCodec = "exact"
+    keys: KeyCodec = "exact"
     reads: ForecastReads = "input"
     tile: int = 256
     max_new: int = 100

@@ -10,7 +10,7 @@ import sparda_jax as sj
 from sparda_jax.checks import FLOAT_DTYPES, ConfigError, choice, integer, path
 from sparda_jax.cli.console import advance, note
 from sparda_jax.cli.options import add_option
-from sparda_jax.config import SparseConfig
+from sparda_jax.config import KeyCodec, SparseConfig
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.loading import ForecastBase
 from sparda_jax.mesh import MeshConfig
@@ -131,8 +131,8 @@ def add_block_options(group: Any) -> None:
     add_option(
         group,
         "--compressed-keys",
-        choice("exact", "int8"),
-        words=("exact", "int8"),
+        choice(*get_args(KeyCodec)),
+        words=get_args(KeyCodec),
         help="how the key means that blocks are scored by are kept (exact)",
     )
 

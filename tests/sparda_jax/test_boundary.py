@@ -232,7 +232,7 @@ ROWS = {
         "init_blocks": (*INTEGER, -1),
         "query_blocks": (*INTEGER, -1),
         "dense_len": (*INTEGER, -2),
-        "compressed_keys": WORD,
+        "compressed_keys": (*WORD, "int8_slots"),
     },
     "CacheConfig": {
         **dict.fromkeys(("kind", "layer0", "route", "exactness", "codec"), WORD),
