@@ -201,7 +201,7 @@ def load(
     )
     cache = optional(instance(CacheConfig))("cache", cache)
     forecast_base = choice(*get_args(ForecastBase))("forecast_base", forecast_base)
-    mesh = optional(instance(MeshConfig))("mesh", mesh)
+    mesh = _present_mesh(mesh)
     _check_base(forecast_base, mesh)
     _check_weights(weights, storage, mesh)
     on_layer = optional(function)("on_layer", on_layer)
@@ -248,6 +248,14 @@ def load(
     if other is not None:
         check_other_base(with_attention(lm, "sparda"), other)
     return lm
+
+
+def _present_mesh(mesh: object) -> MeshConfig | None:
+    """Refuses a mesh that lacks devices, before a model is fetched or opened."""
+    found = optional(instance(MeshConfig))("mesh", mesh)
+    if found is not None:
+        _ = found.devices
+    return found
 
 
 def _check_base(forecast_base: ForecastBase, mesh: MeshConfig | None) -> None:

@@ -1,9 +1,14 @@
 """A client that sends whatever it is told to."""
 
+import contextlib
+import dataclasses
 import http.client
 import json
 import os
+import re
 import subprocess
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 from patience import PATIENCE
@@ -47,6 +52,40 @@ def post(
         return answer.status, json.loads(read) if read else None
     finally:
         connection.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeProcess:
+    """`sparda serve` on a port of this machine."""
+
+    process: subprocess.Popen
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+@contextlib.contextmanager
+def serve_process(*words: str, **environment: str) -> Iterator[ServeProcess]:
+    """A process that is ready for requests; it must end behind the block."""
+    command = [sys.executable, "-m", "sparda_jax.cli", "serve", "--port", "0", *words]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    ) as process:
+        assert process.stderr is not None
+        told = ""
+        try:
+            for line in process.stderr:
+                told += line
+                if found := re.search(r"on http://127.0.0.1:(\d+)$", line):
+                    yield ServeProcess(process, int(found[1]))
+                    process.stderr.read()
+                    return
+            raise AssertionError(told)
+        except BaseException:
+            process.kill()
+            raise
 
 
 def run_client(*command: str) -> str:

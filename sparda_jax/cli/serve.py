@@ -13,6 +13,7 @@ from sparda_jax.cli.console import note, waiting
 from sparda_jax.cli.model_options import add_model_options, load_model
 from sparda_jax.cli.options import HelpFormatter, Parser, add_option
 from sparda_jax.cli.packages import needs
+from sparda_jax.engine.placement import refuse_in_session
 from sparda_jax.runtime import configure_offload
 from sparda_jax.serving.settings import SETTING_CHECKS, OnTerm, ServeSettings
 
@@ -202,6 +203,7 @@ def _ready(arguments: argparse.Namespace) -> "Serving":
     cache = cache_config(arguments)
     allowed = "resident, offload or auto: prompts come in pieces"
     require(cache.kind != "evict", "--cache", cache.kind, allowed)
+    refuse_in_session(cache, arguments.mesh)
     lm = load_model(arguments, arguments.attention)
     lm = dataclasses.replace(lm, cache=cache)
     with waiting(f"serve: taking memory for {settings.max_batch} rows"):

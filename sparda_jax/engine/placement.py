@@ -5,6 +5,7 @@ import functools
 
 from sparda_jax.cache.evict import kept_blocks
 from sparda_jax.cache.offload import OffloadCache
+from sparda_jax.cache.routes import FetchRoute, named_route
 from sparda_jax.cache.settings import LayerSettings
 from sparda_jax.checks import require
 from sparda_jax.config import CacheConfig, ConfigError
@@ -13,6 +14,7 @@ from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.on_mesh import StateLayout
 from sparda_jax.inference.generate import GenerateState
 from sparda_jax.inference.shapes import Shapes, plan_shapes, shared_rows, shared_shapes
+from sparda_jax.mesh import MeshConfig
 from sparda_jax.planning.auto import offload_settings
 from sparda_jax.planning.limits import (
     memory_limits,
@@ -303,6 +305,35 @@ def _decide_slots(
     return decided, f"device_blocks: {count} of {blocks} fit the device"
 
 
+def refuse_in_session(cache: CacheConfig, mesh: MeshConfig | None) -> None:
+    """Refuses what no session can have, whatever its model.
+
+    Args:
+      cache: Where the KV shall live.
+      mesh: The devices; None for one.
+
+    Raises:
+      ConfigError: If a session cannot have them.
+    """
+    require(
+        cache.kind != "evict",
+        "CacheConfig.kind",
+        cache.kind,
+        "'resident', 'offload' or 'auto' in a session: its prompts come in pieces",
+    )
+    if mesh is None:
+        return
+    require(
+        mesh.data == 1,
+        "mesh",
+        mesh.text,
+        "data=1 in a session: its prompts run one after another, in which other groups "
+        "would be idle",
+    )
+    if cache.kind == "offload" and cache.route != "auto":
+        _refuse_route_on_mesh(named_route(cache.route))
+
+
 def refuse_on_mesh(settings: LayerSettings) -> None:
     """Raises ConfigError for what several devices cannot do together."""
     if settings.evict:
@@ -310,13 +341,16 @@ def refuse_on_mesh(settings: LayerSettings) -> None:
             "CacheConfig.kind='evict' is not allowed on a mesh: use 'resident' or "
             "'offload'"
         )
-    offload = settings.offload
-    if offload is None:
-        return
-    if not offload.route.in_program:
+    if settings.offload is not None:
+        _refuse_route_on_mesh(settings.offload.route)
+
+
+def _refuse_route_on_mesh(route: FetchRoute) -> None:
+    """Raises ConfigError for a route that fetches between programs."""
+    if not route.in_program:
         raise ConfigError(
-            f"CacheConfig.route={offload.route.name!r} is not allowed on a mesh: a "
-            "layer is one call there; take another route"
+            f"CacheConfig.route={route.name!r} is not allowed on a mesh: a layer is "
+            "one call there; take another route"
         )
 
 

@@ -18,7 +18,7 @@ from sparda_jax.engine.generate_config import (
     merge_options,
 )
 from sparda_jax.engine.model import LanguageModel
-from sparda_jax.engine.placement import Placement, Sizes, place
+from sparda_jax.engine.placement import Placement, Sizes, place, refuse_in_session
 from sparda_jax.engine.prefix_store import Piece, PrefixStore
 from sparda_jax.engine.requests import (
     LANGUAGE_MODEL,
@@ -129,20 +129,7 @@ class Session(Batch):
         context = optional(integer(1))("max_context", max_context)
         top = optional(integer(0, 1024))("top_logprobs", top_logprobs)
         prefix = integer(0, LARGEST_BYTES)("prefix_bytes", prefix_bytes)
-        require(
-            lm.cache.kind != "evict",
-            "CacheConfig.kind",
-            lm.cache.kind,
-            "'resident', 'offload' or 'auto' in a session: its prompts come in pieces",
-        )
-        if lm.mesh is not None:
-            require(
-                lm.mesh.data == 1,
-                "mesh",
-                lm.mesh.text,
-                "data=1 in a session: its prompts run one after another, in which "
-                "other groups would be idle",
-            )
+        refuse_in_session(lm.cache, lm.mesh)
         context = check_max_context(lm, context or lm.config.max_context, new + 1)
         # A prompt may be as long as the context but for one token of output.
         piece = prefill_piece(lm, context - 1, prefill_chunk)

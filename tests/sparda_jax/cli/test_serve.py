@@ -5,13 +5,12 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
 
 import pytest
+from serving_client import serve_process
 
 from sparda_jax.checks import ConfigError
 from sparda_jax.cli import serve
@@ -69,6 +68,37 @@ def test_a_cache_that_evicts_is_refused_before_a_model_is_loaded(capsys, monkeyp
 
 
 @pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--mesh 2", "--mesh=2 is not allowed"),
+        ("--mesh data=2", "mesh='data=2,model=1' is not allowed: it must be data=1"),
+        (
+            "--mesh model=64",
+            "model=64' is not allowed: it must be at most",
+        ),
+        ("--mesh model=1 --cache evict", "--cache='evict' is not allowed"),
+        (
+            "--mesh model=1 --cache offload --route host_loop",
+            "'host_loop' is not",
+        ),
+        ("--mesh model=1 --weights int8", "weights='int8' is not allowed with mesh"),
+    ],
+)
+def test_a_mesh_that_cannot_serve_is_refused_before_a_model_is_opened(
+    capsys, monkeypatch, words, told
+):
+    def never(*_, **__):
+        raise AssertionError("the mesh is looked at first")
+
+    monkeypatch.setattr("sparda_jax.loading.open_model", never)
+    monkeypatch.setattr("sparda_jax.loading.build_decoder", never)
+    assert main(["serve", "--model", "tiny", "--port", "0", *words.split()]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("sparda: ") and said.count("\n") == 1, said
+    assert told in said
+
+
+@pytest.mark.parametrize(
     ("host", "url"), [("127.0.0.1", "http://127.0.0.1:"), ("::1", "http://[::1]:")]
 )
 def test_the_address_that_is_told_is_one_for_a_browser(host, url):
@@ -104,28 +134,17 @@ def test_what_takes_long_is_told_while_it_does(capsys):
 
 
 @pytest.mark.slow
-def test_a_process_finishes_what_it_accepted(tmp_path):
-    command = [sys.executable, "-m", "sparda_jax.cli", "serve", "--model", "tiny"]
-    command += ["--port", "0", "--max-context", "512", "--max-batch", "2"]
-    environment = {**os.environ, "SPARDA_SERVE_MAX_NEW_TOKENS": "300"}
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stderr is not None
-        url = None
-        for line in process.stderr:
-            if found := re.search(r"on (http://\S+)", line):
-                url = found[1]
-                break
+def test_a_process_finishes_what_it_accepted():
+    words = "--model tiny --max-context 512 --max-batch 2".split()
+    with serve_process(*words, SPARDA_SERVE_MAX_NEW_TOKENS="300") as server:
         body = {"prompt": [5], "max_tokens": 300, "ignore_eos": True, "stream": True}
         request = urllib.request.Request(
-            f"{url}/v1/completions", json.dumps(body).encode()
+            f"{server.url}/v1/completions", json.dumps(body).encode()
         )
         with urllib.request.urlopen(request) as answer:
             first = answer.readline()
-            process.send_signal(signal.SIGTERM)
+            server.process.send_signal(signal.SIGTERM)
             rest = answer.read().decode()
-        process.stderr.read()
     assert first.startswith(b"data: ") and rest.endswith("data: [DONE]\n\n")
     assert rest.count("data: ") >= 300
-    assert process.returncode in (0, -signal.SIGTERM)
+    assert server.process.returncode in (0, -signal.SIGTERM)
