@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sparda_jax.checks import integer
 from sparda_jax.engine.compile_cache import PROGRAMS
 from sparda_jax.engine.model import LanguageModel
 from sparda_jax.engine.on_mesh import (
@@ -289,8 +290,11 @@ class Batch:
 
         Returns:
           Seconds without compilation.
+
+        Raises:
+          ConfigError: If `steps` is no integer of at least 0.
         """
-        seconds = 0.0
+        steps, seconds = integer(0)("steps", steps), 0.0
         while steps > 0 and not self.finished:
             before = np.asarray(self.state.generated)
             seconds += self._advance(steps)

@@ -44,6 +44,7 @@ from sparda_jax.models.rope import model_rope
 # Where the only row that goes on decodes by a program of its own: on a CPU a step is
 # the longer the more rows it has; a GPU reads the weights.
 ROW_ALONE_ON = frozenset({"cpu"})
+_ROW = integer(0)
 # Pieces of a prompt that one call takes from the store: the others wait for them.
 _MOST_PIECES = 16
 
@@ -278,6 +279,7 @@ class Session(Batch):
           Whether that was the last one: the row has its first token, and takes part in
           decode steps if it goes on.
         """
+        row = _ROW("row", row)
         left = self._prompts.get(row)
         require(bool(left), "row", row, "a row whose prompt has not all run")
         assert left
@@ -350,7 +352,7 @@ class Session(Batch):
 
     def cached_tokens(self, row: int) -> int:
         """Tokens of a row's prompt that came from the prefix store."""
-        return self._cached.get(row, 0)
+        return self._cached.get(_ROW("row", row), 0)
 
     def _score_piece(self, row: int, piece: list[int], rest: list[int]) -> None:
         """`prefill_row`, with the log-probabilities of the tokens behind its own."""
@@ -375,6 +377,7 @@ class Session(Batch):
         Returns:
           What it has given. Its events that were not taken are lost.
         """
+        row = _ROW("row", row)
         require(row in self._prompts, "row", row, "a row that a request has joined")
         output = self.outputs()[row]
         at = jax.device_put(np.int32(row))
@@ -476,4 +479,4 @@ class Session(Batch):
 
         Of a request that joined with `score_prompt`.
         """
-        return self._prompt_logs.get(row, [])
+        return self._prompt_logs.get(_ROW("row", row), [])

@@ -155,6 +155,11 @@ def test_what_a_session_refuses(lm):
             session.join(**{"max_new_tokens": 8, **arguments})
     assert session.free == [0]
     row = session.join([5, 6], max_new_tokens=8)
+    for name in ("prefill", "leave", "cached_tokens", "prompt_logprobs"):
+        with pytest.raises(ConfigError, match="row=False is not allowed"):
+            getattr(session, name)(False)
+    with pytest.raises(ConfigError, match="steps=-1 is not allowed"):
+        session.decode(-1)
     with pytest.raises(ConfigError, match="no row is free: all 1 are taken"):
         session.join([5], max_new_tokens=8)
     with pytest.raises(ConfigError, match="row=1"):
