@@ -1,4 +1,4 @@
-"""The `sparda` command, also as `python -m sparda_jax.cli`: imports, then runs it."""
+"""The `sparda` command, also as `python -m sparda_jax`: imports, then runs it."""
 
 from sparda_jax.cli.starting import interrupt_ends
 

@@ -132,7 +132,7 @@ def test_read_only_cache_directory(tmp_path):
     blocker.write_text("not a directory")
     environment = {**os.environ, "SPARDA_CACHE": str(blocker / "cache")}
     done = subprocess.run(
-        [sys.executable, "-m", "sparda_jax.cli", "generate", "--prompt", "hi"],
+        [sys.executable, "-m", "sparda_jax", "generate", "--prompt", "hi"],
         env=environment,
         capture_output=True,
         text=True,
