@@ -201,9 +201,8 @@ def load(
     )
     cache = optional(instance(CacheConfig))("cache", cache)
     forecast_base = choice(*get_args(ForecastBase))("forecast_base", forecast_base)
-    mesh = _present_mesh(mesh)
-    _check_base(forecast_base, mesh)
-    _check_weights(weights, storage, mesh)
+    mesh = optional(instance(MeshConfig))("mesh", mesh)
+    _check_mesh(mesh, forecast_base, weights, storage)
     on_layer = optional(function)("on_layer", on_layer)
     if sparse is None and forecast not in (None, "from_query") and is_file(forecast):
         sparse = forecast_sparse(forecast)
@@ -250,12 +249,17 @@ def load(
     return lm
 
 
-def _present_mesh(mesh: object) -> MeshConfig | None:
-    """Refuses a mesh that lacks devices, before a model is fetched or opened."""
-    found = optional(instance(MeshConfig))("mesh", mesh)
-    if found is not None:
-        _ = found.devices
-    return found
+def _check_mesh(
+    mesh: MeshConfig | None,
+    forecast_base: ForecastBase,
+    weights: str | None,
+    storage: Storage,
+) -> None:
+    """Refuses what needs no model to be refused: what goes together, then devices."""
+    _check_base(forecast_base, mesh)
+    _check_weights(weights, storage, mesh)
+    if mesh is not None:
+        _ = mesh.devices
 
 
 def _check_base(forecast_base: ForecastBase, mesh: MeshConfig | None) -> None:
