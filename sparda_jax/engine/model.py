@@ -111,12 +111,6 @@ class LanguageModel:
                 own,
                 f"{made!r}, as the model's Forecast heads {verb}",
             )
-        require(
-            self.mesh is not None or jax.process_count() == 1,
-            "mesh",
-            None,
-            f"given with {jax.process_count()} processes",
-        )
         if self.mesh is not None:
             check_mesh(self.mesh, self.config, self.selector)
         has_forecast = self.model.forecast is not None

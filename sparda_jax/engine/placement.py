@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 
+import jax
+
 from sparda_jax.cache.evict import kept_blocks
 from sparda_jax.cache.offload import OffloadCache
 from sparda_jax.cache.routes import FetchRoute, named_route
@@ -94,6 +96,7 @@ def place(
       ConfigError: If the attention or the device cannot do what the cache's
         configuration asks for, or the request cannot fit.
     """
+    _check_processes(lm)
     state = None if conversation is None else conversation.state
     groups = 1 if lm.mesh is None else lm.mesh.data
     if groups > 1:
@@ -303,6 +306,17 @@ def _decide_slots(
     if state is not None:
         return decided, f"device_blocks: {count} of {blocks}, as the conversation began"
     return decided, f"device_blocks: {count} of {blocks} fit the device"
+
+
+def _check_processes(lm: LanguageModel) -> None:
+    """Raises ConfigError where every process would run the same request by itself.
+
+    A model alone may be held so: training divides it by a mesh of its own.
+    """
+    count = jax.process_count()
+    require(
+        lm.mesh is not None or count == 1, "mesh", None, f"given with {count} processes"
+    )
 
 
 def refuse_in_session(cache: CacheConfig, mesh: MeshConfig | None) -> None:
