@@ -88,7 +88,7 @@ def test_a_short_run_on_a_cpu_learns(lm, tmp_path):
             f"out={tmp_path}",
             "init=from_query",
             "data.seq_len=1024",
-            "data.sources=[('pydoc', 1.0)]",
+            "data.sources=(('pydoc', 1.0),)",
             "lr=1e-3",
             "optimizer.steps=10",
             "warmup_steps=0",
