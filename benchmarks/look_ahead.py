@@ -44,7 +44,7 @@ _SAME += ("init_blocks", "local_blocks")
 def prefetched_lists(
     own: BlockTrace, forecast: BlockTrace | None
 ) -> dict[str, Bool[np.ndarray, "L K T M"]]:
-    """What each way sends for each layer, by its name; layers without it send nothing.
+    """What each way prefetches for each layer, by its name; none for layers without it.
 
     Args:
       own: What the layers' own queries choose.

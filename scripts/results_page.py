@@ -271,8 +271,10 @@ def overview() -> str:
     """The table of all ways to attend that have a name: a column a budget."""
     columns: dict[str, dict[str, str]] = {}
     labels: dict[str, str] = {}
+    names = {name for _, files, *_ in _SIDE_BY_SIDE for name in files}
+    every = {name: read(DATA / f"{name}.json") for name in names}
     for title, files, length, tasks in _SIDE_BY_SIDE:
-        sets = [_of_length(read(DATA / f"{file}.json"), length) for file in files]
+        sets = [_of_length(every[name], length) for name in files]
         cells = [
             c for one in sets for c in one.cells if c.attention in selector_names()
         ]
